@@ -1,0 +1,53 @@
+# Every target sets up what it needs: a virtual environment in .venv/ with pinned packages.
+# Nothing outside this folder is touched, except Debian packages for ffcv when run as root.
+
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+FFCV := .venv/.ffcv
+
+.PHONY: help demo test lint bench clean
+
+help:
+	@echo "make demo    convert drawn pictures, pretrain on them, probe the result (minutes, CPU)"
+	@echo "make test    run the tests"
+	@echo "make lint    ruff and mypy"
+	@echo "make bench   converter and loader against their rivals; DATA=folder of images"
+	@echo "make clean   remove what the demo made"
+
+demo: demo/out.beton
+	$(BIN)/bt-fast pretrain --recipe demo --data demo/out.beton
+
+test: $(FFCV)
+	$(BIN)/python -m pytest
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(FFCV)
+	@test -n "$(DATA)" || (echo "make bench DATA=folder/of/class/folders" >&2; exit 2)
+	$(BIN)/python tools/bench_convert.py $(DATA)
+	$(BIN)/python tools/bench_loader.py $(DATA)
+
+clean:
+	rm -rf demo
+
+demo/out.beton: demo/images
+	$(BIN)/bt-convert demo/images demo/out.beton --overwrite
+
+demo/images: | $(READY)
+	mkdir -p demo
+	$(BIN)/python tools/make_demo_images.py demo/images
+
+$(READY): pyproject.toml constraints.txt
+	@command -v $(PYTHON) >/dev/null || (echo "Python 3.11 or newer is needed; set PYTHON=" >&2; exit 2)
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	@touch $@
+
+# ffcv is optional: where it cannot be built, the tests that need it skip and say why.
+$(FFCV): $(READY)
+	@sh tools/install_ffcv.sh $(BIN)/python
+	@touch $@

@@ -1,0 +1,79 @@
+"""Encoder and projector.
+
+The encoder is a torchvision ResNet without its classifier, the last norm of every residual
+branch initialised to zero, as in the reference. The projector is linear layers without bias,
+batch norm and ReLU between them. The normalisation of the embeddings belongs to the loss.
+"""
+
+from typing import Literal, get_args
+
+import torch
+import torchvision
+from torch import nn
+
+Encoder = Literal[
+    "resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "wide_resnet50_2"
+]
+
+
+class BarlowTwins(nn.Module):
+    """images [n, 3, H, W] -> embeddings [n, D]. One call is one view: BN sees one view only."""
+
+    def __init__(self, encoder: str, projector: tuple[int, ...], *, small_images: bool = False):
+        """
+        Args:
+            encoder: one of `Encoder`.
+            projector: widths of the projector's layers; the last is D.
+            small_images: the CIFAR stem: 3x3 convolution of stride 1, no max-pool.
+        """
+        super().__init__()
+        self.encoder = build_encoder(encoder, small_images=small_images)
+        self.projector = build_projector((feature_width(self.encoder), *projector))
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.projector(self.encoder(images))
+
+
+def build_encoder(name: str, *, small_images: bool = False) -> nn.Module:
+    """A ResNet from random initialisation that ends in its pooled features."""
+    if name not in get_args(Encoder):
+        raise ValueError(f"--encoder {name} is not one of {', '.join(get_args(Encoder))}")
+    encoder = getattr(torchvision.models, name)(zero_init_residual=True)
+    encoder.fc = nn.Identity()
+    if small_images:
+        encoder.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
+        nn.init.kaiming_normal_(encoder.conv1.weight, mode="fan_out", nonlinearity="relu")
+        encoder.maxpool = nn.Identity()
+    return encoder
+
+
+def feature_width(encoder: nn.Module) -> int:
+    """Number of features the encoder returns: those of its last norm layer's stage."""
+    last_block = encoder.layer4[-1]
+    last_convolution = getattr(last_block, "conv3", last_block.conv2)
+    return last_convolution.out_channels
+
+
+def build_projector(widths: tuple[int, ...]) -> nn.Sequential:
+    """Linear layers through the given widths, with BN and ReLU after all but the last."""
+    layers: list[nn.Module] = []
+    pairs = list(zip(widths[:-1], widths[1:], strict=True))
+    for fan_in, fan_out in pairs[:-1]:
+        layers += [nn.Linear(fan_in, fan_out, bias=False), nn.BatchNorm1d(fan_out), nn.ReLU(True)]
+    layers.append(nn.Linear(*pairs[-1], bias=False))
+    return nn.Sequential(*layers)
+
+
+def flatten_batch_statistics(model: nn.Module) -> torch.Tensor:
+    """Lay all running means and variances into one tensor and return it: float32 [num_values].
+
+    The buffers become views of it, so that one copy saves them all and one puts them back: a
+    step that is skipped must not leave its statistics behind.
+    """
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    buffers = [(m, name) for m in norms for name in ("running_mean", "running_var")]
+    flat = torch.cat([getattr(m, name) for m, name in buffers])
+    parts = flat.split([getattr(m, name).numel() for m, name in buffers])
+    for (m, name), part in zip(buffers, parts, strict=True):
+        setattr(m, name, part)
+    return flat

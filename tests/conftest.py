@@ -1,0 +1,55 @@
+"""Pictures for the tests: real photographs where the sample is at hand, drawn ones otherwise."""
+
+import io
+import os
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
+IMAGENET_SAMPLE = SHARED_DATA / "imagenet-sample-500.tar"
+
+# Small models on small machines: a second thread per operation costs more than it gives.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+def drawn_picture(seed: int, width: int = 200, height: int = 150) -> Image.Image:
+    """A colourful picture with smooth and sharp parts, reproducible from its seed."""
+    generator = np.random.default_rng(seed)
+    coarse = generator.integers(0, 256, (6, 8, 3), dtype=np.uint8)
+    picture = Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
+    pixels = np.array(picture)
+    for _ in range(6):
+        top, left = generator.integers(0, height - 8), generator.integers(0, width - 8)
+        pixels[top : top + height // 4, left : left + width // 5] = generator.integers(0, 256, 3)
+    noise = generator.normal(0, 6, pixels.shape)
+    return Image.fromarray(np.clip(pixels + noise, 0, 255).astype(np.uint8))
+
+
+def jpeg_bytes(picture: Image.Image, quality: int = 92) -> bytes:
+    buffer = io.BytesIO()
+    picture.save(buffer, "JPEG", quality=quality)
+    return buffer.getvalue()
+
+
+def photographs(count: int) -> list[Image.Image]:
+    """`count` RGB pictures: ImageNet's where the sample is there, else drawn ones."""
+    if not IMAGENET_SAMPLE.exists():
+        return [drawn_picture(seed) for seed in range(count)]
+    pictures = []
+    with tarfile.open(IMAGENET_SAMPLE) as archive:
+        for member in archive:
+            if member.isfile():
+                data = archive.extractfile(member).read()
+                pictures.append(Image.open(io.BytesIO(data)).convert("RGB"))
+            if len(pictures) == count:
+                break
+    return pictures
+
+
+@pytest.fixture(scope="session")
+def photos() -> list[Image.Image]:
+    return photographs(16)

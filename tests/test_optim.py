@@ -1,0 +1,135 @@
+"""LARS and the schedule against the reference's arithmetic over a recorded trajectory."""
+
+import math
+
+import pytest
+import torch
+
+from bt_fast.lars import LARS
+from bt_fast.schedule import learning_rate
+
+
+def reference_rate(step: int, steps_per_epoch: int, epochs: int, batch_size: int) -> float:
+    """The released schedule before its two factors 0.2 and 0.0048, rewritten from its text."""
+    total, warmup = epochs * steps_per_epoch, 10 * steps_per_epoch
+    base = batch_size / 256
+    if step < warmup:
+        return base * step / warmup
+    q = 0.5 * (1 + math.cos(math.pi * (step - warmup) / (total - warmup)))
+    return base * q + base * 0.001 * (1 - q)
+
+
+def reference_update(p, g, momentum, lr, *, weight_decay, eta=1e-3, mu=0.9):
+    """One parameter's step of the reference, in Python floats over nested lists."""
+    flat_p, flat_g, flat_m = (t.flatten().tolist() for t in (p, g, momentum))
+    if p.ndim != 1:
+        flat_g = [gi + weight_decay * pi for gi, pi in zip(flat_g, flat_p, strict=True)]
+        p_norm = math.sqrt(math.fsum(x * x for x in flat_p))
+        g_norm = math.sqrt(math.fsum(x * x for x in flat_g))
+        q = eta * p_norm / g_norm if p_norm > 0 and g_norm > 0 else 1.0
+        flat_g = [gi * q for gi in flat_g]
+    flat_m = [mu * mi + gi for mi, gi in zip(flat_m, flat_g, strict=True)]
+    flat_p = [pi - lr * mi for pi, mi in zip(flat_p, flat_m, strict=True)]
+    return (torch.tensor(x, dtype=torch.float64).view_as(p) for x in (flat_p, flat_m))
+
+
+def test_lars_and_schedule_follow_the_reference_for_100_steps():
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(8, 3, 3, 3), (8,), (8,), (5, 8), (1, 7), (4, 4)]
+    ours = [torch.randn(s, dtype=torch.float64, generator=generator) for s in shapes]
+    ours[-1].zero_()  # a parameter of norm 0 takes the plain step
+    theirs = [p.clone() for p in ours]
+    buffers = [torch.zeros_like(p) for p in ours]
+    for p in ours:
+        p.requires_grad_()
+    weights = [p for p in ours if p.ndim > 1]
+    biases = [p for p in ours if p.ndim <= 1]
+    optimizer = LARS([{"params": weights}, {"params": biases}], 0.0, weight_decay=1.5e-6)
+
+    run = {"steps_per_epoch": 5, "epochs": 20, "batch_size": 512}
+    for step in range(100):
+        for p in ours:
+            p.grad = torch.randn(p.shape, dtype=torch.float64, generator=generator)
+            p.grad *= 0.0 if step == 3 else 10.0 ** (step % 5 - 2)
+        for group, base_lr in zip(optimizer.param_groups, (0.2, 0.0048), strict=True):
+            group["lr"] = learning_rate(step, base_lr=base_lr, **run)
+        optimizer.step()
+        rate = reference_rate(step, **run)
+        for i, p in enumerate(ours):
+            lr = rate * (0.2 if p.ndim > 1 else 0.0048)
+            theirs[i], buffers[i] = reference_update(
+                theirs[i], p.grad, buffers[i], lr, weight_decay=1.5e-6
+            )
+            assert (p - theirs[i]).abs().max() <= 1e-12
+            assert (optimizer.state[p]["momentum"] - buffers[i]).abs().max() <= 1e-12
+
+
+@pytest.mark.parametrize("batch_size,epochs", [(2048, 1000), (256, 100), (4096, 300)])
+def test_schedule_equals_the_reference_at_every_step(batch_size, epochs):
+    steps_per_epoch = 1_281_167 // batch_size
+    total = epochs * steps_per_epoch
+    for step in [0, 1, 10 * steps_per_epoch - 1, 10 * steps_per_epoch, *range(0, total, 997)]:
+        ours = learning_rate(
+            step, steps_per_epoch=steps_per_epoch, epochs=epochs, batch_size=batch_size, base_lr=0.2
+        )
+        expected = 0.2 * reference_rate(step, steps_per_epoch, epochs, batch_size)
+        assert abs(ours - expected) <= 1e-12
+
+
+def test_schedule_peaks_and_ends_where_the_paper_says():
+    run = {"steps_per_epoch": 625, "epochs": 1000, "batch_size": 2048}
+    assert learning_rate(0, base_lr=0.2, **run) == 0
+    assert learning_rate(6250, base_lr=0.2, **run) == pytest.approx(1.6)
+    assert learning_rate(6250, base_lr=0.0048, **run) == pytest.approx(0.0384)
+    assert learning_rate(625_000, base_lr=0.2, **run) == pytest.approx(0.0016)
+
+
+def test_a_warmup_as_long_as_the_run_never_divides_by_zero():
+    run = {"steps_per_epoch": 3, "epochs": 10, "batch_size": 256, "base_lr": 1.0}
+    assert learning_rate(29, **run) == pytest.approx(29 / 30)
+    assert math.isfinite(learning_rate(30, **run))
+
+
+def test_a_step_that_is_not_applied_changes_nothing():
+    parameters = [torch.randn(4, 3, requires_grad=True), torch.randn(4, requires_grad=True)]
+    optimizer = LARS(parameters, 0.1, weight_decay=1e-6)
+
+    def run(gradient: float, apply: bool) -> list[torch.Tensor]:
+        for p in parameters:
+            p.grad = torch.full_like(p, gradient)
+        optimizer.step(apply=torch.tensor(apply))
+        state = [optimizer.state[p]["momentum"] for p in parameters]
+        return [t.detach().clone() for t in (*parameters, *state)]
+
+    first = run(1.0, True)
+    for bad in (math.nan, math.inf, 3.0):
+        assert all(map(torch.equal, run(bad, False), first))
+    assert not any(map(torch.equal, run(1.0, True), first))
+
+
+def test_an_applied_step_equals_a_plain_one():
+    results = []
+    for apply in (None, torch.tensor(True)):
+        torch.manual_seed(0)
+        parameters = [torch.randn(4, 3, requires_grad=True), torch.randn(4, requires_grad=True)]
+        optimizer = LARS(parameters, 0.1, weight_decay=1e-6)
+        for _ in range(3):
+            for p in parameters:
+                p.grad = torch.randn_like(p)
+            optimizer.step(apply=apply)
+        results.append([p.detach() for p in parameters])
+    assert all(torch.allclose(a, b, rtol=1e-6) for a, b in zip(*results, strict=True))
+
+
+def test_parameters_without_gradient_are_left_alone():
+    used, unused = torch.randn(3, 3, requires_grad=True), torch.randn(3, 3, requires_grad=True)
+    before = unused.detach().clone()
+    used.grad = torch.randn(3, 3)
+    LARS([used, unused], 0.1).step()
+    assert torch.equal(unused, before)
+
+
+@pytest.mark.parametrize("name", ["momentum", "weight_decay", "trust_coefficient"])
+def test_negative_hyper_parameters_are_refused(name):
+    with pytest.raises(ValueError, match=name):
+        LARS([torch.zeros(2, 2)], 0.1, **{name: -1.0})
