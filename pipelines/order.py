@@ -30,11 +30,9 @@ def _hash(*parts: "int | np.ndarray") -> np.ndarray:
     """Absorb integers (or arrays of them, broadcast) one after the other -> uint64 array."""
     state = np.zeros(1, np.uint64)
     for part in parts:
-        if isinstance(part, np.ndarray):
-            word = part.astype(np.uint64, copy=False)
-        else:
-            word = np.uint64(part & _MASK)
-        state = _mix((state ^ word) + np.uint64(_GOLDEN))
+        if not isinstance(part, np.ndarray):
+            part = np.array(part & _MASK, np.uint64)
+        state = _mix((state ^ part.astype(np.uint64, copy=False)) + np.uint64(_GOLDEN))
     return state
 
 

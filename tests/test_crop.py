@@ -29,9 +29,7 @@ def test_boxes_are_distributed_like_torchvisions(height, width):
     grid = np.linspace(0, 1, 101)
     for column in range(4):  # two-sample Kolmogorov-Smirnov on top, left, height, width
         values = np.quantile(np.concatenate([ours[:, column], theirs[:, column]]), grid)
-        gap = [
-            abs((ours[:, column] <= v).mean() - (theirs[:, column] <= v).mean()) for v in values
-        ]
+        gap = [abs((ours[:, column] <= v).mean() - (theirs[:, column] <= v).mean()) for v in values]
         assert max(gap) < 1.95 * np.sqrt(2 / 4000)  # p = 0.001
 
 
