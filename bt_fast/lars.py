@@ -54,7 +54,7 @@ class LARS(torch.optim.Optimizer):
         super().__init__(params, defaults)
 
     @torch.no_grad()
-    def step(
+    def step(  # type: ignore[override]
         self,
         closure: Callable[[], torch.Tensor] | None = None,
         *,
@@ -79,7 +79,7 @@ class LARS(torch.optim.Optimizer):
         return loss
 
     def _update(self, params: list[torch.Tensor], group: dict, apply: torch.Tensor | None) -> None:
-        updates = [p.grad for p in params]
+        updates: list[Any] = [p.grad for p in params]
         if apply is not None:  # a select, because 0 * nan is nan
             updates = [torch.where(apply, update, 0) for update in updates]
         updates = _adapt(params, updates, group["weight_decay"], group["trust_coefficient"])
@@ -94,7 +94,9 @@ class LARS(torch.optim.Optimizer):
             torch._foreach_add_(params, buffers, alpha=-group["lr"])
         else:
             on = apply.to(params[0].dtype)
-            torch._foreach_mul_(buffers, torch.lerp(torch.ones_like(on), on * group["momentum"], on))
+            torch._foreach_mul_(
+                buffers, torch.lerp(torch.ones_like(on), on * group["momentum"], on)
+            )
             torch._foreach_add_(buffers, torch._foreach_mul(updates, on))
             torch._foreach_add_(params, torch._foreach_mul(buffers, -group["lr"] * on))
 

@@ -5,15 +5,14 @@ branch initialised to zero, as in the reference. The projector is linear layers 
 batch norm and ReLU between them. The normalisation of the embeddings belongs to the loss.
 """
 
-from typing import Literal, get_args
+import itertools
+from typing import Any, Literal, get_args
 
 import torch
 import torchvision
 from torch import nn
 
-Encoder = Literal[
-    "resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "wide_resnet50_2"
-]
+Encoder = Literal["resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "wide_resnet50_2"]
 
 
 class BarlowTwins(nn.Module):
@@ -47,7 +46,7 @@ def build_encoder(name: str, *, small_images: bool = False) -> nn.Module:
     return encoder
 
 
-def feature_width(encoder: nn.Module) -> int:
+def feature_width(encoder: Any) -> int:
     """Number of features the encoder returns: those of its last norm layer's stage."""
     last_block = encoder.layer4[-1]
     last_convolution = getattr(last_block, "conv3", last_block.conv2)
@@ -57,7 +56,7 @@ def feature_width(encoder: nn.Module) -> int:
 def build_projector(widths: tuple[int, ...]) -> nn.Sequential:
     """Linear layers through the given widths, with BN and ReLU after all but the last."""
     layers: list[nn.Module] = []
-    pairs = list(zip(widths[:-1], widths[1:], strict=True))
+    pairs = list(itertools.pairwise(widths))
     for fan_in, fan_out in pairs[:-1]:
         layers += [nn.Linear(fan_in, fan_out, bias=False), nn.BatchNorm1d(fan_out), nn.ReLU(True)]
     layers.append(nn.Linear(*pairs[-1], bias=False))
