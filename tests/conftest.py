@@ -53,3 +53,28 @@ def photographs(count: int) -> list[Image.Image]:
 @pytest.fixture(scope="session")
 def photos() -> list[Image.Image]:
     return photographs(16)
+
+
+def write_beton(path: Path, count: int, num_classes: int = 4, sizes=((40, 56), (64, 48))) -> Path:
+    """A small .beton of drawn pictures; the class is the hue of a big square."""
+    from pipelines.beton_writer import BetonWriter
+
+    colours = [(220, 40, 40), (40, 200, 60), (50, 70, 220), (210, 200, 50)]
+    names = [f"class-{label}" for label in range(num_classes)]
+    with BetonWriter(path, num_samples=count, class_names=names) as writer:
+        for index in range(count):
+            height, width = sizes[index % len(sizes)]
+            picture = drawn_picture(index, width, height)
+            label = index % num_classes
+            square = Image.new("RGB", (width // 2, height // 2), colours[label % 4])
+            picture.paste(square, (index % (width // 2), index % (height // 2)))
+            data = jpeg_bytes(picture)
+            writer.add(data, height, width, label, f"{names[label]}/{index:03d}.jpg")
+        writer.finalize()
+    return path
+
+
+@pytest.fixture(scope="session")
+def small_beton(tmp_path_factory) -> Path:
+    """64 pictures of 4 classes."""
+    return write_beton(tmp_path_factory.mktemp("data") / "small.beton", 64)

@@ -1,0 +1,113 @@
+"""The `bt-fast` command line. Whatever a user can do wrong ends in one line and a non-zero exit."""
+
+import dataclasses
+import signal
+import sys
+from collections.abc import Sequence
+
+_USAGE = """bt-fast COMMAND [OPTIONS]
+
+Barlow Twins pretraining as fast as the hardware allows.
+
+  pretrain    train an encoder on a .beton
+  eval knn    classify with a trained encoder's features
+
+bt-fast COMMAND --help lists a command's options. bt-convert makes a .beton from an image folder.
+"""
+
+# What may differ when a run is continued: where and how it runs, not what is learned.
+_MAY_CHANGE = {
+    "data",
+    "val_data",
+    "resume",
+    "dry_run",
+    "gpus",
+    "device",
+    "compile",
+    "loader",
+    "workers",
+    "max_steps",
+    "probe_every",
+    "probe_images",
+    "log_every",
+    "save_every",
+    "keep",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the process's exit status."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    commands = {("pretrain",): _pretrain, ("eval", "knn"): _eval_knn}
+    for name, command in commands.items():
+        if tuple(arguments[: len(name)]) == name:
+            try:
+                return command(arguments[len(name) :])
+            except (ValueError, OSError) as error:
+                print(f"bt-fast {' '.join(name)}: {error}", file=sys.stderr)
+                return 2
+            except KeyboardInterrupt:
+                print("interrupted", file=sys.stderr)
+                return 128 + signal.SIGINT
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_USAGE, end="")
+        return 0 if arguments else 2
+    known = ", ".join(" ".join(name) for name in commands)
+    print(
+        f"bt-fast: there is no command {' '.join(arguments[:2])!r}; there is {known}",
+        file=sys.stderr,
+    )
+    return 2
+
+
+def _pretrain(arguments: list[str]) -> int:
+    from bt_fast.train import pretrain
+
+    return pretrain(parse_pretrain(arguments))
+
+
+def parse_pretrain(arguments: list[str]):
+    """Flags -> Config. The defaults are the recipe's, or the resumed run's."""
+    from pathlib import Path
+
+    from bt_fast.config import RECIPES, Config
+    from bt_fast.run_directory import load_config
+    from pipelines.flags import parse_flags
+
+    resume, recipe = _value_of("--resume", arguments), _value_of("--recipe", arguments)
+    saved = load_config(Path(resume)) if resume is not None else None
+    default = saved if saved is not None else RECIPES.get(recipe or "imagenet", Config)()
+    config = parse_flags(Config, "bt-fast pretrain", arguments, default=default)
+    if saved is not None:
+        changed = [
+            f"--{field.name.replace('_', '-')}"
+            for field in dataclasses.fields(Config)
+            if field.name not in _MAY_CHANGE
+            and getattr(config, field.name) != getattr(saved, field.name)
+        ]
+        if changed:
+            raise ValueError(
+                f"{' '.join(changed)} cannot change when a run is resumed, because what it learns"
+                " would differ; leave it out or start a new run"
+            )
+    return config
+
+
+def _value_of(flag: str, arguments: list[str]) -> str | None:
+    """The value of a flag before the parser runs, because it decides the parser's defaults."""
+    for index, argument in enumerate(arguments):
+        name, equals, value = argument.partition("=")
+        if name == flag:
+            return value if equals else next(iter(arguments[index + 1 :]), None)
+    return None
+
+
+def _eval_knn(arguments: list[str]) -> int:
+    from bt_fast.evaluate.command import EvalKnn, run_knn
+    from pipelines.flags import parse_flags
+
+    return run_knn(parse_flags(EvalKnn, "bt-fast eval knn", arguments))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

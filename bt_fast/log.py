@@ -1,0 +1,117 @@
+"""What a person sees of a run, and what it leaves to read: console, metrics.jsonl, TensorBoard.
+
+On a terminal a live line shows progress; elsewhere plain lines appear, at most one in five
+seconds. Every record goes to metrics.jsonl and TensorBoard.
+"""
+
+import json
+import time
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from torch.utils.tensorboard import SummaryWriter
+
+_PLAIN_INTERVAL = 5.0  # seconds between plain lines
+
+
+class RunLog:
+    """Reports of one run; a context manager, so that the terminal is left as it was."""
+
+    def __init__(self, console: Console, folder: Path, first_step: int, last_step: int) -> None:
+        self.console = console
+        self.first_step, self.last_step = first_step, last_step
+        self.started = time.perf_counter()
+        self._file = open(folder / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115
+        self._tensorboard = SummaryWriter(folder / "tensorboard", purge_step=first_step + 1)
+        self._last_plain = 0.0
+        self._progress = Progress(
+            TextColumn("epoch {task.fields[epoch]:.2f}"),
+            BarColumn(),
+            TaskProgressColumn(),
+            TextColumn("{task.fields[text]}"),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._task = self._progress.add_task(
+            "", total=last_step, completed=first_step, epoch=0.0, text=""
+        )
+
+    def __enter__(self) -> "RunLog":
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._progress.stop()
+        self._file.close()
+        self._tensorboard.close()
+
+    def say(self, text: str) -> None:
+        self.console.print(text, highlight=False, markup=False)
+
+    def warn(self, text: str) -> None:
+        self.console.print(f"warning: {text}", style="yellow", highlight=False, markup=False)
+
+    def training(self, record: dict) -> None:
+        """One log line: loss and its parts, rates, speed. `record` holds Python numbers."""
+        self._record("train", record)
+        text = (
+            f"loss {record['loss']:.4g} = on-diagonal {record['invariance']:.4g}"
+            f" + lambda * off-diagonal {record['redundancy']:.4g}"
+            f" | lr {record['lr_weights']:.3g} | {record['images_per_s']:.0f} images/s"
+        )
+        step = record["step"]
+        if self.console.is_terminal:
+            self._progress.update(self._task, completed=step, epoch=record["epoch"], text=text)
+            return
+        now = time.perf_counter()
+        if now - self._last_plain < _PLAIN_INTERVAL and step < self.last_step:
+            return
+        self._last_plain = now
+        left = (now - self.started) / (step - self.first_step) * (self.last_step - step)
+        self.say(
+            f"step {step}/{self.last_step} epoch {record['epoch']:.2f} | {text}"
+            f" | {duration(left)} left"
+        )
+
+    def probe(self, record: dict) -> None:
+        """The kNN accuracies of one moment."""
+        self._record("probe", record)
+        scores = ", ".join(
+            f"k={name.removeprefix('knn_')}: {100 * value:.2f} %"
+            for name, value in record.items()
+            if name.startswith("knn_")
+        )
+        what = "at random initialisation" if record["step"] == 0 else f"epoch {record['epoch']:.4g}"
+        self.say(f"kNN probe, {what}: {scores} ({duration(record['seconds'])})")
+
+    def _record(self, kind: str, record: dict) -> None:
+        self._file.write(json.dumps({"kind": kind, **record}) + "\n")
+        for name, value in record.items():
+            if name not in ("step", "epoch"):
+                self._tensorboard.add_scalar(f"{kind}/{name}", value, record["step"])
+
+
+def summary_table(title: str, rows: dict[str, str]) -> Table:
+    """A two-column table of what a run is."""
+    table = Table(title=title, title_justify="left", show_header=False)
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    for name, value in rows.items():
+        table.add_row(name, value)
+    return table
+
+
+def duration(seconds: float) -> str:
+    """3725 -> "1 h 2 min"."""
+    if seconds < 90:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    if minutes < 60:
+        return f"{minutes} min"
+    hours, minutes = divmod(minutes, 60)
+    if hours < 48:
+        return f"{hours} h {minutes} min"
+    return f"{hours // 24} d {hours % 24} h"

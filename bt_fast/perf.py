@@ -1,0 +1,73 @@
+"""Every performance switch, in one place, applied by a call and never at import."""
+
+from dataclasses import dataclass
+from typing import Literal, TypeVar
+
+import torch
+
+Precision = Literal["auto", "bf16", "fp32"]
+Module = TypeVar("Module", bound=torch.nn.Module)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Performance:
+    """How this process computes; what it computes is the recipe's business."""
+
+    device: torch.device
+    precision: Literal["bf16", "fp32"]
+    compile: bool
+
+    @property
+    def view_dtype(self) -> torch.dtype:
+        """Dtype in which augmentation hands the views to the encoder."""
+        return torch.bfloat16 if self.precision == "bf16" else torch.float32
+
+    def autocast(self) -> torch.autocast:
+        """The context of every forward pass."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
+
+
+def choose(
+    device: Literal["auto", "cpu", "cuda"], precision: Precision, compile: bool | None
+) -> Performance:
+    """Settle what was left to `auto`.
+
+    bf16 where the hardware multiplies it, fp32 elsewhere; torch.compile on CUDA only, because on
+    a CPU compiling takes longer than the runs a CPU is for.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: no usable GPU here; try --device cpu")
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if precision == "auto":
+        has_bf16 = (
+            torch.cuda.is_bf16_supported(including_emulation=False)
+            if device == "cuda"
+            else torch.cpu._is_avx512_bf16_supported()
+        )
+        precision = "bf16" if has_bf16 else "fp32"
+    if compile is None:
+        compile = device == "cuda"
+    return Performance(device=torch.device(device), precision=precision, compile=compile)
+
+
+def apply(performance: Performance) -> None:
+    """Set the process-wide switches."""
+    torch.backends.cudnn.benchmark = True
+    # TF32 for what stays in float32 on a GPU: the loss and what autocast leaves alone.
+    torch.backends.cuda.matmul.allow_tf32 = True
+    torch.backends.cudnn.allow_tf32 = True
+
+
+def prepare(model: Module, performance: Performance) -> Module:
+    """Move a model to its device in channels-last memory and, if so chosen, compile its calls."""
+    model.to(performance.device).to(memory_format=torch.channels_last)
+    if performance.compile:
+        model.compile()
+    return model
+
+
+def synchronise(device: torch.device) -> None:
+    """Wait for the device, for the sake of a clock."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,80 @@
+"""Pictures of a run: the two views of some images, and the curves."""
+
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")  # files only: no display is needed or opened
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+
+from bt_fast.run_directory import read_metrics
+from pipelines.augment import IMAGENET_MEAN, IMAGENET_STD
+
+
+def contact_sheet(view_a: torch.Tensor, view_b: torch.Tensor, path: Path, count: int = 12) -> None:
+    """Draw the first `count` images' views, one above the other, as the encoder gets them.
+
+    view_a, view_b: normalised [n, 3, H, W], any dtype and device.
+    """
+    count = min(count, len(view_a))
+    figure, axes = plt.subplots(
+        2, count, figsize=(1.3 * count, 3.1), squeeze=False, layout="constrained"
+    )
+    for row, (name, views) in enumerate((("view A", view_a), ("view B", view_b))):
+        for column in range(count):
+            axis = axes[row][column]
+            axis.imshow(_pixels(views[column]), interpolation="nearest")
+            axis.set_xticks([])
+            axis.set_yticks([])
+        axes[row][0].set_ylabel(name)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def _pixels(view: torch.Tensor) -> np.ndarray:
+    """Undo the normalisation: [3, H, W] -> uint8 [H, W, 3]."""
+    values = view.detach().float().cpu().permute(1, 2, 0).numpy()
+    values = (values * np.array(IMAGENET_STD) + np.array(IMAGENET_MEAN)) * 255
+    return np.clip(np.rint(np.nan_to_num(values)), 0, 255).astype(np.uint8)
+
+
+def curves(metrics: Path, path: Path) -> None:
+    """Draw what metrics.jsonl tells: loss, its two terms, kNN, learning rate and speed."""
+    records = [record for _, record in read_metrics(metrics)]
+    train = [record for record in records if record["kind"] == "train"]
+    probe = [record for record in records if record["kind"] == "probe"]
+    if not train:
+        return
+    epochs = [record["epoch"] for record in train]
+    figure, axes = plt.subplots(1, 4, figsize=(16, 3.6), layout="constrained")
+
+    axes[0].plot(epochs, [record["loss"] for record in train], label="loss")
+    axes[0].plot(epochs, [record["invariance"] for record in train], label="on-diagonal")
+    axes[0].set_yscale("log")
+    twin = axes[0].twinx()
+    twin.plot(epochs, [record["redundancy"] for record in train], color="C2")
+    twin.set_yscale("log")
+    twin.set_ylabel("off-diagonal", color="C2")
+    axes[0].legend()
+    axes[0].set_title("Barlow Twins loss")
+
+    for name in sorted({key for record in probe for key in record if key.startswith("knn_")}):
+        values = [100 * record[name] for record in probe]
+        label = f"k = {name.removeprefix('knn_')}"
+        axes[1].plot([record["epoch"] for record in probe], values, marker="o", label=label)
+    if probe:
+        axes[1].legend()
+    axes[1].set_title("kNN accuracy, %")
+
+    axes[2].plot(epochs, [record["lr_weights"] for record in train])
+    axes[2].set_title("learning rate (weights)")
+    axes[3].plot(epochs, [record["images_per_s"] for record in train])
+    axes[3].set_ylim(bottom=0)
+    axes[3].set_title("images/s")
+    for axis in axes:
+        axis.set_xlabel("epoch")
+        axis.grid(alpha=0.3)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)

@@ -1,0 +1,131 @@
+"""The folder of one run: made once, continued only when asked, owned by one process.
+
+runs/cifar10-20260101-120000/
+  config.json          the resolved configuration
+  environment.json     versions and hardware, one entry per start
+  views.png            both views of some images
+  metrics.jsonl        one JSON object per log line and probe
+  curves.png           loss, learning rate, kNN, images/s
+  tensorboard/         the same for TensorBoard
+  checkpoints/         see checkpoint.py
+  encoder.safetensors  the trained encoder, torchvision's names
+"""
+
+import fcntl
+import json
+import platform
+import time
+from pathlib import Path
+
+import numpy
+import torch
+import torchvision
+
+from bt_fast import __version__, config
+from bt_fast.config import Config
+from bt_fast.perf import Performance
+from pipelines.atomic import atomic_file
+from pipelines.flags import usable_cores
+
+
+class RunDirectory:
+    """Create a new run's folder, or open the one to resume. Holds a lock while it is open.
+
+    Raises ValueError: a new run's folder is not empty, a resumed one is no run, or another
+    process is using it.
+    """
+
+    def __init__(self, settings: Config) -> None:
+        self.resumed = settings.resume is not None
+        self.path = settings.resume or settings.run_dir or _default_path(settings.recipe)
+        if not self.resumed:
+            if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+                raise ValueError(
+                    f"--run-dir {self.path} is in use; continue it with --resume {self.path}"
+                    " or choose another folder"
+                )
+            self.path.mkdir(parents=True, exist_ok=True)
+        self._lock = open(self.path / ".lock", "w")  # noqa: SIM115 (held until close)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._lock.close()
+            raise ValueError(f"{self.path} is in use by another running process") from None
+        self.write("config.json", config.to_json(settings))
+
+    def write(self, name: str, text: str) -> None:
+        """Replace one of the run's small files as a whole."""
+        with atomic_file(self.path / name, overwrite=True) as file:
+            file.write(text.encode())
+
+    def record_environment(self, performance: Performance) -> None:
+        """Append this start's versions and hardware to environment.json."""
+        path = self.path / "environment.json"
+        starts = json.loads(path.read_text()) if path.exists() else []
+        starts.append(environment(performance))
+        self.write("environment.json", json.dumps(starts, indent=2) + "\n")
+
+    def truncate_metrics(self, step: int) -> None:
+        """Forget what was logged after `step`: a resumed run writes those lines again."""
+        path = self.path / "metrics.jsonl"
+        kept = [line for line, record in read_metrics(path) if record["step"] <= step]
+        self.write("metrics.jsonl", "".join(kept))
+
+    def close(self) -> None:
+        self._lock.close()
+
+    def __enter__(self) -> "RunDirectory":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+
+def read_metrics(path: Path) -> list[tuple[str, dict]]:
+    """The whole lines of a metrics.jsonl, as text and parsed. A torn last line is left out."""
+    found = []
+    if path.exists():
+        for line in path.read_text().splitlines(keepends=True):
+            try:
+                found.append((line, json.loads(line)))
+            except json.JSONDecodeError:
+                break  # a kill tore the line that was being written; nothing follows it
+    return found
+
+
+def load_config(path: Path) -> Config:
+    """The configuration a run was started with. Raises ValueError if there is no run."""
+    file = path / "config.json"
+    if not file.is_file():
+        raise ValueError(f"--resume {path}: no run is there (it has no config.json)")
+    return config.from_json(file.read_text(), file)
+
+
+def environment(performance: Performance) -> dict:
+    """What a figure of this run depends on beside its configuration."""
+    device = performance.device
+    return {
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "bt_fast": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+        "numpy": numpy.__version__,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
+        "cores": usable_cores(),
+        "precision": performance.precision,
+        "compile": performance.compile,
+    }
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def _default_path(recipe: str) -> Path:
+    return Path("runs") / f"{recipe}-{time.strftime('%Y%m%d-%H%M%S')}"

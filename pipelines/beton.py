@@ -1,0 +1,300 @@
+"""The FFCV `.beton` format, version 2: its layout and a bounds-checked reader.
+
+Little-endian (source: ffcv 1.0.2, `types.py`, `writer.py`, `memory_allocator.py`):
+
+    0                24 B    header: version, num_fields, page_size, num_samples, alloc_table_ptr
+    24             1041 B    per field: type, name, 1024 B of arguments
+    24 + 1041 F              metadata: one record per sample; 24 B for the fields (image, label)
+    page-aligned             data: JPEG files or raw RGB pixels; none crosses a page boundary
+    ours only                extras: a CRC-32 per image, source names, class names
+    alloc_table_ptr  24 B    per allocation, to the end of the file: sample_id, ptr, size
+
+The extras make a copied `.beton` lose nothing. Stock FFCV never looks at them: their place is kept
+in the image field's arguments, which its RGBImageField writes as zeros and does not read. They
+carry one checksum over every byte of the file that is not image data, so damage to the tables
+is found when the file is opened, and damage to an image by `checksum_ok`.
+
+A file is untrusted input: the C decoders downstream believe every offset and size. Here all of
+them are checked before any is used, and a wrong one is a `BetonError` that names the file.
+"""
+
+import hashlib
+import mmap
+import os
+import stat
+import zlib
+
+import numpy as np
+
+VERSION = 2
+PAGE_SIZES = tuple(1 << bits for bits in range(21, 32))  # FFCV: 2 MiB to below 4 GiB
+MAX_PIXELS = 1 << 27  # per image: 402 MB as RGB; more is a lie or a decompression bomb
+MAX_CLASSES = 1 << 24  # bounds what a consumer allocates per class
+
+INT, RGB_IMAGE = 1, 2  # field types
+JPEG, RAW = 0, 1  # modes of an image
+MAGIC = b"BTFAST\x00\x01"
+
+HEADER = np.dtype("<u2, <u2, <u4, <u8, <u8")  # the five numbers named above
+ARGUMENTS = 17  # where they begin in a field descriptor
+FIELD = np.dtype([("type_id", "u1"), ("name", "S16"), ("arguments", "V1024")])
+IMAGE = np.dtype([("mode", "u1"), ("width", "<u2"), ("height", "<u2"), ("data_ptr", "<u8")])
+ALLOCATION = np.dtype([("sample_id", "<u8"), ("ptr", "<u8"), ("size", "<u8")])
+EXTRAS = np.dtype(  # at the head of the image field's arguments
+    [
+        ("magic", "V8"),
+        ("crc", "<u4"),  # `tables_crc`
+        ("num_classes", "<u4"),
+        ("ptr", "<u8"),  # uint32 [num_samples] checksums, then names, then class names
+        ("names_size", "<u8"),  # bytes; every name ends with a NUL, which no path contains
+        ("class_names_size", "<u8"),
+    ]
+)
+BYTES = np.dtype([("ptr", "<u8"), ("size", "<u8")])
+# A metadata record's part for a float, integer, image, bytes, array, JSON and tensor field.
+FIELD_RECORDS = dict(enumerate(["<f8", "<i8", IMAGE, BYTES, "<u8", BYTES, "<u8"]))
+
+
+class BetonError(ValueError):
+    """The file is missing, unreadable or not a sound `.beton`; the message names it and why."""
+
+
+def metadata_dtype(type_ids: list[int]) -> np.dtype:
+    """The record of one sample: a C struct with fields f0, f1, ... and C's alignment."""
+    records = [(f"f{index}", FIELD_RECORDS[type_id]) for index, type_id in enumerate(type_ids)]
+    return np.dtype(records, align=True)
+
+
+def tables_crc(header: np.ndarray, fields: np.ndarray, image_field: int, *tables) -> int:
+    """CRC-32 over header, fields (with this very checksum as 0) and `tables`, in this order."""
+    head = bytearray(header.tobytes() + fields.tobytes())
+    position = HEADER.itemsize + image_field * FIELD.itemsize + ARGUMENTS + len(MAGIC)
+    head[position : position + 4] = bytes(4)
+    crc = zlib.crc32(head)
+    for table in tables:
+        crc = zlib.crc32(table.view(np.uint8).data, crc)
+    return crc
+
+
+def content_sha256(metadata: np.ndarray, checksums: np.ndarray) -> str:
+    """Names the contents: SHA-256 (hex) of the metadata table and the images' CRC-32 table."""
+    digest = hashlib.sha256(metadata.view(np.uint8).data)
+    digest.update(checksums.view(np.uint8).data)
+    return digest.hexdigest()
+
+
+class BetonReader:
+    """A memory-mapped `.beton`, validated as a whole when it is opened.
+
+    Attributes: `path`; `labels`, int64 [N], -1 = no class; `num_classes`; `class_names`, a list, or
+    None in a file that does not record them; `page_size`, bytes.
+
+    Reads files of the stock DatasetWriter too: any order and names of fields, others than the
+    image (named "image", else the first of its type) and the label ("label", else the first
+    integer, else -1) are ignored; negative labels read as -1.
+    Opening costs the tables (48 B an image, and the extras of our own files), not the images.
+    Pickling passes the path: a worker process maps the file itself.
+    Raises BetonError. The mapping is only as good as the file: do not truncate it meanwhile.
+    """
+
+    def __init__(self, path: str | os.PathLike):
+        self.path = os.fspath(path)
+        self._bytes = _map(self.path)  # uint8 [file size], read-only
+        self._read_tables()
+        self._locate_images()
+        self._read_extras()
+        self._read_labels()
+
+    def __len__(self) -> int:
+        return len(self._ptrs)
+
+    def __reduce__(self):
+        return type(self), (self.path,)
+
+    def image(self, index: int) -> np.ndarray:
+        """uint8 [bytes], a read-only view into the file: a JPEG, or RGB rows if `is_raw(index)`."""
+        ptr = int(self._ptrs[index])
+        return self._bytes[ptr : ptr + int(self._sizes[index])]
+
+    def label(self, index: int) -> int:
+        """Class of the image, -1 for none."""
+        return int(self.labels[index])
+
+    @property
+    def sizes(self) -> np.ndarray:
+        """int64 [N, 2]: height and width of every image, pixels."""
+        return np.stack([self._images["height"], self._images["width"]], axis=1).astype(np.int64)
+
+    def size(self, index: int) -> tuple[int, int]:
+        """(height, width) in pixels, as the metadata has it; a JPEG's own header may differ."""
+        record = self._images[index]
+        return int(record["height"]), int(record["width"])
+
+    def is_raw(self, index: int) -> bool:
+        """Does the record hold height x width x 3 bytes of RGB instead of a JPEG?"""
+        return int(self._images[index]["mode"]) == RAW
+
+    def name(self, index: int) -> str:
+        """Path of the source file relative to the converted folder, or "record 17"."""
+        index = range(len(self))[index]
+        if self._names is None:
+            return f"record {index}"
+        start = self._name_ends[index - 1] + 1 if index else 0
+        return _text(self._names[start : self._name_ends[index]])
+
+    def checksum_ok(self, index: int) -> bool:
+        """Are the image's bytes those that were written? True where the file has no checksums."""
+        if self._checksums is None:
+            return True
+        return zlib.crc32(self.image(index).data) == int(self._checksums[index])
+
+    def sha256(self) -> str | None:
+        """`content_sha256` of the file (reads no image); None where it has no checksums."""
+        return None if self._checksums is None else content_sha256(self._metadata, self._checksums)
+
+    def _read_tables(self) -> None:
+        """Header, field descriptors, metadata and allocations: views, nothing copied."""
+        self._header = self._view(0, HEADER, 1)
+        version, num_fields, self.page_size, num_samples, self._tables_start = self._header.item()
+        self._require(version == VERSION, "not a .beton file of version 2")
+        self._require(self._tables_start > 0, "its conversion did not finish; convert again")
+        self._require(num_samples > 0, "it holds no images")
+        self._require(self.page_size in PAGE_SIZES, f"impossible page size {self.page_size}")
+
+        self._fields = self._view(HEADER.itemsize, FIELD, num_fields)
+        type_ids = self._fields["type_id"].tolist()
+        names = [name.split(b"\0")[0] for name in self._fields["name"].tolist()]
+        foreign = set(type_ids) - FIELD_RECORDS.keys()
+        self._require(not foreign, f"unknown field types {foreign}: FFCV's own are 0 to 6")
+        self._image_field = _choose(b"image", RGB_IMAGE, names, type_ids)
+        self._label_field = _choose(b"label", INT, names, type_ids)
+        self._require(self._image_field >= 0, "it has no RGB image field")
+
+        metadata_start = HEADER.itemsize + self._fields.nbytes
+        record = metadata_dtype(type_ids)
+        self._metadata = self._view(metadata_start, record, num_samples)
+        self._images = self._metadata[f"f{self._image_field}"]
+        self._data_start = metadata_start + self._metadata.nbytes
+        count, rest = divmod(len(self._bytes) - self._tables_start, ALLOCATION.itemsize)
+        self._require(rest == 0, "truncated, or its allocation table is damaged")
+        plausible = 0 < count <= len(self._metadata) * len(type_ids)  # at most one a field
+        self._require(plausible, f"{count} allocations for {len(self._metadata)} images")
+        self._allocations = self._view(self._tables_start, ALLOCATION, count)
+
+    def _locate_images(self) -> None:
+        """Find every image's bytes; FFCV records their length in the allocation table alone."""
+        allocations = self._allocations[self._allocations["size"] > 0]
+        allocations = allocations[np.argsort(allocations["ptr"], kind="stable")]
+        ptrs, sizes = allocations["ptr"].copy(), allocations["size"].copy()  # uint64, contiguous
+        self._require(len(ptrs), "it holds no image data")
+        # Differences, not sums: a uint64 sum can wrap around.
+        inside = (ptrs >= self._data_start) & (ptrs <= self._tables_start)
+        self._require_all(inside, "an allocation lies outside the data")
+        self._require_all(sizes <= self._tables_start - ptrs, "an allocation ends outside the data")
+        ends = ptrs + sizes
+        one_page = ptrs // self.page_size == (ends - 1) // self.page_size
+        self._require_all(one_page, "an allocation crosses a page boundary")
+        self._require_all(ends[:-1] <= ptrs[1:], "two allocations overlap")
+        self._data_end = int(ends[-1])
+
+        wanted = self._images["data_ptr"]
+        found = np.minimum(np.searchsorted(ptrs, wanted), len(ptrs) - 1)
+        allocated = ptrs[found] == wanted
+        self._require_all(allocated, "an image's bytes are not in the allocation table")
+        own = allocations["sample_id"][found] == np.arange(len(wanted))
+        self._require_all(own, "an image points to the bytes of another")
+        self._ptrs, self._sizes = ptrs[found], sizes[found]
+
+        pixels = self._images["height"].astype(np.uint64) * self._images["width"]
+        self._require_all((pixels > 0) & (pixels <= MAX_PIXELS), "an image has an impossible size")
+        mode = self._images["mode"]
+        self._require_all(mode <= RAW, "an image is neither JPEG nor raw")
+        complete = (mode == JPEG) | (self._sizes == 3 * pixels)
+        self._require_all(complete, "a raw image's length is not height x width x 3")
+
+    def _read_extras(self) -> None:
+        """What our writer adds: checksums, names, classes. Stock files have none of it."""
+        self.class_names: list[str] | None = None
+        self._checksums = self._names = None
+        arguments = self._fields["arguments"][self._image_field].tobytes()
+        if not any(arguments):
+            return
+        extras = np.frombuffer(arguments, EXTRAS, count=1)
+        known = extras["magic"][0].tobytes() == MAGIC
+        self._require(known, "its image field has arguments that neither FFCV nor bt-fast writes")
+        num_classes, start, names_size, class_names_size = (
+            int(extras[key][0]) for key in ("num_classes", "ptr", "names_size", "class_names_size")
+        )
+        names_start, classes_start = 4 * len(self), 4 * len(self) + names_size
+        num_bytes = classes_start + class_names_size
+        inside = self._data_end <= start <= self._tables_start - num_bytes
+        self._require(inside, "its extras lie outside their place")
+        blob = self._view(start, np.dtype(np.uint8), num_bytes)
+        crc = tables_crc(
+            self._header, self._fields, self._image_field, self._metadata, blob, self._allocations
+        )
+        self._require(crc == extras["crc"][0], "its tables are damaged (checksum mismatch)")
+        self._checksums = blob[:names_start].view("<u4")
+        self._names = blob[names_start:classes_start]
+        self._name_ends = np.flatnonzero(self._names == 0)
+        self._require(len(self._name_ends) == len(self), "its list of names is damaged")
+        class_names = blob[classes_start:].tobytes().split(b"\0")[:-1]
+        self._require(len(class_names) == num_classes, "its list of classes is damaged")
+        self.class_names = [_text(name) for name in class_names]
+
+    def _read_labels(self) -> None:
+        self.labels = np.full(len(self), -1, np.int64)
+        if self._label_field >= 0:
+            np.maximum(self._metadata[f"f{self._label_field}"], -1, out=self.labels)
+        highest = int(self.labels.max())
+        limit = MAX_CLASSES if self.class_names is None else len(self.class_names)
+        self._require(highest < limit, f"label {highest} with {limit} classes at most")
+        self.num_classes = highest + 1 if self.class_names is None else limit
+
+    def _view(self, start: int, dtype: np.dtype, count: int) -> np.ndarray:
+        """`count` records of the file from byte `start` on (Python integers: no overflow)."""
+        end = start + count * dtype.itemsize
+        self._require(end <= len(self._bytes), f"truncated: {end} bytes expected at least")
+        return self._bytes[start:end].view(dtype)
+
+    def _require(self, condition: object, reason: str) -> None:
+        if not condition:
+            raise BetonError(f"{self.path}: {reason}")
+
+    def _require_all(self, conditions: np.ndarray, reason: str) -> None:
+        if not conditions.all():
+            raise BetonError(f"{self.path}: {reason} (first: number {int(np.argmin(conditions))})")
+
+
+def _map(path: str) -> np.ndarray:
+    """The file's bytes, uint8, mapped read-only (a private writable map counts as memory)."""
+    try:
+        # Without O_NONBLOCK, opening a named pipe would wait for ever.
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    except FileNotFoundError:
+        raise BetonError(f"{path}: no such file; make one with: bt-convert FOLDER {path}") from None
+    except (OSError, ValueError) as error:
+        raise BetonError(f"{path!r}: cannot be opened: {error}") from None
+    try:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise BetonError(f"{path}: not a file")
+        if status.st_size < HEADER.itemsize:
+            raise BetonError(f"{path}: too short ({status.st_size} bytes) to be a .beton file")
+        return np.frombuffer(mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ), np.uint8)
+    except OSError as error:
+        raise BetonError(f"{path}: cannot be mapped: {error}") from None
+    finally:
+        os.close(descriptor)
+
+
+def _choose(name: bytes, type_id: int, names: list[bytes], type_ids: list[int]) -> int:
+    """Index of the field of this type with this name, else of the first of the type, else -1."""
+    candidates = [index for index, kind in enumerate(type_ids) if kind == type_id]
+    named = [index for index in candidates if names[index] == name]
+    return next(iter(named + candidates), -1)
+
+
+def _text(name: np.ndarray | bytes) -> str:
+    """Paths need not be UTF-8; what is printed and compared must be."""
+    return bytes(name).decode("utf-8", "backslashreplace")

@@ -1,0 +1,59 @@
+"""Command lines: tyro reads the flags into a dataclass; its framed complaints become one line."""
+
+import contextlib
+import io
+import os
+import re
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+import tyro
+
+Options = TypeVar("Options")
+
+_FRAME = " \t│╭╮╰╯─|+-"
+
+
+def usable_cores() -> int:
+    """Cores this process may run on; containers and batch systems often grant fewer than exist."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def parse_flags(
+    kind: type[Options],
+    prog: str,
+    arguments: Sequence[str] | None,
+    *,
+    default: Options | None = None,
+    config: Sequence[Any] = (),
+) -> Options:
+    """Fill the dataclass `kind` from flags (default: the process's); `--help` prints and exits 0.
+
+    Raises ValueError with a one-line message for flags that do not fit.
+    """
+    complaint = io.StringIO()
+    optional: dict[str, Any] = {} if default is None else {"default": default}
+    try:
+        with contextlib.redirect_stderr(complaint):
+            return tyro.cli(kind, prog=prog, args=arguments, config=tuple(config), **optional)
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        raise ValueError(f"{_one_line(complaint.getvalue())}; see {prog} --help") from None
+
+
+def _one_line(framed: str) -> str:
+    """The message in tyro's frame and the flag it suggests; rules divide title, message, help."""
+    sections: list[list[str]] = [[]]
+    for number, line in enumerate(framed.splitlines()):
+        text = line.strip(" \t│╭╮╰╯─|+")
+        if set(text) <= set(_FRAME) or number == 0:  # a rule, or the title's line
+            sections.append([])
+        else:
+            sections[-1].append(text)
+    parts = [" ".join(section) for section in sections if section]
+    if not parts:
+        return framed.strip()
+    message = parts[0].removeprefix("Error parsing ").rstrip(".")
+    suggested = re.search(r"Perhaps you meant:\s+(--[\w.-]+)", " ".join(parts[1:]))
+    return f"{message}; perhaps you meant {suggested[1]}" if suggested else message

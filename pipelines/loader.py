@@ -1,0 +1,227 @@
+"""Two views of every image, from a `.beton` to uint8 tensors: the loader contract and `native`.
+
+A loader yields a `Batch` for every global step. Step s is batch s mod S of epoch s // S, S being
+the number of full batches in the epoch's order; rank r of W takes the r-th of W equal slices. So
+resuming is a start at another step, and nothing is read for the steps left out.
+
+The native loader needs no compiled extension of its own: the file is memory-mapped, threads
+decode each JPEG once (libjpeg-turbo) and cut both crops from it (torch's antialiased bicubic on
+uint8); both let go of the interpreter lock. Results go straight into the batch's memory, which
+is page-locked when a GPU is to read it. `prefetch` batches are in the making while one is used,
+also across the end of an epoch.
+"""
+
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import simplejpeg
+import torch
+
+from pipelines.beton import BetonReader
+from pipelines.crop import RandomResizedCrop, center_boxes, crop_and_resize, random_boxes
+from pipelines.order import epoch_order, view_keys
+
+_IMAGES_PER_TASK = 4  # few enough to share a batch evenly, enough to hide the cost of a task
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Batch:
+    """One rank's share of one global batch, n images."""
+
+    step: int
+    samples: np.ndarray  # int64 [n]: their numbers in the file
+    keys: tuple[np.ndarray, np.ndarray]  # uint64 [n] each: what the views' augmentation draws from
+    views: tuple[torch.Tensor, torch.Tensor]  # uint8 [n, size, size, 3] each, on the CPU
+
+
+class NativeLoader:
+    """Random resized crops of a `.beton`, two per image.
+
+    Args:
+        reader: the data.
+        crop: size and shape of the crops.
+        batch_size: the global batch, shared equally by the ranks.
+        seed: of the order and the views.
+        num_threads: decoding threads of this rank.
+        prefetch: batches prepared ahead.
+        pin_memory: put batches in page-locked memory, for copies that overlap GPU work.
+    Raises:
+        ValueError: fewer images than a batch, or a batch the ranks cannot share equally. While
+            iterating: an image that does not decode or differs from its checksum, by name.
+    """
+
+    def __init__(
+        self,
+        reader: BetonReader,
+        crop: RandomResizedCrop,
+        *,
+        batch_size: int,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        num_threads: int = 2,
+        prefetch: int = 3,
+        pin_memory: bool = False,
+    ) -> None:
+        if batch_size < 1 or batch_size % world_size:
+            raise ValueError(f"--batch-size {batch_size} does not divide by {world_size} ranks")
+        if batch_size > len(reader):
+            raise ValueError(
+                f"--batch-size {batch_size} is more than the {len(reader)} images of {reader.path};"
+                " a batch is always full, so choose a smaller one"
+            )
+        self.reader = reader
+        self.sizes = reader.sizes  # int64 [N, 2]
+        self.crop = crop
+        self.batch_size = batch_size
+        self.seed = seed
+        self.share = slice(batch_size // world_size * rank, batch_size // world_size * (rank + 1))
+        self.steps_per_epoch = len(reader) // batch_size
+        self.cutter = CropCutter(reader, num_threads, prefetch, pin_memory)
+
+    def batches(self, first_step: int, last_step: int) -> Iterator[Batch]:
+        """This rank's batches of the global steps first_step .. last_step - 1."""
+        waiting: deque[tuple] = deque()  # step, samples and keys of the batches being cut
+
+        def requests():
+            order, order_epoch = np.empty(0, np.int64), -1
+            for step in range(first_step, last_step):
+                epoch, batch = divmod(step, self.steps_per_epoch)
+                if epoch != order_epoch:
+                    order, order_epoch = epoch_order(len(self.reader), self.seed, epoch), epoch
+                start = batch * self.batch_size
+                samples = order[start : start + self.batch_size][self.share]
+                sizes = self.sizes[samples].T  # [2, n]: heights, widths
+                keys = [
+                    view_keys(samples, seed=self.seed, epoch=epoch, view=view) for view in (0, 1)
+                ]
+                boxes = [random_boxes(self.crop, key, *sizes) for key in keys]
+                waiting.append((step, samples, keys))
+                yield samples, np.stack(boxes, axis=1)
+
+        for crops in self.cutter.cut(requests(), self.crop.size):
+            step, samples, keys = waiting.popleft()
+            yield Batch(
+                step=step,
+                samples=samples,
+                keys=(keys[0], keys[1]),
+                views=(crops[0], crops[1]),
+            )
+
+
+class CropCutter:
+    """Threads that decode each image once and cut any number of boxes from it."""
+
+    def __init__(
+        self, reader: BetonReader, num_threads: int, prefetch: int = 3, pin_memory: bool = False
+    ) -> None:
+        self.reader = reader
+        self.prefetch = max(prefetch, 1)
+        self.pin_memory = pin_memory
+        self.checked = np.zeros(len(reader), bool)  # records whose checksum was right once
+        # One core per thread. The first call settles how many the *main* thread uses: torch
+        # would otherwise take the worker's 1 for every thread that has not asked yet.
+        torch.get_num_threads()
+        self.pool = ThreadPoolExecutor(
+            num_threads, "bt-fast-decode", initializer=torch.set_num_threads, initargs=(1,)
+        )
+
+    def cut(
+        self, requests: Iterable[tuple[np.ndarray, np.ndarray]], size: int
+    ) -> Iterator[torch.Tensor]:
+        """For each (samples int64[n], boxes int64[n, k, 4]): uint8 [k, n, size, size, 3]."""
+        pending: deque[tuple[torch.Tensor, list[Future]]] = deque()
+        requests = iter(requests)
+        try:
+            while True:
+                while len(pending) <= self.prefetch and (request := next(requests, None)):
+                    pending.append(self._submit(*request, size))
+                if not pending:
+                    return
+                crops, tasks = pending.popleft()
+                for task in tasks:
+                    task.result()
+                yield crops
+        finally:
+            for _, tasks in pending:
+                for task in tasks:
+                    task.cancel()
+
+    def _submit(self, samples: np.ndarray, boxes: np.ndarray, size: int):
+        n, views, _ = boxes.shape
+        crops = torch.empty(
+            (views, n, size, size, 3), dtype=torch.uint8, pin_memory=self.pin_memory
+        )
+        tasks = [
+            self.pool.submit(self._cut_some, samples, boxes, crops, first)
+            for first in range(0, n, _IMAGES_PER_TASK)
+        ]
+        return crops, tasks
+
+    def _cut_some(
+        self, samples: np.ndarray, boxes: np.ndarray, crops: torch.Tensor, first: int
+    ) -> None:
+        size = crops.shape[2]
+        for row in range(first, min(first + _IMAGES_PER_TASK, len(samples))):
+            image = self._decode(int(samples[row]))
+            for view in range(boxes.shape[1]):
+                crops[view, row] = crop_and_resize(image, boxes[row, view], size)
+
+    def _decode(self, sample: int) -> torch.Tensor:
+        """One record -> uint8 [3, H, W], channels-last in memory."""
+        if not self.checked[sample]:
+            if not self.reader.checksum_ok(sample):
+                raise ValueError(
+                    f"{self._title(sample)} is not what was converted (its checksum differs);"
+                    " convert the data again"
+                )
+            self.checked[sample] = True
+        height, width = self.reader.size(sample)
+        data = self.reader.image(sample)
+        if self.reader.is_raw(sample):
+            pixels = np.array(data).reshape(height, width, 3)
+        else:
+            try:
+                pixels = simplejpeg.decode_jpeg(data, "RGB", fastdct=False, fastupsample=False)
+            except ValueError as error:
+                raise ValueError(
+                    f"{self._title(sample)} does not decode ({error}); convert the data again"
+                ) from None
+            if pixels.shape[:2] != (height, width):
+                raise ValueError(
+                    f"{self._title(sample)} is {pixels.shape[1]}x{pixels.shape[0]} but was"
+                    f" recorded as {width}x{height}; convert the data again"
+                )
+        return torch.from_numpy(pixels).permute(2, 0, 1)
+
+    def _title(self, sample: int) -> str:
+        return f"image {sample} ({self.reader.name(sample)}) of {self.reader.path}"
+
+
+def center_crops(
+    reader: BetonReader,
+    samples: np.ndarray,
+    *,
+    size: int,
+    share: float,
+    batch_size: int = 256,
+    num_threads: int = 2,
+    pin_memory: bool = False,
+) -> Iterator[torch.Tensor]:
+    """Central crops for evaluation, in the order of `samples`: uint8 [n, size, size, 3] each.
+
+    share: side of the crop as a part of the image's short side; 0.875 is "resize 256, crop 224".
+    """
+    boxes = center_boxes(share, *reader.sizes[samples].T)[:, None]  # [n, 1, 4]
+
+    def requests():
+        for start in range(0, len(samples), batch_size):
+            chosen = slice(start, start + batch_size)
+            yield samples[chosen], boxes[chosen]
+
+    cutter = CropCutter(reader, num_threads, pin_memory=pin_memory)
+    for crops in cutter.cut(requests(), size):
+        yield crops[0]

@@ -1,0 +1,166 @@
+"""What a conversion tells: lines and a progress bar while it runs, a JSON file when it is done."""
+
+import json
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
+
+import pipelines
+from pipelines.atomic import atomic_file
+from pipelines.beton import VERSION
+from pipelines.sources import JPEG_EXTENSIONS, Prepared, Split
+
+SECONDS_BETWEEN_LINES = 5
+
+
+class Report:
+    """Counts of one output file, and what happened to which source file.
+
+    Saved as `out.beton.json`. `checksum` is `beton.content_sha256`: SHA-256 over the metadata
+    table and the table of the images' CRC-32, which `BetonReader.sha256()` gives again.
+    """
+
+    def __init__(self, source: Path, split: Split):
+        self.source = source
+        self.split = split
+        self.actions: Counter[str] = Counter()  # kept, resized, reencoded
+        self.samples_per_class: Counter[int] = Counter()
+        self.repairs: list[dict[str, str]] = []
+        self.rejects = [{"path": path, "reason": reason} for path, reason in split.problems]
+        self.bytes_in = self.bytes_out = self.longest_side = 0
+        self.checksum = ""
+
+    @property
+    def num_images(self) -> int:
+        return self.actions.total()
+
+    def accept(self, path: str, label: int, image: Prepared, bytes_in: int) -> None:
+        """Count an image that was stored."""
+        action, _, why = image.action.partition(" ")
+        self.actions[action] += 1
+        self.samples_per_class[label] += 1
+        self.bytes_in += bytes_in
+        self.bytes_out += len(image.jpeg)
+        self.longest_side = max(self.longest_side, image.height, image.width)
+        # A PNG named .png is simply another format; one named .jpg was repaired.
+        if action == "reencoded" and Path(path).suffix.lower() in JPEG_EXTENSIONS:
+            self.repairs.append({"path": path, "why": why.strip("()")})
+
+    def reject(self, path: str, reason: str) -> None:
+        """Note a file that cannot be stored."""
+        self.rejects.append({"path": path, "reason": reason})
+
+    def show_problems(self) -> None:
+        """List what the user should know of the source: all broken files, on stderr."""
+        for reason, count in self.split.ignored.items():
+            if count:
+                say(f"Ignored in {self.split.root}: {count} {reason}")
+        present = set(self.split.labels)
+        empty = [name for label, name in enumerate(self.split.class_names) if label not in present]
+        if empty:
+            shown = ", ".join(empty[:10]) + (", ..." if len(empty) > 10 else "")
+            say(f"Without images, but kept as classes, in {self.split.root}: {shown}")
+        for reject in self.rejects:
+            say(f"Broken: {self.split.root / reject['path']}: {reject['reason']}", file=sys.stderr)
+
+    def summary(self) -> str:
+        """One line."""
+        parts = [f"{count:,} {action}" for action, count in sorted(self.actions.items())]
+        if self.rejects:
+            parts.append(f"{len(self.rejects):,} broken left out")
+        classes = len(self.split.class_names)
+        return (
+            f"{self.num_images:,} images ({', '.join(parts)}), {classes:,} classes, "
+            f"{self.bytes_out / 1e9:.2f} GB from {self.bytes_in / 1e9:.2f} GB"
+        )
+
+    def save(self, out: Path, max_side: int) -> None:
+        """Write `out`.json, atomically."""
+        names = self.split.class_names
+        content = {
+            "format": "beton",
+            "format_version": VERSION,
+            "bt_fast_version": _bt_fast_version(),
+            "source": str(self.source),
+            "max_side": max_side,
+            "checksum": f"sha256:{self.checksum}",
+            "num_images": self.num_images,
+            "num_classes": len(names),
+            "actions": dict(self.actions),
+            "bytes_in": self.bytes_in,
+            "bytes_out": self.bytes_out,
+            "longest_side": self.longest_side,
+            "classes": names,
+            "samples_per_class": [self.samples_per_class[label] for label in range(len(names))],
+            "ignored": dict(+self.split.ignored),
+            "repairs": self.repairs,
+            "rejects": self.rejects,
+        }
+        with atomic_file(out.with_name(out.name + ".json"), overwrite=True) as file:
+            file.write(json.dumps(content, indent=1).encode() + b"\n")
+
+
+def say(text: str, file=None) -> None:
+    """Print one line. File names are anybody's text: what cannot be shown is escaped."""
+    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    stream = file or sys.stdout
+    encoding = stream.encoding or "utf-8"
+    print(shown.encode(encoding, "backslashreplace").decode(encoding), file=stream, flush=True)
+
+
+@contextmanager
+def progress(title: str, total: int) -> Iterator[Callable[[], None]]:
+    """Yield a function to call once per image: a bar on a terminal, else a line now and then."""
+    console = Console()
+    if not console.is_terminal:
+        yield _line_progress(title, total)
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Rate())
+    with Progress(*columns, TimeRemainingColumn(), TextColumn("left"), console=console) as bar:
+        task = bar.add_task(title, total=total)
+        yield lambda: bar.advance(task)
+
+
+def _line_progress(title: str, total: int) -> Callable[[], None]:
+    start = last = time.monotonic()
+    done = 0
+
+    def advance() -> None:
+        nonlocal done, last
+        done += 1
+        now = time.monotonic()
+        if now - last >= SECONDS_BETWEEN_LINES or done == total:
+            last = now
+            rate = done / max(now - start, 1e-9)
+            minutes, seconds = divmod(round((total - done) / rate), 60)
+            left = f"{minutes}:{seconds:02} left" if done < total else "done"
+            say(f"{title}: {done:,} of {total:,} images, {rate:,.0f} images/s, {left}")
+
+    return advance
+
+
+class _Rate(ProgressColumn):
+    def render(self, task) -> Text:
+        return Text(f"{task.speed or 0:,.0f} images/s")
+
+
+def _bt_fast_version() -> str:
+    try:
+        return version("bt-fast")
+    except PackageNotFoundError:  # run from a checkout
+        return pipelines.__version__

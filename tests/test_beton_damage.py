@@ -1,0 +1,256 @@
+"""No `.beton`, however damaged or malicious, is read wrongly, crashes us or passes unnoticed."""
+
+import os
+import struct
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+from sample_beton import NUM_IMAGES, PAGE_SIZE, write_sample
+
+from pipelines.beton import EXTRAS, FIELD, HEADER, BetonError, BetonReader, tables_crc
+from pipelines.beton_writer import BetonWriter
+
+
+@pytest.fixture
+def ours(tmp_path) -> Path:
+    write_sample(tmp_path / "ours.beton", page_size=PAGE_SIZE)
+    return tmp_path / "ours.beton"
+
+
+@contextmanager
+def edited(path: Path, edits: dict[int, bytes], size: int | None = None):
+    """Change bytes in place, and the length; put everything back afterwards."""
+    original = path.read_bytes()
+    with open(path, "r+b") as file:
+        for offset, content in edits.items():
+            file.seek(offset)
+            file.write(content)
+    if size is not None:
+        os.truncate(path, size)
+    try:
+        yield
+    finally:
+        with open(path, "r+b") as file:
+            for offset, content in edits.items():
+                file.seek(offset)
+                file.write(original[offset : offset + len(content)])
+            if size is not None:
+                file.seek(min(size, len(original)))
+                file.write(original[size:])
+                file.truncate(len(original))
+
+
+def contents(reader: BetonReader) -> list[tuple]:
+    """Everything the reader tells, so every byte it vouches for is touched."""
+    return [
+        (
+            reader.image(index).tobytes(),
+            reader.label(index),
+            reader.size(index),
+            reader.name(index),
+            reader.is_raw(index),
+        )
+        for index in range(len(reader))
+    ]
+
+
+def regions(path: Path) -> list[tuple[int, int]]:
+    """(start, end) of the header, the fields, the metadata, the data, the extras, the rest."""
+    raw = path.read_bytes()
+    tables = np.frombuffer(raw, HEADER, 1).item()[4]
+    fields_end = HEADER.itemsize + 2 * FIELD.itemsize
+    extras = int(np.frombuffer(raw, EXTRAS, 1, HEADER.itemsize + 17)["ptr"][0]) or tables
+    metadata_end = fields_end + 24 * NUM_IMAGES
+    data = PAGE_SIZE, PAGE_SIZE + sum(BetonReader(path)._sizes.tolist())
+    return [
+        (0, HEADER.itemsize),
+        (HEADER.itemsize, HEADER.itemsize + 17 + EXTRAS.itemsize + 8),
+        (HEADER.itemsize + FIELD.itemsize, HEADER.itemsize + FIELD.itemsize + 17),
+        (fields_end, metadata_end),
+        data,
+        (extras, tables),
+        (tables, len(raw)),
+    ]
+
+
+def random_edit(generator: np.random.Generator, raw: bytes, places) -> dict[int, bytes]:
+    """One to three changes: a bit flipped, a byte, a field of 2, 4 or 8 set to a telling value."""
+    edits = {}
+    for _ in range(generator.integers(1, 4)):
+        start, end = places[generator.integers(len(places))]
+        offset = int(generator.integers(start, max(end, start + 1)))
+        width = int(generator.choice([1, 1, 2, 4, 8]))
+        value = int(
+            generator.choice(
+                [0, 1, 2**7, 2**16 - 1, 2**31, 2**32 - 1, 2**63 - 1, len(raw), PAGE_SIZE],
+            )
+        )
+        if generator.random() < 0.5:
+            content = bytes([raw[offset % len(raw)] ^ 1 << int(generator.integers(8))])
+        else:
+            content = value.to_bytes(8, "little")[:width]
+        edits[min(offset, len(raw) - len(content))] = content
+    return edits
+
+
+def test_damage_to_our_file_is_found(ours):
+    """2,000 damaged files: refused, or every record is as it was or fails its checksum."""
+    raw, places, expected = ours.read_bytes(), regions(ours), contents(BetonReader(ours))
+    generator, refused, flagged = np.random.default_rng(0), 0, 0
+    for _ in range(2000):
+        with edited(ours, random_edit(generator, raw, places)):
+            try:
+                reader = BetonReader(ours)
+            except BetonError as error:
+                assert str(ours) in str(error)
+                refused += 1
+                continue
+            assert len(reader) == NUM_IMAGES
+            for index, record in enumerate(contents(reader)):
+                if not reader.checksum_ok(index):
+                    flagged += 1
+                    record = (expected[index][0], *record[1:])
+                assert record == expected[index]
+    assert refused > 1000 and flagged > 50
+
+
+@pytest.mark.parametrize("kind", ["stock", "forged"])
+def test_lies_without_or_with_a_right_checksum(ours, kind):
+    """2 x 1,000 files whose tables lie: refused, or every record lies within the file."""
+    if kind == "stock":  # what FFCV writes: no arguments, hence no checksum to help us
+        with open(ours, "r+b") as file:
+            file.seek(HEADER.itemsize + 17)
+            file.write(bytes(1024))
+    raw, places = ours.read_bytes(), regions(ours)
+    generator, refused, opened = np.random.default_rng(1), 0, 0
+    for _ in range(1000):
+        edits = random_edit(generator, raw, places)
+        with edited(ours, edits | (forged(raw, edits) if kind == "forged" else {})):
+            try:
+                reader = BetonReader(ours)
+            except BetonError as error:
+                assert "checksum" not in str(error)
+                refused += 1
+                continue
+            opened += 1
+            assert len(contents(reader)) == len(reader) <= NUM_IMAGES
+            assert all(image.size for image in map(reader.image, range(len(reader))))
+            assert reader.labels.min() >= -1 and reader.labels.max() < reader.num_classes
+    assert refused > 100 and opened > 50
+
+
+def forged(raw: bytes, edits: dict[int, bytes]) -> dict[int, bytes]:
+    """The edit that makes the checksum right for an edited file, where there is one to be had."""
+    changed = bytearray(raw)
+    for offset, content in edits.items():
+        changed[offset : offset + len(content)] = content
+    header = np.frombuffer(changed, HEADER, 1)
+    extras = np.frombuffer(changed, EXTRAS, 1, HEADER.itemsize + 17)
+    _, _, _, count, tables = header.item()
+    start = int(extras["ptr"][0])
+    length = 4 * count + int(extras["names_size"][0]) + int(extras["class_names_size"][0])
+    metadata_start = HEADER.itemsize + 2 * FIELD.itemsize
+    parts = (metadata_start, 24 * count), (start, length), (tables, max(len(raw) - tables, 0))
+    if any(begin + size > len(raw) for begin, size in parts):
+        return {}
+    fields = np.frombuffer(changed, FIELD, 2, HEADER.itemsize)
+    views = [np.frombuffer(changed, np.uint8, size, begin) for begin, size in parts]
+    crc = tables_crc(header, fields, 0, *views)
+    return {HEADER.itemsize + 17 + 8: struct.pack("<I", crc)}
+
+
+def test_truncated_files_are_refused(ours):
+    size = ours.stat().st_size
+    cuts = np.random.default_rng(2).integers(0, size, 300).tolist()
+    for cut in [*range(0, 64), *cuts, *range(size - 64, size)]:
+        with edited(ours, {}, size=cut), pytest.raises(BetonError, match=r"ours\.beton"):
+            BetonReader(ours)
+    assert len(BetonReader(ours)) == NUM_IMAGES
+
+
+HUGE = (1 << 64) - 1
+METADATA = HEADER.itemsize + 2 * FIELD.itemsize
+IMAGE_TYPE, LABEL_TYPE = HEADER.itemsize, HEADER.itemsize + FIELD.itemsize
+
+
+@pytest.mark.parametrize(
+    "offset,layout,value,message",
+    [
+        (0, "<H", 3, "version 2"),
+        (2, "<H", 0, "no RGB image field"),
+        (2, "<H", 65535, "truncated"),
+        (4, "<I", 0, "page size"),
+        (4, "<I", (2 << 20) + 1, "page size"),
+        (4, "<I", 4 << 20, None),  # true as well: what fits a page fits one of twice the size
+        (8, "<Q", 0, "no images"),
+        (8, "<Q", HUGE, "truncated"),
+        (8, "<Q", NUM_IMAGES + 1, "allocation"),
+        (8, "<Q", 1 << 40, "truncated"),
+        (16, "<Q", 0, "did not finish"),
+        (16, "<Q", HUGE, "allocation"),
+        (IMAGE_TYPE, "<B", 255, "field types"),
+        (IMAGE_TYPE, "<B", 1, "no RGB image field"),
+        (METADATA, "<B", 2, "neither JPEG nor raw"),
+        (METADATA, "<B", 1, "height x width x 3"),
+        (METADATA + 1, "<H", 0, "impossible size"),
+        (METADATA + 1, "<I", 0xFFFFFFFF, "impossible size"),
+        (METADATA + 5, "<Q", 0, "not in the allocation table"),
+        (METADATA + 5, "<Q", HUGE, "not in the allocation table"),
+        (METADATA + 16, "<q", 1 << 40, "label"),
+        (METADATA + 16, "<q", -7, None),  # no class, as other tools write it
+        ("tables+0", "<Q", 1, "bytes of another"),
+        ("tables+8", "<Q", 0, "outside the data"),
+        ("tables+8", "<Q", HUGE, "outside the data"),
+        ("tables+16", "<Q", HUGE, "ends outside"),
+        ("tables+16", "<Q", HUGE - PAGE_SIZE + 2, "ends outside"),  # the sum wraps around
+        ("tables+16", "<Q", 1 << 20, "overlap"),
+        ("tables+16", "<Q", PAGE_SIZE + 1, "page boundary"),
+    ],
+)
+def test_each_lie_is_named(ours, offset, layout, value, message):
+    with open(ours, "r+b") as file:  # without the checksum, which would find all of these
+        file.seek(HEADER.itemsize + 17)
+        file.write(bytes(1024))
+    if isinstance(offset, str):
+        offset = regions(ours)[-1][0] + int(offset.removeprefix("tables"))
+    with edited(ours, {offset: struct.pack(layout, value)}):
+        if message is None:
+            assert len(BetonReader(ours)) == NUM_IMAGES
+        else:
+            with pytest.raises(BetonError, match=message):
+                BetonReader(ours)
+
+
+def test_what_is_not_a_beton_file(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "empty").touch()
+    (tmp_path / "text").write_text("hello " * 100)
+    (tmp_path / "loop").symlink_to("loop")
+    for name in (".", "pipe", "empty", "text", "loop", "missing", "text/under", "nul\0"):
+        with pytest.raises(BetonError) as caught:
+            BetonReader(tmp_path / name)
+        message = str(caught.value)
+        assert str(tmp_path) in message and "\n" not in message
+
+
+def test_unfinished_files_are_refused(tmp_path):
+    """What a killed conversion leaves, should someone rename it."""
+    path = tmp_path / "out.beton"
+    with BetonWriter(path, num_samples=10) as writer:
+        for index in range(10):
+            writer.add(os.urandom(1 << 20), 1, 1, -1, f"{index}")
+        writer._file.flush()
+        (copy,) = tmp_path.glob("out.beton.tmp-*")
+        unfinished = copy.read_bytes()
+    path.write_bytes(unfinished)
+    with pytest.raises(BetonError, match="version 2"):
+        BetonReader(path)
+
+
+def test_a_damaged_image_is_flagged(ours):
+    start = ours.read_bytes().index(BetonReader(ours).image(5).tobytes())
+    with edited(ours, {start + 100: b"\x00\x01\x02\x03"}):
+        reader = BetonReader(ours)
+        assert [index for index in range(NUM_IMAGES) if not reader.checksum_ok(index)] == [5]

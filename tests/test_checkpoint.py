@@ -1,0 +1,107 @@
+"""Checkpoints: exact, whole or absent, and passed over when damaged."""
+
+import json
+import os
+
+import pytest
+import torch
+
+from bt_fast import checkpoint
+from bt_fast.lars import LARS
+from bt_fast.model import BarlowTwins, flatten_batch_statistics
+
+
+def trained(steps: int = 2, seed: int = 0):
+    torch.manual_seed(seed)
+    model = BarlowTwins("resnet18", (8, 8)).to(memory_format=torch.channels_last)
+    flatten_batch_statistics(model)
+    optimizer = LARS(model.parameters(), 0.1)
+    for _ in range(steps):
+        model(torch.randn(2, 3, 32, 32)).square().sum().backward()
+        optimizer.step()
+    return model, optimizer
+
+
+def save(folder, step, model, optimizer, keep=2):
+    return checkpoint.save(folder, step, model, optimizer, {"note": "x"}, keep=keep)
+
+
+def same(a, b) -> bool:
+    models = zip(a[0].state_dict().values(), b[0].state_dict().values(), strict=True)
+    momenta = (
+        (a[1].state[p]["momentum"], b[1].state[q]["momentum"])
+        for p, q in zip(a[0].parameters(), b[0].parameters(), strict=True)
+    )
+    return all(torch.equal(x, y) for x, y in (*models, *momenta))
+
+
+def test_restoring_gives_the_same_tensors(tmp_path):
+    source, target = trained(), trained(steps=1, seed=1)
+    save(tmp_path, 7, *source)
+    found, problems = checkpoint.newest(tmp_path)
+    assert found.step == 7 and found.facts == {"note": "x"} and not problems
+    assert not same(source, target)
+    found.restore(*target)
+    assert same(source, target)
+
+
+def test_the_newest_ones_are_kept(tmp_path):
+    state = trained()
+    for step in (5, 9, 10, 100):
+        save(tmp_path, step, *state, keep=2)
+    names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert names == ["step-00000010", "step-00000100"]
+
+
+@pytest.mark.parametrize(
+    "file,damage",
+    [
+        ("model.safetensors", lambda data: data[:-1]),
+        ("model.safetensors", lambda data: data[:5000] + b"\x01" + data[5001:]),
+        ("optimizer.safetensors", lambda data: b""),
+        ("state.json", lambda data: data[: len(data) // 2]),
+        ("state.json", lambda data: b"[]"),
+        ("state.json", None),
+    ],
+)
+def test_a_damaged_checkpoint_is_passed_over_by_name(tmp_path, file, damage):
+    state = trained()
+    save(tmp_path, 1, *state)
+    path = save(tmp_path, 2, *state) / file
+    path.unlink() if damage is None else path.write_bytes(damage(path.read_bytes()))
+    found, problems = checkpoint.newest(tmp_path)
+    assert found.step == 1
+    assert len(problems) == 1 and problems[0].startswith("step-00000002: ")
+
+
+def test_a_failed_save_leaves_the_old_checkpoints(tmp_path, monkeypatch):
+    state = trained()
+    save(tmp_path, 1, *state)
+
+    def fail(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "rename", fail)
+    with pytest.raises(OSError, match="No space"):
+        save(tmp_path, 2, *state)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000001"]
+    assert checkpoint.newest(tmp_path)[0].step == 1
+
+
+def test_a_torn_temporary_is_never_read(tmp_path):
+    state = trained()
+    path = save(tmp_path, 3, *state)
+    os.rename(path, path.with_name("step-00000004.tmp"))
+    assert checkpoint.newest(tmp_path) == (None, [])
+
+
+def test_another_models_checkpoint_is_refused(tmp_path):
+    save(tmp_path, 1, *trained())
+    other = BarlowTwins("resnet18", (8, 16))
+    with pytest.raises(ValueError, match="another model"):
+        checkpoint.newest(tmp_path)[0].restore(other, LARS(other.parameters(), 0.1))
+
+
+def test_state_is_json_that_a_person_can_read(tmp_path):
+    state = json.loads((save(tmp_path, 3, *trained()) / "state.json").read_text())
+    assert state["step"] == 3 and set(state["files"]) == set(checkpoint._FILES)

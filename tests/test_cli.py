@@ -1,0 +1,134 @@
+"""The command line: every mistake is one clear line and a non-zero exit; nothing is overwritten."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from bt_fast.cli import main, parse_pretrain
+from bt_fast.config import RECIPES, from_json, to_json
+
+
+@pytest.mark.parametrize(
+    "flags,message",
+    [
+        (["--data", "nowhere.beton"], "--data nowhere.beton does not exist"),
+        (["--val-data", "nowhere.beton"], "--val-data nowhere.beton does not exist"),
+        (["--batch-size", "0"], "--batch-size must be at least 1, got 0"),
+        (["--batch-size", "1"], "--batch-size must be at least 2"),
+        (["--batch-size", "65"], "--batch-size 65 is more than the 64 images"),
+        (["--epochs", "0"], "--epochs must be at least 1"),
+        (["--lr-weights", "0"], "--lr-weights must be positive"),
+        (["--min-scale", "1.5"], "--min-scale must be in (0, 1]"),
+        (["--projector", "64", "0"], "--projector needs positive widths"),
+        (["--gpus", "0"], "--gpus must be at least 1"),
+        (["--gpus", "32"], "--gpus 32"),
+        (["--loader", "dali"], "--loader dali"),
+        (["--resume", "nowhere"], "--resume nowhere: no run is there"),
+        (["--view-a.sigma", "0.1", "5"], "sigma"),
+    ],
+)
+def test_a_wrong_flag_is_one_line(small_beton, capsys, monkeypatch, tmp_path, flags, message):
+    monkeypatch.chdir(tmp_path)
+    arguments = ["pretrain", "--recipe", "demo", "--data", str(small_beton), "--device", "cpu"]
+    status = main([*arguments, *flags])
+    error = capsys.readouterr().err
+    assert status == 2
+    assert message in error and error.count("\n") == 1 and "Traceback" not in error
+    assert not os.listdir(tmp_path)
+
+
+def test_cuda_without_a_gpu_is_one_line(small_beton, capsys, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert main(["pretrain", "--data", str(small_beton), "--device", "cuda"]) == 2
+    assert "try --device cpu" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments,message",
+    [
+        (["pretrain", "--epoch", "3"], "perhaps you meant --epochs"),
+        (["pretrain", "--recipe", "resnet"], "'imagenet', 'imagenet-8gpu'"),
+        (["pretrain", "--epochs", "many"], "--epochs: invalid literal for int()"),
+        (["pretrain", "--epochs"], "Missing value for argument '--epochs'"),
+        (["eval", "knn"], "RUN"),
+    ],
+)
+def test_what_does_not_parse_is_one_line_with_the_way_out(arguments, message, capsys):
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert message in error and "--help" in error and error.count("\n") == 1
+
+
+def test_help_exits_with_0():
+    command = [sys.executable, "-m", "bt_fast.cli", "pretrain", "--help"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0 and "--batch-size" in done.stdout and not done.stderr
+
+
+def test_unknown_commands_and_help(capsys):
+    assert main(["train"]) == 2
+    assert "pretrain" in capsys.readouterr().err
+    assert main([]) == 2
+    assert main(["--help"]) == 0
+    assert "bt-convert" in capsys.readouterr().out
+
+
+def test_eval_of_what_is_no_run(tmp_path, capsys):
+    assert main(["eval", "knn", str(tmp_path)]) == 2
+    assert "no run is there" in capsys.readouterr().err
+
+
+def test_data_that_is_no_beton(tmp_path, capsys):
+    (tmp_path / "x.beton").write_bytes(b"not a dataset" * 100)
+    assert main(["pretrain", "--data", str(tmp_path / "x.beton"), "--device", "cpu"]) == 2
+    error = capsys.readouterr().err
+    assert "x.beton" in error and error.count("\n") == 1
+
+
+def test_a_used_run_directory_is_not_touched(small_beton, tmp_path, capsys):
+    (tmp_path / "mine.txt").write_text("precious")
+    arguments = ["pretrain", "--recipe", "demo", "--data", str(small_beton), "--batch-size", "16"]
+    assert main([*arguments, "--device", "cpu", "--run-dir", str(tmp_path)]) == 2
+    assert "--resume" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_dry_run_prints_the_plan_and_writes_nothing(small_beton, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    arguments = ["pretrain", "--recipe", "demo", "--data", str(small_beton), "--batch-size", "16"]
+    assert main([*arguments, "--size", "32", "--device", "cpu", "--dry-run"]) == 0
+    output = capsys.readouterr().out
+    for part in ("64 images, 4 classes", "resnet18", "20 epochs x 4 steps", "estimated time"):
+        assert part in output
+    assert not os.listdir(tmp_path)
+
+
+def test_flags_come_after_the_recipe():
+    config = parse_pretrain(["--recipe", "cifar10", "--epochs", "7"])
+    assert (config.encoder, config.epochs) == ("resnet18", 7)
+    assert parse_pretrain(["--epochs=7", "--recipe=cifar10"]) == config
+    assert parse_pretrain([]) == RECIPES["imagenet"]()
+
+
+def test_the_default_recipe_is_the_papers():
+    config = parse_pretrain([])
+    assert (config.epochs, config.batch_size, config.projector) == (1000, 2048, (8192,) * 3)
+    assert (config.lr_weights, config.lr_biases, config.weight_decay) == (0.2, 0.0048, 1.5e-6)
+    assert (config.lambd, config.grad_scale, config.warmup_epochs) == (5e-3, 1 / 16, 10)
+    assert (config.view_a.blur, config.view_b.blur) == (1.0, 0.1)
+    assert (config.view_a.solarize, config.view_b.solarize) == (0.0, 0.2)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_saved_configuration_reads_back(name, tmp_path):
+    config = RECIPES[name]()
+    assert config.recipe == name
+    assert from_json(to_json(config), tmp_path) == config
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"epoch": 3}', '{"view_a": 3}', '{"epochs": 0}'])
+def test_a_damaged_configuration_is_one_clear_error(text, tmp_path):
+    with pytest.raises(ValueError):
+        from_json(text, tmp_path / "config.json")

@@ -1,0 +1,243 @@
+"""`bt-convert`: what is stored, what is refused, and that nothing is ever half done."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+from conftest import IMAGENET_SAMPLE, drawn_picture, jpeg_bytes
+from hostile import BROKEN, STORED, make_folder, make_hostile_folder
+from PIL import Image
+
+from pipelines.beton import BetonReader
+from pipelines.convert import main
+from pipelines.sources import prepare
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return make_folder(tmp_path_factory.mktemp("images"), {"cat": 7, "dog": 12, "eel": 3})
+
+
+@pytest.fixture(scope="module")
+def hostile(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("hostile") / "images"
+    make_hostile_folder(root)
+    return root
+
+
+def convert(*arguments) -> int:
+    return main([str(argument) for argument in arguments])
+
+
+def leftovers(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+# What is stored
+
+
+def test_plain_jpegs_keep_their_bytes_in_torchvisions_order(folder, tmp_path):
+    from torchvision.datasets import ImageFolder
+
+    assert convert(folder, tmp_path / "out.beton", "--workers", 2) == 0
+    reader, reference = BetonReader(tmp_path / "out.beton"), ImageFolder(folder)
+    assert reader.class_names == reference.classes
+    assert len(reader) == len(reference) == 22
+    for index, (path, label) in enumerate(reference.samples):
+        assert reader.image(index).tobytes() == Path(path).read_bytes()
+        assert reader.label(index) == label
+        assert folder / reader.name(index) == Path(path)
+        assert reader.size(index) == Image.open(path).size[::-1]
+        assert reader.checksum_ok(index)
+
+
+def test_the_result_does_not_depend_on_the_workers(folder, tmp_path):
+    assert convert(folder, tmp_path / "one.beton", "--workers", 1) == 0
+    assert convert(folder, tmp_path / "three.beton", "--workers", 3) == 0
+    assert (tmp_path / "one.beton").read_bytes() == (tmp_path / "three.beton").read_bytes()
+
+
+@pytest.mark.skipif(not IMAGENET_SAMPLE.exists(), reason="needs ../shared/data")
+def test_real_photographs(tmp_path):
+    import tarfile
+
+    with tarfile.open(IMAGENET_SAMPLE) as archive:
+        members = [member for member in archive if member.isfile()][:40]
+        archive.extractall(tmp_path / "imagenet", members, filter="data")
+    root = tmp_path / "imagenet" / "imagenet-sample"
+    assert convert(root, tmp_path / "out.beton", "--max-side", 0) == 0
+    reader = BetonReader(tmp_path / "out.beton")
+    assert len(reader) == 40
+    for index in range(40):
+        source = root / "train" / reader.name(index)
+        assert reader.image(index).tobytes() == source.read_bytes()
+
+
+# What is refused
+
+
+def test_hostile_folder(hostile, tmp_path, capsys):
+    out = tmp_path / "out.beton"
+    assert convert(hostile, out) == 1
+    errors = capsys.readouterr().err
+    for name, reason in BROKEN.items():
+        line = next(line for line in errors.splitlines() if f"/{name}:" in line)
+        assert reason in line, line
+    assert errors.count("Broken: ") == len(BROKEN)
+    assert leftovers(tmp_path) == []
+
+    assert convert(hostile, out, "--skip-broken") == 0
+    assert "Without images, but kept as classes" in capsys.readouterr().out
+    reader, report = BetonReader(out), json.loads(Path(f"{out}.json").read_text())
+    assert reader.class_names == report["classes"] == ["a", "b", "empty"]
+    names = [reader.name(index) for index in range(len(reader))]
+    assert set(names) == set(STORED)
+    assert [name.split("/")[0] for name in names] == ["ab"[label] for label in reader.labels]
+    assert {reject["path"] for reject in report["rejects"]} == set(BROKEN)
+    repaired = {
+        name
+        for name, action in STORED.items()
+        if action.startswith("reencoded") and name.lower().endswith(("jpg", "jpeg"))
+    }
+    assert {repair["path"] for repair in report["repairs"]} == repaired
+    for index, name in enumerate(names):
+        prepared = prepare((hostile / name).read_bytes(), 512)
+        assert prepared.action.startswith(STORED[name])
+        assert reader.image(index).tobytes() == prepared.jpeg
+        assert reader.size(index) == (prepared.height, prepared.width)
+
+
+def test_names_that_are_not_utf8(tmp_path, capsys):
+    (tmp_path / "images").mkdir()
+    plain = jpeg_bytes(drawn_picture(0))
+    try:
+        Path(os.fsdecode(os.fsencode(tmp_path) + b"/images/\xff\xfe.jpg")).write_bytes(plain)
+    except OSError:
+        pytest.skip("this file system wants UTF-8")
+    (tmp_path / "images" / "\x1b[31m.jpg").write_bytes(b"")
+    assert convert(tmp_path / "images", tmp_path / "out.beton", "--skip-broken") == 0
+    assert BetonReader(tmp_path / "out.beton").name(0) == "\\xff\\xfe.jpg"
+    assert "\x1b" not in capsys.readouterr().err
+
+
+def test_an_unreadable_folder_is_broken_not_forgotten(folder, tmp_path, monkeypatch, capsys):
+    scandir = os.scandir
+
+    def guarded(path):  # root reads every folder, so the permission is played
+        if str(path).endswith("dog"):
+            raise PermissionError(13, "Permission denied")
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", guarded)
+    assert convert(folder, tmp_path / "out.beton") == 1
+    assert "dog: folder not readable: Permission denied" in capsys.readouterr().err
+
+
+# Folder layouts
+
+
+def test_train_and_val(tmp_path):
+    make_folder(tmp_path / "images" / "train", {"cat": 3, "dog": 2, "eel": 1})
+    make_folder(tmp_path / "images" / "val", {"dog": 4, "eel": 1}, seed=50)
+    assert convert(tmp_path / "images", tmp_path / "out.beton") == 0
+    train, val = BetonReader(tmp_path / "out.beton"), BetonReader(tmp_path / "out.val.beton")
+    assert train.class_names == val.class_names == ["cat", "dog", "eel"]
+    assert train.labels.tolist() == [0, 0, 0, 1, 1, 2]
+    assert val.labels.tolist() == [1, 1, 1, 1, 2]
+    report = json.loads((tmp_path / "out.val.beton.json").read_text())
+    assert report["samples_per_class"] == [0, 4, 1]
+    assert report["checksum"] == f"sha256:{val.sha256()}"
+
+
+def test_a_broken_val_leaves_no_train(tmp_path):
+    make_folder(tmp_path / "images" / "train", {"cat": 2})
+    make_folder(tmp_path / "images" / "val", {"cat": 2})
+    (tmp_path / "images" / "val" / "cat" / "x.jpg").touch()
+    assert convert(tmp_path / "images", tmp_path / "out.beton") == 1
+    assert leftovers(tmp_path) == ["images"]
+
+
+def test_a_class_of_val_unknown_to_train_is_an_error(tmp_path, capsys):
+    make_folder(tmp_path / "images" / "train", {"cat": 2})
+    make_folder(tmp_path / "images" / "val", {"dog": 2})
+    assert convert(tmp_path / "images", tmp_path / "out.beton") == 2
+    assert "classes that train/ lacks: dog" in capsys.readouterr().err
+
+
+def test_flat_val_beside_classes_is_an_error(tmp_path, capsys):
+    make_folder(tmp_path / "images" / "train", {"cat": 2})
+    make_folder(tmp_path / "images", {"val": 2})
+    assert convert(tmp_path / "images", tmp_path / "out.beton") == 2
+    assert "no class folders" in capsys.readouterr().err
+
+
+def test_train_may_be_a_class(tmp_path):
+    make_folder(tmp_path / "images", {"bus": 1, "train": 2})
+    assert convert(tmp_path / "images", tmp_path / "out.beton") == 0
+    assert BetonReader(tmp_path / "out.beton").class_names == ["bus", "train"]
+
+
+def test_images_without_classes(tmp_path):
+    make_folder(tmp_path, {"images": 3})
+    assert convert(tmp_path / "images", tmp_path / "out.beton") == 0
+    reader = BetonReader(tmp_path / "out.beton")
+    assert reader.labels.tolist() == [-1, -1, -1]
+    assert (reader.num_classes, reader.class_names) == (0, [])
+
+
+# Usage
+
+
+@pytest.mark.parametrize(
+    "source,out,message",
+    [
+        ("missing", "out.beton", "does not exist"),
+        ("file.txt", "out.beton", "is not a folder"),
+        ("nothing", "out.beton", "no images"),
+        ("images", ".", "is a folder; name a file"),
+        ("images", "out.ffcv", "must end in .beton"),
+        ("images", "missing/out.beton", "does not exist; make it first"),
+        ("images", "exists.beton", "--overwrite"),
+    ],
+)
+def test_wrong_usage_is_one_clear_line(tmp_path, capsys, source, out, message):
+    make_folder(tmp_path, {"images": 1})
+    (tmp_path / "nothing").mkdir()
+    (tmp_path / "file.txt").touch()
+    (tmp_path / "exists.beton").write_text("precious")
+    before = leftovers(tmp_path)
+    assert convert(tmp_path / source, tmp_path / out) == 2
+    errors = capsys.readouterr().err
+    assert message in errors and errors.count("\n") == 1
+    assert leftovers(tmp_path) == before
+    assert (tmp_path / "exists.beton").read_text() == "precious"
+
+
+@pytest.mark.parametrize("flag,value", [("--workers", "0"), ("--max-side", "-1")])
+def test_impossible_numbers(folder, tmp_path, capsys, flag, value):
+    assert convert(folder, tmp_path / "out.beton", flag, value) == 2
+    assert f"{flag} {value}" in capsys.readouterr().err
+
+
+def test_overwrite_replaces(folder, tmp_path):
+    (tmp_path / "out.beton").write_text("old")
+    assert convert(folder, tmp_path / "out.beton", "--overwrite") == 0
+    assert len(BetonReader(tmp_path / "out.beton")) == 22
+
+
+def test_a_failed_overwrite_keeps_the_old_file(hostile, tmp_path):
+    (tmp_path / "out.beton").write_text("old")
+    assert convert(hostile, tmp_path / "out.beton", "--overwrite") == 1
+    assert (tmp_path / "out.beton").read_text() == "old"
+    assert leftovers(tmp_path) == ["out.beton"]
+
+
+def test_a_full_disk_is_one_line(folder, tmp_path, capsys, monkeypatch):
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    assert convert(folder, tmp_path / "out.beton") == 1
+    assert "free some space" in capsys.readouterr().err
+    assert leftovers(tmp_path) == []

@@ -1,0 +1,102 @@
+"""A real conversion, stopped in the middle: nothing half done stays, nobody waits for ever."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import drawn_picture, jpeg_bytes
+from hostile import make_folder
+
+from pipelines.convert import main
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory) -> Path:
+    """Work for a minute: links to one large image."""
+    root = tmp_path_factory.mktemp("many")
+    (root / "cat").mkdir()
+    (root / "large.bin").write_bytes(jpeg_bytes(drawn_picture(0, 1600, 1200)))
+    for index in range(4000):
+        (root / "cat" / f"{index}.jpg").symlink_to(root / "large.bin")
+    return root
+
+
+def start_conversion(folder: Path, out: Path) -> subprocess.Popen:
+    """Start a conversion with two workers; returns when it has begun to write."""
+    command = [sys.executable, "-m", "pipelines.convert", str(folder), str(out), "--workers", "2"]
+    child = subprocess.Popen(
+        command, cwd=ROOT, text=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    )
+    deadline = time.monotonic() + 30
+    while not any(path.stat().st_size > 0 for path in out.parent.glob("out.beton.tmp-*")):
+        assert child.poll() is None and time.monotonic() < deadline
+        time.sleep(0.005)
+    return child
+
+
+def names_in(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def status(pid: int) -> list[str]:
+    """[state, parent, ...] of /proc/pid/stat; empty when the process is gone."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return []
+
+
+def descendants(pid: int) -> list[int]:
+    everyone = [int(path.name) for path in Path("/proc").iterdir() if path.name.isdecimal()]
+    children = [other for other in everyone if status(other)[1:2] == [str(pid)]]
+    return children + [other for child in children for other in descendants(child)]
+
+
+def test_a_killed_conversion(many, tmp_path, capsys):
+    """No output, no orphans; while it runs nobody may write there, and afterwards it is tidied."""
+    out = tmp_path / "out.beton"
+    small = make_folder(tmp_path / "small", {"cat": 2})
+    child = start_conversion(many, out)
+    family = descendants(child.pid)
+    assert len(family) >= 3  # the server that forks, and two workers
+    assert main([str(small), str(out)]) == 2
+    assert "by another bt-convert" in capsys.readouterr().err
+
+    child.kill()
+    child.wait()
+    assert names_in(tmp_path) == [f"out.beton.tmp-{child.pid}", "small"]
+    deadline = time.monotonic() + 15
+    while any(status(pid)[:1] not in ([], ["Z"]) for pid in family):
+        assert time.monotonic() < deadline, "workers outlive their parent"
+        time.sleep(0.05)
+
+    assert main([str(small), str(out)]) == 0
+    assert "left by a conversion that was killed" in capsys.readouterr().out
+    assert names_in(tmp_path) == ["out.beton", "out.beton.json", "small"]
+
+
+@pytest.mark.parametrize("number,code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal(many, tmp_path, number, code):
+    child = start_conversion(many, tmp_path / "out.beton")
+    child.send_signal(number)
+    _, errors = child.communicate(timeout=30)
+    assert child.returncode == code
+    assert f"stopped by {number.name}" in errors and "Traceback" not in errors
+    assert names_in(tmp_path) == []
+
+
+def test_a_dead_worker(many, tmp_path):
+    child = start_conversion(many, tmp_path / "out.beton")
+    server_and_workers = descendants(child.pid)
+    (worker, *_) = [pid for pid in server_and_workers if int(status(pid)[1]) != child.pid]
+    os.kill(worker, signal.SIGKILL)
+    _, errors = child.communicate(timeout=30)
+    assert child.returncode == 1
+    assert "a worker process died" in errors and "Traceback" not in errors
+    assert names_in(tmp_path) == []

@@ -1,0 +1,67 @@
+"""Weighted kNN against a plain rewriting of its definition, and the choice of its data."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import write_beton
+
+from bt_fast.evaluate.knn import choose_data, knn_accuracy
+from pipelines.beton import BetonReader
+
+
+def oracle(bank, bank_labels, queries, query_labels, k, temperature, num_classes) -> float:
+    correct = 0
+    for query, label in zip(queries.tolist(), query_labels.tolist(), strict=True):
+        similarity = [sum(a * b for a, b in zip(query, row, strict=True)) for row in bank.tolist()]
+        nearest = sorted(range(len(similarity)), key=lambda i: -similarity[i])[:k]
+        votes = [0.0] * num_classes
+        for i in nearest:
+            votes[bank_labels[i]] += math.exp(similarity[i] / temperature)
+        correct += votes.index(max(votes)) == label
+    return correct / len(queries)
+
+
+@pytest.mark.parametrize("k,temperature", [(1, 0.07), (20, 0.07), (200, 0.1)])
+def test_accuracy_equals_the_definition(k, temperature):
+    generator = torch.Generator().manual_seed(0)
+    centres = torch.randn(5, 8, generator=generator, dtype=torch.float64)
+    labels = torch.randint(0, 5, (180,), generator=generator)
+    noise = torch.randn(180, 8, generator=generator, dtype=torch.float64)
+    features = F.normalize(centres[labels] + 1.5 * noise, dim=1)
+    bank, queries = features[:120], features[120:]
+    ours = knn_accuracy(
+        bank, labels[:120], queries, labels[120:],
+        k=k, temperature=temperature, num_classes=5, chunk=7,
+    )  # fmt: skip
+    expected = oracle(bank, labels[:120], queries, labels[120:], k, temperature, 5)
+    assert 0.3 < expected < 1.0
+    assert ours == pytest.approx(expected, abs=1e-9)
+
+
+def test_a_tiny_temperature_does_not_overflow():
+    bank = F.normalize(torch.randn(10, 4), dim=1)
+    labels = torch.arange(10) % 2
+    accuracy = knn_accuracy(bank, labels, bank, labels, k=5, temperature=1e-3, num_classes=2)
+    assert accuracy == 1.0  # each image's best neighbour is itself
+
+
+def test_a_split_is_disjoint_and_reproducible(small_beton):
+    reader = BetonReader(small_beton)
+    data = choose_data(reader, None, seed=3)
+    assert len(data.query_samples) == 6 and len(data.bank_samples) == 58
+    assert not set(data.query_samples) & set(data.bank_samples)
+    assert np.array_equal(data.query_samples, choose_data(reader, None, seed=3).query_samples)
+
+
+def test_a_held_out_file_asks_and_the_limit_holds(small_beton, tmp_path):
+    val = BetonReader(write_beton(tmp_path / "val.beton", 20))
+    data = choose_data(BetonReader(small_beton), val, seed=0, limit=16)
+    assert data.queries is val and len(data.bank_samples) == 16 and len(data.query_samples) == 8
+
+
+def test_images_without_two_classes_cannot_be_probed(tmp_path):
+    reader = BetonReader(write_beton(tmp_path / "one.beton", 20, num_classes=1))
+    assert choose_data(reader, None, seed=0) is None

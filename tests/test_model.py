@@ -1,0 +1,52 @@
+"""Encoder, projector and the flat batch statistics."""
+
+import pytest
+import torch
+
+from bt_fast.model import BarlowTwins, build_encoder, feature_width, flatten_batch_statistics
+
+
+@pytest.mark.parametrize("name,width", [("resnet18", 512), ("resnet50", 2048)])
+def test_encoder_returns_its_pooled_features(name, width):
+    encoder = build_encoder(name).eval()
+    assert feature_width(encoder) == width
+    with torch.no_grad():
+        assert encoder(torch.randn(2, 3, 64, 64)).shape == (2, width)
+
+
+def test_residual_branches_start_at_zero():
+    encoder = build_encoder("resnet50")
+    assert all((block.bn3.weight == 0).all() for block in encoder.layer3)
+
+
+def test_projector_is_the_papers():
+    model = BarlowTwins("resnet50", (8192, 8192, 8192))
+    kinds = [type(layer).__name__ for layer in model.projector]
+    assert kinds == ["Linear", "BatchNorm1d", "ReLU", "Linear", "BatchNorm1d", "ReLU", "Linear"]
+    assert all(layer.bias is None for layer in model.projector if hasattr(layer, "in_features"))
+    assert sum(p.numel() for p in model.parameters()) == 23_508_032 + 151_027_712
+
+
+def test_small_images_keep_their_resolution():
+    encoder = build_encoder("resnet18", small_images=True)
+    seen = []
+    encoder.layer1.register_forward_hook(lambda module, inputs, output: seen.append(output.shape))
+    encoder(torch.randn(2, 3, 32, 32))
+    assert seen == [(2, 64, 32, 32)]
+
+
+def test_flat_statistics_are_the_models_own():
+    model = BarlowTwins("resnet18", (16, 16))
+    flat = flatten_batch_statistics(model)
+    before = flat.clone()
+    model(torch.randn(4, 3, 32, 32))
+    assert not torch.equal(flat, before)
+    assert torch.equal(model.encoder.bn1.running_mean, flat[:64])
+    flat.copy_(before)
+    assert (model.encoder.bn1.running_var == 1).all()
+    assert (model.state_dict()["encoder.bn1.running_mean"] == 0).all()
+
+
+def test_an_unknown_encoder_is_refused():
+    with pytest.raises(ValueError, match="vgg16"):
+        build_encoder("vgg16")

@@ -1,0 +1,80 @@
+"""What is listed, in which order, and what becomes of an image file."""
+
+import io
+
+import numpy as np
+import pytest
+from conftest import drawn_picture, jpeg_bytes
+from hostile import STORED, make_hostile_folder, saved
+from PIL import Image
+
+from pipelines.sources import UnreadableImage, find_splits, prepare
+
+
+def test_order_in_nested_folders_is_torchvisions(tmp_path):
+    from torchvision.datasets import ImageFolder
+
+    for name in ("z/1.jpg", "z/a/2.jpg", "z/a-b/3.jpg", "z/a/b/0.PNG", "Y/é/1.jpg", "Y/0.jpg"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    split = find_splits(tmp_path)["train"]
+    listed = [
+        (str(tmp_path / path), label) for path, label in zip(split.paths, split.labels, strict=True)
+    ]
+    assert listed == ImageFolder(tmp_path).samples
+
+
+def test_larger_images_are_shrunk_with_antialiasing():
+    picture = drawn_picture(3, 900, 600)
+    prepared = prepare(jpeg_bytes(picture, quality=95), 300)
+    assert (prepared.action, prepared.height, prepared.width) == ("resized", 200, 300)
+    expected = np.asarray(picture.resize((300, 200), Image.Resampling.BICUBIC), np.int16)
+    stored = np.asarray(Image.open(io.BytesIO(prepared.jpeg)), np.int16)
+    assert np.abs(stored - expected).mean() < 3
+    aliased = np.asarray(picture.resize((300, 200), Image.Resampling.NEAREST), np.int16)
+    assert np.abs(aliased - expected).mean() > 4  # so the bound above can fail
+
+
+@pytest.mark.parametrize("max_side", [300, 900, 0])
+def test_max_side_is_the_largest_side_stored(max_side):
+    prepared = prepare(jpeg_bytes(drawn_picture(3, 600, 900)), max_side)
+    assert prepared.action == ("resized" if max_side == 300 else "kept")
+    assert max(prepared.height, prepared.width) == (max_side or 900)
+
+
+def test_sixteen_bit_greys_are_scaled_not_clipped():
+    ramp = np.linspace(0, 65535, 256 * 64).reshape(64, 256).astype(np.uint16)
+    prepared = prepare(saved(Image.fromarray(ramp), "PNG"), 0)
+    stored = np.asarray(Image.open(io.BytesIO(prepared.jpeg)).convert("L"), float)
+    assert np.abs(stored - ramp / 257).max() < 4
+
+
+@pytest.mark.parametrize("kind", ["PNG", "WEBP", "TIFF", "BMP"])
+def test_other_formats_keep_their_pixels(kind):
+    picture = drawn_picture(4)
+    options = {"lossless": True} if kind == "WEBP" else {}
+    prepared = prepare(saved(picture, kind, **options), 0)
+    stored = np.asarray(Image.open(io.BytesIO(prepared.jpeg)), np.int16)
+    oracle = saved(picture, "JPEG", quality=95, subsampling="4:4:4")
+    assert np.abs(stored - np.asarray(Image.open(io.BytesIO(oracle)), np.int16)).max() <= 1
+
+
+@pytest.mark.parametrize("cut", np.linspace(0.02, 0.999, 12))
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"optimize": True}])
+def test_a_truncated_jpeg_is_never_kept(cut, options):
+    data = saved(drawn_picture(5, 600, 400), "JPEG", **options)
+    for max_side in (0, 100):
+        with pytest.raises(UnreadableImage):
+            prepare(data[: int(len(data) * cut)], max_side)
+
+
+def test_every_stored_image_is_read_by_torchvisions_decoder(tmp_path):
+    torch, io_ = pytest.importorskip("torch"), pytest.importorskip("torchvision.io")
+    make_hostile_folder(tmp_path / "images")
+    for name in STORED:
+        prepared = prepare((tmp_path / "images" / name).read_bytes(), 512)
+        encoded = torch.frombuffer(bytearray(prepared.jpeg), dtype=torch.uint8)
+        decoded = io_.decode_jpeg(encoded, mode=io_.ImageReadMode.RGB)
+        assert decoded.shape == (3, prepared.height, prepared.width)
+        pillow = np.asarray(Image.open(io.BytesIO(prepared.jpeg)).convert("RGB"), np.int16)
+        assert np.abs(decoded.numpy().transpose(1, 2, 0) - pillow).mean() < 1

@@ -1,0 +1,255 @@
+"""Runs end to end on a CPU: what they leave behind, exact resume, and steps that are skipped."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from conftest import write_beton
+from PIL import Image
+from safetensors.torch import load_file
+
+from bt_fast import train
+from bt_fast.cli import main, parse_pretrain
+
+# Seconds-long runs: a small encoder on small views.
+TINY = [
+    "--recipe=demo", "--device=cpu", "--encoder=resnet18", "--size=32", "--batch-size=16",
+    "--projector", "32", "32", "--epochs=3", "--warmup-epochs=1", "--workers=2",
+    "--probe-every=2", "--log-every=2",
+]  # fmt: skip
+
+
+def pretrain(*flags) -> int:
+    return main(["pretrain", *TINY, *map(str, flags)])
+
+
+def metrics(folder) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def learned(folder) -> dict[str, torch.Tensor]:
+    """Every tensor of a run's newest checkpoint."""
+    newest = max((folder / "checkpoints").iterdir())
+    return {
+        f"{name}/{key}": value
+        for name in ("model", "optimizer")
+        for key, value in load_file(newest / f"{name}.safetensors").items()
+    }
+
+
+@pytest.fixture(scope="module")
+def finished(small_beton, tmp_path_factory):
+    """An uninterrupted run of 12 steps: 3 epochs of 4."""
+    folder = tmp_path_factory.mktemp("runs") / "finished"
+    assert pretrain("--data", small_beton, "--run-dir", folder, "--save-every", 1) == 0
+    return folder
+
+
+def test_a_run_leaves_everything_in_its_directory(finished):
+    records = metrics(finished)
+    train_steps = [record["step"] for record in records if record["kind"] == "train"]
+    assert train_steps == [1, 2, 4, 6, 8, 10, 12]
+    for record in records:
+        if record["kind"] == "train":
+            expected = record["invariance"] + 5e-3 * record["redundancy"]
+            assert record["loss"] == pytest.approx(expected)
+            assert record["images_per_s"] > 0 and record["skipped"] == 0
+    probes = [record for record in records if record["kind"] == "probe"]
+    assert [record["step"] for record in probes] == [0, 8, 12]
+    assert all(0 <= record["knn_20"] <= 1 and 0 <= record["knn_200"] <= 1 for record in probes)
+    for name in ("views.png", "curves.png"):
+        with Image.open(finished / name) as picture:
+            assert picture.width > 300 and len(np.unique(np.array(picture))) > 20
+    assert json.loads((finished / "config.json").read_text())["projector"] == [32, 32]
+    assert json.loads((finished / "environment.json").read_text())[0]["torch"]
+    assert any((finished / "tensorboard").iterdir())
+    assert len(list((finished / "checkpoints").iterdir())) == 2
+
+
+def test_the_exported_encoder_has_torchvisions_names(finished):
+    from torchvision.models import resnet18
+
+    missing, unexpected = resnet18().load_state_dict(
+        load_file(finished / "encoder.safetensors"), strict=False
+    )
+    assert not unexpected and set(missing) == {"fc.weight", "fc.bias"}
+
+
+def test_the_same_seed_gives_the_same_run(small_beton, finished, tmp_path):
+    assert pretrain("--data", small_beton, "--run-dir", tmp_path / "again", "--keep", 1) == 0
+    first, second = learned(finished), learned(tmp_path / "again")
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_another_seed_gives_another_run(small_beton, finished, tmp_path):
+    assert pretrain("--data", small_beton, "--run-dir", tmp_path / "b", "--seed", 1) == 0
+    name = "model/encoder.conv1.weight"
+    assert not torch.equal(learned(finished)[name], learned(tmp_path / "b")[name])
+
+
+def start(*flags) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-m", "bt_fast.cli", "pretrain", *TINY, *map(str, flags)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def wait_for_step(process, folder, step: int) -> None:
+    """Until the checkpoint of `step` is there (runs save at every step in these tests)."""
+    deadline = time.monotonic() + 120
+    while not any((folder / "checkpoints").glob(f"step-{step:08d}")):
+        assert process.poll() is None, process.stdout.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def test_killed_at_a_random_step_and_resumed_equals_uninterrupted(small_beton, finished, tmp_path):
+    folder = tmp_path / "killed"
+    step = random.randint(1, 9)
+    process = start("--data", small_beton, "--run-dir", folder, "--save-every", 1)
+    wait_for_step(process, folder, step)
+    time.sleep(random.random() * 0.1)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    with open(folder / "metrics.jsonl", "a") as file:
+        file.write('{"kind": "train", "step": 1')  # a line the kill tore
+
+    assert main(["pretrain", "--resume", str(folder)]) == 0
+    first, second = learned(finished), learned(folder)
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first), f"killed at {step}"
+
+    def comparable(records):
+        drop = ("images_per_s", "seconds")
+        return [{k: v for k, v in record.items() if k not in drop} for record in records]
+
+    assert comparable(metrics(folder)) == comparable(metrics(finished))
+
+
+def test_a_signal_saves_and_says_how_to_go_on(small_beton, finished, tmp_path):
+    folder = tmp_path / "stopped"
+    process = start("--data", small_beton, "--run-dir", folder, "--save-every", 1)
+    wait_for_step(process, folder, 2)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == train.EXIT_STOPPED
+    assert f"bt-fast pretrain --resume {folder}" in output
+    assert main(["pretrain", "--resume", str(folder)]) == 0
+    assert all(torch.equal(v, learned(folder)[k]) for k, v in learned(finished).items())
+
+
+def test_a_damaged_newest_checkpoint_is_passed_over(small_beton, finished, tmp_path, capsys):
+    folder = tmp_path / "torn"
+    flags = ("--data", small_beton, "--run-dir", folder, "--save-every", 1, "--max-steps", 6)
+    assert pretrain(*flags) == 0
+    (folder / "checkpoints" / "step-00000006" / "model.safetensors").write_bytes(b"torn")
+    assert main(["pretrain", "--resume", str(folder), "--max-steps", "12"]) == 0
+    output = capsys.readouterr().out
+    assert "passed over: step-00000006" in output and "at step 5 of 12" in output
+    assert all(torch.equal(v, learned(folder)[k]) for k, v in learned(finished).items())
+
+
+def test_resuming_with_other_data_is_refused(small_beton, finished, tmp_path, capsys):
+    other = write_beton(tmp_path / "other.beton", 32)
+    assert main(["pretrain", "--resume", str(finished), "--data", str(other)]) == 2
+    assert "is not what this run was trained on" in capsys.readouterr().err
+
+
+def test_two_processes_cannot_share_a_run(small_beton, finished, capsys):
+    with train.RunDirectory(parse_pretrain(["--resume", str(finished)])):
+        assert main(["pretrain", "--resume", str(finished)]) == 2
+    assert "in use by another" in capsys.readouterr().err
+
+
+def test_a_step_that_is_not_finite_changes_nothing(small_beton, tmp_path):
+    job = train.build(parse_pretrain([*TINY, "--data", str(small_beton)]))
+    train.set_learning_rates(job, 5)
+    views = [torch.randn(16, 3, 32, 32) for _ in range(2)]
+    assert train.update(job, views)[2]
+
+    def state():
+        momenta = [job.optimizer.state[p]["momentum"] for p in job.model.parameters()]
+        tensors = [*job.model.parameters(), *momenta, job.statistics]
+        return [tensor.detach().clone() for tensor in tensors]
+
+    before = state()
+    views[1][3, 0, 0, 0] = float("nan")
+    assert not train.update(job, views)[2]
+    assert all(map(torch.equal, state(), before))
+    views[1][3, 0, 0, 0] = 0.0
+    assert train.update(job, views)[2]
+    assert not any(map(torch.equal, state(), before))
+
+
+def test_a_run_of_nothing_but_skipped_steps_ends(small_beton, tmp_path, monkeypatch, capsys):
+    real = train.augmented
+
+    def poisoned(batch, job):
+        view_a, view_b = real(batch, job)
+        return view_a * float("nan"), view_b
+
+    monkeypatch.setattr(train, "augmented", poisoned)
+    flags = ("--data", small_beton, "--run-dir", tmp_path / "nan", "--probe-every", 0)
+    assert pretrain(*flags) == 2
+    captured = capsys.readouterr()
+    assert "updates skipped" in captured.out
+    assert "not finite" in captured.err and captured.err.count("\n") == 1
+
+
+def test_rehearsal_leaves_no_trace(small_beton):
+    arguments = [*TINY, "--data", str(small_beton)]
+    job, untouched = (train.build(parse_pretrain(arguments)) for _ in range(2))
+    assert train.rehearse(job) > 0
+    ours, theirs = job.model.state_dict(), untouched.model.state_dict()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert all(p.grad is None for p in job.model.parameters())
+
+
+def test_learning_happens(tmp_path):
+    """Coloured squares: the loss falls."""
+    data = write_beton(tmp_path / "data.beton", 96)
+    flags = ("--data", data, "--run-dir", tmp_path / "run", "--epochs", 10, "--probe-every", 0)
+    assert pretrain(*flags) == 0
+    losses = [record["loss"] for record in metrics(tmp_path / "run")]
+    assert np.mean(losses[len(losses) // 2 :]) < 0.8 * losses[0]
+
+
+def test_images_without_classes_train_without_probe(tmp_path):
+    data = write_beton(tmp_path / "data.beton", 20, num_classes=1)
+    flags = ("--data", data, "--run-dir", tmp_path / "run", "--epochs", 1)
+    assert pretrain(*flags) == 0
+    assert all(record["kind"] == "train" for record in metrics(tmp_path / "run"))
+
+
+def test_eval_knn_equals_the_last_probe(finished, capsys):
+    assert main(["eval", "knn", str(finished), "--device", "cpu"]) == 0
+    last = [record for record in metrics(finished) if record["kind"] == "probe"][-1]
+    assert f"{100 * last['knn_20']:.2f} %" in capsys.readouterr().out
+
+
+def test_eval_knn_knows_the_starting_point(finished, capsys):
+    assert main(["eval", "knn", str(finished), "--random", "--device", "cpu"]) == 0
+    first = next(record for record in metrics(finished) if record["kind"] == "probe")
+    output = capsys.readouterr().out
+    assert "random initialisation" in output and f"{100 * first['knn_200']:.2f} %" in output
+
+
+@pytest.mark.skipif(os.environ.get("BT_FAST_SKIP_SLOW") == "1", reason="BT_FAST_SKIP_SLOW=1")
+def test_the_papers_model_runs_on_a_cpu(tmp_path):
+    """ResNet-50, 224 px, projector 8192 x 3: two steps of batch 8."""
+    data = write_beton(tmp_path / "data.beton", 16, sizes=((300, 400),))
+    flags = ["--data", data, "--run-dir", tmp_path / "run", "--batch-size=8", "--max-steps=2"]
+    flags += ["--device=cpu", "--probe-every=0"]
+    assert main(["pretrain", *map(str, flags)]) == 0
+    losses = [record["loss"] for record in metrics(tmp_path / "run")]
+    assert len(losses) == 2 and all(np.isfinite(losses))

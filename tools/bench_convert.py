@@ -1,0 +1,139 @@
+"""Conversion speed: bt-convert against FFCV's own DatasetWriter, side by side in one run.
+
+    python tools/bench_convert.py imagenet-sample/train --workers 2 --repeats 3
+
+Both read the same folder (class folders of images, linked `--copies` times over so that starting
+does not dominate), shrink to the same longest side and write a `.beton`. Timed is the whole job in
+a fresh process group of workers: listing, decoding, writing, flushing. FFCV's is the usual recipe:
+torchvision's ImageFolder with its Pillow loader, RGBImageField(write_mode="jpg"), quality 90. It
+decodes and re-encodes every image. bt-convert keeps the bytes of those that fit; by default it
+decodes them once to find damage, with `--check quick` it looks at their structure alone. The runs
+alternate; compare ratios, not days.
+"""
+
+import contextlib
+import os
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from pipelines.convert import Convert, convert
+from pipelines.flags import usable_cores
+from pipelines.sources import Check
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Benchmark:
+    """Compare the speed of bt-convert with that of FFCV's DatasetWriter."""
+
+    source: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="SOURCE")]
+    """Folder with one folder of images per class."""
+
+    workers: int = usable_cores()
+    """Worker processes of each."""
+
+    max_side: int = 512
+    """Longest side to shrink to."""
+
+    copies: int = 8
+    """How often every image is converted."""
+
+    repeats: int = 3
+    """Runs of each, alternated; the median counts."""
+
+
+def link_copies(source: Path, target: Path, copies: int) -> int:
+    """Fill `target` with `copies` links to every image of `source`; returns their number."""
+    count = 0
+    for path in sorted(path for path in source.resolve().rglob("*") if path.is_file()):
+        for copy in range(copies):
+            link = target / f"copy{copy}" / path.relative_to(source.resolve())
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.symlink_to(path)
+            count += 1
+    return count
+
+
+def convert_full(folder: Path, out: Path, config: Benchmark, check: Check = "full") -> None:
+    convert(
+        Convert(
+            source=folder, out=out, workers=config.workers, max_side=config.max_side, check=check
+        )
+    )
+
+
+def convert_quick(folder: Path, out: Path, config: Benchmark) -> None:
+    convert_full(folder, out, config, "quick")
+
+
+def convert_ffcv(folder: Path, out: Path, config: Benchmark) -> None:
+    from ffcv.fields import IntField, RGBImageField
+    from ffcv.writer import DatasetWriter
+    from torchvision.datasets import ImageFolder
+
+    image = RGBImageField(write_mode="jpg", max_resolution=config.max_side or None)
+    writer = DatasetWriter(
+        str(out), {"image": image, "label": IntField()}, num_workers=config.workers
+    )
+    writer.from_indexed_dataset(ImageFolder(folder), chunksize=20)
+    os.sync()  # ours flushes the file before it counts as done
+
+
+def timed(job: Callable[[Path, Path, Benchmark], None], *arguments) -> float:
+    """Seconds that `job` takes, its own output silenced."""
+    with open(os.devnull, "w") as void:
+        start = time.perf_counter()
+        with contextlib.redirect_stdout(void), contextlib.redirect_stderr(void):
+            job(*arguments)
+        return time.perf_counter() - start
+
+
+def main() -> None:
+    config = tyro.cli(Benchmark)
+    import ffcv.writer  # noqa: F401  imported before anything is timed
+    import torchvision.datasets  # noqa: F401
+
+    packages = ("ffcv", "numpy", "pillow", "simplejpeg", "torchvision")
+    print(
+        f"Python {platform.python_version()}, " + ", ".join(f"{p} {version(p)}" for p in packages)
+    )
+    print(f"{platform.machine()}, {usable_cores()} usable cores, {config}")
+    jobs = {
+        "ffcv": convert_ffcv,
+        "bt-convert": convert_full,
+        "bt-convert --check quick": convert_quick,
+    }
+    rates: dict[str, list[float]] = {name: [] for name in jobs}
+    with tempfile.TemporaryDirectory() as scratch:
+        folder, out = Path(scratch) / "images", Path(scratch) / "out.beton"
+        count = link_copies(config.source, folder, config.copies)
+        print(f"{count} images")
+        for repeat in range(config.repeats):
+            for name, job in jobs.items():
+                rates[name].append(count / timed(job, folder, out, config))
+                size = out.stat().st_size / 1e6
+                print(
+                    f"run {repeat + 1}: {name:>24} {rates[name][-1]:7.0f} images/s, {size:.0f} MB"
+                )
+                out.unlink()
+    for name, values in rates.items():
+        ratios = [ours / ffcv for ours, ffcv in zip(values, rates["ffcv"], strict=True)]
+        print(
+            f"{name:>24}: median {statistics.median(values):.0f} images/s, "
+            f"{statistics.median(ratios):.2f} x ffcv ({min(ratios):.2f} to {max(ratios):.2f})"
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,198 @@
+"""Two-view loading speed: bt-fast's native loader, stock FFCV, and the reference, in one run.
+
+    python tools/bench_loader.py imagenet-sample/train --workers 2
+
+    reference   the released code's loader: ImageFolder, Pillow, its two full augmentation branches
+                (its colours and blur run in these workers too; there is no other place for them)
+    ffcv        stock FFCV with two image pipelines, random resized crops only: decodes twice
+    native      bt-fast: decodes once, crops twice
+
+All give two views of 224 px per image, from the same images and with as many workers or threads.
+FFCV and native read the same `.beton`, made first. The first batches (start-up, FFCV's compilation)
+are not timed; the contenders alternate. What counts is the ratio within one run.
+"""
+
+import random
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import simplejpeg
+import torch
+import tyro
+from PIL import Image, ImageFilter, ImageOps
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from pipelines.beton import BetonReader
+from pipelines.convert import Convert, convert
+from pipelines.crop import RandomResizedCrop, random_boxes
+from pipelines.flags import usable_cores
+from pipelines.loader import NativeLoader
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Benchmark:
+    """Compare two-view loaders."""
+
+    source: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="SOURCE")]
+    """Folder with one folder of images per class."""
+    workers: int = usable_cores()
+    """Worker processes of the reference, threads of the others."""
+    batch_size: int = 64
+    """Images per batch."""
+    size: int = 224
+    """Side of the views, pixels."""
+    seconds: float = 8.0
+    """Time each contender runs per repeat, after warming up."""
+    repeats: int = 3
+    """Turns of each contender; the median counts."""
+
+
+class ReferenceViews:
+    """The two transforms of the released code, from their description (Pillow throughout)."""
+
+    def __init__(self, size: int) -> None:
+        from torchvision import transforms
+
+        def branch(blur: float, solarize: float):
+            return transforms.Compose(
+                [
+                    transforms.RandomResizedCrop(
+                        size, interpolation=transforms.InterpolationMode.BICUBIC
+                    ),
+                    transforms.RandomHorizontalFlip(0.5),
+                    transforms.RandomApply([transforms.ColorJitter(0.4, 0.4, 0.2, 0.1)], 0.8),
+                    transforms.RandomGrayscale(0.2),
+                    Maybe(blur, blurred),
+                    Maybe(solarize, ImageOps.solarize),
+                    transforms.ToTensor(),
+                    transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+                ]
+            )
+
+        self.branches = (branch(1.0, 0.0), branch(0.1, 0.2))
+
+    def __call__(self, image: Image.Image) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.branches[0](image), self.branches[1](image)
+
+
+class Maybe:
+    """Apply a function of an image with a probability."""
+
+    def __init__(self, probability: float, function) -> None:
+        self.probability, self.function = probability, function
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        return self.function(image) if random.random() < self.probability else image
+
+
+def blurred(image: Image.Image) -> Image.Image:
+    return image.filter(ImageFilter.GaussianBlur(radius=random.uniform(0.1, 2.0)))
+
+
+def reference(config: Benchmark, beton: Path) -> Iterator:
+    from torchvision.datasets import ImageFolder
+
+    loader = torch.utils.data.DataLoader(
+        ImageFolder(config.source, ReferenceViews(config.size)),
+        batch_size=config.batch_size,
+        shuffle=True,
+        drop_last=True,
+        num_workers=config.workers,
+    )
+    while True:
+        yield from loader
+
+
+def ffcv(config: Benchmark, beton: Path) -> Iterator:
+    from ffcv.fields.rgb_image import RandomResizedCropRGBImageDecoder
+    from ffcv.loader import Loader, OrderOption
+    from ffcv.pipeline import PipelineSpec
+    from ffcv.transforms import ToTensor
+
+    def view():
+        decoder = RandomResizedCropRGBImageDecoder((config.size, config.size))
+        return PipelineSpec("image", decoder=decoder, transforms=[ToTensor()])
+
+    loader = Loader(
+        str(beton),
+        batch_size=config.batch_size,
+        num_workers=config.workers,
+        order=OrderOption.RANDOM,
+        drop_last=True,
+        pipelines={"image": view(), "image_again": view(), "label": None},
+    )
+    while True:
+        yield from loader
+
+
+def native(config: Benchmark, beton: Path) -> Iterator:
+    reader = BetonReader(beton)
+    crop = RandomResizedCrop(size=config.size)
+    loader = NativeLoader(reader, crop, batch_size=config.batch_size, num_threads=config.workers)
+    return loader.batches(0, 1 << 40)
+
+
+def measure(batches: Iterator, config: Benchmark, num_warmup: int) -> float:
+    """Images/s of an endless iterator of batches, after its first ones."""
+    for _ in islice(batches, num_warmup):
+        pass
+    count, start = 0, time.perf_counter()
+    while (elapsed := time.perf_counter() - start) < config.seconds or count == 0:
+        next(batches)
+        count += 1
+    return count * config.batch_size / elapsed
+
+
+def difference_from_pillow(config: Benchmark, beton: Path) -> tuple[float, float]:
+    """Mean and 99.9 % quantile of |native crop - Pillow's bicubic of the same box|, grey levels."""
+    reader = BetonReader(beton)
+    crop = RandomResizedCrop(size=config.size)
+    batch = next(NativeLoader(reader, crop, batch_size=config.batch_size).batches(0, 1))
+    boxes = random_boxes(crop, batch.keys[0], *reader.sizes[batch.samples].T)
+    differences = []
+    for sample, (top, left, height, width), ours in zip(
+        batch.samples, boxes.tolist(), batch.views[0].numpy(), strict=True
+    ):
+        pixels = simplejpeg.decode_jpeg(reader.image(sample), fastdct=False, fastupsample=False)
+        cut = Image.fromarray(pixels).crop((left, top, left + width, top + height))
+        theirs = np.array(cut.resize((config.size, config.size), Image.Resampling.BICUBIC))
+        differences.append(np.abs(ours.astype(int) - theirs.astype(int)))
+    return float(np.mean(differences)), float(np.quantile(differences, 0.999))
+
+
+def main() -> None:
+    config = tyro.cli(Benchmark, description=__doc__)
+    contenders = {"reference": reference, "ffcv": ffcv, "native": native}
+    try:
+        import ffcv as _  # noqa: F401
+    except ImportError as error:
+        print(f"ffcv is left out: {error}")
+        del contenders["ffcv"]
+    rates: dict[str, list[float]] = {name: [] for name in contenders}
+    with tempfile.TemporaryDirectory() as scratch:
+        beton = Path(scratch) / "out.beton"
+        convert(Convert(source=config.source, out=beton, workers=config.workers))
+        for repeat in range(config.repeats):
+            for name, start in contenders.items():
+                batches = start(config, beton)
+                rates[name].append(measure(batches, config, num_warmup=4))
+                batches.close()
+                print(f"turn {repeat + 1}: {name:>10} {rates[name][-1]:7.0f} images/s", flush=True)
+        mean, high = difference_from_pillow(config, beton)
+    medians = {name: statistics.median(values) for name, values in rates.items()}
+    for name, rate in medians.items():
+        print(f"{name:>10} {rate:7.0f} images/s; native is {medians['native'] / rate:.2f} x")
+    print(f"native crops differ from Pillow's by {mean:.3f} grey levels (99.9 %: {high:.0f})")
+
+
+if __name__ == "__main__":
+    main()
