@@ -11,7 +11,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from pipelines.order import uniforms
 
@@ -83,21 +82,29 @@ def center_boxes(share: float, heights: np.ndarray, widths: np.ndarray) -> np.nd
     return np.stack([(heights - side) // 2, (widths - side) // 2, side, side], axis=1)
 
 
-def crop_and_resize(image: torch.Tensor, box: np.ndarray, size: int) -> torch.Tensor:
+def cut(image: torch.Tensor, box: np.ndarray, out: torch.Tensor) -> None:
     """Cut a box out of an image and resize it with Pillow's antialiased bicubic.
 
     Args:
         image: uint8 [3, H, W], a channels-last view of the decoder's [H, W, 3].
         box: int[4]: top, left, height, width.
-    Returns:
-        uint8 [size, size, 3]; within 0.5 grey levels (mean) of Pillow's result.
+        out: uint8 [height, width, 3], receives the view; contiguous.
     """
     top, left, height, width = (int(value) for value in box)
-    pixels = image[:, top : top + height, left : left + width].unsqueeze(0)  # [1, 3, h, w]
-    if (height, width) != (size, size):
-        # torch's uint8 kernel for channels-last memory is the one with vector instructions, and
-        # computes in the same fixed point as Pillow.
-        pixels = F.interpolate(
-            pixels, size=(size, size), mode="bicubic", antialias=True, align_corners=False
-        )
-    return pixels[0].permute(1, 2, 0)
+    resize(image[:, top : top + height, left : left + width], out.permute(2, 0, 1))
+
+
+def resize(image: torch.Tensor, out: torch.Tensor) -> None:
+    """Pillow's antialiased bicubic, into memory that is there: both uint8 [channels, H, W].
+
+    Within 0.5 grey levels (mean) of Pillow: torch's uint8 kernel computes in the same fixed point.
+    It has vector instructions for channels-last memory, and the operator behind
+    `F.interpolate` writes where it is told to, which spares an allocation and a copy per view.
+    """
+    if image.shape == out.shape:
+        out.copy_(image)
+        return
+    source = image.unsqueeze(0).contiguous(memory_format=torch.channels_last)
+    torch.ops.aten._upsample_bicubic2d_aa.out(
+        source, out.shape[1:], align_corners=False, out=out.unsqueeze(0)
+    )

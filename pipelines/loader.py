@@ -21,7 +21,7 @@ import simplejpeg
 import torch
 
 from pipelines.beton import BetonReader
-from pipelines.crop import RandomResizedCrop, center_boxes, crop_and_resize, random_boxes
+from pipelines.crop import RandomResizedCrop, center_boxes, cut, random_boxes
 from pipelines.order import epoch_order, view_keys
 
 _IMAGES_PER_TASK = 4  # few enough to share a batch evenly, enough to hide the cost of a task
@@ -164,11 +164,10 @@ class CropCutter:
     def _cut_some(
         self, samples: np.ndarray, boxes: np.ndarray, crops: torch.Tensor, first: int
     ) -> None:
-        size = crops.shape[2]
         for row in range(first, min(first + _IMAGES_PER_TASK, len(samples))):
             image = self._decode(int(samples[row]))
             for view in range(boxes.shape[1]):
-                crops[view, row] = crop_and_resize(image, boxes[row, view], size)
+                cut(image, boxes[row, view], out=crops[view, row])
 
     def _decode(self, sample: int) -> torch.Tensor:
         """One record -> uint8 [3, H, W], channels-last in memory."""

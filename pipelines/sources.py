@@ -239,8 +239,7 @@ def _prepare_jpeg(data: bytes, max_side: int, check: Check) -> Prepared:
     if plain and max_side and max(height, width) > max_side:
         # The pixels are Pillow's (both are libjpeg-turbo), but damage raises.
         pixels = simplejpeg.decode_jpeg(data, "RGB" if num_channels == 3 else "GRAY", strict=True)
-        image = Image.fromarray(pixels if num_channels == 3 else pixels[:, :, 0])
-        return _encode(image, max_side, "resized", subsampling)
+        return _encode(pixels, max_side, "resized", subsampling)
     if plain and check == "quick" and _looks_whole(data):
         return Prepared(data, height, width, "kept")
     # The cheapest decode that reads every coefficient: an eighth of the size, without colour.
@@ -285,7 +284,8 @@ def _reencode(data: bytes, max_side: int, why: str | None = None) -> Prepared:
             warnings.simplefilter("ignore")
             image = Image.open(io.BytesIO(data), formats=FORMATS)
             _check_size(image.height, image.width)
-            return _encode(_to_rgb(image), max_side, f"reencoded ({why or image.format})")
+            pixels = np.asarray(_to_rgb(image))
+            return _encode(pixels, max_side, f"reencoded ({why or image.format})")
     except UnreadableImage:
         raise
     except UnidentifiedImageError:
@@ -308,17 +308,30 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _encode(image: Image.Image, max_side: int, action: str, subsampling: str = "444") -> Prepared:
-    """Shrink to `max_side` and encode. `image` is "RGB" or "L"."""
-    longest = max(image.size)
+def _encode(pixels: np.ndarray, max_side: int, action: str, subsampling: str = "444") -> Prepared:
+    """Shrink to `max_side` and encode uint8 [H, W, 1 or 3]."""
+    height, width, num_channels = pixels.shape
+    longest = max(height, width)
     if max_side and longest > max_side:
-        width, height = (max(1, round(side * max_side / longest)) for side in image.size)
-        image = image.resize((width, height), Image.Resampling.BICUBIC)
-    if max(image.size) > MAX_JPEG_SIDE:
-        raise UnreadableImage(f"{max(image.size)} pixels long: a JPEG has at most {MAX_JPEG_SIDE}")
+        pixels = _shrink(pixels, *(max(1, round(s * max_side / longest)) for s in (height, width)))
+    elif longest > MAX_JPEG_SIDE:
+        raise UnreadableImage(f"{longest} pixels long: a JPEG has at most {MAX_JPEG_SIDE}")
+    image = Image.fromarray(pixels if num_channels == 3 else pixels[:, :, 0])
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=JPEG_QUALITY, subsampling=SUBSAMPLING.get(subsampling, 0))
     return Prepared(buffer.getvalue(), image.height, image.width, action)
+
+
+def _shrink(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Antialiased bicubic, the one the loader cuts crops with; seven times as fast as Pillow's."""
+    import torch  # here, because it takes a second to load and few data sets need it
+
+    from pipelines.crop import resize
+
+    pixels = np.require(pixels, requirements="W")  # what Pillow hands out is read-only
+    shrunk = torch.empty((height, width, pixels.shape[2]), dtype=torch.uint8)
+    resize(torch.from_numpy(pixels).permute(2, 0, 1), shrunk.permute(2, 0, 1))
+    return shrunk.numpy()
 
 
 def _check_size(height: int, width: int) -> None:

@@ -70,6 +70,7 @@ def _prepare_files(root: Path, paths: list[str], max_side: int, check: Check) ->
 def _start_worker() -> None:
     """Ctrl-C is the parent's business; and a worker does not outlive a killed parent."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.environ["OMP_NUM_THREADS"] = "1"  # there is a worker per core already
 
     parent = parent_process()
     assert parent is not None

@@ -46,7 +46,7 @@ class Benchmark:
     max_side: int = 512
     """Longest side to shrink to."""
 
-    copies: int = 8
+    copies: int = 40
     """How often every image is converted."""
 
     repeats: int = 3
