@@ -207,8 +207,8 @@ def cifar10() -> Config:
         batch_size=256,
         epochs=200,
         projector=(2048, 2048, 2048),
-        lr_weights=0.3,
-        lr_biases=0.3 * 0.024,
+        lr_weights=3.0,
+        lr_biases=0.024,
     )
 
 
@@ -219,6 +219,7 @@ def cifar10_cpu() -> Config:
         recipe="cifar10-cpu",
         small_images=False,
         epochs=40,
+        warmup_epochs=4,
         projector=(1024, 1024),
     )
 
@@ -228,12 +229,14 @@ def demo() -> Config:
     return _small(
         Config(recipe="demo"),
         encoder="resnet18",
-        size=64,
+        size=48,
         min_scale=0.25,
         batch_size=256,
         epochs=20,
         warmup_epochs=2,
         projector=(1024, 1024),
+        lr_weights=3.0,
+        lr_biases=0.024,
         probe_every=5,
         log_every=5,
     )

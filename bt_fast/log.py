@@ -4,8 +4,11 @@ On a terminal a live line shows progress; elsewhere plain lines appear, at most 
 seconds. Every record goes to metrics.jsonl and TensorBoard.
 """
 
+import contextlib
 import json
+import math
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from rich.console import Console
@@ -14,6 +17,22 @@ from rich.table import Table
 from torch.utils.tensorboard import SummaryWriter
 
 _PLAIN_INTERVAL = 5.0  # seconds between plain lines
+
+
+class Clock:
+    """Seconds since it was made, without the pauses: what counts as training."""
+
+    def __init__(self) -> None:
+        self._started, self._paused = time.perf_counter(), 0.0
+
+    def seconds(self) -> float:
+        return time.perf_counter() - self._started - self._paused
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        self._paused += time.perf_counter() - started
 
 
 class RunLog:
@@ -88,7 +107,9 @@ class RunLog:
         self.say(f"kNN probe, {what}: {scores} ({duration(record['seconds'])})")
 
     def _record(self, kind: str, record: dict) -> None:
-        self._file.write(json.dumps({"kind": kind, **record}) + "\n")
+        # JSON has no nan or infinity, which is what a skipped step's loss is.
+        finite = {name: value if math.isfinite(value) else None for name, value in record.items()}
+        self._file.write(json.dumps({"kind": kind, **finite}) + "\n")
         for name, value in record.items():
             if name not in ("step", "epoch"):
                 self._tensorboard.add_scalar(f"{kind}/{name}", value, record["step"])

@@ -15,6 +15,7 @@ import fcntl
 import json
 import platform
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy
@@ -29,37 +30,29 @@ from pipelines.flags import usable_cores
 
 
 class RunDirectory:
-    """Create a new run's folder, or open the one to resume. Holds a lock while it is open.
+    """The folder `choose_path` chose, made if need be. Holds a lock while it is open.
 
-    Raises ValueError: a new run's folder is not empty, a resumed one is no run, or another
-    process is using it.
+    Raises ValueError if another process is using it.
     """
 
-    def __init__(self, settings: Config) -> None:
-        self.resumed = settings.resume is not None
-        self.path = settings.resume or settings.run_dir or _default_path(settings.recipe)
-        if not self.resumed:
-            if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
-                raise ValueError(
-                    f"--run-dir {self.path} is in use; continue it with --resume {self.path}"
-                    " or choose another folder"
-                )
-            self.path.mkdir(parents=True, exist_ok=True)
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.path.mkdir(parents=True, exist_ok=True)
         self._lock = open(self.path / ".lock", "w")  # noqa: SIM115 (held until close)
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             self._lock.close()
             raise ValueError(f"{self.path} is in use by another running process") from None
-        self.write("config.json", config.to_json(settings))
 
     def write(self, name: str, text: str) -> None:
         """Replace one of the run's small files as a whole."""
         with atomic_file(self.path / name, overwrite=True) as file:
             file.write(text.encode())
 
-    def record_environment(self, performance: Performance) -> None:
-        """Append this start's versions and hardware to environment.json."""
+    def record_start(self, settings: Config, performance: Performance) -> None:
+        """Write config.json, and append this start's versions and hardware to environment.json."""
+        self.write("config.json", config.to_json(replace(settings, resume=None)))
         path = self.path / "environment.json"
         starts = json.loads(path.read_text()) if path.exists() else []
         starts.append(environment(performance))
@@ -68,7 +61,7 @@ class RunDirectory:
     def truncate_metrics(self, step: int) -> None:
         """Forget what was logged after `step`: a resumed run writes those lines again."""
         path = self.path / "metrics.jsonl"
-        kept = [line for line, record in read_metrics(path) if record["step"] <= step]
+        kept = [line for line, record in read_metrics(path) if record["step"] <= step > 0]
         self.write("metrics.jsonl", "".join(kept))
 
     def close(self) -> None:
@@ -127,5 +120,14 @@ def _cpu_name() -> str:
     return names[0] if names else platform.machine()
 
 
-def _default_path(recipe: str) -> Path:
-    return Path("runs") / f"{recipe}-{time.strftime('%Y%m%d-%H%M%S')}"
+def choose_path(settings: Config) -> Path:
+    """The run's folder. Raises ValueError if a new run's is there already and not empty."""
+    if settings.resume is not None:
+        return settings.resume
+    named = f"{settings.recipe}-{time.strftime('%Y%m%d-%H%M%S')}"
+    path = settings.run_dir or Path("runs") / named
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise ValueError(
+            f"--run-dir {path} is in use; continue it with --resume {path} or choose another folder"
+        )
+    return path

@@ -5,100 +5,82 @@ are not finite changes nothing: parameters, momentum and batch statistics stay, 
 device. Where a run stands is one number, the step; order and views follow from it.
 """
 
-import dataclasses
 import signal
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from rich.console import Console
 from safetensors.torch import save_file
 
-from bt_fast import checkpoint, perf, pictures
+from bt_fast import checkpoint, pictures
 from bt_fast.config import Config
-from bt_fast.evaluate.knn import KnnData, choose_data, evaluate_knn
-from bt_fast.lars import LARS
-from bt_fast.log import RunLog, duration, summary_table
+from bt_fast.evaluate.knn import evaluate_knn
+from bt_fast.job import Job, build, describe, rehearse
+from bt_fast.log import Clock, RunLog, summary_table
 from bt_fast.loss import correlation_terms
-from bt_fast.model import BarlowTwins, flatten_batch_statistics
-from bt_fast.perf import Performance
-from bt_fast.run_directory import RunDirectory
+from bt_fast.model import BarlowTwins
+from bt_fast.run_directory import RunDirectory, choose_path, read_metrics
 from bt_fast.schedule import learning_rate
 from pipelines import augment
-from pipelines.beton import BetonReader
-from pipelines.crop import RandomResizedCrop
 from pipelines.flags import usable_cores
-from pipelines.loader import Batch, NativeLoader
+from pipelines.loader import Batch
 
 EXIT_STOPPED = 75  # EX_TEMPFAIL: stopped by a signal after saving; start again with --resume
-
-
-@dataclass(kw_only=True, slots=True)
-class Job:
-    """Everything a run is made of, built from its configuration."""
-
-    config: Config
-    performance: Performance
-    reader: BetonReader
-    loader: NativeLoader
-    knn_data: KnnData | None
-    model: BarlowTwins
-    statistics: torch.Tensor  # all batch statistics of the model, one tensor
-    optimizer: LARS
-    last_step: int
 
 
 def pretrain(settings: Config) -> int:
     """Train as configured; returns the process's exit status (0, or EXIT_STOPPED)."""
     console = Console(soft_wrap=True)
+    path = choose_path(settings)  # before minutes of compilation, not after
     job = build(settings)
     seconds_per_step = rehearse(job)
     console.print(summary_table("bt-fast pretrain", describe(job, seconds_per_step)))
     if settings.dry_run:
         return 0
-    with RunDirectory(settings) as run:
+    with RunDirectory(path) as run:
         step = resume(job, run, console)
-        with RunLog(console, run.path, step, job.last_step) as log:
+        with RunLog(console, run.path, step, job.last_step) as log, StopFlag() as stop:
             log.say(f"run directory: {run.path}")
-            run.record_environment(job.performance)
-            status = train(job, run, log, step)
+            run.record_start(settings, job.performance)
+            status = train(job, run, log, stop, step)
             pictures.curves(run.path / "metrics.jsonl", run.path / "curves.png")
             if status == 0:
+                log.say(learned(run.path / "metrics.jsonl"))
                 log.say(f"done: {export_encoder(job.model, run.path)}")
             else:
                 log.say(f"stopped; continue with: bt-fast pretrain --resume {run.path}")
     return status
 
 
-def train(job: Job, run: RunDirectory, log: RunLog, step: int) -> int:
+def train(job: Job, run: RunDirectory, log: RunLog, stop: "StopFlag", step: int) -> int:
     """The loop. Returns 0 when the last step is done, EXIT_STOPPED after a signal."""
-    settings, device = job.config, job.performance.device
+    settings = job.config
     steps_per_epoch = job.loader.steps_per_epoch
     save_every = settings.save_every or steps_per_epoch
-    stop = StopFlag()
-    skipped = torch.zeros((), dtype=torch.int32, device=device)  # steps since the last log line
-    window_start, window_steps = time.perf_counter(), 0
-
     if step == 0:
         probe(job, log, step)
+
+    # Since the last log line: its step, seconds spent training, updates skipped.
+    logged_step, clock = step, Clock()
+    skipped = torch.zeros((), dtype=torch.int32, device=job.performance.device)
     for batch in job.loader.batches(step, job.last_step):
         views = augmented(batch, job)
         if step == 0:
-            pictures.contact_sheet(*views, run.path / "views.png")
+            with clock.paused():
+                pictures.contact_sheet(*views, run.path / "views.png")
 
         # One update.
         rates = set_learning_rates(job, step)
         invariance, redundancy, applied = update(job, views)
         skipped += ~applied
         step += 1
-        window_steps += 1
 
         # Once in a while: log, save, probe.
-        epoch_ends = step % steps_per_epoch == 0
-        if step % settings.log_every == 0 or step in (1, job.last_step):
+        is_last = step == job.last_step
+        if step % settings.log_every == 0 or step == 1 or is_last:
             terms = torch.stack([invariance, redundancy, skipped.float()]).tolist()
-            seconds = time.perf_counter() - window_start
+            num_steps, num_skipped = step - logged_step, int(terms[2])
             log.training(
                 {
                     "step": step,
@@ -107,22 +89,22 @@ def train(job: Job, run: RunDirectory, log: RunLog, step: int) -> int:
                     "invariance": terms[0],
                     "redundancy": terms[1],
                     **rates,
-                    "images_per_s": window_steps * settings.batch_size / seconds,
-                    "skipped": int(terms[2]),
+                    "images_per_s": num_steps * settings.batch_size / clock.seconds(),
+                    "skipped": num_skipped,
                 }
             )
-            report_skipped(log, step, int(terms[2]), window_steps)
+            report_skipped(log, step, num_skipped, num_steps)
+            logged_step, clock = step, Clock()
             skipped.zero_()
-            window_start, window_steps = time.perf_counter(), 0
-        due = step % save_every == 0 or step == job.last_step or stop.requested
-        if due:
-            save(job, run, step)
-        if epoch_ends and probe_is_due(settings, step // steps_per_epoch, step == job.last_step):
-            probe(job, log, step)
-        if due or epoch_ends:
-            window_start, window_steps = time.perf_counter(), 0
+        if step % save_every == 0 or is_last or stop.requested:
+            with clock.paused():
+                save(job, run, step)
         if stop.requested:
             return EXIT_STOPPED
+        epoch, batch_of_epoch = divmod(step, steps_per_epoch)
+        if is_last or (batch_of_epoch == 0 and epoch % (settings.probe_every or 1) == 0):
+            with clock.paused():
+                probe(job, log, step)
     return 0
 
 
@@ -194,10 +176,6 @@ def report_skipped(log: RunLog, step: int, skipped: int, steps: int) -> None:
         )
 
 
-def probe_is_due(settings: Config, epoch: int, is_last: bool) -> bool:
-    return settings.probe_every > 0 and (is_last or epoch % settings.probe_every == 0)
-
-
 def probe(job: Job, log: RunLog, step: int) -> None:
     """kNN accuracy of the encoder as it is now."""
     if job.knn_data is None or job.config.probe_every == 0:
@@ -221,134 +199,9 @@ def probe(job: Job, log: RunLog, step: int) -> None:
     )
 
 
-def build(settings: Config) -> Job:
-    """Everything but the run directory. Raises ValueError for what cannot be trained."""
-    if settings.gpus not in (None, 1):
-        raise ValueError(f"--gpus {settings.gpus}: only one process is supported so far")
-    if settings.loader not in ("auto", "native"):
-        raise ValueError(f"--loader {settings.loader} is not available yet; use native")
-    performance = perf.choose(settings.device, settings.precision, settings.compile)
-    perf.apply(performance)
-
-    reader = open_data(settings.data, "--data")
-    val = open_val(settings.data, settings.val_data)
-    loader = NativeLoader(
-        reader,
-        RandomResizedCrop(size=settings.size, scale=(settings.min_scale, 1.0)),
-        batch_size=settings.batch_size,
-        seed=settings.seed,
-        num_threads=settings.workers or usable_cores(),
-        pin_memory=performance.device.type == "cuda",
-    )
-
-    torch.manual_seed(settings.seed)  # the initialisation; drawn on the CPU, alike everywhere
-    model = BarlowTwins(settings.encoder, settings.projector, small_images=settings.small_images)
-    perf.prepare(model, performance)
-    matrices = [p for p in model.parameters() if p.ndim > 1]
-    vectors = [p for p in model.parameters() if p.ndim <= 1]
-    return Job(
-        config=settings,
-        performance=performance,
-        reader=reader,
-        loader=loader,
-        knn_data=choose_data(reader, val, settings.seed, settings.probe_images),
-        model=model,
-        statistics=flatten_batch_statistics(model),
-        optimizer=LARS(
-            [{"params": matrices}, {"params": vectors}],
-            lr=0.0,
-            weight_decay=settings.weight_decay,
-        ),
-        last_step=min(
-            settings.epochs * loader.steps_per_epoch,
-            settings.max_steps if settings.max_steps is not None else 2**62,
-        ),
-    )
-
-
-def open_data(path: Path, flag: str) -> BetonReader:
-    if not path.exists():
-        raise ValueError(
-            f"{flag} {path} does not exist; make it with: bt-convert IMAGE_FOLDER {path}"
-        )
-    return BetonReader(path)
-
-
-def open_val(data: Path, val_data: Path | None) -> BetonReader | None:
-    """The held-out images: the ones named, else what bt-convert left beside the training file."""
-    if val_data is not None:
-        return open_data(val_data, "--val-data")
-    beside = data.with_suffix(f".val{data.suffix}")
-    return BetonReader(beside) if beside.exists() else None
-
-
-def rehearse(job: Job) -> float:
-    """Run forward and backward on noise and forget it -> expected seconds per step.
-
-    Compiles, allocates, and finds out before the run starts whether a step fits in memory. A CPU
-    rehearses with a small batch and scales the time up.
-    """
-    settings, device = job.config, job.performance.device
-    n = settings.batch_size if device.type == "cuda" else min(settings.batch_size, 16)
-    noise = torch.randn(n, 3, settings.size, settings.size, device=device)
-    noise = noise.to(job.performance.view_dtype, memory_format=torch.channels_last)
-    before = job.statistics.clone()
-    try:
-        for _ in range(2):
-            perf.synchronise(device)
-            started = time.perf_counter()
-            with job.performance.autocast():
-                z_a, z_b = job.model(noise), job.model(noise)
-            invariance, redundancy = correlation_terms(z_a, z_b)
-            (invariance + redundancy).backward()
-            job.optimizer.zero_grad(set_to_none=True)
-            perf.synchronise(device)
-            seconds = time.perf_counter() - started
-    except torch.OutOfMemoryError:
-        raise ValueError(
-            f"--batch-size {settings.batch_size} does not fit into the memory of the"
-            f" {device.type} device; choose a smaller one"
-        ) from None
-    with torch.no_grad():
-        job.statistics.copy_(before)
-    for name, buffer in job.model.named_buffers():
-        if name.endswith("num_batches_tracked"):
-            buffer.zero_()
-    return seconds * settings.batch_size / n
-
-
-def describe(job: Job, seconds_per_step: float) -> dict[str, str]:
-    """The rows of the table shown before a run starts."""
-    settings, performance = job.config, job.performance
-    parameters = [sum(p.numel() for p in part.parameters()) / 1e6 for part in job.model.children()]
-    schedule = f"{settings.epochs} epochs x {job.loader.steps_per_epoch} steps"
-    if job.last_step < settings.epochs * job.loader.steps_per_epoch:
-        schedule += f", stopping after {job.last_step}"
-    warmup = f"{settings.effective_warmup_epochs:g} epochs"
-    if settings.effective_warmup_epochs != settings.warmup_epochs:
-        warmup += f" (--warmup-epochs {settings.warmup_epochs:g} is not shorter than the run)"
-    projector = "-".join(map(str, settings.projector))
-    return {
-        "recipe": settings.recipe,
-        "data": f"{len(job.reader)} images, {job.reader.num_classes} classes in {settings.data}",
-        "views": f"2 x {settings.size} px, crops from {settings.min_scale:g} of the area",
-        "model": f"{settings.encoder} ({parameters[0]:.1f} M) +"
-        f" projector {projector} ({parameters[1]:.1f} M)",
-        "batch": f"{settings.batch_size} images",
-        "steps": schedule,
-        "warm-up": warmup,
-        "device": f"{performance.device.type}, {performance.precision},"
-        f" {'compiled' if performance.compile else 'not compiled'},"
-        f" {settings.workers or usable_cores()} decoding threads",
-        "kNN probe": job.knn_data.description if job.knn_data else "none (no classes)",
-        "estimated time": f"{duration(seconds_per_step * job.last_step)}"
-        f" ({settings.batch_size / seconds_per_step:.0f} images/s, without data and probes)",
-    }
-
-
 def resume(job: Job, run: RunDirectory, console: Console) -> int:
     """Restore the newest valid checkpoint of a resumed run -> the step to go on from."""
-    if not run.resumed:
+    if job.config.resume is None:
         return 0
     found, problems = checkpoint.newest(run.path)
     for problem in problems:
@@ -378,8 +231,24 @@ def save(job: Job, run: RunDirectory, step: int) -> None:
         step,
         job.model,
         job.optimizer,
-        {"data": data_facts(job), "config": dataclasses.asdict(job.config)["recipe"]},
+        {"data": data_facts(job)},
         keep=job.config.keep,
+    )
+
+
+def learned(metrics: Path) -> str:
+    """One line: what the first and the last probe of a run found."""
+    records = [record for _, record in read_metrics(metrics) if record["kind"] == "probe"]
+    if len(records) < 2:
+        return "no kNN probes to compare"
+    scores = [
+        f"k={name.removeprefix('knn_')}: {100 * records[0][name]:.1f} % ->"
+        f" {100 * records[-1][name]:.1f} %"
+        for name in records[0]
+        if name.startswith("knn_")
+    ]
+    return f"kNN accuracy, epoch {records[0]['epoch']:g} -> {records[-1]['epoch']:g}: " + ", ".join(
+        scores
     )
 
 
@@ -399,8 +268,15 @@ class StopFlag:
 
     def __init__(self) -> None:
         self.requested = False
-        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-            signal.signal(number, self._request)
+
+    def __enter__(self) -> "StopFlag":
+        numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+        self._before = {number: signal.signal(number, self._request) for number in numbers}
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
     def _request(self, number: int, _frame) -> None:
         if self.requested and number == signal.SIGINT:

@@ -78,3 +78,11 @@ def write_beton(path: Path, count: int, num_classes: int = 4, sizes=((40, 56), (
 def small_beton(tmp_path_factory) -> Path:
     """64 pictures of 4 classes."""
     return write_beton(tmp_path_factory.mktemp("data") / "small.beton", 64)
+
+
+@pytest.fixture(autouse=True)
+def one_compute_thread():
+    """As in the processes the tests start; importing ffcv (OpenCV) undoes it in this one."""
+    import torch
+
+    torch.set_num_threads(1)

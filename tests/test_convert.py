@@ -214,10 +214,26 @@ def test_wrong_usage_is_one_clear_line(tmp_path, capsys, source, out, message):
     assert (tmp_path / "exists.beton").read_text() == "precious"
 
 
-@pytest.mark.parametrize("flag,value", [("--workers", "0"), ("--max-side", "-1")])
+@pytest.mark.parametrize(
+    "flag,value", [("--workers", "0"), ("--max-side", "-1"), ("--subset", "0")]
+)
 def test_impossible_numbers(folder, tmp_path, capsys, flag, value):
     assert convert(folder, tmp_path / "out.beton", flag, value) == 2
     assert f"{flag} {value}" in capsys.readouterr().err
+
+
+def test_flags_that_do_not_parse_are_one_line(folder, tmp_path, capsys):
+    assert convert(folder, tmp_path / "out.beton", "--worker", "2") == 2
+    error = capsys.readouterr().err
+    assert "perhaps you meant --workers" in error and error.count("\n") == 1
+
+
+def test_a_subset_takes_from_train_alone(tmp_path):
+    make_folder(tmp_path / "images" / "train", {"a": 4, "b": 4})
+    make_folder(tmp_path / "images" / "val", {"a": 3, "b": 1})
+    assert convert(tmp_path / "images", tmp_path / "out.beton", "--subset", "4") == 0
+    assert BetonReader(tmp_path / "out.beton").labels.tolist() == [0, 0, 1, 1]
+    assert len(BetonReader(tmp_path / "out.val.beton")) == 4
 
 
 def test_overwrite_replaces(folder, tmp_path):

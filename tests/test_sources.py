@@ -78,3 +78,39 @@ def test_every_stored_image_is_read_by_torchvisions_decoder(tmp_path):
         assert decoded.shape == (3, prepared.height, prepared.width)
         pillow = np.asarray(Image.open(io.BytesIO(prepared.jpeg)).convert("RGB"), np.int16)
         assert np.abs(decoded.numpy().transpose(1, 2, 0) - pillow).mean() < 1
+
+
+def test_the_quick_check_finds_what_a_files_structure_tells():
+    whole = jpeg_bytes(drawn_picture(5, 400, 300))
+    assert prepare(whole, 0, "quick") == prepare(whole, 0, "full")
+    middle = len(whole) // 2
+    damaged = {
+        "cut": whole[:middle],
+        "cut with an end marker": whole[:middle] + b"\xff\xd9",
+        "zeros": whole[:middle] + bytes(4096) + whole[middle + 4096 :],
+        "no end": whole[:-2],
+        "another file's text": whole[:middle] + b"<html>\xff\xee</html>" * 200 + whole[-2:],
+    }
+    for name, data in damaged.items():
+        try:
+            stored = prepare(data, 0, "quick").action
+        except UnreadableImage:
+            continue
+        assert name == "cut with an end marker" and stored == "kept"  # only decoding tells
+    with pytest.raises(UnreadableImage):
+        prepare(damaged["cut with an end marker"], 0, "full")
+
+
+def test_a_subset_is_spread_over_the_classes(tmp_path):
+    for label, count in {"a": 5, "b": 2, "c": 9}.items():
+        (tmp_path / label).mkdir()
+        for index in range(count):
+            (tmp_path / label / f"{index}.jpg").touch()
+    split = find_splits(tmp_path)["train"]
+    split.keep(9)
+    assert split.paths == [f"a/{i}.jpg" for i in range(4)] + ["b/0.jpg", "b/1.jpg"] + [
+        f"c/{i}.jpg" for i in range(3)
+    ]
+    assert split.labels == [0] * 4 + [1] * 2 + [2] * 3
+    split.keep(100)
+    assert len(split.paths) == 9

@@ -17,6 +17,8 @@ from safetensors.torch import load_file
 
 from bt_fast import train
 from bt_fast.cli import main, parse_pretrain
+from bt_fast.job import build, rehearse
+from bt_fast.run_directory import RunDirectory
 
 # Seconds-long runs: a small encoder on small views.
 TINY = [
@@ -166,13 +168,13 @@ def test_resuming_with_other_data_is_refused(small_beton, finished, tmp_path, ca
 
 
 def test_two_processes_cannot_share_a_run(small_beton, finished, capsys):
-    with train.RunDirectory(parse_pretrain(["--resume", str(finished)])):
+    with RunDirectory(finished):
         assert main(["pretrain", "--resume", str(finished)]) == 2
     assert "in use by another" in capsys.readouterr().err
 
 
 def test_a_step_that_is_not_finite_changes_nothing(small_beton, tmp_path):
-    job = train.build(parse_pretrain([*TINY, "--data", str(small_beton)]))
+    job = build(parse_pretrain([*TINY, "--data", str(small_beton)]))
     train.set_learning_rates(job, 5)
     views = [torch.randn(16, 3, 32, 32) for _ in range(2)]
     assert train.update(job, views)[2]
@@ -208,8 +210,8 @@ def test_a_run_of_nothing_but_skipped_steps_ends(small_beton, tmp_path, monkeypa
 
 def test_rehearsal_leaves_no_trace(small_beton):
     arguments = [*TINY, "--data", str(small_beton)]
-    job, untouched = (train.build(parse_pretrain(arguments)) for _ in range(2))
-    assert train.rehearse(job) > 0
+    job, untouched = (build(parse_pretrain(arguments)) for _ in range(2))
+    assert rehearse(job) > 0
     ours, theirs = job.model.state_dict(), untouched.model.state_dict()
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     assert all(p.grad is None for p in job.model.parameters())

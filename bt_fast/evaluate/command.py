@@ -13,11 +13,11 @@ from safetensors.torch import load_file
 from bt_fast import checkpoint, perf
 from bt_fast.config import Config
 from bt_fast.evaluate.knn import SETTINGS, choose_data, evaluate_knn
+from bt_fast.job import open_data, open_val
 from bt_fast.log import summary_table
 from bt_fast.model import build_encoder
 from bt_fast.perf import Precision
 from bt_fast.run_directory import load_config
-from bt_fast.train import open_data, open_val
 from pipelines.flags import usable_cores
 
 

@@ -1,0 +1,55 @@
+"""What a person reads: durations, the plain lines, and metrics that survive a torn line."""
+
+import json
+
+import pytest
+from rich.console import Console
+
+from bt_fast.log import RunLog, duration
+from bt_fast.run_directory import read_metrics
+
+RECORD = {
+    "step": 1, "epoch": 0.5, "loss": 3.0, "invariance": 2.5, "redundancy": 100.0,
+    "lr_weights": 0.1, "lr_biases": 0.01, "images_per_s": 10.0, "skipped": 0,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "seconds,text",
+    [(3.21, "3.2 s"), (75, "75 s"), (150, "2 min"), (3725, "1 h 2 min"), (200_000, "2 d 7 h")],
+)
+def test_durations_are_for_people(seconds, text):
+    assert duration(seconds) == text
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_every_record_is_kept_and_shown(tmp_path, terminal):
+    with open(tmp_path / "screen", "w") as screen:
+        console = Console(file=screen, force_terminal=terminal, width=200)
+        with RunLog(console, tmp_path, 0, 2) as log:
+            log.training(RECORD)
+            log.training({**RECORD, "step": 2})
+            log.probe({"step": 2, "epoch": 1.0, "knn_20": 0.5, "seconds": 1.0})
+            log.warn("mind [the] gap")
+    kept = [record for _, record in read_metrics(tmp_path / "metrics.jsonl")]
+    assert [record["kind"] for record in kept] == ["train", "train", "probe"]
+    assert kept[0]["redundancy"] == 100.0
+    shown = (tmp_path / "screen").read_text()
+    assert "loss 3" in shown and "k=20: 50.00 %" in shown and "mind [the] gap" in shown
+    assert ("\x1b[" in shown) == terminal
+    assert any((tmp_path / "tensorboard").iterdir())
+
+
+def test_plain_lines_are_few(tmp_path, capsys):
+    with RunLog(Console(width=200), tmp_path, 0, 100) as log:
+        for step in range(1, 100):
+            log.training({**RECORD, "step": step})
+    assert len(capsys.readouterr().out.splitlines()) == 1
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 99
+
+
+def test_a_torn_line_ends_the_metrics(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(json.dumps(RECORD) + "\n" + '{"step": 2, "lo')
+    assert [record["step"] for _, record in read_metrics(path)] == [1]
+    assert read_metrics(tmp_path / "none.jsonl") == []
