@@ -26,6 +26,7 @@ _MAY_CHANGE = {
     "compile",
     "loader",
     "workers",
+    "cache_gb",
     "max_steps",
     "probe_every",
     "probe_images",

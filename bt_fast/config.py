@@ -52,6 +52,9 @@ class Config:
     """What reads the images."""
     workers: int | None = None
     """Decoding threads per rank. Default: all usable cores."""
+    cache_gb: float = 0.0
+    """Memory per rank for decoded images, GB (an ImageNet image takes half a megabyte). With room
+    for all of them, only the first epoch decodes."""
 
     # Length
     epochs: int = 1000
@@ -114,7 +117,14 @@ class Config:
         for name in ("gpus", "max_steps", "workers"):
             value = getattr(self, name)
             _require(value is None or value >= 1, name, value, "must be at least 1")
-        for name in ("probe_every", "save_every", "warmup_epochs", "lambd", "weight_decay"):
+        for name in (
+            "probe_every",
+            "save_every",
+            "warmup_epochs",
+            "cache_gb",
+            "lambd",
+            "weight_decay",
+        ):
             _require(getattr(self, name) >= 0, name, getattr(self, name), "must not be negative")
         for name in ("lr_weights", "lr_biases", "grad_scale"):
             _require(getattr(self, name) > 0, name, getattr(self, name), "must be positive")

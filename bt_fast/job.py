@@ -53,6 +53,7 @@ def build(settings: Config) -> Job:
         seed=settings.seed,
         num_threads=settings.workers or usable_cores(),
         pin_memory=performance.device.type == "cuda",
+        cache_bytes=int(settings.cache_gb * 1e9),
     )
 
     torch.manual_seed(settings.seed)  # the initialisation; drawn on the CPU, alike everywhere

@@ -11,6 +11,7 @@ is page-locked when a GPU is to read it. `prefetch` batches are in the making wh
 also across the end of an epoch.
 """
 
+import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -48,6 +49,7 @@ class NativeLoader:
         num_threads: decoding threads of this rank.
         prefetch: batches prepared ahead.
         pin_memory: put batches in page-locked memory, for copies that overlap GPU work.
+        cache_bytes: memory for decoded images. With room for all, only the first epoch decodes.
     Raises:
         ValueError: fewer images than a batch, or a batch the ranks cannot share equally. While
             iterating: an image that does not decode or differs from its checksum, by name.
@@ -65,6 +67,7 @@ class NativeLoader:
         num_threads: int = 2,
         prefetch: int = 3,
         pin_memory: bool = False,
+        cache_bytes: int = 0,
     ) -> None:
         if batch_size < 1 or batch_size % world_size:
             raise ValueError(f"--batch-size {batch_size} does not divide by {world_size} ranks")
@@ -80,7 +83,7 @@ class NativeLoader:
         self.seed = seed
         self.share = slice(batch_size // world_size * rank, batch_size // world_size * (rank + 1))
         self.steps_per_epoch = len(reader) // batch_size
-        self.cutter = CropCutter(reader, num_threads, prefetch, pin_memory)
+        self.cutter = CropCutter(reader, num_threads, prefetch, pin_memory, cache_bytes)
 
     def batches(self, first_step: int, last_step: int) -> Iterator[Batch]:
         """This rank's batches of the global steps first_step .. last_step - 1."""
@@ -116,11 +119,19 @@ class CropCutter:
     """Threads that decode each image once and cut any number of boxes from it."""
 
     def __init__(
-        self, reader: BetonReader, num_threads: int, prefetch: int = 3, pin_memory: bool = False
+        self,
+        reader: BetonReader,
+        num_threads: int,
+        prefetch: int = 3,
+        pin_memory: bool = False,
+        cache_bytes: int = 0,
     ) -> None:
         self.reader = reader
         self.prefetch = max(prefetch, 1)
         self.pin_memory = pin_memory
+        self.cache: dict[int, torch.Tensor] = {}
+        self.cache_room = cache_bytes
+        self.cache_lock = threading.Lock()
         self.checked = np.zeros(len(reader), bool)  # records whose checksum was right once
         # One core per thread. The first call settles how many the *main* thread uses: torch
         # would otherwise take the worker's 1 for every thread that has not asked yet.
@@ -165,9 +176,20 @@ class CropCutter:
         self, samples: np.ndarray, boxes: np.ndarray, crops: torch.Tensor, first: int
     ) -> None:
         for row in range(first, min(first + _IMAGES_PER_TASK, len(samples))):
-            image = self._decode(int(samples[row]))
+            image = self._image(int(samples[row]))
             for view in range(boxes.shape[1]):
                 cut(image, boxes[row, view], out=crops[view, row])
+
+    def _image(self, sample: int) -> torch.Tensor:
+        """A decoded image, uint8 [3, H, W], from the cache or into it while there is room."""
+        image = self.cache.get(sample)
+        if image is None:
+            image = self._decode(sample)
+            with self.cache_lock:
+                if image.nbytes <= self.cache_room and sample not in self.cache:
+                    self.cache_room -= image.nbytes
+                    self.cache[sample] = image
+        return image
 
     def _decode(self, sample: int) -> torch.Tensor:
         """One record -> uint8 [3, H, W], channels-last in memory."""

@@ -60,6 +60,23 @@ def test_starting_later_gives_the_same_batches(reader, first):
         assert all(map(torch.equal, a.views, b.views))
 
 
+@pytest.mark.parametrize("cache_bytes", [100_000, 10_000_000])
+def test_a_cache_changes_nothing_but_the_number_of_decodes(reader, monkeypatch, cache_bytes):
+    plain = list(loader_of(reader).batches(0, 20))
+    loader = loader_of(reader, cache_bytes=cache_bytes)
+    decodes = []
+    real = loader.cutter._decode
+    monkeypatch.setattr(loader.cutter, "_decode", lambda s: decodes.append(s) or real(s))
+    for a, b in zip(plain, loader.batches(0, 20), strict=True):
+        assert all(map(torch.equal, a.views, b.views))
+    held = sum(image.nbytes for image in loader.cutter.cache.values())
+    assert 0 < held <= cache_bytes
+    if cache_bytes > 1_000_000:
+        assert len(set(decodes)) == len(decodes) == len(loader.cutter.cache)
+    else:
+        assert len(decodes) > 64
+
+
 @pytest.mark.parametrize("world_size", [2, 3, 4])
 def test_ranks_share_the_global_batch(reader, world_size):
     whole = next(loader_of(reader).batches(3, 4))
