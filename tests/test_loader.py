@@ -72,9 +72,10 @@ def test_a_cache_changes_nothing_but_the_number_of_decodes(reader, monkeypatch, 
     held = sum(image.nbytes for image in loader.cutter.cache.values())
     assert 0 < held <= cache_bytes
     if cache_bytes > 1_000_000:
-        assert len(set(decodes)) == len(decodes) == len(loader.cutter.cache)
+        assert set(decodes) == set(loader.cutter.cache)
+        assert len(decodes) <= 2 * 64  # 240 views; two threads may meet at one image
     else:
-        assert len(decodes) > 64
+        assert len(decodes) > 2 * 64
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 4])
