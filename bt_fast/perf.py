@@ -5,6 +5,9 @@ from typing import Literal, TypeVar
 
 import torch
 
+from pipelines import augment
+from pipelines.augment import Draw
+
 Precision = Literal["auto", "bf16", "fp32"]
 Module = TypeVar("Module", bound=torch.nn.Module)
 
@@ -21,6 +24,14 @@ class Performance:
     def view_dtype(self) -> torch.dtype:
         """Dtype in which augmentation hands the views to the encoder."""
         return torch.bfloat16 if self.precision == "bf16" else torch.float32
+
+    def augment(self, images: torch.Tensor, parameters: Draw) -> torch.Tensor:
+        """One branch, by the fused kernels on a GPU and by the definition elsewhere."""
+        if self.device.type == "cuda":
+            from pipelines import augment_triton  # triton comes with torch's CUDA builds only
+
+            return augment_triton.apply(images, parameters, dtype=self.view_dtype)
+        return augment.apply(images, parameters, dtype=self.view_dtype)
 
     def autocast(self) -> torch.autocast:
         """The context of every forward pass."""

@@ -130,10 +130,8 @@ def augmented(batch: Batch, job: Job) -> tuple[torch.Tensor, torch.Tensor]:
     """Both views on the training device, as the encoder takes them: [n, 3, H, W] each."""
     branches = (job.config.view_a, job.config.view_b)
     views = [
-        augment.apply(
-            images.to(job.performance.device, non_blocking=True),
-            augment.draw(branch, keys),
-            dtype=job.performance.view_dtype,
+        job.performance.augment(
+            images.to(job.performance.device, non_blocking=True), augment.draw(branch, keys)
         )
         for images, branch, keys in zip(batch.views, branches, batch.keys, strict=True)
     ]

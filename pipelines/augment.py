@@ -122,12 +122,7 @@ def apply(
     Returns:
         `dtype` [n, 3, H, W], channels-last, on the images' device.
     """
-    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[-1] != 3:
-        raise ValueError(
-            f"images must be uint8 [n, H, W, 3], got {images.dtype} {list(images.shape)}"
-        )
-    if len(images) != len(parameters):
-        raise ValueError(f"{len(images)} images but parameters for {len(parameters)}")
+    require_images(images, parameters)
     pixels = images.permute(0, 3, 1, 2).float().contiguous()  # [n, 3, H, W] in [0, 255]
 
     _on_some(pixels, parameters.flip, lambda x: x.flip(-1))
@@ -139,6 +134,16 @@ def apply(
     _on_some(pixels, parameters.sigma > 0, blur, parameters.sigma)
     _on_some(pixels, parameters.solarize, solarize)
     return normalise(pixels, dtype)
+
+
+def require_images(images: torch.Tensor, parameters: Draw) -> None:
+    """Raise ValueError unless images are uint8 [n, H, W, 3], one for each set of parameters."""
+    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[-1] != 3:
+        raise ValueError(
+            f"images must be uint8 [n, H, W, 3], got {images.dtype} {list(images.shape)}"
+        )
+    if len(images) != len(parameters):
+        raise ValueError(f"{len(images)} images but parameters for {len(parameters)}")
 
 
 def _on_some(pixels, chosen, function, *arguments) -> None:

@@ -14,6 +14,8 @@ IMAGENET_SAMPLE = SHARED_DATA / "imagenet-sample-500.tar"
 
 # Small models on small machines: a second thread per operation costs more than it gives.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Triton kernels run without a GPU in its interpreter; read when triton is first imported.
+os.environ["TRITON_INTERPRET"] = "1"
 
 
 def drawn_picture(seed: int, width: int = 200, height: int = 150) -> Image.Image:

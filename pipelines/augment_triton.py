@@ -1,0 +1,220 @@
+"""The two augmentation branches in two fused Triton kernels; `pipelines.augment` is the definition.
+
+A view needs one number that depends on the whole image, the mean grey level of the contrast op,
+and one op that looks at neighbours, the blur. So there are two kernels:
+
+    contrast_means   reads the crop, runs the colour ops that come before contrast in this sample's
+                     own order, and reduces to one float per sample
+    augment          reads the crop in 64 x 64 tiles of which the inner 52 x 52 are written: flip,
+                     colour ops, grey, blur, solarize, normalise, and one store, channels-last
+
+Nothing is written in between, so a view costs two reads of uint8 and one write of half. Inside a
+tile the blur is two products with a banded 64 x 64 matrix of the sample's 13 taps, which is what
+tensor cores are for; its halo of 6 pixels is computed twice, which is cheaper than a round trip
+through memory. Every program works on one sample, so ops that were not drawn are skipped by a
+branch and cost nothing.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from pipelines.augment import (
+    BRIGHTNESS,
+    CONTRAST,
+    HUE,
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    LUMA,
+    Draw,
+    blur_kernels,
+    require_images,
+)
+
+TILE = 64  # side of what a program reads, pixels
+REACH = 6  # of the blur
+INNER = TILE - 2 * REACH  # side of what it writes
+NUM_WARPS = 8
+BLOCK = 1024  # pixels that the mean is reduced over at a time
+NUM_WARPS_MEANS = 4
+
+
+def apply(
+    images: torch.Tensor, parameters: Draw, *, dtype: torch.dtype = torch.float16
+) -> torch.Tensor:
+    """`pipelines.augment.apply` for a CUDA device: same arguments, same result up to rounding.
+
+    One copy of the parameters to the device, two launches, no synchronisation.
+    """
+    require_images(images, parameters)
+    images = images.contiguous()
+    n, height, width, _ = images.shape
+    device = images.device
+    blurred = parameters.sigma > 0
+    kernels = blur_kernels(parameters.sigma)
+    flags = torch.stack(
+        [parameters.flip, parameters.jitter, parameters.grayscale, blurred, parameters.solarize]
+    )
+    # One table of floats per sample, so that one transfer brings everything.
+    table = torch.cat([flags.T.float(), parameters.factors, parameters.order.float(), kernels], 1)
+    if device.type == "cuda":
+        table = table.pin_memory()
+    table = table.to(device, non_blocking=True)  # [n, COLUMNS]
+    means = torch.empty(n, device=device)
+    views = torch.empty(
+        (n, 3, height, width), dtype=dtype, device=device, memory_format=torch.channels_last
+    )
+    _contrast_means[(n,)](
+        images, table, means, height * width, BLOCK=BLOCK, num_warps=NUM_WARPS_MEANS
+    )
+    tiles = triton.cdiv(width, INNER), triton.cdiv(height, INNER)
+    _augment[(*tiles, n)](
+        images,
+        table,
+        means,
+        views,
+        height,
+        width,
+        TILE=TILE,
+        REACH=REACH,
+        INNER=INNER,
+        num_warps=NUM_WARPS,
+    )
+    return views
+
+
+_BRIGHTNESS, _CONTRAST, _HUE = (tl.constexpr(op) for op in (BRIGHTNESS, CONTRAST, HUE))
+_RED, _GREEN, _BLUE = (tl.constexpr(weight) for weight in LUMA)
+_MEAN_RED, _MEAN_GREEN, _MEAN_BLUE = (tl.constexpr(value) for value in IMAGENET_MEAN)
+_STD_RED, _STD_GREEN, _STD_BLUE = (tl.constexpr(value) for value in IMAGENET_STD)
+# The columns of the table of parameters, one row of floats per sample.
+_FLIP, _JITTER, _GREYSCALE, _BLURRED, _SOLARIZED = (tl.constexpr(i) for i in range(5))
+_FACTORS, _ORDER, _KERNEL = tl.constexpr(5), tl.constexpr(9), tl.constexpr(13)
+_COLUMNS = tl.constexpr(13 + 2 * REACH + 1)
+
+
+@triton.jit
+def _clamp(x):
+    return tl.minimum(tl.maximum(x, 0.0), 255.0)
+
+
+@triton.jit
+def _luma(red, green, blue):
+    return _RED * red + _GREEN * green + _BLUE * blue
+
+
+@triton.jit
+def _hue_channel(hue, value, chroma, offset):
+    k = hue + offset
+    k = k - 6.0 * tl.floor(k / 6.0)
+    return value - chroma * tl.minimum(tl.maximum(tl.minimum(k, 4.0 - k), 0.0), 1.0)
+
+
+@triton.jit
+def _colour_op(op, row, mean, red, green, blue):
+    """One op of the jitter on pixels of one sample: three float tensors in [0, 255]."""
+    factor = tl.load(row + _FACTORS + op)
+    if op == _BRIGHTNESS:
+        red, green, blue = _clamp(red * factor), _clamp(green * factor), _clamp(blue * factor)
+    elif op == _HUE:
+        value = tl.maximum(tl.maximum(red, green), blue)
+        chroma = value - tl.minimum(tl.minimum(red, green), blue)
+        safe = tl.maximum(chroma, 1e-6)
+        hue = tl.where(
+            value == red,
+            (green - blue) / safe,
+            tl.where(value == green, 2.0 + (blue - red) / safe, 4.0 + (red - green) / safe),
+        )
+        hue += 6.0 * factor
+        red = _hue_channel(hue, value, chroma, 5.0)
+        green = _hue_channel(hue, value, chroma, 3.0)
+        blue = _hue_channel(hue, value, chroma, 1.0)
+    else:
+        grey = _luma(red, green, blue)
+        if op == _CONTRAST:
+            grey = tl.zeros_like(grey) + mean
+        red = _clamp(grey + factor * (red - grey))
+        green = _clamp(grey + factor * (green - grey))
+        blue = _clamp(grey + factor * (blue - grey))
+    return red, green, blue
+
+
+@triton.jit
+def _contrast_means(images, table, means, num_pixels, BLOCK: tl.constexpr):
+    """One program per sample, so that the sum has one order and a run can be repeated."""
+    sample = tl.program_id(0).to(tl.int64)
+    row = table + sample * _COLUMNS
+    if tl.load(row + _JITTER) == 0:
+        return
+    images += sample * num_pixels * 3
+    total = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, num_pixels, BLOCK):
+        pixel = start + tl.arange(0, BLOCK)
+        inside = pixel < num_pixels
+        red = tl.load(images + 3 * pixel, inside, other=0).to(tl.float32)
+        green = tl.load(images + 3 * pixel + 1, inside, other=0).to(tl.float32)
+        blue = tl.load(images + 3 * pixel + 2, inside, other=0).to(tl.float32)
+        before = 1
+        for position in tl.static_range(4):
+            op = tl.load(row + _ORDER + position).to(tl.int32)
+            if op == _CONTRAST:
+                before = 0
+            if before == 1:
+                red, green, blue = _colour_op(op, row, 0.0, red, green, blue)
+        total += tl.where(inside, _luma(red, green, blue), 0.0)
+    tl.store(means + sample, tl.floor(tl.sum(total) / num_pixels + 0.5))
+
+
+@triton.jit
+def _store(view, channel, values, mean, deviation, mask):
+    """Normalise one channel of a tile, [0, 255] -> mean 0 and deviation 1, and write it."""
+    values = (values - 255.0 * mean) / (255.0 * deviation)
+    tl.store(view + channel, values.to(view.dtype.element_ty), mask)
+
+
+@triton.jit
+def _augment(
+    images, table, means, views, height, width,
+    TILE: tl.constexpr, REACH: tl.constexpr, INNER: tl.constexpr,
+):  # fmt: skip
+    sample = tl.program_id(2).to(tl.int64)
+    row = table + sample * _COLUMNS
+    offset = tl.arange(0, TILE)
+    y = tl.program_id(1) * INNER + offset - REACH
+    x = tl.program_id(0) * INNER + offset - REACH
+    from_y = tl.minimum(tl.maximum(y, 0), height - 1)  # the blur repeats the edge
+    from_x = tl.minimum(tl.maximum(x, 0), width - 1)
+    if tl.load(row + _FLIP) != 0:
+        from_x = width - 1 - from_x
+    pixel = images + ((sample * height + from_y[:, None]) * width + from_x[None, :]) * 3
+    red = tl.load(pixel).to(tl.float32)
+    green = tl.load(pixel + 1).to(tl.float32)
+    blue = tl.load(pixel + 2).to(tl.float32)
+
+    if tl.load(row + _JITTER) != 0:
+        mean = tl.load(means + sample)
+        for position in tl.static_range(4):
+            op = tl.load(row + _ORDER + position).to(tl.int32)
+            red, green, blue = _colour_op(op, row, mean, red, green, blue)
+    if tl.load(row + _GREYSCALE) != 0:
+        red = _luma(red, green, blue)
+        green = red
+        blue = red
+    if tl.load(row + _BLURRED) != 0:
+        tap = offset[None, :] - offset[:, None] + REACH  # of pixel j in the result at pixel i
+        band = tl.load(row + _KERNEL + tap, (tap >= 0) & (tap <= 2 * REACH), other=0.0)
+        across = tl.trans(band)
+        red = tl.dot(band, tl.dot(red, across))
+        green = tl.dot(band, tl.dot(green, across))
+        blue = tl.dot(band, tl.dot(blue, across))
+    if tl.load(row + _SOLARIZED) != 0:
+        red = tl.where(red >= 127.5, 255.0 - red, red)
+        green = tl.where(green >= 127.5, 255.0 - green, green)
+        blue = tl.where(blue >= 127.5, 255.0 - blue, blue)
+
+    inner = (offset >= REACH) & (offset < REACH + INNER)
+    mask = (inner & (y < height))[:, None] & (inner & (x < width))[None, :]
+    view = views + ((sample * height + y[:, None]) * width + x[None, :]) * 3
+    _store(view, 0, red, _MEAN_RED, _STD_RED, mask)
+    _store(view, 1, green, _MEAN_GREEN, _STD_GREEN, mask)
+    _store(view, 2, blue, _MEAN_BLUE, _STD_BLUE, mask)

@@ -1,0 +1,73 @@
+"""Compile the augmentation kernels for a GPU that need not be there, and report what they use.
+
+    python tools/kernel_report.py [sm]        sm = 90 by default (H100, H200)
+
+Registers per thread, bytes of local memory (spilled registers) and of shared memory, as ptxas and
+cuobjdump see them. A kernel that spills is a defect: the exit status is then 1.
+"""
+
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from pipelines import augment_triton
+from pipelines.augment_triton import BLOCK, INNER, NUM_WARPS, NUM_WARPS_MEANS, REACH, TILE
+
+POINTERS = {"images": "*u8", "table": "*fp32", "means": "*fp32"}
+KERNELS = {
+    augment_triton._contrast_means: (
+        POINTERS | {"num_pixels": "i32", "BLOCK": "constexpr"},
+        {"BLOCK": BLOCK},
+        NUM_WARPS_MEANS,
+    ),
+    augment_triton._augment: (
+        POINTERS
+        | {"views": "*bf16", "height": "i32", "width": "i32"}
+        | dict.fromkeys(("TILE", "REACH", "INNER"), "constexpr"),
+        {"TILE": TILE, "REACH": REACH, "INNER": INNER},
+        NUM_WARPS,
+    ),
+}
+
+
+def resources(kernel, capability: int) -> dict[str, int]:
+    """{"REG": registers per thread, "STACK": ..., "LOCAL": ..., "SHARED": bytes} of one kernel."""
+    signature, constants, num_warps = KERNELS[kernel]
+    compiled = triton.compile(
+        ASTSource(fn=kernel, signature=signature, constexprs=constants),
+        target=GPUTarget("cuda", capability, 32),
+        options={"num_warps": num_warps},
+    )
+    cuobjdump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        command = [cuobjdump, "--dump-resource-usage", file.name]
+        report = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    usage = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", report)}
+    return usage | {"SHARED": compiled.metadata.shared}
+
+
+def main() -> int:
+    capability = int(sys.argv[1]) if len(sys.argv) > 1 else 90
+    spilled = False
+    for kernel in KERNELS:
+        usage = resources(kernel, capability)
+        spilled |= usage["STACK"] > 0 or usage["LOCAL"] > 0
+        print(
+            f"sm_{capability} {kernel.__name__:>16}: {usage['REG']} registers, {usage['LOCAL']} B"
+            f" local, {usage['STACK']} B stack, {usage['SHARED']} B shared memory"
+        )
+    return int(spilled)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
