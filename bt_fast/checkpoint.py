@@ -72,13 +72,14 @@ def save(
     checkpoints = folder / "checkpoints"
     final = checkpoints / f"step-{step:08d}"
     temporary = checkpoints / f"{final.name}.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
+    for leftover in checkpoints.glob("step-*.tmp"):  # of a run that was killed while saving
+        shutil.rmtree(leftover, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
         files = {}
         for name, tensors in zip(_FILES, (model.state_dict(), momentum), strict=True):
             path = temporary / name
-            save_file({key: _plain(value) for key, value in tensors.items()}, path)
+            write_tensors(tensors, path)
             files[name] = {"size": path.stat().st_size, "sha256": _sha256(path)}
             _sync(path)
         state = temporary / "state.json"
@@ -93,12 +94,27 @@ def save(
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     for old in _folders(folder)[keep:]:
-        shutil.rmtree(old, ignore_errors=True)
+        if old != final:
+            shutil.rmtree(old, ignore_errors=True)
     return final
 
 
-def newest(folder: Path) -> tuple[Checkpoint | None, list[str]]:
-    """The newest valid checkpoint under `folder`, and why each newer one was passed over."""
+def write_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    """Write a safetensors file: on the CPU, row-major, readable for whom new files are."""
+    plain = {
+        name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()
+    }
+    save_file(plain, path)  # makes it readable for the owner alone
+    mask = os.umask(0)
+    os.umask(mask)
+    path.chmod(0o666 & ~mask)
+
+
+def newest(folder: Path, *, set_aside: bool = False) -> tuple[Checkpoint | None, list[str]]:
+    """The newest valid checkpoint under `folder`, and why each newer one was passed over.
+
+    set_aside: rename those to step-N.damaged, so that they no longer count among the newest.
+    """
     problems: list[str] = []
     for candidate in _folders(folder):
         try:
@@ -111,6 +127,10 @@ def newest(folder: Path) -> tuple[Checkpoint | None, list[str]]:
             return Checkpoint(candidate, int(state["step"]), dict(state["facts"])), problems
         except (OSError, ValueError, KeyError, TypeError) as error:
             problems.append(f"{candidate.name}: {error}")
+            if set_aside:
+                damaged = candidate.with_suffix(".damaged")
+                shutil.rmtree(damaged, ignore_errors=True)
+                candidate.rename(damaged)
     return None, problems
 
 
@@ -122,11 +142,6 @@ def _folders(folder: Path) -> list[Path]:
         if path.name.removeprefix("step-").isdecimal()
     ]
     return sorted(found, key=lambda path: int(path.name.removeprefix("step-")), reverse=True)
-
-
-def _plain(tensor: torch.Tensor) -> torch.Tensor:
-    """On the CPU, row-major and with memory of its own, as safetensors wants it."""
-    return tensor.detach().to("cpu", copy=True).contiguous()
 
 
 def _copy(saved: dict, current: dict, source: Path) -> None:

@@ -5,6 +5,8 @@ import signal
 import sys
 from collections.abc import Sequence
 
+from bt_fast import __version__
+
 _USAGE = """bt-fast COMMAND [OPTIONS]
 
 Barlow Twins pretraining as fast as the hardware allows.
@@ -47,10 +49,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
             except (ValueError, OSError) as error:
                 print(f"bt-fast {' '.join(name)}: {error}", file=sys.stderr)
                 return 2
+            except RuntimeError as error:
+                from bt_fast.perf import is_out_of_memory
+
+                if not is_out_of_memory(error):
+                    raise
+                advice = "choose a smaller --batch-size, --size or --projector"
+                print(f"bt-fast {' '.join(name)}: not enough memory; {advice}", file=sys.stderr)
+                return 2
             except KeyboardInterrupt:
                 print("interrupted", file=sys.stderr)
                 return 128 + signal.SIGINT
-    if not arguments or arguments[0] in ("-h", "--help"):
+    if arguments == ["--version"]:
+        print(__version__)
+        return 0
+    if not arguments or arguments[-1] in ("-h", "--help"):
         print(_USAGE, end="")
         return 0 if arguments else 2
     known = ", ".join(" ".join(name) for name in commands)
@@ -76,7 +89,7 @@ def parse_pretrain(arguments: list[str]):
     from pipelines.flags import parse_flags
 
     resume, recipe = _value_of("--resume", arguments), _value_of("--recipe", arguments)
-    saved = load_config(Path(resume)) if resume is not None else None
+    saved = load_config(Path(resume), "--resume") if resume is not None else None
     default = saved if saved is not None else RECIPES.get(recipe or "imagenet", Config)()
     config = parse_flags(Config, "bt-fast pretrain", arguments, default=default)
     if saved is not None:
@@ -95,12 +108,13 @@ def parse_pretrain(arguments: list[str]):
 
 
 def _value_of(flag: str, arguments: list[str]) -> str | None:
-    """The value of a flag before the parser runs, because it decides the parser's defaults."""
+    """The last value of a flag before the parser runs, because it decides the parser's defaults."""
+    found = None
     for index, argument in enumerate(arguments):
         name, equals, value = argument.partition("=")
         if name == flag:
-            return value if equals else next(iter(arguments[index + 1 :]), None)
-    return None
+            found = value if equals else next(iter(arguments[index + 1 :]), None)
+    return found
 
 
 def _eval_knn(arguments: list[str]) -> int:

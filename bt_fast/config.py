@@ -6,6 +6,7 @@ docstring says what it costs and what to expect; the resolved configuration is s
 
 import dataclasses
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -112,7 +113,10 @@ class Config:
     """Checkpoints to keep, the newest ones."""
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "size", "log_every", "keep"):
+        for name, value in dataclasses.asdict(self).items():
+            finite = not isinstance(value, float) or math.isfinite(value)
+            _require(finite, name, value, "must be finite")
+        for name in ("epochs", "batch_size", "size", "log_every", "keep", "probe_images"):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "must be at least 1")
         for name in ("gpus", "max_steps", "workers"):
             value = getattr(self, name)
@@ -132,6 +136,7 @@ class Config:
             value = getattr(self, name)
             _require(0 < value <= 1, name, value, "must be in (0, 1]")
         _require(self.batch_size >= 2, "batch_size", self.batch_size, "must be at least 2")
+        _require(abs(self.seed) < 2**63, "seed", self.seed, "must fit into 64 bits")
         widths = self.projector
         _require(len(widths) > 0 and min(widths) > 0, "projector", widths, "needs positive widths")
 

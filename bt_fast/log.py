@@ -13,7 +13,7 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.table import Column, Table
 from torch.utils.tensorboard import SummaryWriter
 
 _PLAIN_INTERVAL = 5.0  # seconds between plain lines
@@ -47,15 +47,17 @@ class RunLog:
         self._last_plain = 0.0
         self._progress = Progress(
             TextColumn("epoch {task.fields[epoch]:.2f}"),
-            BarColumn(),
+            BarColumn(bar_width=8),
             TaskProgressColumn(),
-            TextColumn("{task.fields[text]}"),
-            TimeRemainingColumn(),
+            TextColumn("{task.fields[speed]}"),
+            TimeRemainingColumn(compact=True),
+            TextColumn("{task.fields[text]}", table_column=Column(no_wrap=True, ratio=1)),
             console=console,
+            expand=True,
             disable=not console.is_terminal,
         )
         self._task = self._progress.add_task(
-            "", total=last_step, completed=first_step, epoch=0.0, text=""
+            "", total=last_step, completed=first_step, epoch=0.0, speed="", text=""
         )
 
     def __enter__(self) -> "RunLog":
@@ -83,7 +85,14 @@ class RunLog:
         )
         step = record["step"]
         if self.console.is_terminal:
-            self._progress.update(self._task, completed=step, epoch=record["epoch"], text=text)
+            self._progress.update(
+                self._task,
+                completed=step,
+                epoch=record["epoch"],
+                speed=f"{record['images_per_s']:.0f} images/s",
+                text=f"loss {record['loss']:.4g} (on {record['invariance']:.3g},"
+                f" off {record['redundancy']:.3g}) lr {record['lr_weights']:.3g}",
+            )
             return
         now = time.perf_counter()
         if now - self._last_plain < _PLAIN_INTERVAL and step < self.last_step:

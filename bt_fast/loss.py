@@ -18,8 +18,8 @@ Two forms, equal up to rounding:
 The gradient of the Gram form with respect to a is 2 (b b^T) a / N^2, and with the roles of a
 and b exchanged for b: two more products of the same size.
 
-Everything is computed in the dtype of float32 or better, outside autocast: the released code
-forms C in float16.
+Everything is computed in float32 or better, outside autocast. (On a GPU `perf.apply` lets float32
+products use TF32; the released code forms C in float16.)
 """
 
 from typing import Literal
@@ -48,6 +48,7 @@ class _GramNorm(torch.autograd.Function):
         return (gram_a * gram_b).sum()
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         a, b, gram_a, gram_b = ctx.saved_tensors
         return 2 * grad * (gram_b @ a), 2 * grad * (gram_a @ b)
@@ -70,9 +71,10 @@ def correlation_terms(
     Raises:
         ValueError: shapes that differ, fewer than two samples, an unknown method.
     """
-    if z_a.ndim != 2 or z_a.shape != z_b.shape:
+    if z_a.ndim != 2 or z_a.shape != z_b.shape or z_a.dtype != z_b.dtype:
         raise ValueError(
-            f"z_a and z_b must be [N, D] and alike, got {list(z_a.shape)} and {list(z_b.shape)}"
+            "z_a and z_b must be [N, D] and alike,"
+            f" got {z_a.dtype} {list(z_a.shape)} and {z_b.dtype} {list(z_b.shape)}"
         )
     num_samples, num_dimensions = z_a.shape
     if num_samples < 2:

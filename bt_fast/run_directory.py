@@ -13,6 +13,7 @@ runs/cifar10-20260101-120000/
 
 import fcntl
 import json
+import os
 import platform
 import time
 from dataclasses import replace
@@ -44,6 +45,8 @@ class RunDirectory:
         except BlockingIOError:
             self._lock.close()
             raise ValueError(f"{self.path} is in use by another running process") from None
+        except OSError:
+            pass  # a file system without locks: the user minds what runs where
 
     def write(self, name: str, text: str) -> None:
         """Replace one of the run's small files as a whole."""
@@ -52,7 +55,13 @@ class RunDirectory:
 
     def record_start(self, settings: Config, performance: Performance) -> None:
         """Write config.json, and append this start's versions and hardware to environment.json."""
-        self.write("config.json", config.to_json(replace(settings, resume=None)))
+        saved = replace(
+            settings,
+            resume=None,
+            data=settings.data.resolve(),  # so that the run can be continued from any folder
+            val_data=settings.val_data and settings.val_data.resolve(),
+        )
+        self.write("config.json", config.to_json(saved))
         path = self.path / "environment.json"
         starts = json.loads(path.read_text()) if path.exists() else []
         starts.append(environment(performance))
@@ -86,11 +95,11 @@ def read_metrics(path: Path) -> list[tuple[str, dict]]:
     return found
 
 
-def load_config(path: Path) -> Config:
+def load_config(path: Path, flag: str) -> Config:
     """The configuration a run was started with. Raises ValueError if there is no run."""
     file = path / "config.json"
     if not file.is_file():
-        raise ValueError(f"--resume {path}: no run is there (it has no config.json)")
+        raise ValueError(f"{flag} {path}: no run is there (it has no config.json)")
     return config.from_json(file.read_text(), file)
 
 
@@ -126,6 +135,9 @@ def choose_path(settings: Config) -> Path:
         return settings.resume
     named = f"{settings.recipe}-{time.strftime('%Y%m%d-%H%M%S')}"
     path = settings.run_dir or Path("runs") / named
+    nearest = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+    if not os.access(nearest, os.W_OK):
+        raise ValueError(f"--run-dir {path}: no permission to write into {nearest}")
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise ValueError(
             f"--run-dir {path} is in use; continue it with --resume {path} or choose another folder"

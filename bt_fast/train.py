@@ -11,7 +11,6 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
-from safetensors.torch import save_file
 
 from bt_fast import checkpoint, pictures
 from bt_fast.config import Config
@@ -26,6 +25,7 @@ from pipelines import augment
 from pipelines.flags import usable_cores
 from pipelines.loader import Batch
 
+MAX_SKIPPED = 10  # updates skipped in a row before a run gives up
 EXIT_STOPPED = 75  # EX_TEMPFAIL: stopped by a signal after saving; start again with --resume
 
 
@@ -58,12 +58,14 @@ def train(job: Job, run: RunDirectory, log: RunLog, stop: "StopFlag", step: int)
     settings = job.config
     steps_per_epoch = job.loader.steps_per_epoch
     save_every = settings.save_every or steps_per_epoch
-    if step == 0:
+    # Also what a run did not get to between its last checkpoint and the kill.
+    if probe_is_due(job, step) and not probed(run, step):
         probe(job, log, step)
 
     # Since the last log line: its step, seconds spent training, updates skipped.
     logged_step, clock = step, Clock()
     skipped = torch.zeros((), dtype=torch.int32, device=job.performance.device)
+    skipped_in_a_row = 0
     for batch in job.loader.batches(step, job.last_step):
         views = augmented(batch, job)
         if step == 0:
@@ -93,16 +95,16 @@ def train(job: Job, run: RunDirectory, log: RunLog, stop: "StopFlag", step: int)
                     "skipped": num_skipped,
                 }
             )
-            report_skipped(log, step, num_skipped, num_steps)
+            skipped_in_a_row = skipped_in_a_row + num_steps if num_skipped == num_steps else 0
+            report_skipped(log, step, num_skipped, num_steps, skipped_in_a_row)
             logged_step, clock = step, Clock()
             skipped.zero_()
         if step % save_every == 0 or is_last or stop.requested:
             with clock.paused():
                 save(job, run, step)
-        if stop.requested:
+        if stop.requested and not is_last:
             return EXIT_STOPPED
-        epoch, batch_of_epoch = divmod(step, steps_per_epoch)
-        if is_last or (batch_of_epoch == 0 and epoch % (settings.probe_every or 1) == 0):
+        if probe_is_due(job, step):
             with clock.paused():
                 probe(job, log, step)
     return 0
@@ -159,24 +161,36 @@ def set_learning_rates(job: Job, step: int) -> dict[str, float]:
     return rates
 
 
-def report_skipped(log: RunLog, step: int, skipped: int, steps: int) -> None:
-    """Say that updates were skipped; give up when a whole log interval of them was."""
+def report_skipped(log: RunLog, step: int, skipped: int, steps: int, in_a_row: int) -> None:
+    """Say that updates were skipped; give up when nothing else has happened for a while."""
     if not skipped:
         return
     log.warn(
         f"{skipped} of the last {steps} updates skipped before step {step}: the loss or its"
         " gradients were not finite"
     )
-    if skipped == steps and step > 1:
+    if in_a_row >= MAX_SKIPPED:
         raise ValueError(
-            f"the loss was not finite for {steps} steps in a row; the last checkpoint is healthy,"
-            " resume from it or start again with lower --lr-weights and --lr-biases"
+            f"the loss was not finite for {in_a_row} steps in a row. No checkpoint has seen them:"
+            " resume, or start again with lower --lr-weights and --lr-biases"
         )
+
+
+def probe_is_due(job: Job, step: int) -> bool:
+    """Before the first step, after the last, and every `probe_every` epochs."""
+    epoch, batch = divmod(step, job.loader.steps_per_epoch)
+    every = job.config.probe_every
+    return every > 0 and (step in (0, job.last_step) or (batch == 0 and epoch % every == 0))
+
+
+def probed(run: RunDirectory, step: int) -> bool:
+    records = read_metrics(run.path / "metrics.jsonl")
+    return any(r["kind"] == "probe" and r["step"] == step for _, r in records)
 
 
 def probe(job: Job, log: RunLog, step: int) -> None:
     """kNN accuracy of the encoder as it is now."""
-    if job.knn_data is None or job.config.probe_every == 0:
+    if job.knn_data is None:
         return
     started = time.perf_counter()
     scores = evaluate_knn(
@@ -201,7 +215,7 @@ def resume(job: Job, run: RunDirectory, console: Console) -> int:
     """Restore the newest valid checkpoint of a resumed run -> the step to go on from."""
     if job.config.resume is None:
         return 0
-    found, problems = checkpoint.newest(run.path)
+    found, problems = checkpoint.newest(run.path, set_aside=True)
     for problem in problems:
         console.print(f"warning: checkpoint passed over: {problem}", style="yellow", markup=False)
     step = 0
@@ -214,6 +228,7 @@ def resume(job: Job, run: RunDirectory, console: Console) -> int:
         found.restore(job.model, job.optimizer)
         step = found.step
     run.truncate_metrics(step)
+    (run.path / "encoder.safetensors").unlink(missing_ok=True)  # of an earlier, shorter end
     console.print(f"resuming {run.path} at step {step} of {job.last_step}", markup=False)
     return step
 
@@ -253,11 +268,7 @@ def learned(metrics: Path) -> str:
 def export_encoder(model: BarlowTwins, folder: Path) -> Path:
     """Write the encoder with torchvision's names; returns the file."""
     path = folder / "encoder.safetensors"
-    tensors = {
-        name: value.detach().cpu().clone(memory_format=torch.contiguous_format)
-        for name, value in model.encoder.state_dict().items()
-    }
-    save_file(tensors, path)
+    checkpoint.write_tensors(model.encoder.state_dict(), path)
     return path
 
 

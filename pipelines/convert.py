@@ -28,8 +28,9 @@ import tyro
 from pipelines.atomic import remove_leftovers
 from pipelines.beton_writer import BetonWriter
 from pipelines.flags import parse_flags, usable_cores
+from pipelines.images import Check
 from pipelines.report import Report, progress, say
-from pipelines.sources import Check, SourceError, Split, find_splits
+from pipelines.sources import SourceError, Split, find_splits
 from pipelines.workers import prepare_all
 
 
@@ -98,6 +99,8 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenProcessPool:
         reason = "a worker process died, most likely for lack of memory; try fewer --workers"
         return _fail(reason, 1)
+    except BrokenPipeError:
+        return _fail("the reader of the output has gone; nothing was written", 1)
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         advice = "; free some space or choose another folder for OUT" if full else ""
@@ -116,8 +119,13 @@ def convert(config: Convert) -> dict[Path, Report]:
         splits["train"].keep(config.subset)
     outs = {"train": config.out, "val": config.out.with_suffix(".val.beton")}
     reports = {outs[name]: Report(config.source, split) for name, split in splits.items()}
-    for out in reports:
+    for out in outs.values():
         _check_out(out, config.overwrite)
+    if "val" not in splits and outs["val"].exists():
+        raise UsageError(
+            f"{outs['val']} is left from another conversion and would pass for the held-out images"
+            f" of {config.out}, but {config.source} has no val/: remove it or choose another OUT"
+        )
 
     with contextlib.ExitStack() as files:  # renames what was written, or removes it
         for name, split in splits.items():

@@ -23,7 +23,8 @@ from rich.text import Text
 import pipelines
 from pipelines.atomic import atomic_file
 from pipelines.beton import VERSION
-from pipelines.sources import JPEG_EXTENSIONS, Prepared, Split
+from pipelines.images import Prepared
+from pipelines.sources import JPEG_EXTENSIONS, Split
 
 SECONDS_BETWEEN_LINES = 5
 

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from multiprocessing import get_context, parent_process
 from pathlib import Path
 
-from pipelines.sources import Check, Prepared, Split, UnreadableImage, prepare, read_image
+from pipelines.images import Check, Prepared, UnreadableImage, prepare, read_image
+from pipelines.sources import Split
 
 CHUNK = 8  # files per task: enough to hide the hand-over, few enough to bound the memory
 TASKS_PER_WORKER = 3  # in flight, so that no worker waits for the writer

@@ -213,6 +213,10 @@ def test_parameters_follow_the_papers_probabilities(branch):
     uniform(drawn.sigma[drawn.sigma > 0], 0.1, 2.0)
     assert (drawn.factors[~drawn.jitter] == torch.tensor([1.0, 1.0, 1.0, 0.0])).all()
 
+    columns = torch.cat([drawn.factors, drawn.order.float(), drawn.sigma[:, None]], 1)
+    related = np.corrcoef(columns[drawn.jitter & (drawn.sigma > 0)].T.numpy())
+    assert np.abs(related[:4, 4:]).max() < 5 / (drawn.jitter & (drawn.sigma > 0)).sum().sqrt()
+
     codes = (drawn.order * torch.tensor([64, 16, 4, 1])).sum(1)
     counts = torch.unique(codes, return_counts=True)[1].float()
     assert len(counts) == 24  # every order of the four ops

@@ -27,6 +27,11 @@ from bt_fast.config import RECIPES, from_json, to_json
         (["--loader", "dali"], "--loader dali"),
         (["--resume", "nowhere"], "--resume nowhere: no run is there"),
         (["--view-a.sigma", "0.1", "5"], "sigma"),
+        (["--view-a.blur", "7"], "blur is a probability"),
+        (["--cache-gb", "inf"], "--cache-gb must be finite"),
+        (["--seed", "99999999999999999999"], "--seed must fit into 64 bits"),
+        (["--probe-images", "0"], "--probe-images must be at least 1"),
+        (["--size", "200000", "--batch-size", "16"], "not enough memory"),
     ],
 )
 def test_a_wrong_flag_is_one_line(small_beton, capsys, monkeypatch, tmp_path, flags, message):
@@ -73,6 +78,11 @@ def test_unknown_commands_and_help(capsys):
     assert main([]) == 2
     assert main(["--help"]) == 0
     assert "bt-convert" in capsys.readouterr().out
+
+
+def test_the_last_recipe_counts():
+    config = parse_pretrain(["--recipe", "demo", "--recipe", "cifar10"])
+    assert (config.recipe, config.min_scale) == ("cifar10", 0.2)
 
 
 def test_eval_of_what_is_no_run(tmp_path, capsys):

@@ -11,7 +11,7 @@ from PIL import Image
 
 from pipelines.beton import BetonReader
 from pipelines.convert import main
-from pipelines.sources import prepare
+from pipelines.images import prepare
 
 
 @pytest.fixture(scope="module")
@@ -226,6 +226,16 @@ def test_flags_that_do_not_parse_are_one_line(folder, tmp_path, capsys):
     assert convert(folder, tmp_path / "out.beton", "--worker", "2") == 2
     error = capsys.readouterr().err
     assert "perhaps you meant --workers" in error and error.count("\n") == 1
+
+
+def test_a_val_file_of_another_conversion_does_not_pass_for_this_ones(tmp_path, capsys):
+    make_folder(tmp_path / "images" / "a", {"": 2})
+    (tmp_path / "out.val.beton").write_text("older")
+    for flags in ([], ["--overwrite"]):
+        assert convert(tmp_path / "images", tmp_path / "out.beton", *flags) == 2
+        error = capsys.readouterr().err
+        assert "out.val.beton" in error and error.count("\n") == 1
+    assert leftovers(tmp_path) == ["images", "out.val.beton"]
 
 
 def test_a_subset_takes_from_train_alone(tmp_path):

@@ -8,7 +8,8 @@ from conftest import drawn_picture, jpeg_bytes
 from hostile import STORED, make_hostile_folder, saved
 from PIL import Image
 
-from pipelines.sources import UnreadableImage, find_splits, prepare
+from pipelines.images import UnreadableImage, prepare
+from pipelines.sources import find_splits
 
 
 def test_order_in_nested_folders_is_torchvisions(tmp_path):
@@ -114,3 +115,14 @@ def test_a_subset_is_spread_over_the_classes(tmp_path):
     assert split.labels == [0] * 4 + [1] * 2 + [2] * 3
     split.keep(100)
     assert len(split.paths) == 9
+
+
+def test_other_folders_beside_train_and_val_are_ignored_aloud(tmp_path):
+    for name in ("train/a", "val/a", "devkit/data"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "1.jpg").touch()
+    (tmp_path / "train" / "loose.jpg").touch()
+    splits = find_splits(tmp_path)
+    assert splits["train"].paths == ["a/1.jpg"] and splits["val"].paths == ["a/1.jpg"]
+    assert splits["train"].ignored["devkit/ beside train/"] == 1
+    assert splits["train"].ignored["images beside the class folders"] == 1

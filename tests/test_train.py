@@ -1,5 +1,6 @@
 """Runs end to end on a CPU: what they leave behind, exact resume, and steps that are skipped."""
 
+import copy
 import json
 import os
 import random
@@ -17,8 +18,10 @@ from safetensors.torch import load_file
 
 from bt_fast import train
 from bt_fast.cli import main, parse_pretrain
+from bt_fast.evaluate.features import extract_features
 from bt_fast.job import build, rehearse
 from bt_fast.run_directory import RunDirectory
+from pipelines import augment
 
 # Seconds-long runs: a small encoder on small views.
 TINY = [
@@ -34,6 +37,12 @@ def pretrain(*flags) -> int:
 
 def metrics(folder) -> list[dict]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def comparable(records: list[dict]) -> list[dict]:
+    """Without what a clock says."""
+    drop = ("images_per_s", "seconds")
+    return [{k: v for k, v in record.items() if k not in drop} for record in records]
 
 
 def learned(folder) -> dict[str, torch.Tensor]:
@@ -131,11 +140,34 @@ def test_killed_at_a_random_step_and_resumed_equals_uninterrupted(small_beton, f
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name], second[name]) for name in first), f"killed at {step}"
 
-    def comparable(records):
-        drop = ("images_per_s", "seconds")
-        return [{k: v for k, v in record.items() if k not in drop} for record in records]
-
     assert comparable(metrics(folder)) == comparable(metrics(finished))
+
+
+def test_a_probe_lost_to_a_kill_is_made_up_for(small_beton, finished, tmp_path, monkeypatch):
+    real, folder = train.probe, tmp_path / "run"
+
+    def killed(job, log, step):
+        if step == 8:
+            raise RuntimeError("killed between checkpoint and probe")
+        real(job, log, step)
+
+    monkeypatch.setattr(train, "probe", killed)
+    with pytest.raises(RuntimeError, match="killed"):
+        pretrain("--data", small_beton, "--run-dir", folder)
+    monkeypatch.setattr(train, "probe", real)
+    assert main(["pretrain", "--resume", str(folder)]) == 0
+    assert comparable(metrics(folder)) == comparable(metrics(finished))
+
+
+def test_damaged_checkpoints_do_not_push_out_new_ones(small_beton, tmp_path):
+    folder = tmp_path / "run"
+    flags = ("--data", small_beton, "--run-dir", folder, "--save-every", 1, "--probe-every", 0)
+    assert pretrain(*flags, "--max-steps", 6) == 0
+    for path in (folder / "checkpoints").iterdir():
+        (path / "model.safetensors").write_bytes(b"torn")
+    assert main(["pretrain", "--resume", str(folder), "--max-steps", "2"]) == 0
+    names = {path.name for path in (folder / "checkpoints").iterdir()}
+    assert {"step-00000001", "step-00000002", "step-00000005.damaged"} <= names
 
 
 def test_a_signal_saves_and_says_how_to_go_on(small_beton, finished, tmp_path):
@@ -150,11 +182,14 @@ def test_a_signal_saves_and_says_how_to_go_on(small_beton, finished, tmp_path):
     assert all(torch.equal(v, learned(folder)[k]) for k, v in learned(finished).items())
 
 
-def test_a_damaged_newest_checkpoint_is_passed_over(small_beton, finished, tmp_path, capsys):
+def test_a_damaged_newest_checkpoint_is_passed_over(
+    small_beton, finished, tmp_path, capsys, monkeypatch
+):
     folder = tmp_path / "torn"
     flags = ("--data", small_beton, "--run-dir", folder, "--save-every", 1, "--max-steps", 6)
     assert pretrain(*flags) == 0
     (folder / "checkpoints" / "step-00000006" / "model.safetensors").write_bytes(b"torn")
+    monkeypatch.chdir(tmp_path)  # a run can be continued from any folder
     assert main(["pretrain", "--resume", str(folder), "--max-steps", "12"]) == 0
     output = capsys.readouterr().out
     assert "passed over: step-00000006" in output and "at step 5 of 12" in output
@@ -255,3 +290,71 @@ def test_the_papers_model_runs_on_a_cpu(tmp_path):
     assert main(["pretrain", *map(str, flags)]) == 0
     losses = [record["loss"] for record in metrics(tmp_path / "run")]
     assert len(losses) == 2 and all(np.isfinite(losses))
+
+
+def reference_step(model, views, momenta, rates, *, lambd, weight_decay, grad_scale) -> None:
+    """One update as the paper and the released code describe it, from scratch."""
+    z_a, z_b = (model(view) for view in views)
+    norm_a, norm_b = (
+        (z - z.mean(0)) / (z.var(0, unbiased=False) + 1e-5).sqrt() for z in (z_a, z_b)
+    )
+    correlation = norm_a.T @ norm_b / len(z_a)
+    off_diagonal = correlation - torch.diag(correlation.diagonal())
+    loss = ((1 - correlation.diagonal()) ** 2).sum() + lambd * (off_diagonal**2).sum()
+    parameters = list(model.parameters())
+    gradients = torch.autograd.grad(loss, parameters)
+    with torch.no_grad():
+        for parameter, gradient, momentum in zip(parameters, gradients, momenta, strict=True):
+            update = gradient * grad_scale
+            if parameter.ndim > 1:
+                update = update + weight_decay * parameter
+                norms = parameter.norm(), update.norm()
+                if norms[0] > 0 and norms[1] > 0:
+                    update = update * (1e-3 * norms[0] / norms[1])
+            momentum.mul_(0.9).add_(update)
+            parameter.sub_(rates[parameter.ndim > 1] * momentum)
+
+
+def test_the_loop_trains_as_the_paper_says(small_beton):
+    """Every wire between the rooms: views, loss, scale, rates, decay, momentum, statistics."""
+    flags = ["--encoder=resnet18", "--size=32", "--batch-size=16", "--projector", "24", "24"]
+    flags += ["--epochs=12", "--precision=fp32", "--device=cpu", "--weight-decay=0.02"]
+    flags += ["--lr-weights=3", "--lr-biases=0.5", "--lambd=0.02"]
+    job = build(parse_pretrain(["--data", str(small_beton), *flags]))
+    model = copy.deepcopy(job.model)
+    start = [p.detach().clone() for p in model.parameters()]
+    momenta = [torch.zeros_like(p) for p in model.parameters()]
+    for batch in job.loader.batches(0, 4):
+        rate = 16 / 256 * batch.step / 40  # linear warm-up: 10 epochs of 4 steps
+        views = [
+            augment.apply(images, augment.draw(branch, keys), dtype=torch.float32)
+            for images, branch, keys in zip(
+                batch.views, (augment.VIEW_A, augment.VIEW_B), batch.keys, strict=True
+            )
+        ]
+        reference_step(
+            model, views, momenta, {True: 3 * rate, False: 0.5 * rate},
+            lambd=0.02, weight_decay=0.02, grad_scale=1 / 16,
+        )  # fmt: skip
+        train.set_learning_rates(job, batch.step)
+        assert train.update(job, train.augmented(batch, job))[2]
+    for before, ours, theirs in zip(start, job.model.parameters(), model.parameters(), strict=True):
+        moved = (theirs - before).norm()
+        assert (ours - theirs).norm() <= 2e-3 * moved + 1e-9
+    for name, buffer in model.named_buffers():
+        assert torch.allclose(job.model.get_buffer(name), buffer, rtol=1e-3, atol=1e-5)
+
+
+def test_a_probe_sees_single_images_and_leaves_no_trace(small_beton):
+    job = build(parse_pretrain([*TINY, "--data", str(small_beton)]))
+    before = {name: value.clone() for name, value in job.model.state_dict().items()}
+    samples = np.arange(12)
+    settings = {"size": 32, "num_threads": 2}
+    encoder, performance = job.model.encoder, job.performance
+    whole = extract_features(encoder, job.reader, samples, performance, crop=1.0, **settings)
+    part = extract_features(encoder, job.reader, samples[3:5], performance, crop=1.0, **settings)
+    closer = extract_features(encoder, job.reader, samples, performance, crop=0.5, **settings)
+    assert torch.allclose(whole[3:5], part, atol=1e-2)  # bf16
+    assert not torch.allclose(whole, closer, atol=1e-2)
+    assert encoder.training
+    assert all(torch.equal(value, before[name]) for name, value in job.model.state_dict().items())

@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from pipelines.convert import Convert, convert
 from pipelines.flags import usable_cores
-from pipelines.sources import Check
+from pipelines.images import Check
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

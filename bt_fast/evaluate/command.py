@@ -43,7 +43,9 @@ class EvalKnn:
 
 def run_knn(options: EvalKnn) -> int:
     """Print the accuracies; returns the exit status."""
-    settings = load_config(options.run)
+    settings = load_config(options.run, "RUN")
+    if options.workers is not None and options.workers < 1:
+        raise ValueError(f"--workers must be at least 1, got {options.workers}")
     performance = perf.choose(options.device, options.precision, compile=False)
     perf.apply(performance)
     data_path = options.data or settings.data

@@ -78,6 +78,8 @@ def choose_data(
     classes) of both parts. `limit` caps the bank, and half of it the queries. Returns None where
     there are no two classes to tell apart.
     """
+    if val is not None and train.class_names and val.class_names not in (None, train.class_names):
+        raise ValueError(f"{val.path} has other classes than {train.path}")
     labelled = _labelled(train, seed)
     if val is None:
         val, first = train, len(labelled) // 10
