@@ -336,7 +336,8 @@ def test_the_loop_trains_as_the_paper_says(small_beton):
             model, views, momenta, {True: 3 * rate, False: 0.5 * rate},
             lambd=0.02, weight_decay=0.02, grad_scale=1 / 16,
         )  # fmt: skip
-        train.set_learning_rates(job, batch.step)
+        rates = train.set_learning_rates(job, batch.step)
+        assert rates == pytest.approx({"lr_weights": 3 * rate, "lr_biases": 0.5 * rate})
         assert train.update(job, train.augmented(batch, job))[2]
     for before, ours, theirs in zip(start, job.model.parameters(), model.parameters(), strict=True):
         moved = (theirs - before).norm()
