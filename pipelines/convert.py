@@ -18,7 +18,6 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -31,7 +30,7 @@ from pipelines.flags import parse_flags, usable_cores
 from pipelines.images import Check
 from pipelines.report import Report, progress, say
 from pipelines.sources import SourceError, Split, find_splits
-from pipelines.workers import prepare_all
+from pipelines.workers import WorkerDied, prepare_all
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -96,7 +95,7 @@ def main(argv: list[str] | None = None) -> int:
         return _fail(str(error), 2)
     except BrokenImages as error:
         return _fail(str(error), 1)
-    except BrokenProcessPool:
+    except WorkerDied:
         reason = "a worker process died, most likely for lack of memory; try fewer --workers"
         return _fail(reason, 1)
     except BrokenPipeError:
@@ -110,7 +109,7 @@ def main(argv: list[str] | None = None) -> int:
 def convert(config: Convert) -> dict[Path, Report]:
     """Carry out the command; returns the report of each file written.
 
-    Raises UsageError, SourceError, BrokenImages, OSError, BrokenProcessPool.
+    Raises UsageError, SourceError, BrokenImages, OSError, WorkerDied.
     """
     _check(config)
     say(f"Listing {config.source}")
