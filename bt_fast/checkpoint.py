@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from pipelines.atomic import sync_folder
+from pipelines.atomic import sync
 
 _FILES = ("model.safetensors", "optimizer.safetensors")
 
@@ -81,15 +81,15 @@ def save(
             path = temporary / name
             write_tensors(tensors, path)
             files[name] = {"size": path.stat().st_size, "sha256": _sha256(path)}
-            _sync(path)
+            sync(path)
         state = temporary / "state.json"
         state.write_text(json.dumps({"step": step, "facts": facts, "files": files}, indent=2))
-        _sync(state)
-        sync_folder(temporary)
+        sync(state)
+        sync(temporary)
         if final.exists():  # a step saved twice, after a resume: the newer one is as good
             shutil.rmtree(final)
         os.rename(temporary, final)
-        sync_folder(checkpoints)
+        sync(checkpoints)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -160,8 +160,3 @@ def _copy(saved: dict, current: dict, source: Path) -> None:
 def _sha256(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())

@@ -15,6 +15,7 @@ from typing import Any, Literal, get_type_hints
 from bt_fast.model import Encoder
 from bt_fast.perf import Precision
 from pipelines.augment import VIEW_A, VIEW_B, Branch
+from pipelines.flags import usable_cores
 
 RecipeName = Literal["imagenet", "imagenet-8gpu", "cifar10", "cifar10-cpu", "demo"]
 
@@ -139,6 +140,11 @@ class Config:
         _require(abs(self.seed) < 2**63, "seed", self.seed, "must fit into 64 bits")
         widths = self.projector
         _require(len(widths) > 0 and min(widths) > 0, "projector", widths, "needs positive widths")
+
+    @property
+    def num_threads(self) -> int:
+        """Decoding threads: `workers`, or one per usable core."""
+        return self.workers or usable_cores()
 
     @property
     def effective_warmup_epochs(self) -> float:

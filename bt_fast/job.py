@@ -16,7 +16,6 @@ from bt_fast.model import BarlowTwins, flatten_batch_statistics
 from bt_fast.perf import Performance
 from pipelines.beton import BetonReader
 from pipelines.crop import RandomResizedCrop
-from pipelines.flags import usable_cores
 from pipelines.loader import NativeLoader
 
 
@@ -27,6 +26,7 @@ class Job:
     config: Config
     performance: Performance
     reader: BetonReader
+    data_facts: dict[str, int | str | None]  # what a resumed run's order depends on
     loader: NativeLoader
     knn_data: KnnData | None
     model: BarlowTwins
@@ -42,7 +42,7 @@ def build(settings: Config) -> Job:
     if settings.loader not in ("auto", "native"):
         raise ValueError(f"--loader {settings.loader} is not available yet; use native")
     performance = perf.choose(settings.device, settings.precision, settings.compile)
-    perf.apply(performance)
+    perf.apply()
 
     reader = open_data(settings.data, "--data")
     val = open_val(settings.data, settings.val_data)
@@ -51,7 +51,7 @@ def build(settings: Config) -> Job:
         RandomResizedCrop(size=settings.size, scale=(settings.min_scale, 1.0)),
         batch_size=settings.batch_size,
         seed=settings.seed,
-        num_threads=settings.workers or usable_cores(),
+        num_threads=settings.num_threads,
         pin_memory=performance.device.type == "cuda",
         cache_bytes=int(settings.cache_gb * 1e9),
     )
@@ -65,6 +65,7 @@ def build(settings: Config) -> Job:
         config=settings,
         performance=performance,
         reader=reader,
+        data_facts={"images": len(reader), "sha256": reader.sha256()},
         loader=loader,
         knn_data=choose_data(reader, val, settings.seed, settings.probe_images),
         model=model,
@@ -150,7 +151,7 @@ def describe(job: Job, seconds_per_step: float) -> dict[str, str]:
         "warm-up": warmup,
         "device": f"{performance.device.type}, {performance.precision},"
         f" {'compiled' if performance.compile else 'not compiled'},"
-        f" {settings.workers or usable_cores()} decoding threads",
+        f" {settings.num_threads} decoding threads",
         "kNN probe": job.knn_data.description if job.knn_data else "none (no classes)",
         "estimated time": f"{duration(seconds_per_step * job.last_step)}"
         f" ({settings.batch_size / seconds_per_step:.0f} images/s, without data and probes)",

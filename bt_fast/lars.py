@@ -37,20 +37,15 @@ class LARS(torch.optim.Optimizer):
         weight_decay: float = 0.0,
         trust_coefficient: float = 1e-3,
     ) -> None:
-        for name, value in {
-            "lr": lr,
-            "momentum": momentum,
-            "weight_decay": weight_decay,
-            "trust_coefficient": trust_coefficient,
-        }.items():
-            if value < 0:
-                raise ValueError(f"{name} must not be negative, got {value}")
         defaults = {
             "lr": lr,
             "momentum": momentum,
             "weight_decay": weight_decay,
             "trust_coefficient": trust_coefficient,
         }
+        for name, value in defaults.items():
+            if value < 0:
+                raise ValueError(f"{name} must not be negative, got {value}")
         super().__init__(params, defaults)
 
     @torch.no_grad()

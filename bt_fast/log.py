@@ -78,11 +78,6 @@ class RunLog:
     def training(self, record: dict) -> None:
         """One log line: loss and its parts, rates, speed. `record` holds Python numbers."""
         self._record("train", record)
-        text = (
-            f"loss {record['loss']:.4g} = on-diagonal {record['invariance']:.4g}"
-            f" + lambda * off-diagonal {record['redundancy']:.4g}"
-            f" | lr {record['lr_weights']:.3g} | {record['images_per_s']:.0f} images/s"
-        )
         step = record["step"]
         if self.console.is_terminal:
             self._progress.update(
@@ -100,7 +95,10 @@ class RunLog:
         self._last_plain = now
         left = (now - self.started) / (step - self.first_step) * (self.last_step - step)
         self.say(
-            f"step {step}/{self.last_step} epoch {record['epoch']:.2f} | {text}"
+            f"step {step}/{self.last_step} epoch {record['epoch']:.2f}"
+            f" | loss {record['loss']:.4g} = on-diagonal {record['invariance']:.4g}"
+            f" + lambda * off-diagonal {record['redundancy']:.4g}"
+            f" | lr {record['lr_weights']:.3g} | {record['images_per_s']:.0f} images/s"
             f" | {duration(left)} left"
         )
 

@@ -1,7 +1,7 @@
 """Every performance switch, in one place, applied by a call and never at import."""
 
 from dataclasses import dataclass
-from typing import Literal, TypeVar
+from typing import Literal
 
 import torch
 
@@ -9,7 +9,6 @@ from pipelines import augment
 from pipelines.augment import Draw
 
 Precision = Literal["auto", "bf16", "fp32"]
-Module = TypeVar("Module", bound=torch.nn.Module)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,7 +61,7 @@ def choose(
     return Performance(device=torch.device(device), precision=precision, compile=compile)
 
 
-def apply(performance: Performance) -> None:
+def apply() -> None:
     """Set the process-wide switches."""
     torch.backends.cudnn.benchmark = True
     # TF32 for the products that stay in float32 on a GPU: those of the loss. Its 10 bits of
@@ -71,12 +70,11 @@ def apply(performance: Performance) -> None:
     torch.backends.cudnn.allow_tf32 = True
 
 
-def prepare(model: Module, performance: Performance) -> Module:
+def prepare(model: torch.nn.Module, performance: Performance) -> None:
     """Move a model to its device in channels-last memory and, if so chosen, compile its calls."""
     model.to(performance.device).to(memory_format=torch.channels_last)
     if performance.compile:
         model.compile()
-    return model
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:

@@ -22,7 +22,6 @@ from bt_fast.model import BarlowTwins
 from bt_fast.run_directory import RunDirectory, choose_path, read_metrics
 from bt_fast.schedule import learning_rate
 from pipelines import augment
-from pipelines.flags import usable_cores
 from pipelines.loader import Batch
 
 MAX_SKIPPED = 10  # updates skipped in a row before a run gives up
@@ -199,7 +198,7 @@ def probe(job: Job, log: RunLog, step: int) -> None:
         job.performance,
         size=job.config.size,
         crop=job.config.probe_crop,
-        num_threads=job.config.workers or usable_cores(),
+        num_threads=job.config.num_threads,
     )
     log.probe(
         {
@@ -220,10 +219,10 @@ def resume(job: Job, run: RunDirectory, console: Console) -> int:
         console.print(f"warning: checkpoint passed over: {problem}", style="yellow", markup=False)
     step = 0
     if found is not None:
-        if found.facts["data"] != data_facts(job):
+        if found.facts["data"] != job.data_facts:
             raise ValueError(
                 f"--data {job.config.data} is not what this run was trained on:"
-                f" {data_facts(job)} now, {found.facts['data']} then"
+                f" {job.data_facts} now, {found.facts['data']} then"
             )
         found.restore(job.model, job.optimizer)
         step = found.step
@@ -233,18 +232,13 @@ def resume(job: Job, run: RunDirectory, console: Console) -> int:
     return step
 
 
-def data_facts(job: Job) -> dict[str, int | str | None]:
-    """What must be the same for the order of a resumed run to mean the same."""
-    return {"images": len(job.reader), "sha256": job.reader.sha256()}
-
-
 def save(job: Job, run: RunDirectory, step: int) -> None:
     checkpoint.save(
         run.path,
         step,
         job.model,
         job.optimizer,
-        {"data": data_facts(job)},
+        {"data": job.data_facts},
         keep=job.config.keep,
     )
 

@@ -37,7 +37,7 @@ def atomic_file(path: str | os.PathLike, *, overwrite: bool = False) -> Iterator
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(temporary)
             raise
-    sync_folder(path.parent)
+    sync(path.parent)
 
 
 def remove_leftovers(path: str | os.PathLike) -> list[Path]:
@@ -68,9 +68,9 @@ def _refuse_existing(path: Path, overwrite: bool) -> None:
         raise FileExistsError(errno.EEXIST, "File exists", str(path))
 
 
-def sync_folder(folder: Path) -> None:
-    """Make the rename itself durable (the file's own fsync does not)."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Make a file's contents durable, or a folder's renames (a file's own fsync does not)."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

@@ -2,7 +2,7 @@
 
 Every image is decoded once here, so that a damaged one is found now and not trained on later:
 broken files are listed, all of them, and the result is kept only if there are none or they were
-knowingly left out (--skip-broken). Plain JPEGs keep their bytes (see `sources.prepare`).
+knowingly left out (--skip-broken). Plain JPEGs keep their bytes (see `images.prepare`).
 
 The order of the images and the bytes of the result do not depend on the number of workers.
 OUT appears whole or not at all; a folder with train/ and val/ gives OUT and its sibling

@@ -47,7 +47,7 @@ def run_knn(options: EvalKnn) -> int:
     if options.workers is not None and options.workers < 1:
         raise ValueError(f"--workers must be at least 1, got {options.workers}")
     performance = perf.choose(options.device, options.precision, compile=False)
-    perf.apply(performance)
+    perf.apply()
     data_path = options.data or settings.data
     data = choose_data(
         open_data(data_path, "--data"),
