@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
 from bt_fast.model import Encoder
-from bt_fast.perf import Precision
+from bt_fast.perf import Compile, Precision
 from pipelines.augment import VIEW_A, VIEW_B, Branch
 from pipelines.flags import usable_cores
 
@@ -48,8 +48,8 @@ class Config:
     """Where to train; auto takes the GPU if there is one."""
     precision: Precision = "auto"
     """Of the encoder and projector; auto is bf16 where the hardware has it. The loss is fp32."""
-    compile: bool | None = None
-    """torch.compile the model. Default: on a GPU yes, on a CPU no."""
+    compile: Compile = "auto"
+    """Mode of torch.compile for model and loss; auto is "default" on a GPU and "off" on a CPU."""
     loader: Literal["auto", "native", "ffcv", "dali"] = "auto"
     """What reads the images."""
     workers: int | None = None
@@ -65,10 +65,15 @@ class Config:
     """Stop after this many steps without shortening the schedule."""
     batch_size: int = 2048
     """Global batch, shared equally by the ranks."""
+    accumulate: int = 1
+    """Batches per update. Only 1: this loss is a function of the whole batch."""
 
     # Views
     size: int = 224
     """Side of the views, pixels."""
+    resolution: str | None = None
+    """Views that grow, as in 160:224: from 160 px in the first epoch to 224 px in the last, in
+    steps of 32. The last replaces --size."""
     min_scale: float = 0.08
     """Smallest random crop, share of the image's area."""
     view_a: Branch = VIEW_A
@@ -136,6 +141,16 @@ class Config:
         for name in ("min_scale", "probe_crop"):
             value = getattr(self, name)
             _require(0 < value <= 1, name, value, "must be in (0, 1]")
+        if self.resolution is not None:  # frozen for everyone else
+            object.__setattr__(self, "size", _parse_resolution(self.resolution)[1])
+        _require(
+            self.accumulate == 1,
+            "accumulate",
+            self.accumulate,
+            "must be 1 (the loss and its batch statistics are functions of the whole batch, so"
+            " summed gradients of parts are those of another loss; take a smaller --batch-size"
+            " with the learning rate for it, or more GPUs)",
+        )
         _require(self.batch_size >= 2, "batch_size", self.batch_size, "must be at least 2")
         _require(abs(self.seed) < 2**63, "seed", self.seed, "must fit into 64 bits")
         widths = self.projector
@@ -146,10 +161,32 @@ class Config:
         """Decoding threads: `workers`, or one per usable core."""
         return self.workers or usable_cores()
 
+    def size_of(self, epoch: int) -> int:
+        """Side of the views in an epoch, pixels: `size`, or a point of the `resolution` ramp."""
+        if self.resolution is None:
+            return self.size
+        low, high = _parse_resolution(self.resolution)
+        share = min(epoch / (self.epochs - 1), 1) if self.epochs > 1 else 1
+        exact = low + (high - low) * share
+        return 32 * math.floor(exact / 32 + 0.5)
+
     @property
     def effective_warmup_epochs(self) -> float:
         """`warmup_epochs`, or a tenth of a run that is not longer than that."""
         return self.warmup_epochs if self.warmup_epochs < self.epochs else self.epochs / 10
+
+
+def _parse_resolution(text: str) -> tuple[int, int]:
+    """ "160:224" -> (160, 224)."""
+    low, _, high = text.partition(":")
+    valid = low.isdecimal() and high.isdecimal() and int(low) % 32 == int(high) % 32 == 0
+    _require(
+        valid and 0 < int(low) <= int(high),
+        "resolution",
+        text,
+        "is LOW:HIGH in pixels, multiples of 32, as in 160:224",
+    )
+    return int(low), int(high)
 
 
 def _require(holds: bool, name: str, value: Any, what: str) -> None:

@@ -1,6 +1,7 @@
 """Everything a run is made of, built from its configuration, tried out, and described."""
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,6 +31,8 @@ class Job:
     loader: NativeLoader
     knn_data: KnnData | None
     model: BarlowTwins
+    embed: Callable[[torch.Tensor], torch.Tensor]  # the model's forward pass, perhaps compiled
+    objective: Callable  # the loss's two terms, perhaps compiled
     statistics: torch.Tensor  # all batch statistics of the model, one tensor
     optimizer: LARS
     last_step: int
@@ -54,6 +57,7 @@ def build(settings: Config) -> Job:
         num_threads=settings.num_threads,
         pin_memory=performance.device.type == "cuda",
         cache_bytes=int(settings.cache_gb * 1e9),
+        size_of=settings.size_of,
     )
 
     torch.manual_seed(settings.seed)  # the initialisation; drawn on the CPU, alike everywhere
@@ -69,6 +73,8 @@ def build(settings: Config) -> Job:
         loader=loader,
         knn_data=choose_data(reader, val, settings.seed, settings.probe_images),
         model=model,
+        embed=performance.compiled(model),
+        objective=performance.compiled(correlation_terms),
         statistics=flatten_batch_statistics(model),
         optimizer=LARS(
             [{"params": matrices}, {"params": vectors}],
@@ -98,38 +104,59 @@ def open_val(data: Path, val_data: Path | None) -> BetonReader | None:
     return BetonReader(beside) if beside.exists() else None
 
 
-def rehearse(job: Job) -> float:
-    """Run forward and backward on noise and forget it -> expected seconds per step.
+def rehearse(job: Job) -> dict[int, float]:
+    """Run forward and backward on noise and forget it -> {size: expected seconds per step}.
 
     On a GPU it compiles, allocates, and finds out before the run starts whether a step fits in
-    memory. A CPU rehearses with a part of the batch, ten 224 px images' worth, and scales the time.
+    memory, at every size the views will have. A CPU rehearses only the last size with a part of
+    the batch, ten 224 px images' worth, and scales the time.
     """
     settings, device = job.config, job.performance.device
-    n = settings.batch_size
-    if device.type == "cpu":
-        n = min(n, max(2, 10 * 224**2 // settings.size**2))
-    noise = torch.randn(n, 3, settings.size, settings.size, device=device)
-    noise = noise.to(job.performance.view_dtype, memory_format=torch.channels_last)
     before = job.statistics.clone()
-    for _ in range(2):
-        perf.synchronise(device)
-        started = time.perf_counter()
-        with job.performance.autocast():
-            z_a, z_b = job.model(noise), job.model(noise)
-        invariance, redundancy = correlation_terms(z_a, z_b)
-        (invariance + redundancy).backward()
-        job.optimizer.zero_grad(set_to_none=True)
-        perf.synchronise(device)
-        seconds = time.perf_counter() - started
+    seconds: dict[int, float] = {}
+    for size in sorted({settings.size_of(epoch) for epoch in range(settings.epochs)}, reverse=True):
+        if device.type == "cpu" and seconds:
+            seconds[size] = seconds[settings.size] * (size / settings.size) ** 2
+            continue
+        n = settings.batch_size
+        if device.type == "cpu":
+            n = min(n, max(2, 10 * 224**2 // size**2))
+        for _ in range(2):  # the first one compiles
+            perf.synchronise(device)
+            started = time.perf_counter()
+            _forward_and_backward(job, n, size)
+            perf.synchronise(device)
+        seconds[size] = (time.perf_counter() - started) * settings.batch_size / n
     with torch.no_grad():
         job.statistics.copy_(before)
     for name, buffer in job.model.named_buffers():
         if name.endswith("num_batches_tracked"):
             buffer.zero_()
-    return seconds * settings.batch_size / n
+    return seconds
 
 
-def describe(job: Job, seconds_per_step: float) -> dict[str, str]:
+def _forward_and_backward(job: Job, n: int, size: int) -> None:
+    noise = torch.randn(2 * n, 3, size, size, device=job.performance.device)
+    noise = noise.to(job.performance.view_dtype, memory_format=torch.channels_last)
+    with job.performance.autocast():
+        z_a, z_b = job.embed(noise).chunk(2)
+    invariance, redundancy = job.objective(z_a, z_b)
+    (invariance + redundancy).backward()
+    job.optimizer.step(guard=torch.full_like(invariance.detach(), torch.nan))  # changes nothing
+    job.optimizer.zero_grad(set_to_none=True)
+
+
+def expected_seconds(job: Job, seconds_per_step: dict[int, float]) -> float:
+    """Of the whole run, without data and probes."""
+    settings, per_epoch = job.config, job.loader.steps_per_epoch
+    return sum(
+        seconds_per_step[settings.size_of(epoch)]
+        * min(per_epoch, job.last_step - epoch * per_epoch)
+        for epoch in range(-(-job.last_step // per_epoch))
+    )
+
+
+def describe(job: Job, seconds_per_step: dict[int, float]) -> dict[str, str]:
     """The rows of the table shown before a run starts."""
     settings, performance = job.config, job.performance
     parameters = [sum(p.numel() for p in part.parameters()) / 1e6 for part in job.model.children()]
@@ -140,19 +167,21 @@ def describe(job: Job, seconds_per_step: float) -> dict[str, str]:
     if settings.effective_warmup_epochs != settings.warmup_epochs:
         warmup += f" (--warmup-epochs {settings.warmup_epochs:g} is not shorter than the run)"
     projector = "-".join(map(str, settings.projector))
+    seconds = expected_seconds(job, seconds_per_step)
     return {
         "recipe": settings.recipe,
         "data": f"{len(job.reader)} images, {job.reader.num_classes} classes in {settings.data}",
-        "views": f"2 x {settings.size} px, crops from {settings.min_scale:g} of the area",
+        "views": f"2 x {settings.resolution or settings.size} px,"
+        f" crops from {settings.min_scale:g} of the area",
         "model": f"{settings.encoder} ({parameters[0]:.1f} M) +"
         f" projector {projector} ({parameters[1]:.1f} M)",
         "batch": f"{settings.batch_size} images",
         "steps": schedule,
         "warm-up": warmup,
         "device": f"{performance.device.type}, {performance.precision},"
-        f" {'compiled' if performance.compile else 'not compiled'},"
+        f" torch.compile {performance.compile},"
         f" {settings.num_threads} decoding threads",
         "kNN probe": job.knn_data.description if job.knn_data else "none (no classes)",
-        "estimated time": f"{duration(seconds_per_step * job.last_step)}"
-        f" ({settings.batch_size / seconds_per_step:.0f} images/s, without data and probes)",
+        "estimated time": f"{duration(seconds)}"
+        f" ({settings.batch_size * job.last_step / seconds:.0f} images/s, without data and probes)",
     }

@@ -9,9 +9,12 @@ For a parameter p with gradient g, momentum buffer m and learning rate lr:
     p = p - lr * m
 
 Weight decay is inside the trust ratio's norm; there is no epsilon and no clipping.
+
+`_update` below is the definition, in torch's foreach operations. On a GPU the same arithmetic runs
+in three kernel launches for all parameters together (`lars_triton`).
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -26,6 +29,8 @@ class LARS(torch.optim.Optimizer):
         momentum: of the buffer, without dampening or Nesterov.
         weight_decay: applied to parameters with ndim > 1 only.
         trust_coefficient: eta of the paper.
+        fused: update all parameters in three kernel launches. Default: where they are float32 on
+            a GPU. Everything else takes the definition.
     """
 
     def __init__(
@@ -36,6 +41,7 @@ class LARS(torch.optim.Optimizer):
         momentum: float = 0.9,
         weight_decay: float = 0.0,
         trust_coefficient: float = 1e-3,
+        fused: bool | None = None,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -47,68 +53,71 @@ class LARS(torch.optim.Optimizer):
             if value < 0:
                 raise ValueError(f"{name} must not be negative, got {value}")
         super().__init__(params, defaults)
+        if fused is None:
+            every = [p for group in self.param_groups for p in group["params"]]
+            fused = all(p.is_cuda and p.dtype == torch.float32 for p in every)
+        self.fused = fused
 
     @torch.no_grad()
     def step(  # type: ignore[override]
-        self,
-        closure: Callable[[], torch.Tensor] | None = None,
-        *,
-        apply: torch.Tensor | None = None,
+        self, *, guard: torch.Tensor | None = None
     ) -> torch.Tensor | None:
-        """One update.
+        """One update of every parameter that has a gradient.
 
         Args:
-            closure: re-evaluates the model, as for any torch optimizer.
-            apply: bool scalar on the parameters' device. False leaves parameters and momentum
-                as they are, whatever the gradients hold: how a non-finite step is skipped
-                without asking the device first.
+            guard: a scalar on the parameters' device, say the loss. If it or any gradient is not
+                finite, parameters and momentum stay as they are. Without a guard nothing is
+                checked.
+        Returns:
+            with a guard, a bool scalar on the same device: whether the update was applied. The
+            fused update decides on the device; the definition reads the answer back.
         """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
         for group in self.param_groups:
-            params = [p for p in group["params"] if p.grad is not None]
-            if params:
-                self._update(params, group, apply)
-        return loss
+            for p in group["params"]:
+                if p.grad is not None and "momentum" not in self.state[p]:
+                    self.state[p]["momentum"] = torch.zeros_like(p)
+        work = [
+            ([p for p in group["params"] if p.grad is not None], group)
+            for group in self.param_groups
+        ]
+        every = [p for params, _ in work for p in params]
+        if self.fused and every:
+            from bt_fast import lars_triton  # triton comes with torch's CUDA builds only
 
-    def _update(self, params: list[torch.Tensor], group: dict, apply: torch.Tensor | None) -> None:
-        updates: list[Any] = [p.grad for p in params]
-        if apply is not None:  # a select, because 0 * nan is nan
-            updates = [torch.where(apply, update, 0) for update in updates]
-        updates = _adapt(params, updates, group["weight_decay"], group["trust_coefficient"])
-
-        for p in params:
-            if "momentum" not in self.state[p]:
-                self.state[p]["momentum"] = torch.zeros_like(p)
-        buffers = [self.state[p]["momentum"] for p in params]
-        if apply is None:
-            torch._foreach_mul_(buffers, group["momentum"])
-            torch._foreach_add_(buffers, updates)
-            torch._foreach_add_(params, buffers, alpha=-group["lr"])
-        else:
-            on = apply.to(params[0].dtype)
-            torch._foreach_mul_(
-                buffers, torch.lerp(torch.ones_like(on), on * group["momentum"], on)
+            return lars_triton.update(
+                every,
+                [self.state[p]["momentum"] for p in every],
+                [group for params, group in work for _ in params],
+                guard,
             )
-            torch._foreach_add_(buffers, torch._foreach_mul(updates, on))
-            torch._foreach_add_(params, torch._foreach_mul(buffers, -group["lr"] * on))
+        applied = None
+        if guard is not None:
+            norm = torch.nn.utils.get_total_norm([p.grad for p in every if p.grad is not None])
+            applied = torch.isfinite(guard) & torch.isfinite(norm)
+            if not applied:
+                return applied
+        for params, group in work:
+            _update(params, [self.state[p]["momentum"] for p in params], group)
+        return applied
 
 
-def _adapt(params, gradients, weight_decay: float, trust_coefficient: float):
-    """Weight decay and trust ratio for the parameters with ndim > 1; the rest pass through."""
-    updates = list(gradients)
+def _update(params: list[torch.Tensor], momenta: list[torch.Tensor], group: dict) -> None:
+    """The update of one group's parameters from their gradients, in place: the definition."""
+    updates: list = [p.grad for p in params]
     rows = [i for i, p in enumerate(params) if p.ndim > 1]
-    if not rows:
-        return updates
-    matrices = [params[i] for i in rows]
-    decayed = torch._foreach_add([gradients[i] for i in rows], matrices, alpha=weight_decay)
-    norms = torch.stack(torch._foreach_norm(matrices))
-    update_norms = torch.stack(torch._foreach_norm(decayed))
-    both = (norms > 0) & (update_norms > 0)
-    ratios = torch.where(both, trust_coefficient * norms / update_norms, 1)
-    torch._foreach_mul_(decayed, ratios.unbind())
-    for i, update in zip(rows, decayed, strict=True):
-        updates[i] = update
-    return updates
+    if rows:
+        matrices = [params[i] for i in rows]
+        decayed = torch._foreach_add(
+            [updates[i] for i in rows], matrices, alpha=group["weight_decay"]
+        )
+        norms = torch.stack(torch._foreach_norm(matrices))
+        update_norms = torch.stack(torch._foreach_norm(decayed))
+        both = (norms > 0) & (update_norms > 0)
+        ratios = torch.where(both, group["trust_coefficient"] * norms / update_norms, 1)
+        torch._foreach_mul_(decayed, ratios.unbind())
+        for i, update in zip(rows, decayed, strict=True):
+            updates[i] = update
+    if params:
+        torch._foreach_mul_(momenta, group["momentum"])
+        torch._foreach_add_(momenta, updates)
+        torch._foreach_add_(params, momenta, alpha=-group["lr"])

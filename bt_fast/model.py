@@ -2,7 +2,8 @@
 
 The encoder is a torchvision ResNet without its classifier, the last norm of every residual
 branch initialised to zero, as in the reference. The projector is linear layers without bias,
-batch norm and ReLU between them. The normalisation of the embeddings belongs to the loss.
+batch norm and ReLU between them. The normalisation of the embeddings belongs to the loss. In
+training both views of a batch go through in one call; batch norm keeps them apart (`norm`).
 """
 
 import itertools
@@ -12,11 +13,13 @@ import torch
 import torchvision
 from torch import nn
 
+from bt_fast import norm
+
 Encoder = Literal["resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "wide_resnet50_2"]
 
 
 class BarlowTwins(nn.Module):
-    """images [n, 3, H, W] -> embeddings [n, D]. One call is one view: BN sees one view only."""
+    """views [2 n, 3, H, W], view A first -> embeddings [2 n, D], in the same order."""
 
     def __init__(self, encoder: str, projector: tuple[int, ...], *, small_images: bool = False):
         """
@@ -26,18 +29,25 @@ class BarlowTwins(nn.Module):
             small_images: the CIFAR stem: 3x3 convolution of stride 1, no max-pool.
         """
         super().__init__()
-        self.encoder = build_encoder(encoder, small_images=small_images)
+        self.encoder = build_encoder(
+            encoder, small_images=small_images, norm_layer=norm.BatchNorm2d
+        )
         self.projector = build_projector((feature_width(self.encoder), *projector))
 
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return self.projector(self.encoder(images))
+    def forward(self, views: torch.Tensor) -> torch.Tensor:
+        return self.projector(self.encoder(views))
 
 
-def build_encoder(name: str, *, small_images: bool = False) -> nn.Module:
-    """A ResNet from random initialisation that ends in its pooled features."""
+def build_encoder(
+    name: str, *, small_images: bool = False, norm_layer: type[nn.Module] = nn.BatchNorm2d
+) -> nn.Module:
+    """A ResNet from random initialisation that ends in its pooled features.
+
+    norm_layer: torch's batch norm, or the one that keeps two views apart while pretraining.
+    """
     if name not in get_args(Encoder):
         raise ValueError(f"--encoder {name} is not one of {', '.join(get_args(Encoder))}")
-    encoder = getattr(torchvision.models, name)(zero_init_residual=True)
+    encoder = getattr(torchvision.models, name)(zero_init_residual=True, norm_layer=norm_layer)
     encoder.fc = nn.Identity()
     if small_images:
         encoder.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
@@ -58,7 +68,7 @@ def build_projector(widths: tuple[int, ...]) -> nn.Sequential:
     layers: list[nn.Module] = []
     pairs = list(itertools.pairwise(widths))
     for fan_in, fan_out in pairs[:-1]:
-        layers += [nn.Linear(fan_in, fan_out, bias=False), nn.BatchNorm1d(fan_out), nn.ReLU(True)]
+        layers += [nn.Linear(fan_in, fan_out, bias=False), norm.BatchNorm1d(fan_out), nn.ReLU(True)]
     layers.append(nn.Linear(*pairs[-1], bias=False))
     return nn.Sequential(*layers)
 
@@ -69,8 +79,8 @@ def flatten_batch_statistics(model: nn.Module) -> torch.Tensor:
     The buffers become views of it, so that one copy saves them all and one puts them back: a
     step that is skipped must not leave its statistics behind.
     """
-    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    buffers = [(m, name) for m in norms for name in ("running_mean", "running_var")]
+    layers = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    buffers = [(m, name) for m in layers for name in ("running_mean", "running_var")]
     flat = torch.cat([getattr(m, name) for m, name in buffers])
     parts = flat.split([getattr(m, name).numel() for m, name in buffers])
     for (m, name), part in zip(buffers, parts, strict=True):

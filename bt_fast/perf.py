@@ -1,7 +1,8 @@
 """Every performance switch, in one place, applied by a call and never at import."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -9,6 +10,7 @@ from pipelines import augment
 from pipelines.augment import Draw
 
 Precision = Literal["auto", "bf16", "fp32"]
+Compile = Literal["auto", "off", "default", "reduce-overhead", "max-autotune"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -17,7 +19,7 @@ class Performance:
 
     device: torch.device
     precision: Literal["bf16", "fp32"]
-    compile: bool
+    compile: Literal["off", "default", "reduce-overhead", "max-autotune"]
 
     @property
     def view_dtype(self) -> torch.dtype:
@@ -25,7 +27,7 @@ class Performance:
         return torch.bfloat16 if self.precision == "bf16" else torch.float32
 
     def augment(self, images: torch.Tensor, parameters: Draw) -> torch.Tensor:
-        """One branch, by the fused kernels on a GPU and by the definition elsewhere."""
+        """Distorted views, by the fused kernels on a GPU and by the definition elsewhere."""
         if self.device.type == "cuda":
             from pipelines import augment_triton  # triton comes with torch's CUDA builds only
 
@@ -36,9 +38,19 @@ class Performance:
         """The context of every forward pass."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
 
+    def compiled(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """The function compiled for each shape it meets (a run has few), if so chosen.
+
+        The modes are torch.compile's: `reduce-overhead` and `max-autotune` replay CUDA graphs,
+        which pays when the host cannot launch kernels as fast as the GPU finishes them.
+        """
+        if self.compile == "off":
+            return function
+        return torch.compile(function, dynamic=False, mode=self.compile)
+
 
 def choose(
-    device: Literal["auto", "cpu", "cuda"], precision: Precision, compile: bool | None
+    device: Literal["auto", "cpu", "cuda"], precision: Precision, compile: Compile
 ) -> Performance:
     """Settle what was left to `auto`.
 
@@ -50,15 +62,17 @@ def choose(
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if precision == "auto":
-        has_bf16 = (
-            torch.cuda.is_bf16_supported(including_emulation=False)
-            if device == "cuda"
-            else torch.cpu._is_avx512_bf16_supported()
-        )
-        precision = "bf16" if has_bf16 else "fp32"
-    if compile is None:
-        compile = device == "cuda"
+        precision = "bf16" if has_bf16(device) else "fp32"
+    if compile == "auto":
+        compile = "default" if device == "cuda" else "off"
     return Performance(device=torch.device(device), precision=precision, compile=compile)
+
+
+def has_bf16(device: str) -> bool:
+    """Whether the hardware multiplies bf16, rather than imitating it."""
+    if device == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.cpu._is_avx512_bf16_supported()
 
 
 def apply() -> None:
@@ -71,10 +85,8 @@ def apply() -> None:
 
 
 def prepare(model: torch.nn.Module, performance: Performance) -> None:
-    """Move a model to its device in channels-last memory and, if so chosen, compile its calls."""
+    """Move a model to its device in channels-last memory."""
     model.to(performance.device).to(memory_format=torch.channels_last)
-    if performance.compile:
-        model.compile()
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:

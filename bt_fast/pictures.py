@@ -13,19 +13,20 @@ from bt_fast.run_directory import read_metrics
 from pipelines.augment import IMAGENET_MEAN, IMAGENET_STD
 
 
-def contact_sheet(view_a: torch.Tensor, view_b: torch.Tensor, path: Path, count: int = 12) -> None:
+def contact_sheet(views: torch.Tensor, path: Path, count: int = 12) -> None:
     """Draw the first `count` images' views, one above the other, as the encoder gets them.
 
-    view_a, view_b: normalised [n, 3, H, W], any dtype and device.
+    views: normalised [2 n, 3, H, W], view A first, any dtype and device.
     """
+    view_a, view_b = views.chunk(2)
     count = min(count, len(view_a))
     figure, axes = plt.subplots(
         2, count, figsize=(1.3 * count, 3.1), squeeze=False, layout="constrained"
     )
-    for row, (name, views) in enumerate((("view A", view_a), ("view B", view_b))):
+    for row, (name, view) in enumerate((("view A", view_a), ("view B", view_b))):
         for column in range(count):
             axis = axes[row][column]
-            axis.imshow(_pixels(views[column]), interpolation="nearest")
+            axis.imshow(_pixels(view[column]), interpolation="nearest")
             axis.set_xticks([])
             axis.set_yticks([])
         axes[row][0].set_ylabel(name)

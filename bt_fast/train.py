@@ -15,14 +15,12 @@ from rich.console import Console
 from bt_fast import checkpoint, pictures
 from bt_fast.config import Config
 from bt_fast.evaluate.knn import evaluate_knn
+from bt_fast.feed import feed
 from bt_fast.job import Job, build, describe, rehearse
 from bt_fast.log import Clock, RunLog, summary_table
-from bt_fast.loss import correlation_terms
 from bt_fast.model import BarlowTwins
 from bt_fast.run_directory import RunDirectory, choose_path, read_metrics
 from bt_fast.schedule import learning_rate
-from pipelines import augment
-from pipelines.loader import Batch
 
 MAX_SKIPPED = 10  # updates skipped in a row before a run gives up
 EXIT_STOPPED = 75  # EX_TEMPFAIL: stopped by a signal after saving; start again with --resume
@@ -65,11 +63,11 @@ def train(job: Job, run: RunDirectory, log: RunLog, stop: "StopFlag", step: int)
     logged_step, clock = step, Clock()
     skipped = torch.zeros((), dtype=torch.int32, device=job.performance.device)
     skipped_in_a_row = 0
-    for batch in job.loader.batches(step, job.last_step):
-        views = augmented(batch, job)
+    batches = job.loader.batches(step, job.last_step)
+    for views in feed(batches, (settings.view_a, settings.view_b), job.performance):
         if step == 0:
             with clock.paused():
-                pictures.contact_sheet(*views, run.path / "views.png")
+                pictures.contact_sheet(views, run.path / "views.png")
 
         # One update.
         rates = set_learning_rates(job, step)
@@ -109,34 +107,21 @@ def train(job: Job, run: RunDirectory, log: RunLog, stop: "StopFlag", step: int)
     return 0
 
 
-def update(job: Job, views: tuple[torch.Tensor, torch.Tensor]):
+def update(job: Job, views: torch.Tensor):
     """Forward, backward and optimizer step -> (invariance, redundancy, applied), on the device."""
     before = job.statistics.clone()
     with job.performance.autocast():
-        z_a, z_b = job.model(views[0]), job.model(views[1])  # BN sees one view at a time
-    invariance, redundancy = correlation_terms(z_a, z_b)
+        z_a, z_b = job.embed(views).chunk(2)  # [n, D] each
+    invariance, redundancy = job.objective(z_a, z_b)
     loss = invariance + job.config.lambd * redundancy
     (loss * job.config.grad_scale).backward()
 
-    gradients = [p.grad for p in job.model.parameters() if p.grad is not None]
-    applied = torch.isfinite(loss) & torch.isfinite(torch.nn.utils.get_total_norm(gradients))
-    job.optimizer.step(apply=applied)
+    applied = job.optimizer.step(guard=loss.detach())
+    assert applied is not None
     job.optimizer.zero_grad(set_to_none=True)
     with torch.no_grad():
         job.statistics.copy_(torch.where(applied, job.statistics, before))
     return invariance.detach(), redundancy.detach(), applied
-
-
-def augmented(batch: Batch, job: Job) -> tuple[torch.Tensor, torch.Tensor]:
-    """Both views on the training device, as the encoder takes them: [n, 3, H, W] each."""
-    branches = (job.config.view_a, job.config.view_b)
-    views = [
-        job.performance.augment(
-            images.to(job.performance.device, non_blocking=True), augment.draw(branch, keys)
-        )
-        for images, branch, keys in zip(batch.views, branches, batch.keys, strict=True)
-    ]
-    return views[0], views[1]
 
 
 def set_learning_rates(job: Job, step: int) -> dict[str, float]:

@@ -22,6 +22,7 @@ Within 6 pixels of the edge it differs: Pillow repeats the edge before each box,
 `tests/test_augment.py` holds every op to Pillow.
 """
 
+import dataclasses
 import functools
 import math
 from dataclasses import dataclass
@@ -98,6 +99,20 @@ class Draw:
     def __len__(self) -> int:
         return len(self.flip)
 
+    def to(self, device: torch.device) -> "Draw":
+        """The same parameters elsewhere, for `apply` under torch.compile."""
+        return _each(lambda tensor: tensor.to(device), self)
+
+
+def join(*draws: Draw) -> Draw:
+    """The parameters of several batches as those of one, in their order."""
+    return _each(lambda *tensors: torch.cat(tensors), *draws)
+
+
+def _each(function, *draws: Draw) -> Draw:
+    names = [field.name for field in dataclasses.fields(Draw)]
+    return Draw(**{name: function(*(getattr(draw, name) for draw in draws)) for name in names})
+
 
 def draw(branch: Branch, keys: np.ndarray) -> Draw:
     """Draw the parameters of one view per key (uint64[n], from `order.view_keys`)."""
@@ -126,6 +141,9 @@ def apply(
 ) -> torch.Tensor:
     """Distort and normalise one batch of crops.
 
+    Under torch.compile every op runs on every sample and its result is kept where it was drawn,
+    because compiled shapes must not depend on data; the parameters are on the images' device then.
+
     Args:
         images: uint8 [n, H, W, 3] on any device.
         parameters: the draw of these n views; stays on the CPU, so that which sample takes part
@@ -136,14 +154,14 @@ def apply(
     require_images(images, parameters)
     pixels = images.permute(0, 3, 1, 2).float().contiguous()  # [n, 3, H, W] in [0, 255]
 
-    _on_some(pixels, parameters.flip, lambda x: x.flip(-1))
+    pixels = _on_some(pixels, parameters.flip, lambda x: x.flip(-1))
     for position in range(4):
         for op, function in enumerate((brighten, change_contrast, saturate, shift_hue)):
             chosen = parameters.jitter & (parameters.order[:, position] == op)
-            _on_some(pixels, chosen, function, parameters.factors[:, op])
-    _on_some(pixels, parameters.grayscale, lambda x: luma(x).expand_as(x))
-    _on_some(pixels, parameters.sigma > 0, blur, parameters.sigma)
-    _on_some(pixels, parameters.solarize, solarize)
+            pixels = _on_some(pixels, chosen, function, parameters.factors[:, op])
+    pixels = _on_some(pixels, parameters.grayscale, lambda x: luma(x).expand_as(x))
+    pixels = _on_some(pixels, parameters.sigma > 0, blur, parameters.sigma)
+    pixels = _on_some(pixels, parameters.solarize, solarize)
     return normalise(pixels, dtype)
 
 
@@ -157,14 +175,17 @@ def require_images(images: torch.Tensor, parameters: Draw) -> None:
         raise ValueError(f"{len(images)} images but parameters for {len(parameters)}")
 
 
-def _on_some(pixels, chosen, function, *arguments) -> None:
-    """Replace the chosen samples by function(samples, their arguments), in place."""
+def _on_some(pixels, chosen, function, *arguments) -> torch.Tensor:
+    """The batch with the chosen samples replaced by function(samples, their arguments)."""
+    if torch.compiler.is_compiling():
+        return torch.where(_per_sample(chosen), function(pixels, *arguments), pixels)
     rows = chosen.nonzero().squeeze(1)
     if len(rows) == 0:
-        return
+        return pixels
     local = [argument[rows].to(pixels.device, non_blocking=True) for argument in arguments]
     rows = rows.to(pixels.device, non_blocking=True)
     pixels[rows] = function(pixels[rows], *local)
+    return pixels
 
 
 def _per_sample(values: torch.Tensor) -> torch.Tensor:

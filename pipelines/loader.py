@@ -13,7 +13,7 @@ also across the end of an epoch.
 
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -35,7 +35,7 @@ class Batch:
     step: int
     samples: np.ndarray  # int64 [n]: their numbers in the file
     keys: tuple[np.ndarray, np.ndarray]  # uint64 [n] each: what the views' augmentation draws from
-    views: tuple[torch.Tensor, torch.Tensor]  # uint8 [n, size, size, 3] each, on the CPU
+    views: torch.Tensor  # uint8 [2, n, size, size, 3] on the CPU; view A first
 
 
 class NativeLoader:
@@ -48,6 +48,7 @@ class NativeLoader:
         seed: of the order and the views.
         num_threads: decoding threads of this rank.
         prefetch: batches prepared ahead.
+        size_of: the crops' side in an epoch, for runs whose views grow; default crop.size.
         pin_memory: put batches in page-locked memory, for copies that overlap GPU work.
         cache_bytes: memory for decoded images. With room for all, only the first epoch decodes.
     Raises:
@@ -68,6 +69,7 @@ class NativeLoader:
         prefetch: int = 3,
         pin_memory: bool = False,
         cache_bytes: int = 0,
+        size_of: Callable[[int], int] | None = None,
     ) -> None:
         if batch_size < 1 or batch_size % world_size:
             raise ValueError(f"--batch-size {batch_size} does not divide by {world_size} ranks")
@@ -79,6 +81,7 @@ class NativeLoader:
         self.reader = reader
         self.sizes = reader.sizes  # int64 [N, 2]
         self.crop = crop
+        self.size_of = size_of or (lambda epoch: crop.size)
         self.batch_size = batch_size
         self.seed = seed
         self.share = slice(batch_size // world_size * rank, batch_size // world_size * (rank + 1))
@@ -103,16 +106,11 @@ class NativeLoader:
                 ]
                 boxes = [random_boxes(self.crop, key, *sizes) for key in keys]
                 waiting.append((step, samples, keys))
-                yield samples, np.stack(boxes, axis=1)
+                yield samples, np.stack(boxes, axis=1), self.size_of(epoch)
 
-        for crops in self.cutter.cut(requests(), self.crop.size):
+        for crops in self.cutter.cut(requests()):
             step, samples, keys = waiting.popleft()
-            yield Batch(
-                step=step,
-                samples=samples,
-                keys=(keys[0], keys[1]),
-                views=(crops[0], crops[1]),
-            )
+            yield Batch(step=step, samples=samples, keys=(keys[0], keys[1]), views=crops)
 
 
 class CropCutter:
@@ -140,16 +138,14 @@ class CropCutter:
             num_threads, "bt-fast-decode", initializer=torch.set_num_threads, initargs=(1,)
         )
 
-    def cut(
-        self, requests: Iterable[tuple[np.ndarray, np.ndarray]], size: int
-    ) -> Iterator[torch.Tensor]:
-        """For each (samples int64[n], boxes int64[n, k, 4]): uint8 [k, n, size, size, 3]."""
+    def cut(self, requests: Iterable[tuple[np.ndarray, np.ndarray, int]]) -> Iterator[torch.Tensor]:
+        """For each (samples int64[n], boxes int64[n, k, 4], size): uint8 [k, n, size, size, 3]."""
         pending: deque[tuple[torch.Tensor, list[Future]]] = deque()
         requests = iter(requests)
         try:
             while True:
                 while len(pending) <= self.prefetch and (request := next(requests, None)):
-                    pending.append(self._submit(*request, size))
+                    pending.append(self._submit(*request))
                 if not pending:
                     return
                 crops, tasks = pending.popleft()
@@ -241,8 +237,8 @@ def center_crops(
     def requests():
         for start in range(0, len(samples), batch_size):
             chosen = slice(start, start + batch_size)
-            yield samples[chosen], boxes[chosen]
+            yield samples[chosen], boxes[chosen], size
 
     cutter = CropCutter(reader, num_threads, pin_memory=pin_memory)
-    for crops in cutter.cut(requests(), size):
+    for crops in cutter.cut(requests()):
         yield crops[0]

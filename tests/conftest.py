@@ -1,5 +1,6 @@
 """Pictures for the tests: real photographs where the sample is at hand, drawn ones otherwise."""
 
+import copy
 import io
 import os
 import tarfile
@@ -14,8 +15,9 @@ IMAGENET_SAMPLE = SHARED_DATA / "imagenet-sample-500.tar"
 
 # Small models on small machines: a second thread per operation costs more than it gives.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-# Triton kernels run without a GPU in its interpreter; read when triton is first imported.
-os.environ["TRITON_INTERPRET"] = "1"
+# Triton kernels run without a GPU in its interpreter; read when triton is first imported. The tests
+# of CUDA paths want the kernels themselves: TRITON_INTERPRET=0 pytest tests/test_cuda.py
+os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 def drawn_picture(seed: int, width: int = 200, height: int = 150) -> Image.Image:
@@ -74,6 +76,21 @@ def write_beton(path: Path, count: int, num_classes: int = 4, sizes=((40, 56), (
             writer.add(data, height, width, label, f"{names[label]}/{index:03d}.jpg")
         writer.finalize()
     return path
+
+
+def with_torchs_batch_norm(model):
+    """A copy of a model that takes one view a call, as the released code's does."""
+    from torch import nn
+
+    from bt_fast import norm
+
+    model = copy.deepcopy(model)
+    for layer in model.modules():
+        if isinstance(layer, norm.BatchNorm1d):
+            layer.__class__ = nn.BatchNorm1d
+        elif isinstance(layer, norm.BatchNorm2d):
+            layer.__class__ = nn.BatchNorm2d
+    return model
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,7 @@
 """Every augmentation op against Pillow/torchvision, and the drawn parameters' distributions."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -244,3 +246,27 @@ def test_wrong_input_is_refused():
         augment.apply(torch.zeros(2, 8, 8, 3), parameters)
     with pytest.raises(ValueError, match="parameters for 2"):
         augment.apply(torch.zeros(3, 8, 8, 3, dtype=torch.uint8), parameters)
+
+
+def test_the_definition_compiles_to_one_graph_with_the_same_views(photos):
+    """No shape depends on the draw, so a compiler can take it whole."""
+    images = torch.from_numpy(np.stack([np.array(photo.resize((40, 33))) for photo in photos]))
+    compiled = torch.compile(augment.apply, dynamic=False, fullgraph=True, backend="aot_eager")
+    strong = augment.Branch(blur=0.5, solarize=0.5, grayscale=0.3)
+    for epoch in range(2):
+        keys = view_keys(np.arange(len(images)), seed=0, epoch=epoch, view=0)
+        parameters = augment.draw(strong, keys)
+        expected = augment.apply(images, parameters, dtype=torch.float32)
+        views = compiled(images, parameters.to(images.device), dtype=torch.float32)
+        assert torch.allclose(views, expected, atol=1e-4)
+
+
+def test_joined_draws_are_those_of_both_batches():
+    keys = view_keys(np.arange(6), seed=0, epoch=0, view=0)
+    parts = [augment.draw(branch, keys) for branch in (augment.VIEW_A, augment.VIEW_B)]
+    joined = augment.join(*parts)
+    assert len(joined) == 12
+    for field in dataclasses.fields(joined):
+        ours = getattr(joined, field.name)
+        assert torch.equal(ours[:6], getattr(parts[0], field.name))
+        assert torch.equal(ours[6:], getattr(parts[1], field.name))

@@ -29,6 +29,10 @@ from bt_fast.config import RECIPES, from_json, to_json
         (["--view-a.sigma", "0.1", "5"], "sigma"),
         (["--view-a.blur", "7"], "blur is a probability"),
         (["--cache-gb", "inf"], "--cache-gb must be finite"),
+        (["--resolution", "160"], "--resolution is LOW:HIGH"),
+        (["--resolution", "160:200"], "multiples of 32"),
+        (["--resolution", "224:160"], "--resolution is LOW:HIGH"),
+        (["--accumulate", "4"], "functions of the whole batch"),
         (["--seed", "99999999999999999999"], "--seed must fit into 64 bits"),
         (["--probe-images", "0"], "--probe-images must be at least 1"),
         (["--size", "200000", "--batch-size", "16"], "not enough memory"),
@@ -105,6 +109,12 @@ def test_a_used_run_directory_is_not_touched(small_beton, tmp_path, capsys):
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
 
+def test_dry_run_counts_the_time_of_every_size(small_beton, capsys):
+    arguments = ["pretrain", "--recipe=demo", "--data", str(small_beton), "--batch-size=16"]
+    assert main([*arguments, "--device=cpu", "--dry-run", "--resolution=32:64"]) == 0
+    assert "2 x 32:64 px" in capsys.readouterr().out
+
+
 def test_dry_run_prints_the_plan_and_writes_nothing(small_beton, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     arguments = ["pretrain", "--recipe", "demo", "--data", str(small_beton), "--batch-size", "16"]
@@ -129,6 +139,16 @@ def test_the_default_recipe_is_the_papers():
     assert (config.lambd, config.grad_scale, config.warmup_epochs) == (5e-3, 1 / 16, 10)
     assert (config.view_a.blur, config.view_b.blur) == (1.0, 0.1)
     assert (config.view_a.solarize, config.view_b.solarize) == (0.0, 0.2)
+
+
+def test_the_resolution_grows_by_epoch_to_the_last():
+    config = parse_pretrain(["--resolution", "160:224", "--epochs", "100", "--size", "96"])
+    sizes = [config.size_of(epoch) for epoch in range(100)]
+    assert config.size == 224 and sizes == sorted(sizes)
+    assert {size: sizes.count(size) for size in sizes} == {160: 25, 192: 50, 224: 25}
+    assert config.size_of(100) == 224  # a step past the end
+    assert parse_pretrain(["--resolution=64:64", "--epochs=1"]).size_of(0) == 64
+    assert parse_pretrain(["--resolution=32:64", "--epochs=1"]).size_of(0) == 64
 
 
 @pytest.mark.parametrize("name", RECIPES)

@@ -57,7 +57,7 @@ def test_starting_later_gives_the_same_batches(reader, first):
     resumed = list(loader_of(reader, num_threads=3, prefetch=1).batches(first, 10))
     for a, b in zip(whole, resumed, strict=True):
         assert a.step == b.step and np.array_equal(a.samples, b.samples)
-        assert all(map(torch.equal, a.views, b.views))
+        assert torch.equal(a.views, b.views)
 
 
 @pytest.mark.parametrize("cache_bytes", [100_000, 10_000_000])
@@ -68,7 +68,7 @@ def test_a_cache_changes_nothing_but_the_number_of_decodes(reader, monkeypatch, 
     real = loader.cutter._decode
     monkeypatch.setattr(loader.cutter, "_decode", lambda s: decodes.append(s) or real(s))
     for a, b in zip(plain, loader.batches(0, 20), strict=True):
-        assert all(map(torch.equal, a.views, b.views))
+        assert torch.equal(a.views, b.views)
     held = sum(image.nbytes for image in loader.cutter.cache.values())
     assert 0 < held <= cache_bytes
     if cache_bytes > 1_000_000:

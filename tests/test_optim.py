@@ -1,12 +1,18 @@
-"""LARS and the schedule against the reference's arithmetic over a recorded trajectory."""
+"""LARS, plain and fused, and the schedule against the reference's arithmetic over a trajectory."""
 
 import math
+import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 from bt_fast.lars import LARS
 from bt_fast.schedule import learning_rate
+
+ROOT = Path(__file__).parents[1]
 
 
 def reference_rate(step: int, steps_per_epoch: int, epochs: int, batch_size: int) -> float:
@@ -90,35 +96,88 @@ def test_a_warmup_as_long_as_the_run_never_divides_by_zero():
     assert math.isfinite(learning_rate(30, **run))
 
 
-def test_a_step_that_is_not_applied_changes_nothing():
-    parameters = [torch.randn(4, 3, requires_grad=True), torch.randn(4, requires_grad=True)]
-    optimizer = LARS(parameters, 0.1, weight_decay=1e-6)
+ALIGNED = [(64, 3, 7, 7), (64,), (130, 332), (8,), (40_000,), (1, 8), (4, 4)]
+ODD = [(64, 3, 7, 7), (64,), (130, 333), (5,), (40_001,), (1, 7), (3, 3)]
 
-    def run(gradient: float, apply: bool) -> list[torch.Tensor]:
+
+def mixed_parameters(shapes=ODD) -> list[torch.Tensor]:
+    """Every kind of tensor a model has: channels-last, one row, large, tiny, all zeros."""
+    generator = torch.Generator().manual_seed(0)
+    parameters = [torch.randn(shape, generator=generator) for shape in shapes]
+    parameters[0] = parameters[0].to(memory_format=torch.channels_last)
+    parameters[-1].zero_()
+    return [p.requires_grad_() for p in parameters]
+
+
+def optimizer_of(parameters: list[torch.Tensor], fused: bool) -> LARS:
+    if fused:
+        pytest.importorskip("triton")
+    groups = [
+        {"params": [p for p in parameters if p.ndim > 1], "momentum": 0.8},
+        {"params": [p for p in parameters if p.ndim <= 1], "lr": 0.3},
+    ]
+    return LARS(groups, 0.1, weight_decay=1e-2, fused=fused)
+
+
+@pytest.mark.parametrize("shapes", [ALIGNED, ODD])
+def test_the_fused_update_equals_the_definition(shapes):
+    """In Triton's interpreter; gradients partly in another memory order or absent."""
+    plain, fused = mixed_parameters(shapes), mixed_parameters(shapes)
+    optimizers = optimizer_of(plain, False), optimizer_of(fused, True)
+    for step in range(4):
+        for i, (p, q) in enumerate(zip(plain, fused, strict=True)):
+            p.grad = torch.randn(p.shape) * 10.0 ** (step - 2)
+            q.grad = p.grad.clone()
+            if (step, i) == (2, 3):
+                p.grad = q.grad = None
+        for optimizer in optimizers:
+            optimizer.step()
+        for p, q in zip(plain, fused, strict=True):
+            assert (p - q).norm() <= 1e-6 * p.norm()
+
+
+def test_the_fused_update_takes_memory_that_is_not_aligned():
+    storage = torch.randn(41)
+    parameters = [storage[1:25].view(4, 6).requires_grad_(), storage[25:41].requires_grad_()]
+    expected = [p.detach().clone().requires_grad_() for p in parameters]
+    for some, fused in ((parameters, True), (expected, False)):
+        for p in some:
+            p.grad = torch.ones_like(p)
+        optimizer_of(some, fused).step()
+    assert all(torch.allclose(p, q) for p, q in zip(parameters, expected, strict=True))
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_guarded_step_that_is_not_finite_changes_nothing(fused):
+    parameters = mixed_parameters()
+    optimizer = optimizer_of(parameters, fused)
+
+    def run(guard: float, poison: float = 0.0, where: int = 0) -> list[torch.Tensor]:
         for p in parameters:
-            p.grad = torch.full_like(p, gradient)
-        optimizer.step(apply=torch.tensor(apply))
+            p.grad = torch.ones_like(p)
+        parameters[where].grad[(-1,) * parameters[where].ndim] += poison
+        applied = optimizer.step(guard=torch.tensor(guard))
+        assert applied.item() == (math.isfinite(guard) and math.isfinite(poison))
         state = [optimizer.state[p]["momentum"] for p in parameters]
         return [t.detach().clone() for t in (*parameters, *state)]
 
-    first = run(1.0, True)
-    for bad in (math.nan, math.inf, 3.0):
-        assert all(map(torch.equal, run(bad, False), first))
-    assert not any(map(torch.equal, run(1.0, True), first))
+    first = run(1.0)
+    for bad in (math.nan, math.inf, -math.inf):
+        assert all(map(torch.equal, run(bad), first))
+        for where in range(len(parameters)):
+            assert all(map(torch.equal, run(1.0, bad, where), first))
+    assert not any(map(torch.equal, run(1.0), first))
 
 
-def test_an_applied_step_equals_a_plain_one():
-    results = []
-    for apply in (None, torch.tensor(True)):
-        torch.manual_seed(0)
-        parameters = [torch.randn(4, 3, requires_grad=True), torch.randn(4, requires_grad=True)]
-        optimizer = LARS(parameters, 0.1, weight_decay=1e-6)
-        for _ in range(3):
-            for p in parameters:
-                p.grad = torch.randn_like(p)
-            optimizer.step(apply=apply)
-        results.append([p.detach() for p in parameters])
-    assert all(torch.allclose(a, b, rtol=1e-6) for a, b in zip(*results, strict=True))
+def test_launches_of_the_papers_model():
+    """Counted by the tool: the released code's loop, foreach, and the fused kernels."""
+    pytest.importorskip("triton")
+    done = subprocess.run(
+        [sys.executable, ROOT / "tools" / "launches.py"], capture_output=True, text=True, check=True
+    )
+    counts = [int(number) for number in re.findall(r": +(\d+) \(", done.stdout)]
+    assert len(counts) == 3
+    assert counts[0] > 1000 and counts[1] <= 30 and counts[2] == 3
 
 
 def test_parameters_without_gradient_are_left_alone():

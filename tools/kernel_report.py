@@ -1,4 +1,4 @@
-"""Compile the augmentation kernels for a GPU that need not be there, and report what they use.
+"""Compile the Triton kernels for a GPU that need not be there, and report what they use.
 
     python tools/kernel_report.py [sm]        sm = 90 by default (H100, H200)
 
@@ -18,29 +18,38 @@ from triton.compiler import ASTSource
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from bt_fast import lars_triton
 from pipelines import augment_triton
 from pipelines.augment_triton import BLOCK, INNER, NUM_WARPS, NUM_WARPS_MEANS, REACH, TILE
 
 POINTERS = {"images": "*u8", "table": "*fp32", "means": "*fp32"}
+TABLES = (
+    {"addresses": "*i64", "table": "*fp32", "tensors": "*i32", "first": "*i32"}
+    | {"numel": "*i64", "sums": "*fp32", "ratios": "*fp32", "guard": "*fp32", "applied": "*i1"}
+    | dict.fromkeys(("num_tensors", "num_chunks"), "i32")
+)
+SIZES = {"CHUNK": lars_triton.CHUNK, "BLOCK": lars_triton.BLOCK, "ALIGNED": True}
 KERNELS = {
     augment_triton._contrast_means: (
-        POINTERS | {"num_pixels": "i32", "BLOCK": "constexpr"},
+        POINTERS | {"num_pixels": "i32"},
         {"BLOCK": BLOCK},
         NUM_WARPS_MEANS,
     ),
     augment_triton._augment: (
-        POINTERS
-        | {"views": "*bf16", "height": "i32", "width": "i32"}
-        | dict.fromkeys(("TILE", "REACH", "INNER"), "constexpr"),
+        POINTERS | {"views": "*bf16", "height": "i32", "width": "i32"},
         {"TILE": TILE, "REACH": REACH, "INNER": INNER},
         NUM_WARPS,
     ),
+    lars_triton._sums: (TABLES, SIZES, lars_triton.NUM_WARPS),
+    lars_triton._ratios: (TABLES, {"CHECKED": True, "BLOCK": lars_triton.RATIO_BLOCK}, 4),
+    lars_triton._apply: (TABLES, SIZES | {"CHECKED": True, "TENSORS": 256}, lars_triton.NUM_WARPS),
 }
 
 
 def resources(kernel, capability: int) -> dict[str, int]:
     """{"REG": registers per thread, "STACK": ..., "LOCAL": ..., "SHARED": bytes} of one kernel."""
-    signature, constants, num_warps = KERNELS[kernel]
+    types, constants, num_warps = KERNELS[kernel]
+    signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
     compiled = triton.compile(
         ASTSource(fn=kernel, signature=signature, constexprs=constants),
         target=GPUTarget("cuda", capability, 32),

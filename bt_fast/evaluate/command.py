@@ -46,7 +46,7 @@ def run_knn(options: EvalKnn) -> int:
     settings = load_config(options.run, "RUN")
     if options.workers is not None and options.workers < 1:
         raise ValueError(f"--workers must be at least 1, got {options.workers}")
-    performance = perf.choose(options.device, options.precision, compile=False)
+    performance = perf.choose(options.device, options.precision, compile="off")
     perf.apply()
     data_path = options.data or settings.data
     data = choose_data(

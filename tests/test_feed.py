@@ -1,0 +1,48 @@
+"""From batches to views on the training device."""
+
+import numpy as np
+import torch
+
+from bt_fast import perf
+from bt_fast.feed import feed
+from pipelines import augment
+from pipelines.beton import BetonReader
+from pipelines.crop import RandomResizedCrop
+from pipelines.loader import NativeLoader
+
+BRANCHES = (augment.VIEW_A, augment.VIEW_B)
+
+
+def loader(path, **settings) -> NativeLoader:
+    return NativeLoader(BetonReader(path), RandomResizedCrop(size=32), batch_size=16, **settings)
+
+
+def test_views_are_those_of_the_definition_view_a_first(small_beton):
+    performance = perf.choose("cpu", "fp32", "off")
+    batches = list(loader(small_beton).batches(0, 3))
+    for batch, views in zip(batches, feed(iter(batches), BRANCHES, performance), strict=True):
+        expected = [
+            augment.apply(crops, augment.draw(branch, keys), dtype=torch.float32)
+            for crops, branch, keys in zip(batch.views, BRANCHES, batch.keys, strict=True)
+        ]
+        assert views.shape == (32, 3, 32, 32)
+        assert views.is_contiguous(memory_format=torch.channels_last)
+        assert torch.allclose(views, torch.cat(expected), atol=1e-5)
+
+
+def test_the_views_dtype_is_the_precisions(small_beton):
+    for precision, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        performance = perf.choose("cpu", precision, "off")
+        (views,) = feed(loader(small_beton).batches(0, 1), BRANCHES, performance)
+        assert views.dtype == dtype
+
+
+def test_views_grow_by_epoch_and_boxes_stay(small_beton):
+    growing = loader(small_beton, size_of=lambda epoch: 16 * (epoch + 1))
+    fixed = loader(small_beton)
+    for batch, other in zip(growing.batches(2, 10), fixed.batches(2, 10), strict=True):
+        epoch = batch.step // 4
+        assert batch.views.shape == (2, 16, 16 * (epoch + 1), 16 * (epoch + 1), 3)
+        assert np.array_equal(batch.samples, other.samples)
+        if epoch == 1:
+            assert torch.equal(batch.views, other.views)

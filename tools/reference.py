@@ -1,0 +1,164 @@
+"""The released code's way of doing each stage of a step, rewritten from its description: the rival
+that `profile.py` and the benchmarks run beside bt-fast's own.
+
+Images are decoded, cropped, jittered and blurred by Pillow in worker processes; the encoder is
+called once per view in NCHW memory under float16 AMP with a gradient scaler (float32 on a CPU,
+where that AMP does nothing); the D x D correlation matrix is formed; LARS loops over the parameters
+in Python. What it does across GPUs (SyncBN, an all-reduce of the matrix) is not here.
+"""
+
+import io
+import random
+
+import torch
+from PIL import Image, ImageFilter, ImageOps
+from torch import nn
+
+from bt_fast.model import build_projector, feature_width
+from pipelines.beton import BetonReader
+
+LAMBD = 0.0051
+
+
+class Views:
+    """Both branches of one Pillow image: two float32 tensors [3, size, size]."""
+
+    def __init__(self, size: int) -> None:
+        from torchvision import transforms
+
+        def branch(blur: float, solarize: float):
+            return transforms.Compose(
+                [
+                    transforms.RandomResizedCrop(
+                        size, interpolation=transforms.InterpolationMode.BICUBIC
+                    ),
+                    transforms.RandomHorizontalFlip(0.5),
+                    transforms.RandomApply([transforms.ColorJitter(0.4, 0.4, 0.2, 0.1)], 0.8),
+                    transforms.RandomGrayscale(0.2),
+                    Maybe(blur, blurred),
+                    Maybe(solarize, ImageOps.solarize),
+                    transforms.ToTensor(),
+                    transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+                ]
+            )
+
+        self.branches = (branch(1.0, 0.0), branch(0.1, 0.2))
+
+    def __call__(self, image: Image.Image) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.branches[0](image), self.branches[1](image)
+
+
+class Maybe:
+    """Apply a function of an image with a probability."""
+
+    def __init__(self, probability: float, function) -> None:
+        self.probability, self.function = probability, function
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        return self.function(image) if random.random() < self.probability else image
+
+
+def blurred(image: Image.Image) -> Image.Image:
+    return image.filter(ImageFilter.GaussianBlur(radius=random.uniform(0.1, 2.0)))
+
+
+class Images(torch.utils.data.Dataset):
+    """The images of a `.beton` as an image folder would give them: decoded by Pillow."""
+
+    def __init__(self, reader: BetonReader, views: Views) -> None:
+        self.reader, self.views = reader, views
+
+    def __len__(self) -> int:
+        return len(self.reader)
+
+    def decode(self, index: int) -> Image.Image:
+        data = self.reader.image(index)
+        if self.reader.is_raw(index):
+            height, width = self.reader.size(index)
+            return Image.frombuffer("RGB", (width, height), bytes(data))
+        return Image.open(io.BytesIO(data)).convert("RGB")
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.views(self.decode(index))
+
+
+def loader(dataset, batch_size: int, workers: int) -> torch.utils.data.DataLoader:
+    return torch.utils.data.DataLoader(
+        dataset,
+        batch_size=batch_size,
+        shuffle=True,
+        drop_last=True,
+        num_workers=workers,
+        pin_memory=torch.cuda.is_available(),
+    )
+
+
+class Step:
+    """Model, optimizer and one training step on views [n, 3, H, W] that are on the device."""
+
+    def __init__(self, encoder: str, projector: tuple[int, ...], device: torch.device) -> None:
+        import torchvision
+
+        backbone = getattr(torchvision.models, encoder)(zero_init_residual=True)
+        backbone.fc = nn.Identity()
+        layers = build_projector((feature_width(backbone), *projector))
+        for i, layer in enumerate(layers):
+            if isinstance(layer, nn.BatchNorm1d):
+                layers[i] = nn.BatchNorm1d(layer.num_features)
+        self.model = nn.Sequential(backbone, layers).to(device)
+        self.norm = nn.BatchNorm1d(projector[-1], affine=False).to(device)
+        self.amp = torch.autocast(device.type, torch.float16, enabled=device.type == "cuda")
+        self.scaler = torch.amp.GradScaler(device.type, enabled=device.type == "cuda")
+        matrices = [p for p in self.model.parameters() if p.ndim != 1]
+        vectors = [p for p in self.model.parameters() if p.ndim == 1]
+        self.optimizer = Lars([{"params": matrices}, {"params": vectors}], 0.0, weight_decay=1e-6)
+
+    def forward(self, view_a: torch.Tensor, view_b: torch.Tensor):
+        """-> z_a, z_b [n, D]."""
+        with self.amp:
+            return self.model(view_a), self.model(view_b)
+
+    def loss(self, z_a: torch.Tensor, z_b: torch.Tensor) -> torch.Tensor:
+        with self.amp:
+            correlation = self.norm(z_a).T @ self.norm(z_b) / len(z_a)  # [D, D]
+            on = torch.diagonal(correlation).sub(1).pow(2).sum()
+            off = correlation.pow(2).sum() - torch.diagonal(correlation).pow(2).sum()
+            return on + LAMBD * off
+
+    def backward(self, loss: torch.Tensor) -> None:
+        self.scaler.scale(loss).backward()
+
+    def update(self) -> None:
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+
+    def __call__(self, view_a: torch.Tensor, view_b: torch.Tensor) -> None:
+        self.optimizer.zero_grad()
+        self.backward(self.loss(*self.forward(view_a, view_b)))
+        self.update()
+
+
+class Lars(torch.optim.Optimizer):
+    """LARS as a loop over the parameters."""
+
+    def __init__(self, params, lr: float, weight_decay: float = 0.0) -> None:
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                update = p.grad
+                if p.ndim != 1:
+                    update = update.add(p, alpha=group["weight_decay"])
+                    size, step = torch.norm(p), torch.norm(update)
+                    one = torch.ones_like(size)
+                    trust = torch.where(step > 0, 0.001 * size / step, one)
+                    update = update.mul(torch.where(size > 0, trust, one))
+                state = self.state[p]
+                if "mu" not in state:
+                    state["mu"] = torch.zeros_like(p)
+                state["mu"].mul_(0.9).add_(update)
+                p.add_(state["mu"], alpha=-group["lr"])
