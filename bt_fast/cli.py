@@ -86,9 +86,9 @@ def parse_pretrain(arguments: list[str]):
 
     from bt_fast.config import RECIPES, Config
     from bt_fast.run_directory import load_config
-    from pipelines.flags import parse_flags
+    from pipelines.flags import parse_flags, value_of
 
-    resume, recipe = _value_of("--resume", arguments), _value_of("--recipe", arguments)
+    resume, recipe = value_of("--resume", arguments), value_of("--recipe", arguments)
     saved = load_config(Path(resume), "--resume") if resume is not None else None
     default = saved if saved is not None else RECIPES.get(recipe or "imagenet", Config)()
     config = parse_flags(Config, "bt-fast pretrain", arguments, default=default)
@@ -105,16 +105,6 @@ def parse_pretrain(arguments: list[str]):
                 " would differ; leave it out or start a new run"
             )
     return config
-
-
-def _value_of(flag: str, arguments: list[str]) -> str | None:
-    """The last value of a flag before the parser runs, because it decides the parser's defaults."""
-    found = None
-    for index, argument in enumerate(arguments):
-        name, equals, value = argument.partition("=")
-        if name == flag:
-            found = value if equals else next(iter(arguments[index + 1 :]), None)
-    return found
 
 
 def _eval_knn(arguments: list[str]) -> int:

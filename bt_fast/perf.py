@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import torch
 
-from pipelines import augment
+from pipelines import augment_threads
 from pipelines.augment import Draw
 
 Precision = Literal["auto", "bf16", "fp32"]
@@ -27,12 +27,12 @@ class Performance:
         return torch.bfloat16 if self.precision == "bf16" else torch.float32
 
     def augment(self, images: torch.Tensor, parameters: Draw) -> torch.Tensor:
-        """Distorted views, by the fused kernels on a GPU and by the definition elsewhere."""
+        """Distorted views, by the fused kernels on a GPU and by threads elsewhere."""
         if self.device.type == "cuda":
             from pipelines import augment_triton  # triton comes with torch's CUDA builds only
 
             return augment_triton.apply(images, parameters, dtype=self.view_dtype)
-        return augment.apply(images, parameters, dtype=self.view_dtype)
+        return augment_threads.apply(images, parameters, dtype=self.view_dtype)
 
     def autocast(self) -> torch.autocast:
         """The context of every forward pass."""

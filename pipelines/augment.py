@@ -99,6 +99,9 @@ class Draw:
     def __len__(self) -> int:
         return len(self.flip)
 
+    def __getitem__(self, rows: slice) -> "Draw":
+        return _each(lambda tensor: tensor[rows], self)
+
     def to(self, device: torch.device) -> "Draw":
         """The same parameters elsewhere, for `apply` under torch.compile."""
         return _each(lambda tensor: tensor.to(device), self)

@@ -42,6 +42,16 @@ def parse_flags(
         raise ValueError(f"{_one_line(complaint.getvalue())}; see {prog} --help") from None
 
 
+def value_of(flag: str, arguments: Sequence[str]) -> str | None:
+    """The last value of a flag before the parser runs, because it decides the parser's defaults."""
+    found = None
+    for index, argument in enumerate(arguments):
+        name, equals, value = argument.partition("=")
+        if name == flag:
+            found = value if equals else next(iter(arguments[index + 1 :]), None)
+    return found
+
+
 def _one_line(framed: str) -> str:
     """The message in tyro's frame and the flag it suggests; rules divide title, message, help."""
     sections: list[list[str]] = [[]]

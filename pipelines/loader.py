@@ -180,14 +180,14 @@ class CropCutter:
         """A decoded image, uint8 [3, H, W], from the cache or into it while there is room."""
         image = self.cache.get(sample)
         if image is None:
-            image = self._decode(sample)
+            image = self.decode(sample)
             with self.cache_lock:
                 if image.nbytes <= self.cache_room and sample not in self.cache:
                     self.cache_room -= image.nbytes
                     self.cache[sample] = image
         return image
 
-    def _decode(self, sample: int) -> torch.Tensor:
+    def decode(self, sample: int) -> torch.Tensor:
         """One record -> uint8 [3, H, W], channels-last in memory."""
         if not self.checked[sample]:
             if not self.reader.checksum_ok(sample):

@@ -8,7 +8,7 @@ import torch
 import torchvision.transforms.functional as TF
 from PIL import ImageFilter, ImageOps
 
-from pipelines import augment
+from pipelines import augment, augment_threads
 from pipelines.augment import VIEW_A, VIEW_B, Branch, Draw
 from pipelines.order import view_keys
 
@@ -270,3 +270,12 @@ def test_joined_draws_are_those_of_both_batches():
         ours = getattr(joined, field.name)
         assert torch.equal(ours[:6], getattr(parts[0], field.name))
         assert torch.equal(ours[6:], getattr(parts[1], field.name))
+
+
+def test_threads_give_the_same_views(photos):
+    images = to_batch(photo.resize((40, 33)) for photo in photos[:11])
+    parameters = augment.draw(Branch(blur=0.5, solarize=0.5), keys_of(11))
+    views = augment_threads.apply(images, parameters, dtype=torch.float32)
+    assert views.is_contiguous(memory_format=torch.channels_last)
+    assert torch.allclose(views, augment.apply(images, parameters, dtype=torch.float32), atol=1e-5)
+    assert torch.equal(views, augment_threads.apply(images, parameters, dtype=torch.float32))

@@ -13,7 +13,6 @@ FFCV and native read the same `.beton`, made first. The first batches (start-up,
 are not timed; the contenders alternate. What counts is the ratio within one run.
 """
 
-import random
 import statistics
 import sys
 import tempfile
@@ -26,9 +25,8 @@ from typing import Annotated
 
 import numpy as np
 import simplejpeg
-import torch
 import tyro
-from PIL import Image, ImageFilter, ImageOps
+from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -37,6 +35,7 @@ from pipelines.convert import Convert, convert
 from pipelines.crop import RandomResizedCrop, random_boxes
 from pipelines.flags import usable_cores
 from pipelines.loader import NativeLoader
+from tools import reference
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,60 +56,11 @@ class Benchmark:
     """Turns of each contender; the median counts."""
 
 
-class ReferenceViews:
-    """The two transforms of the released code, from their description (Pillow throughout)."""
-
-    def __init__(self, size: int) -> None:
-        from torchvision import transforms
-
-        def branch(blur: float, solarize: float):
-            return transforms.Compose(
-                [
-                    transforms.RandomResizedCrop(
-                        size, interpolation=transforms.InterpolationMode.BICUBIC
-                    ),
-                    transforms.RandomHorizontalFlip(0.5),
-                    transforms.RandomApply([transforms.ColorJitter(0.4, 0.4, 0.2, 0.1)], 0.8),
-                    transforms.RandomGrayscale(0.2),
-                    Maybe(blur, blurred),
-                    Maybe(solarize, ImageOps.solarize),
-                    transforms.ToTensor(),
-                    transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
-                ]
-            )
-
-        self.branches = (branch(1.0, 0.0), branch(0.1, 0.2))
-
-    def __call__(self, image: Image.Image) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.branches[0](image), self.branches[1](image)
-
-
-class Maybe:
-    """Apply a function of an image with a probability."""
-
-    def __init__(self, probability: float, function) -> None:
-        self.probability, self.function = probability, function
-
-    def __call__(self, image: Image.Image) -> Image.Image:
-        return self.function(image) if random.random() < self.probability else image
-
-
-def blurred(image: Image.Image) -> Image.Image:
-    return image.filter(ImageFilter.GaussianBlur(radius=random.uniform(0.1, 2.0)))
-
-
-def reference(config: Benchmark, beton: Path) -> Iterator:
+def released(config: Benchmark, beton: Path) -> Iterator:
     from torchvision.datasets import ImageFolder
 
-    loader = torch.utils.data.DataLoader(
-        ImageFolder(config.source, ReferenceViews(config.size)),
-        batch_size=config.batch_size,
-        shuffle=True,
-        drop_last=True,
-        num_workers=config.workers,
-    )
-    while True:
-        yield from loader
+    images = ImageFolder(config.source, reference.Views(config.size))
+    return reference.endless(reference.loader(images, config.batch_size, config.workers))
 
 
 def ffcv(config: Benchmark, beton: Path) -> Iterator:
@@ -131,8 +81,7 @@ def ffcv(config: Benchmark, beton: Path) -> Iterator:
         drop_last=True,
         pipelines={"image": view(), "image_again": view(), "label": None},
     )
-    while True:
-        yield from loader
+    return reference.endless(loader)
 
 
 def native(config: Benchmark, beton: Path, cache_bytes: int = 0) -> Iterator:
@@ -185,7 +134,7 @@ def difference_from_pillow(config: Benchmark, beton: Path) -> tuple[float, float
 
 def main() -> None:
     config = tyro.cli(Benchmark, description=__doc__)
-    contenders = {"reference": reference, "ffcv": ffcv, "native": native, "cached": cached}
+    contenders = {"reference": released, "ffcv": ffcv, "native": native, "cached": cached}
     try:
         import ffcv as _  # noqa: F401
     except ImportError as error:

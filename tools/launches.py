@@ -4,8 +4,8 @@
 
 Needs no GPU. (On one, the fused update also copies two tables of a few kB from the host.) Every
 operation that torch dispatches and that computes something would be at least one launch there;
-views and allocations are none. Triton's kernels run in its interpreter. The projector is narrow
-here, because launches depend on the number of tensors and not on their sizes.
+views and allocations are none. Triton's kernels run in its interpreter. The tensors are small here,
+because launches depend on their number and not on their sizes.
 """
 
 import os
@@ -58,7 +58,8 @@ class _Counted:
 
 
 def launches(optimizer: torch.optim.Optimizer) -> Counter[str]:
-    """What one step launches; its state is only allocated."""
+    """What one step launches, once the first has made what the others use again."""
+    optimizer.step()
     operations = Operations()
     kernels = {name: getattr(lars_triton, name) for name in KERNELS}
     try:
@@ -73,8 +74,10 @@ def launches(optimizer: torch.optim.Optimizer) -> Counter[str]:
 
 
 def main() -> None:
-    model = BarlowTwins("resnet50", (8, 8, 8))
-    parameters = list(model.parameters())
+    with torch.device("meta"):
+        model = BarlowTwins("resnet50", (8192, 8192, 8192))
+    shapes = [tuple(min(side, 4) for side in p.shape) for p in model.parameters()]
+    parameters = [torch.ones(shape, requires_grad=True) for shape in shapes]
     for p in parameters:
         p.grad = torch.ones_like(p)
     groups = [

@@ -9,6 +9,7 @@ in Python. What it does across GPUs (SyncBN, an all-reduce of the matrix) is not
 
 import io
 import random
+from collections.abc import Iterable, Iterator
 
 import torch
 from PIL import Image, ImageFilter, ImageOps
@@ -83,14 +84,21 @@ class Images(torch.utils.data.Dataset):
 
 
 def loader(dataset, batch_size: int, workers: int) -> torch.utils.data.DataLoader:
+    """Its DataLoader; workers persist, because starting them would weigh more on little data."""
     return torch.utils.data.DataLoader(
         dataset,
         batch_size=batch_size,
         shuffle=True,
         drop_last=True,
         num_workers=workers,
+        persistent_workers=True,
         pin_memory=torch.cuda.is_available(),
     )
+
+
+def endless(batches: Iterable) -> Iterator:
+    while True:
+        yield from batches
 
 
 class Step:

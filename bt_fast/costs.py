@@ -1,0 +1,104 @@
+"""What one training step computes, moves and sends: counted, not measured.
+
+Per rank, with n images on each of W ranks, N = n W images in the global batch, D dimensions and P
+parameters:
+
+    augmentation   3 H W bytes read twice, 3 H W values written, per view
+    loss           gram: a a^T and b b^T for its n rows, and as much again backwards: 8 n N D FLOP
+                   dense: C and two gradients of it: 6 N D^2 FLOP
+    LARS           28 P bytes: p and g read, then p, g, m read, p and m written, float32
+    gradients      ring all-reduce, 2 (W - 1) / W * 4 P bytes sent
+    embeddings     both views of all ranks gathered once, (W - 1) 2 n D values sent
+    batch norm     two collectives per layer for both views together, a few kB each
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+COLLECTIVE_LATENCY = 30e-6  # seconds, of a collective that carries next to nothing
+_OVERLAPPED = 0.9  # of the backward pass can hide the gradients' all-reduce
+
+
+def augment_bytes(num_views: int, size: int, dtype: torch.dtype) -> int:
+    return num_views * 3 * size * size * (2 + dtype.itemsize)
+
+
+def loss_flop(method: str, num_samples: int, num_dimensions: int, world_size: int = 1) -> int:
+    """Per rank; num_samples is the global batch."""
+    if method == "gram":
+        return 8 * num_samples * num_samples * num_dimensions // world_size
+    return 6 * num_samples * num_dimensions * num_dimensions // world_size
+
+
+def lars_bytes(num_parameters: int) -> int:
+    return 28 * num_parameters
+
+
+def num_norm_layers(model: nn.Module) -> int:
+    return sum(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Measured:
+    """Seconds of one step's parts on one device, and what they depend on."""
+
+    images: int  # n, on this device
+    encoder: float  # forward and backward of encoder and projector
+    backward: float  # the backward part of that
+    loss: float  # the objective and its gradient
+    optimizer: float
+    num_parameters: int
+    num_dimensions: int
+    num_norm_layers: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Prediction:
+    """One rank's step at another world size."""
+
+    world_size: int
+    gradient_bytes: float
+    embedding_bytes: float
+    collectives: int
+    seconds: dict[str, float]  # by part; what is hidden under others is not in it
+    hidden: float  # seconds of communication under the backward pass
+    step: float
+    images_per_s: float
+    efficiency: float  # of this many single devices
+
+
+def predict(measured: Measured, world_size: int, link_gbps: float) -> Prediction:
+    """The step of W ranks that each do what was measured and share a link of their own.
+
+    Args:
+        link_gbps: what one rank sends to others, 10^9 bits per second.
+    """
+    w, n, d = world_size, measured.images, measured.num_dimensions
+    rate = link_gbps * 1e9 / 8  # bytes per second
+    gradient_bytes = 2 * (w - 1) / w * 4 * measured.num_parameters
+    embedding_bytes = (w - 1) * 2 * n * d * 2
+    collectives = 2 * measured.num_norm_layers if w > 1 else 0
+    hidden = min(gradient_bytes / rate, _OVERLAPPED * measured.backward)
+    seconds = {
+        "encoder": measured.encoder,
+        "loss": measured.loss * w,  # n rows against N columns
+        "optimizer": measured.optimizer,
+        "gradients, exposed": gradient_bytes / rate - hidden,
+        "embeddings": embedding_bytes / rate,
+        "batch norm": collectives * COLLECTIVE_LATENCY,
+    }
+    step = sum(seconds.values())
+    alone = measured.encoder + measured.loss + measured.optimizer
+    return Prediction(
+        world_size=w,
+        gradient_bytes=gradient_bytes,
+        embedding_bytes=embedding_bytes,
+        collectives=collectives,
+        seconds=seconds,
+        hidden=hidden,
+        step=step,
+        images_per_s=w * n / step,
+        efficiency=alone / step,
+    )

@@ -1,0 +1,160 @@
+"""tools/profile.py: the table, the verdict, the prediction; and that it does not hide `profile`."""
+
+import json
+import os
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from bt_fast import costs, perf
+from bt_fast.config import RECIPES
+from pipelines.beton import BetonReader
+from tools.profile_report import Report, verdict
+from tools.stages import Ceilings, Stage
+
+ROOT = Path(__file__).parents[1]
+
+STAGES = ("read", "decode", "crop", "loader", "augment", "forward", "backward", "loss", "optimizer")
+
+
+def profile(folder, *flags) -> subprocess.CompletedProcess:
+    """Run the tool as a user does: its own folder comes first on sys.path."""
+    command = [sys.executable, ROOT / "tools" / "profile.py", "--recipe=demo", "--device=cpu"]
+    command += ["--batch-size=4", "--size=32", "--projector", "16", "16", "--seconds=0.02"]
+    environment = {**os.environ, "TRITON_INTERPRET": "0"}
+    return subprocess.run(
+        [*map(str, command), *map(str, flags)],
+        cwd=folder, env=environment, capture_output=True, text=True,
+    )  # fmt: skip
+
+
+def test_a_compiled_step_is_profiled_and_predicted(small_beton, tmp_path):
+    flags = ("--data", small_beton, "--out", tmp_path / "p", "--compile=default", "--gpus=4")
+    done = profile(tmp_path, *flags, "--trace")
+    assert done.returncode == 0, done.stdout + done.stderr
+    for name in (*STAGES, "step, with loader", "verdict: ", "predicted: 4 ranks", "collectives"):
+        assert name in done.stdout
+    found = json.loads((tmp_path / "p" / "profile.json").read_text())
+    assert set(STAGES) <= set(found["stages"])
+    assert all(stage["seconds"] > 0 for stage in found["stages"].values())
+    assert found["step_s"] > 0 and found["images_per_s"] == pytest.approx(4 / found["step_s"])
+    assert found["stages"]["backward"]["flop"] > found["stages"]["forward"]["flop"] > 1e6
+    assert found["environment"]["compile"] == "default" and found["prediction"]["step"] > 0
+    with Image.open(tmp_path / "p" / "profile.png") as picture:
+        assert len(np.unique(np.array(picture))) > 20
+    assert json.loads((tmp_path / "p" / "trace.json").read_text())["traceEvents"]
+    again = profile(tmp_path, *flags)
+    assert again.returncode == 2 and "holds a profile already" in again.stderr
+
+
+def test_against_the_reference_without_data(tmp_path):
+    done = profile(tmp_path, "--against", "reference", "--workers", "1")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "synthetic images" in done.stdout and "loader and augmentation" in done.stdout
+    (folder,) = (tmp_path / "profiles").iterdir()
+    rivals = json.loads((folder / "profile.json").read_text())["rivals_s"]["reference"]
+    names = {"decode", "augment", "views", "forward", "backward", "loss", "optimizer", "step"}
+    assert set(rivals) == names and all(seconds > 0 for seconds in rivals.values())
+
+
+@pytest.mark.parametrize(
+    "flags,message",
+    [
+        (["--data", "nowhere.beton"], "--data nowhere.beton does not exist"),
+        (["--against", "everyone"], "--against"),
+        (["--batch-size", "0"], "--batch-size must be at least 1"),
+    ],
+)
+def test_a_wrong_flag_is_one_line(tmp_path, flags, message):
+    done = profile(tmp_path, *flags)
+    assert done.returncode == 2
+    assert message in done.stderr and done.stderr.count("\n") == 1
+    assert not os.listdir(tmp_path)
+
+
+def report(device: str = "cuda", *, precision: str = "bf16", step: float, alone: float, **stages):
+    """A report of made-up measurements: seconds per batch of 100 images."""
+    seconds = dict.fromkeys((*STAGES, "copy"), 1e-4) | stages
+    config = RECIPES["imagenet"]()
+    performance = perf.Performance(
+        device=torch.device(device), precision=precision, compile="default"
+    )
+    reader = types.SimpleNamespace(sizes=np.full((1000, 2), 400))
+    job = types.SimpleNamespace(config=config, performance=performance, reader=reader)
+    hosts = {"forward": seconds.pop("host", 0.0)}
+    return Report(
+        job=job,
+        data="data",
+        ceilings=Ceilings(flops=1e15, memory=4e12, link=5e10),
+        stages={
+            name: Stage(name=name, seconds=value, host=hosts.get(name, 0.0))
+            for name, value in seconds.items()
+        },
+        step=step,
+        step_without_data=alone,
+    )
+
+
+def test_the_verdict_names_what_limits():
+    slow_loader = report(step=0.1, alone=0.04, loader=0.1, decode=0.08, forward=0.03)
+    assert verdict(slow_loader).startswith("the loader limits, at 20,480 images/s: --cache-gb")
+    slow_disk = report(step=0.1, alone=0.04, loader=0.1, read=0.1, decode=0.01, forward=0.03)
+    assert "the disk is slower" in verdict(slow_disk)
+    fed = report(step=0.1, alone=0.1, loader=0.05, forward=0.03, backward=0.06)
+    assert verdict(fed).startswith("the encoder limits: 90 % of the step; data could come 2.0")
+    assert "--resolution 160:224" in verdict(fed)
+    host = report(step=0.1, alone=0.1, loader=0.05, forward=0.01, backward=0.02, host=0.1)
+    assert verdict(host).startswith("the host limits")
+    wide = report(step=0.1, alone=0.1, loader=0.05, forward=0.01, loss=0.08)
+    assert verdict(wide).startswith("the loss limits") and "--projector" in verdict(wide)
+    cpu = report("cpu", step=1.0, alone=0.9, loader=0.08, forward=0.3, backward=0.5)
+    assert "a GPU, or a smaller" in verdict(cpu)
+    cpu_loader = report("cpu", step=1.0, alone=0.3, loader=0.8, forward=0.1, backward=0.2)
+    assert verdict(cpu_loader).startswith("the loader limits")
+
+
+def measured(**changes) -> costs.Measured:
+    values = {
+        "images": 64, "encoder": 0.02, "backward": 0.013, "loss": 2e-4, "optimizer": 1e-3,
+        "num_parameters": 174_535_744, "num_dimensions": 8192, "num_norm_layers": 55,
+    }  # fmt: skip
+    return costs.Measured(**values | changes)
+
+
+def test_one_rank_is_predicted_as_it_was_measured():
+    alone = costs.predict(measured(), 1, 400)
+    assert alone.step == pytest.approx(0.0212) and alone.efficiency == pytest.approx(1)
+    assert alone.gradient_bytes == alone.embedding_bytes == alone.collectives == 0
+
+
+def test_the_prediction_counts_bytes_and_what_the_backward_pass_hides():
+    many = costs.predict(measured(), 32, 400)
+    assert many.gradient_bytes == pytest.approx(2 * 31 / 32 * 698_142_976)
+    assert many.embedding_bytes == 31 * 2 * 64 * 8192 * 2  # bf16, both views
+    assert many.collectives == 110
+    on_the_wire = many.gradient_bytes / 50e9
+    assert many.hidden == pytest.approx(0.9 * 0.013)
+    assert many.seconds["gradients, exposed"] == pytest.approx(on_the_wire - 0.9 * 0.013)
+    assert costs.predict(measured(), 32, 40_000).seconds["gradients, exposed"] == 0
+    assert many.images_per_s == pytest.approx(32 * 64 / many.step)
+
+
+def test_synthetic_images_cost_what_imagenets_do(tmp_path):
+    """500x375 pixels in about 110 kB."""
+    code = (
+        "import sys; sys.argv = ['x']; sys.path.insert(0, '.'); from pathlib import Path;"
+        " import importlib.util as u; s = u.spec_from_file_location('p', 'tools/profile.py');"
+        " m = u.module_from_spec(s); sys.modules['p'] = m; s.loader.exec_module(m);"
+        f" m.synthetic_images(Path({str(tmp_path)!r}), m.parse(['--device=cpu']))"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+    reader = BetonReader(tmp_path / "synthetic.beton")
+    assert len(reader) == 64 and (reader.sizes == (375, 500)).all()
+    sizes = [len(reader.image(i)) for i in range(16)]
+    assert 80_000 < np.mean(sizes) < 150_000

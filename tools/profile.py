@@ -1,0 +1,157 @@
+"""Where the time of a training step goes: every stage alone, the whole, and what limits it.
+
+    python tools/profile.py                            out.beton here, else synthetic images
+    python tools/profile.py --data imagenet.beton --against reference
+    python tools/profile.py --gpus 32 --link-gbps 400  predict the step of 32 ranks
+
+All flags of `bt-fast pretrain` apply; --batch-size is what one device does. Writes profile.json and
+profile.png. Stages are timed alone and then together, so their sum is more than the whole by what
+overlaps.
+"""
+
+import sys
+
+sys.path.pop(0)  # this folder, in which this file would hide the standard library's `profile`
+
+import dataclasses
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from rich.console import Console
+
+from bt_fast.config import RECIPES, Config
+from pipelines.flags import parse_flags, value_of
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Profile(Config):
+    """Profile a training step. Every flag of `bt-fast pretrain` applies as well."""
+
+    against: tuple[Literal["reference", "kornia"], ...] = ()
+    """Also time the released code's way of each stage, or kornia's augmentation."""
+    link_gbps: float = 400.0
+    """With --gpus: what one rank can send to the others, 10^9 bits per second."""
+    seconds: float = 1.0
+    """Time for each measurement."""
+    out: Path | None = None
+    """Folder for profile.json, profile.png and trace.json. Default: profiles/DATE-TIME."""
+    trace: bool = False
+    """Also write a Chrome trace of three steps."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    try:
+        return profile(parse(list(sys.argv[1:] if arguments is None else arguments)))
+    except (ValueError, OSError) as error:
+        print(f"profile.py: {error}", file=sys.stderr)
+        return 2
+
+
+def parse(arguments: list[str]) -> Profile:
+    """Flags over the recipe's values, with a batch that one device takes."""
+    import torch
+
+    recipe = RECIPES.get(value_of("--recipe", arguments) or "imagenet", Config)()
+    values = {field.name: getattr(recipe, field.name) for field in dataclasses.fields(Config)}
+    on_gpu = torch.cuda.is_available() and value_of("--device", arguments) != "cpu"
+    values["batch_size"] = min(recipe.batch_size, 256 if on_gpu else 8)
+    return parse_flags(Profile, "profile.py", arguments, default=Profile(**values))
+
+
+def profile(options: Profile) -> int:
+    from tools import profile_report, stages
+
+    console = Console(soft_wrap=True, width=None if sys.stdout.isatty() else 110)
+    out = options.out or Path("profiles") / time.strftime("%Y%m%d-%H%M%S")
+    if (out / "profile.json").exists():
+        raise ValueError(f"--out {out} holds a profile already; choose another folder")
+    with tempfile.TemporaryDirectory() as scratch:
+        data, what = options.data, str(options.data)
+        if not data.exists() and data == Config().data:
+            data, what = synthetic_images(Path(scratch), options), "synthetic images"
+        names = [field.name for field in dataclasses.fields(Config)]
+        config = Config(**{name: getattr(options, name) for name in names} | {"gpus": None})
+        job = prepare(dataclasses.replace(config, data=data, probe_every=0), console)
+        report = profile_report.Report(job=job, data=what)
+        console.print(f"profiling {report.title}", markup=False)
+        report.ceilings = stages.measure_ceilings(job, options.seconds)
+        for measured in (stages.loader_stages, stages.device_stages):
+            for stage in measured(job, options.seconds):
+                report.stages[stage.name] = stage
+                report.say(console, stage)
+        report.step, report.step_without_data = stages.whole(job, 3 * options.seconds)
+        report.memory = stages.peak_memory(job)
+        for rival in options.against:
+            report.rivals[rival] = rival_stages(rival, job, options.seconds)
+        if options.gpus is not None:
+            report.predict(options.gpus, options.link_gbps)
+        out.mkdir(parents=True, exist_ok=True)
+        if options.trace:
+            stages.chrome_trace(job, out / "trace.json")
+        report.print(console)
+        report.write(out)
+    console.print(f"written: {out}/profile.json, {out}/profile.png", markup=False)
+    return 0
+
+
+def prepare(config: Config, console: Console):
+    """Everything a run is made of, compiled and tried out."""
+    from bt_fast.job import build, rehearse
+
+    job = build(config)
+    if job.performance.compile != "off":
+        console.print("compiling ...")
+    rehearse(job)
+    return job
+
+
+def rival_stages(rival: str, job, budget: float) -> dict[str, float]:
+    from tools import rivals
+
+    if rival == "reference":
+        return rivals.reference_stages(job, budget)
+    try:
+        return rivals.kornia_stages(job, budget)
+    except ImportError:
+        raise ValueError("--against kornia: kornia is not installed; pip install kornia") from None
+
+
+def synthetic_images(folder: Path, options: Profile) -> Path:
+    """A `.beton` of images that cost as much to read and decode as ImageNet's: 500x375, 110 kB."""
+    import io
+
+    import numpy as np
+    from PIL import Image
+
+    from pipelines.beton_writer import BetonWriter
+
+    path, generator = folder / "synthetic.beton", np.random.default_rng(0)
+    count = max(options.batch_size, 64)
+    pictures = []
+    for _ in range(16):
+        layers = [
+            Image.fromarray(generator.integers(0, 256, (3 * 2**k, 4 * 2**k, 3), dtype=np.uint8))
+            for k in range(7)
+        ]
+        sized = [layer.resize((500, 375), Image.Resampling.BICUBIC) for layer in layers]
+        mixed = np.sum([np.asarray(layer) * 0.5 ** (k + 1) for k, layer in enumerate(sized)], 0)
+        grain = generator.normal(0, 20, (375, 500, 1))
+        buffer = io.BytesIO()
+        pixels = np.clip(mixed + grain, 0, 255).astype(np.uint8)
+        Image.fromarray(pixels).save(buffer, "JPEG", quality=92)
+        pictures.append(buffer.getvalue())
+    with BetonWriter(path, num_samples=count, class_names=["synthetic"]) as writer:
+        for index in range(count):
+            writer.add(pictures[index % 16], 375, 500, 0, f"{index}.jpg")
+        writer.finalize()
+    return path
+
+
+if __name__ == "__main__":
+    sys.exit(main())
