@@ -26,6 +26,7 @@ _MAY_CHANGE = {
     "gpus",
     "device",
     "compile",
+    "deterministic",
     "loader",
     "workers",
     "cache_gb",

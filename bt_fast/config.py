@@ -50,6 +50,9 @@ class Config:
     """Of the encoder and projector; auto is bf16 where the hardware has it. The loss is fp32."""
     compile: Compile = "auto"
     """Mode of torch.compile for model and loss; auto is "default" on a GPU and "off" on a CPU."""
+    deterministic: bool = False
+    """On a GPU, repeat a run bit for bit: only such kernels, chosen by rule and not by trial. On a
+    CPU that is always so."""
     loader: Literal["auto", "native", "ffcv", "dali"] = "auto"
     """What reads the images."""
     workers: int | None = None

@@ -45,7 +45,7 @@ def build(settings: Config) -> Job:
     if settings.loader not in ("auto", "native"):
         raise ValueError(f"--loader {settings.loader} is not available yet; use native")
     performance = perf.choose(settings.device, settings.precision, settings.compile)
-    perf.apply()
+    perf.apply(deterministic=settings.deterministic)
 
     reader = open_data(settings.data, "--data")
     val = open_val(settings.data, settings.val_data)

@@ -75,9 +75,11 @@ def has_bf16(device: str) -> bool:
     return torch.cpu._is_avx512_bf16_supported()
 
 
-def apply() -> None:
+def apply(*, deterministic: bool = False) -> None:
     """Set the process-wide switches."""
-    torch.backends.cudnn.benchmark = True
+    # Trying out convolutions finds the fastest, but not the same one in every process.
+    torch.backends.cudnn.benchmark = not deterministic
+    torch.backends.cudnn.deterministic = deterministic
     # TF32 for the products that stay in float32 on a GPU: those of the loss. Its 10 bits of
     # mantissa are as many as the released code's float16 has.
     torch.backends.cuda.matmul.allow_tf32 = True

@@ -25,7 +25,7 @@ from pipelines.beton import BetonReader
 from pipelines.crop import RandomResizedCrop, center_boxes, cut, random_boxes
 from pipelines.order import epoch_order, view_keys
 
-_IMAGES_PER_TASK = 4  # few enough to share a batch evenly, enough to hide the cost of a task
+IMAGES_PER_TASK = 4  # few enough to share a batch evenly, enough to hide the cost of a task
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -164,14 +164,14 @@ class CropCutter:
         )
         tasks = [
             self.pool.submit(self._cut_some, samples, boxes, crops, first)
-            for first in range(0, n, _IMAGES_PER_TASK)
+            for first in range(0, n, IMAGES_PER_TASK)
         ]
         return crops, tasks
 
     def _cut_some(
         self, samples: np.ndarray, boxes: np.ndarray, crops: torch.Tensor, first: int
     ) -> None:
-        for row in range(first, min(first + _IMAGES_PER_TASK, len(samples))):
+        for row in range(first, min(first + IMAGES_PER_TASK, len(samples))):
             image = self._image(int(samples[row]))
             for view in range(boxes.shape[1]):
                 cut(image, boxes[row, view], out=crops[view, row])

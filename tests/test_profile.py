@@ -15,8 +15,10 @@ from PIL import Image
 from bt_fast import costs, perf
 from bt_fast.config import RECIPES
 from pipelines.beton import BetonReader
+from tools import synthetic
 from tools.profile_report import Report, verdict
-from tools.stages import Ceilings, Stage
+from tools.stages import Stage
+from tools.timing import Ceilings
 
 ROOT = Path(__file__).parents[1]
 
@@ -147,14 +149,27 @@ def test_the_prediction_counts_bytes_and_what_the_backward_pass_hides():
 
 def test_synthetic_images_cost_what_imagenets_do(tmp_path):
     """500x375 pixels in about 110 kB."""
-    code = (
-        "import sys; sys.argv = ['x']; sys.path.insert(0, '.'); from pathlib import Path;"
-        " import importlib.util as u; s = u.spec_from_file_location('p', 'tools/profile.py');"
-        " m = u.module_from_spec(s); sys.modules['p'] = m; s.loader.exec_module(m);"
-        f" m.synthetic_images(Path({str(tmp_path)!r}), m.parse(['--device=cpu']))"
-    )
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
-    reader = BetonReader(tmp_path / "synthetic.beton")
+    reader = BetonReader(synthetic.images(tmp_path, 64))
     assert len(reader) == 64 and (reader.sizes == (375, 500)).all()
     sizes = [len(reader.image(i)) for i in range(16)]
     assert 80_000 < np.mean(sizes) < 150_000
+
+
+def test_the_suite_runs_part_by_part_at_toy_sizes(small_beton, tmp_path):
+    """A part that needs a GPU is left out by name; results are there after each."""
+    out = tmp_path / "suite"
+    command = [sys.executable, ROOT / "tools" / "gpu_suite.py", "--out", out, "--data", small_beton]
+    done = subprocess.run(
+        [*map(str, command), "--parts", "correctness", "loss", "loader"],
+        cwd=tmp_path, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + (out / "suite.log").read_text()
+    found = json.loads((out / "suite.json").read_text())["parts"]
+    assert set(found) == {"correctness", "loss", "loader"}
+    assert found["loss"]["result"]["D = 512, gram"]["ms"] > 0
+    assert found["loader"]["result"]["1 threads"]["efficiency"] == 1
+    assert "## The native loader" in (out / "performance.md").read_text()
+    if not torch.cuda.is_available():
+        assert found["correctness"]["status"] == "left out: no GPU"
+    unknown = subprocess.run([*map(str, command), "--parts", "x"], capture_output=True, text=True)
+    assert unknown.returncode == 2 and "--parts x: there is correctness" in unknown.stderr

@@ -65,26 +65,31 @@ def parse(arguments: list[str]) -> Profile:
 
 
 def profile(options: Profile) -> int:
-    from tools import profile_report, stages
+    from tools import profile_report, stages, synthetic, timing
 
     console = Console(soft_wrap=True, width=None if sys.stdout.isatty() else 110)
     out = options.out or Path("profiles") / time.strftime("%Y%m%d-%H%M%S")
     if (out / "profile.json").exists():
         raise ValueError(f"--out {out} holds a profile already; choose another folder")
     with tempfile.TemporaryDirectory() as scratch:
-        data, what = options.data, str(options.data)
+        data, what = options.data, options.data.name
         if not data.exists() and data == Config().data:
-            data, what = synthetic_images(Path(scratch), options), "synthetic images"
+            data = synthetic.images(Path(scratch), max(options.batch_size, 64))
+            what = "synthetic images"
         names = [field.name for field in dataclasses.fields(Config)]
         config = Config(**{name: getattr(options, name) for name in names} | {"gpus": None})
         job = prepare(dataclasses.replace(config, data=data, probe_every=0), console)
         report = profile_report.Report(job=job, data=what)
         console.print(f"profiling {report.title}", markup=False)
-        report.ceilings = stages.measure_ceilings(job, options.seconds)
+        performance = job.performance
+        report.ceilings = timing.measure_ceilings(
+            performance.device, performance.view_dtype, options.seconds
+        )
         for measured in (stages.loader_stages, stages.device_stages):
             for stage in measured(job, options.seconds):
                 report.stages[stage.name] = stage
                 report.say(console, stage)
+        report.loader_overhead = stages.loader_overhead(job, options.seconds)
         report.step, report.step_without_data = stages.whole(job, 3 * options.seconds)
         report.memory = stages.peak_memory(job)
         for rival in options.against:
@@ -120,37 +125,6 @@ def rival_stages(rival: str, job, budget: float) -> dict[str, float]:
         return rivals.kornia_stages(job, budget)
     except ImportError:
         raise ValueError("--against kornia: kornia is not installed; pip install kornia") from None
-
-
-def synthetic_images(folder: Path, options: Profile) -> Path:
-    """A `.beton` of images that cost as much to read and decode as ImageNet's: 500x375, 110 kB."""
-    import io
-
-    import numpy as np
-    from PIL import Image
-
-    from pipelines.beton_writer import BetonWriter
-
-    path, generator = folder / "synthetic.beton", np.random.default_rng(0)
-    count = max(options.batch_size, 64)
-    pictures = []
-    for _ in range(16):
-        layers = [
-            Image.fromarray(generator.integers(0, 256, (3 * 2**k, 4 * 2**k, 3), dtype=np.uint8))
-            for k in range(7)
-        ]
-        sized = [layer.resize((500, 375), Image.Resampling.BICUBIC) for layer in layers]
-        mixed = np.sum([np.asarray(layer) * 0.5 ** (k + 1) for k, layer in enumerate(sized)], 0)
-        grain = generator.normal(0, 20, (375, 500, 1))
-        buffer = io.BytesIO()
-        pixels = np.clip(mixed + grain, 0, 255).astype(np.uint8)
-        Image.fromarray(pixels).save(buffer, "JPEG", quality=92)
-        pictures.append(buffer.getvalue())
-    with BetonWriter(path, num_samples=count, class_names=["synthetic"]) as writer:
-        for index in range(count):
-            writer.add(pictures[index % 16], 375, 500, 0, f"{index}.jpg")
-        writer.finalize()
-    return path
 
 
 if __name__ == "__main__":

@@ -17,7 +17,8 @@ from bt_fast.job import Job
 from bt_fast.perf import has_bf16
 from bt_fast.run_directory import environment
 from pipelines.flags import usable_cores
-from tools.stages import Ceilings, Stage
+from tools.stages import Stage
+from tools.timing import Ceilings
 
 IN_LOADER = ("read", "decode", "crop")
 IN_STEP = ("copy", "augment", "forward", "backward", "loss", "optimizer")
@@ -34,6 +35,7 @@ class Report:
     step: float = 0.0
     step_without_data: float = 0.0
     memory: int = 0
+    loader_overhead: float = 0.0  # thread-seconds per image outside decoding and cropping
     rivals: dict[str, dict[str, float]] = field(default_factory=dict)
     prediction: costs.Prediction | None = None
 
@@ -59,14 +61,6 @@ class Report:
         """Seconds per step that ran under something else."""
         parts = [self.stages["loader"], *(self.stages[n] for n in IN_STEP if n in self.stages)]
         return max(sum(stage.seconds for stage in parts) - self.step, 0.0)
-
-    @property
-    def loader_overhead(self) -> float:
-        """Thread-seconds per image that the loader spends on neither decoding nor cropping."""
-        config = self.job.config
-        inside = sum(self.stages[name].seconds for name in ("decode", "crop"))
-        extra = self.stages["loader"].seconds - inside
-        return extra * config.num_threads / config.batch_size
 
     def achieved(self, stage: Stage) -> str:
         """FLOP/s or bytes/s, and the share of what this machine reaches at best."""
@@ -100,7 +94,8 @@ class Report:
             host = sum(stage.host for stage in self.stages.values())
             console.print(f"host: busy {1e3 * host:.1f} ms per step with the device's stages")
         console.print(
-            f"loader: {1e6 * self.loader_overhead:.0f} us per image outside decoding and cropping",
+            f"loader: a thread spends {1e6 * self.loader_overhead:.0f} us per image outside"
+            " decoding and cropping",
             highlight=False,
         )
         for name, theirs in self.rivals.items():

@@ -16,6 +16,7 @@ from PIL import Image, ImageFilter, ImageOps
 from torch import nn
 
 from bt_fast.model import build_projector, feature_width
+from pipelines.augment import IMAGENET_MEAN, IMAGENET_STD, VIEW_A, VIEW_B, Branch
 from pipelines.beton import BetonReader
 
 LAMBD = 0.0051
@@ -24,26 +25,34 @@ LAMBD = 0.0051
 class Views:
     """Both branches of one Pillow image: two float32 tensors [3, size, size]."""
 
-    def __init__(self, size: int) -> None:
+    def __init__(
+        self,
+        size: int,
+        branches: tuple[Branch, Branch] = (VIEW_A, VIEW_B),
+        min_scale: float = 0.08,
+    ) -> None:
         from torchvision import transforms
 
-        def branch(blur: float, solarize: float):
+        def compose(branch: Branch):
+            colours = branch.brightness, branch.contrast, branch.saturation, branch.hue
             return transforms.Compose(
                 [
                     transforms.RandomResizedCrop(
-                        size, interpolation=transforms.InterpolationMode.BICUBIC
+                        size,
+                        scale=(min_scale, 1.0),
+                        interpolation=transforms.InterpolationMode.BICUBIC,
                     ),
-                    transforms.RandomHorizontalFlip(0.5),
-                    transforms.RandomApply([transforms.ColorJitter(0.4, 0.4, 0.2, 0.1)], 0.8),
-                    transforms.RandomGrayscale(0.2),
-                    Maybe(blur, blurred),
-                    Maybe(solarize, ImageOps.solarize),
+                    transforms.RandomHorizontalFlip(branch.flip),
+                    transforms.RandomApply([transforms.ColorJitter(*colours)], branch.jitter),
+                    transforms.RandomGrayscale(branch.grayscale),
+                    Maybe(branch.blur, Blur(branch.sigma)),
+                    Maybe(branch.solarize, ImageOps.solarize),
                     transforms.ToTensor(),
-                    transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+                    transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD),
                 ]
             )
 
-        self.branches = (branch(1.0, 0.0), branch(0.1, 0.2))
+        self.branches = tuple(compose(branch) for branch in branches)
 
     def __call__(self, image: Image.Image) -> tuple[torch.Tensor, torch.Tensor]:
         return self.branches[0](image), self.branches[1](image)
@@ -59,8 +68,14 @@ class Maybe:
         return self.function(image) if random.random() < self.probability else image
 
 
-def blurred(image: Image.Image) -> Image.Image:
-    return image.filter(ImageFilter.GaussianBlur(radius=random.uniform(0.1, 2.0)))
+class Blur:
+    """Pillow's Gaussian blur with a random sigma."""
+
+    def __init__(self, sigma: tuple[float, float]) -> None:
+        self.sigma = sigma
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        return image.filter(ImageFilter.GaussianBlur(radius=random.uniform(*self.sigma)))
 
 
 class Images(torch.utils.data.Dataset):

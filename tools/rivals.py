@@ -10,9 +10,9 @@ from PIL import Image
 
 from bt_fast.feed import distort
 from bt_fast.job import Job
-from pipelines.augment import VIEW_A, VIEW_B, Branch
+from pipelines.augment import Branch
 from tools import reference
-from tools.stages import images_per_second, seconds_of_parts, seconds_per_call
+from tools.timing import images_per_second, seconds_of_parts, seconds_per_call
 
 
 def reference_stages(job: Job, budget: float) -> dict[str, float]:
@@ -22,7 +22,10 @@ def reference_stages(job: Job, budget: float) -> dict[str, float]:
     "views" is its loader, which does all of that; "step" has no loader.
     """
     config, device, n = job.config, job.performance.device, job.config.batch_size
-    dataset = reference.Images(job.reader, reference.Views(config.size))
+    transforms = reference.Views(
+        config.size, (config.view_a, config.view_b), min_scale=config.min_scale
+    )
+    dataset = reference.Images(job.reader, transforms)
     workers, cpu = config.num_threads, torch.device("cpu")
     batch = next(job.loader.batches(0, 1))
     samples = batch.samples.tolist()
@@ -72,7 +75,7 @@ def reference_stages(job: Job, budget: float) -> dict[str, float]:
 
 def kornia_stages(job: Job, budget: float) -> dict[str, float]:
     """kornia's augmentation of the same crops, after the crop: {"augment": seconds}."""
-    branches = [kornia_branch(branch) for branch in (VIEW_A, VIEW_B)]
+    branches = [kornia_branch(branch) for branch in (job.config.view_a, job.config.view_b)]
     device = job.performance.device
     batch = next(job.loader.batches(0, 1))
     crops = batch.views.to(device)

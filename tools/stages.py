@@ -7,11 +7,10 @@ the device busy; the host's share is timed apart, because it only counts where i
 import os
 import resource
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from itertools import islice, repeat
+from itertools import repeat
 from pathlib import Path
-from statistics import median
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -21,9 +20,10 @@ from bt_fast.feed import distort, feed
 from bt_fast.job import Job
 from bt_fast.loss import choose_method
 from bt_fast.perf import synchronise
+from pipelines import loader
 from pipelines.crop import cut, random_boxes
-
-_SLEEP_CYCLES = 50_000_000  # some 30 ms of a GPU's clock
+from pipelines.loader import IMAGES_PER_TASK, NativeLoader
+from tools.timing import images_per_second, seconds_of_parts, seconds_per_call
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,89 +38,6 @@ class Stage:
     ceiling: str = ""  # which of the device's ceilings its rate is compared with
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Ceilings:
-    """What this machine reaches on the simplest work there is."""
-
-    flops: float  # matrix product in the run's precision, FLOP/s
-    memory: float  # bytes read and written per second by a device-to-device copy
-    link: float  # bytes per second from page-locked memory to the device; 0 on a CPU
-
-
-def seconds_per_call(
-    function: Callable[[], object], device: torch.device, budget: float
-) -> tuple[float, float]:
-    """(seconds the device is busy, seconds until the host is free again), medians over calls."""
-    return seconds_of_parts([function], device, budget)[0]
-
-
-def seconds_of_parts(
-    functions: Sequence[Callable[[], object]], device: torch.device, budget: float
-) -> list[tuple[float, float]]:
-    """`seconds_per_call` of functions that run one after the other, for each of them."""
-    on_gpu = device.type == "cuda"
-    busy: list[list[float]] = [[] for _ in functions]
-    host: list[list[float]] = [[] for _ in functions]
-    deadline, turn = 0.0, -2  # two turns to warm up
-    while turn < 3 or (time.perf_counter() < deadline and turn < 100):
-        if turn == 0:
-            deadline = time.perf_counter() + budget
-        synchronise(device)
-        marks = [torch.cuda.Event(enable_timing=True) for _ in range(len(functions) + 1)]
-        if on_gpu:  # let the device wait until the host is ahead, so that it is never idle
-            torch.cuda._sleep(_SLEEP_CYCLES)
-            marks[0].record()
-        for part, function in enumerate(functions):
-            started = time.perf_counter()
-            function()
-            seconds = time.perf_counter() - started
-            if on_gpu:
-                marks[part + 1].record()
-            if turn >= 0:
-                host[part].append(seconds)
-                busy[part].append(seconds)
-        synchronise(device)
-        if on_gpu and turn >= 0:
-            for part in range(len(functions)):
-                busy[part][-1] = marks[part].elapsed_time(marks[part + 1]) / 1e3
-        turn += 1
-    return [(median(b), median(h) if on_gpu else 0.0) for b, h in zip(busy, host, strict=True)]
-
-
-def images_per_second(batches: Iterable, n: int, device: torch.device, budget: float) -> float:
-    """Of an iterator of batches of n images, after its first three."""
-    batches = iter(batches)
-    for _ in islice(batches, 3):
-        pass
-    synchronise(device)
-    count, started = 0, time.perf_counter()
-    while count < 2 or time.perf_counter() - started < budget:
-        next(batches)
-        count += 1
-    synchronise(device)
-    return count * n / (time.perf_counter() - started)
-
-
-def measure_ceilings(job: Job, budget: float) -> Ceilings:
-    device = job.performance.device
-    side = 8192 if device.type == "cuda" else 1536
-    a = torch.randn(side, side, device=device).to(job.performance.view_dtype)
-    out = torch.empty_like(a)
-    product, _ = seconds_per_call(lambda: torch.mm(a, a, out=out), device, budget)
-    source = torch.randn(256 * 1024**2 // 4, device=device)
-    target = torch.empty_like(source)
-    copy, _ = seconds_per_call(lambda: target.copy_(source), device, budget)
-    link = 0.0
-    if device.type == "cuda":
-        pinned = torch.randn(64 * 1024**2 // 4).pin_memory()
-        there = torch.empty_like(pinned, device=device)
-        seconds, _ = seconds_per_call(
-            lambda: there.copy_(pinned, non_blocking=True), device, budget
-        )
-        link = pinned.nbytes / seconds
-    return Ceilings(flops=2 * side**3 / product, memory=2 * source.nbytes / copy, link=link)
-
-
 def loader_stages(job: Job, budget: float) -> Iterator[Stage]:
     """read, decode, crop, and the loader as a whole, by as many threads as the run has."""
     n, cutter, device = job.config.batch_size, job.loader.cutter, torch.device("cpu")
@@ -129,7 +46,11 @@ def loader_stages(job: Job, budget: float) -> Iterator[Stage]:
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # so that the disk is read
 
     def threaded(function, items) -> Callable[[], list]:
-        return lambda: list(cutter.pool.map(function, items, chunksize=1))
+        def some(first: int) -> list:
+            return [function(item) for item in items[first : first + IMAGES_PER_TASK]]
+
+        tasks = range(0, len(items), IMAGES_PER_TASK)
+        return lambda: [result for part in cutter.pool.map(some, tasks) for result in part]
 
     started = time.perf_counter()
     some = range(min(len(job.reader), 20 * n))
@@ -157,6 +78,39 @@ def loader_stages(job: Job, budget: float) -> Iterator[Stage]:
 
     rate = images_per_second(job.loader.batches(0, 1 << 40), n, device, 2 * budget)
     yield Stage(name="loader", seconds=n / rate)
+
+
+def loader_overhead(job: Job, budget: float) -> float:
+    """Seconds per image that one decoding thread spends on neither decoding nor cropping."""
+    config = job.config
+    single = NativeLoader(
+        job.reader, job.loader.crop, batch_size=config.batch_size, seed=config.seed, num_threads=1
+    )
+    inside = 0.0
+
+    def timed(function):
+        def call(*args, **kwargs):
+            nonlocal inside
+            started = time.perf_counter()
+            result = function(*args, **kwargs)
+            inside += time.perf_counter() - started
+            return result
+
+        return call
+
+    single.cutter.decode = timed(single.cutter.decode)  # type: ignore[method-assign]
+    original, loader.cut = loader.cut, timed(loader.cut)
+    try:
+        count, started = 0, time.perf_counter()
+        for batch in single.batches(0, 1 << 40):
+            count += len(batch.samples)
+            if time.perf_counter() - started > budget:
+                break
+        seconds = time.perf_counter() - started
+        single.cutter.pool.shutdown(cancel_futures=True)
+    finally:
+        loader.cut = original
+    return (seconds - inside) / count
 
 
 def device_stages(job: Job, budget: float) -> Iterator[Stage]:
@@ -208,7 +162,7 @@ def device_stages(job: Job, budget: float) -> Iterator[Stage]:
     ):
         yield Stage(name=name, seconds=seconds, host=host, flop=flop, ceiling="flops")
 
-    leaf = z.detach().requires_grad_()
+    leaf = z.detach().clone().requires_grad_()
 
     def loss() -> None:
         leaf.grad = None

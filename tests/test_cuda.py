@@ -1,0 +1,201 @@
+"""Every CUDA path against its definition on the CPU. Needs a GPU and the kernels themselves:
+
+TRITON_INTERPRET=0 pytest tests/test_cuda.py
+"""
+
+import copy
+import os
+
+import numpy as np
+import pytest
+import torch
+from conftest import photographs
+from safetensors.torch import load_file
+
+from bt_fast import loss, perf, train
+from bt_fast.cli import main, parse_pretrain
+from bt_fast.feed import feed
+from bt_fast.job import build
+from bt_fast.lars import LARS
+from pipelines import augment
+from pipelines.order import view_keys
+
+if not torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("needs a GPU and TRITON_INTERPRET=0", allow_module_level=True)
+
+CUDA = torch.device("cuda")
+STRONG = augment.Branch(blur=0.5, solarize=0.5, grayscale=0.3, jitter=0.9)
+TINY = [
+    "--recipe=demo", "--encoder=resnet18", "--size=32", "--batch-size=16", "--projector", "32",
+    "32", "--epochs=3", "--warmup-epochs=1", "--workers=2", "--probe-every=0", "--log-every=2",
+]  # fmt: skip
+
+
+def full_float32() -> None:
+    """Differences from the CPU should be the path's, not TF32's."""
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+
+
+def grey_levels(views: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
+    std = torch.tensor(augment.IMAGENET_STD).view(3, 1, 1)
+    return ((views.cpu().float() - expected.float()) * std * 255).abs()
+
+
+@pytest.mark.parametrize("size", [(224, 224), (32, 32), (33, 47), (105, 52), (160, 192), (1, 5)])
+@pytest.mark.parametrize("branch", [augment.VIEW_A, augment.VIEW_B, STRONG])
+@pytest.mark.parametrize("way", ["fused", "compiled"])
+def test_views_equal_the_definition(size, branch, way):
+    """At most 1 grey level in the mean and 3 anywhere, of 255; and no element left unwritten."""
+    height, width = size
+    pictures = [np.array(photo.resize((width, height))) for photo in photographs(16)]
+    images = torch.from_numpy(np.stack(pictures))
+    parameters = augment.draw(branch, view_keys(np.arange(16), seed=1, epoch=0, view=0))
+    expected = augment.apply(images, parameters, dtype=torch.float32)
+    if way == "fused":
+        from pipelines import augment_triton
+
+        torch.full((16, 3, height, width), torch.nan, device=CUDA)  # what memory may hold
+        views = augment_triton.apply(images.to(CUDA), parameters, dtype=torch.float32)
+    else:
+        if size not in ((224, 224), (33, 47)):
+            pytest.skip("two sizes are enough to compile")
+        compiled = torch.compile(augment.apply, dynamic=False)
+        views = compiled(images.to(CUDA), parameters.to(CUDA), dtype=torch.float32)
+    assert views.is_contiguous(memory_format=torch.channels_last)
+    difference = grey_levels(views, expected)
+    assert difference.mean() <= 1 and difference.max() <= 3
+
+
+def test_fused_lars_equals_the_definition_in_double():
+    shapes = [(64, 3, 7, 7), (64,), (2000, 3000), (5,), (40_001,), (1, 7), (3, 3), (256, 64, 1, 1)]
+    ours = [torch.randn(shape, device=CUDA).requires_grad_() for shape in shapes]
+    ours[0].data = ours[0].data.to(memory_format=torch.channels_last)
+    theirs = [p.detach().double().cpu().requires_grad_() for p in ours]
+    fused, plain = LARS(ours, 0.1, weight_decay=1e-2), LARS(theirs, 0.1, weight_decay=1e-2)
+    assert fused.fused and not plain.fused
+    for step in range(5):
+        bad = step == 3
+        for p, q in zip(ours, theirs, strict=True):
+            p.grad = torch.randn_like(p) * 10.0 ** (step - 2)
+            q.grad = p.grad.double().cpu()
+        if bad:
+            ours[2].grad[-1, -1] = theirs[2].grad[-1, -1] = torch.inf
+        for optimizer, device in ((fused, CUDA), (plain, "cpu")):
+            applied = optimizer.step(guard=torch.ones((), device=device))
+            assert bool(applied) == (not bad)
+        for p, q in zip(ours, theirs, strict=True):
+            assert (p.double().cpu() - q).norm() <= 1e-5 * q.norm()
+
+
+def test_fused_lars_repeats_bit_for_bit():
+    results = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        parameters = [torch.randn(3000, 3000, device=CUDA), torch.randn(77, device=CUDA)]
+        optimizer = LARS([p.requires_grad_() for p in parameters], 0.1)
+        for _ in range(3):
+            for p in parameters:
+                p.grad = torch.randn_like(p)
+            optimizer.step()
+        results.append(parameters)
+    assert all(map(torch.equal, *results))
+
+
+@pytest.mark.parametrize("method", ["dense", "gram"])
+def test_the_loss_and_its_gradient(method):
+    full_float32()
+    z = [torch.randn(96, 300, dtype=torch.float64, requires_grad=True) for _ in range(2)]
+    expected = loss.barlow_twins_loss(*z, method="dense")
+    expected.backward()
+    ours = [part.detach().float().to(CUDA).requires_grad_() for part in z]
+    found = loss.barlow_twins_loss(*ours, method=method)
+    found.backward()
+    assert found.item() == pytest.approx(expected.item(), rel=1e-5)
+    for part, other in zip(ours, z, strict=True):
+        assert (part.grad.double().cpu() - other.grad).norm() <= 1e-4 * other.grad.norm()
+
+
+@pytest.mark.parametrize("compile", ["off", "default", "reduce-overhead"])
+def test_updates_equal_those_of_the_cpu(small_beton, compile):
+    """fp32, five updates of which the third is not finite."""
+    flags = [*TINY, "--data", str(small_beton), "--precision=fp32"]
+    gpu = build(parse_pretrain([*flags, "--device=cuda", f"--compile={compile}"]))
+    cpu = build(parse_pretrain([*flags, "--device=cpu"]))
+    full_float32()
+    start = copy.deepcopy(cpu.model.state_dict())
+    for step in range(5):
+        views = torch.randn(32, 3, 32, 32).to(memory_format=torch.channels_last)
+        views[5, 0, 0, 0] = torch.nan if step == 2 else 0.0
+        for job in (gpu, cpu):
+            train.set_learning_rates(job, 8)
+            *_, applied = train.update(job, views.to(job.performance.device))
+            assert bool(applied) == (step != 2)
+    ours, theirs = gpu.model.state_dict(), cpu.model.state_dict()
+    for name, value in theirs.items():
+        moved = (value.float() - start[name].float()).norm()
+        assert (ours[name].cpu().float() - value.float()).norm() <= 0.05 * moved + 1e-5, name
+
+
+def test_the_feed_hands_out_every_batch_in_order(small_beton):
+    """While the encoder's stream is busy, so that a missing wait or reused memory would show."""
+    flags = [*TINY, "--data", str(small_beton), "--precision=fp32"]
+    jobs = [build(parse_pretrain([*flags, f"--device={device}"])) for device in ("cuda", "cpu")]
+    branches = (augment.VIEW_A, augment.VIEW_B)
+    work = torch.randn(4096, 4096, device=CUDA)
+    sums = []
+    for views in feed(jobs[0].loader.batches(0, 40), branches, jobs[0].performance):
+        for _ in range(10):
+            work = torch.mm(work, work).clamp_(-1, 1)
+        sums.append(views.double().sum((1, 2, 3)))  # enqueued after the work
+    expected = [
+        views.double().sum((1, 2, 3))
+        for views in feed(jobs[1].loader.batches(0, 40), branches, jobs[1].performance)
+    ]
+    assert len(sums) == len(expected) == 40
+    scale = 3 * 32 * 32
+    for ours, theirs in zip(sums, expected, strict=True):
+        assert (ours.cpu() - theirs).abs().max() <= 0.02 * scale
+
+
+def test_nothing_waits_for_the_device_between_log_lines(small_beton):
+    flags = [*TINY, "--data", str(small_beton), "--device=cuda", "--compile=off"]
+    job = build(parse_pretrain(flags))
+    branches = (augment.VIEW_A, augment.VIEW_B)
+    steps = 0
+    try:
+        for views in feed(job.loader.batches(0, 12), branches, job.performance):
+            train.set_learning_rates(job, 8)
+            train.update(job, views)
+            steps += 1
+            if steps == 3:  # kernels are loaded, memory is there
+                torch.cuda.set_sync_debug_mode("error")
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert steps == 12
+
+
+def learned(folder) -> dict[str, torch.Tensor]:
+    newest = max((folder / "checkpoints").iterdir())
+    return load_file(newest / "model.safetensors") | {
+        f"momentum {name}": value
+        for name, value in load_file(newest / "optimizer.safetensors").items()
+    }
+
+
+def test_a_deterministic_run_resumes_bit_for_bit(small_beton, tmp_path):
+    flags = ["pretrain", *TINY, "--data", str(small_beton), "--device=cuda", "--deterministic"]
+    assert main([*flags, "--run-dir", str(tmp_path / "whole")]) == 0
+    assert main([*flags, "--run-dir", str(tmp_path / "part"), "--max-steps=7"]) == 0
+    assert main(["pretrain", "--resume", str(tmp_path / "part"), "--max-steps=12"]) == 0
+    whole, part = learned(tmp_path / "whole"), learned(tmp_path / "part")
+    assert whole.keys() == part.keys()
+    assert all(torch.equal(whole[name], part[name]) for name in whole)
+
+
+def test_views_grow_on_a_gpu(small_beton, tmp_path):
+    flags = ["pretrain", *TINY, "--data", str(small_beton), "--device=cuda", "--compile=off"]
+    assert main([*flags, "--run-dir", str(tmp_path / "run"), "--resolution=32:64"]) == 0
+
+
+def test_bf16_is_chosen():
+    assert perf.choose("auto", "auto", "auto").precision == "bf16"

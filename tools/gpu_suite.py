@@ -1,0 +1,156 @@
+"""Everything that only a GPU can tell, in one call of at most nine minutes.
+
+    python tools/gpu_suite.py --out results                      on a GPU
+    python tools/gpu_suite.py --out results --data imagenet.beton
+    python tools/gpu_suite.py --parts loss kernels               only these
+
+Every part runs in a process of its own with a limit of its own, so that one that fails or hangs
+loses nothing of the others. Writes suite.json (everything), performance.md (tables for
+docs/performance.md), suite.log (what the parts printed) and profile.png. Without a GPU the same
+code runs at toy sizes, to find mistakes before a GPU is at hand.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.pop(0)  # this folder, in which profile.py would hide the standard library's `profile`
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from pipelines.flags import parse_flags
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# In the order of their worth, with their limits in seconds.
+PARTS = {
+    "correctness": 150,
+    "profile": 240,
+    "kernels": 60,
+    "loss": 40,
+    "loader": 60,
+    "reduce-overhead": 150,
+    "deterministic": 120,
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Suite:
+    """Run all GPU checks and benchmarks."""
+
+    out: Path = Path("gpu-suite")
+    """Folder for the results."""
+    data: Path | None = None
+    """A .beton of real images. Default: synthetic ones."""
+    minutes: float = 9.0
+    """Time for everything; parts that would not begin in it are left out, and listed."""
+    parts: tuple[str, ...] = tuple(PARTS)
+    """Which, in this order."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    try:
+        options = parse_flags(Suite, "gpu_suite.py", arguments)
+        unknown = set(options.parts) - set(PARTS)
+        if unknown:
+            raise ValueError(f"--parts {' '.join(sorted(unknown))}: there is {' '.join(PARTS)}")
+        return run(options)
+    except (ValueError, OSError) as error:
+        print(f"gpu_suite.py: {error}", file=sys.stderr)
+        return 2
+
+
+def run(options: Suite) -> int:
+    from tools import suite_report
+
+    if (options.out / "suite.json").exists():
+        raise ValueError(f"--out {options.out} holds results already; choose another folder")
+    options.out.mkdir(parents=True, exist_ok=True)
+    started = time.monotonic()
+    results: dict = {"facts": suite_report.facts(ROOT), "parts": {}}
+    with open(options.out / "suite.log", "w") as log:
+        for name in options.parts:
+            left = 60 * options.minutes - (time.monotonic() - started)
+            result = one(name, options, min(PARTS[name], left), log) if left > 10 else None
+            results["parts"][name] = result or {"status": "no time left", "seconds": 0.0}
+            status, seconds = (results["parts"][name][key] for key in ("status", "seconds"))
+            print(f"{name}: {status} ({seconds:.0f} s)", flush=True)
+            # After every part, so that whatever ends the suite early loses one part at most.
+            (options.out / "suite.json").write_text(json.dumps(results, indent=1) + "\n")
+            (options.out / "performance.md").write_text(suite_report.markdown(results))
+    shutil.rmtree(options.out / "parts")
+    print((options.out / "performance.md").read_text())
+    bad = ("failed", "stopped")
+    return int(any(part["status"].startswith(bad) for part in results["parts"].values()))
+
+
+def one(name: str, options: Suite, limit: float, log) -> dict:
+    """Run one part -> {"status", "seconds", "result"}."""
+    folder = (options.out / "parts" / name).resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    command = command_of(name, options, folder)
+    if command is None:
+        return {"status": "left out: no GPU", "seconds": 0.0}
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONUNBUFFERED": "1"}
+    environment["PYTHONPATH"] = os.pathsep.join(
+        [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    )
+    print(f"\n==== {name}: {' '.join(command)}", file=log, flush=True)
+    started = time.monotonic()
+    try:
+        done = subprocess.run(
+            command, stdout=log, stderr=subprocess.STDOUT, env=environment, cwd=ROOT, timeout=limit
+        )
+        status = "ok" if done.returncode == 0 else f"failed with {done.returncode}"
+    except subprocess.TimeoutExpired:
+        status = f"stopped after {limit:.0f} s"
+    record: dict = {"status": status, "seconds": time.monotonic() - started}
+    for result in folder.glob("*.json"):
+        record["result"] = json.loads(result.read_text())
+    if name == "profile" and (folder / "profile.png").exists():
+        shutil.copy(folder / "profile.png", options.out / "profile.png")
+    return record
+
+
+def command_of(name: str, options: Suite, out: Path) -> list[str] | None:
+    """The command of a part, which leaves one JSON file in `out`; None if it needs a GPU."""
+    import torch
+
+    python, on_gpu = sys.executable, torch.cuda.is_available()
+    if name == "correctness":
+        return (
+            [python, "-m", "pytest", "-q", "--tb=short", "tests/test_cuda.py"] if on_gpu else None
+        )
+    if name in ("profile", "reduce-overhead", "deterministic"):
+        command = [python, "tools/profile.py", "--out", str(out)]
+        if options.data is not None:
+            command += ["--data", str(options.data.resolve())]
+        if not on_gpu:
+            command += ["--recipe=demo", "--batch-size=4", "--size=32", "--seconds=0.05"]
+        if name == "profile":
+            rivals = ["reference", *(["kornia"] if installed("kornia") else [])]
+            command += ["--against", *rivals, "--gpus", "32"]
+        elif name == "deterministic":
+            command += ["--deterministic"]
+        elif on_gpu:
+            command += ["--compile", name]
+        return command
+    command = [python, "tools/suite_parts.py", name, str(out / "result.json")]
+    if options.data is not None:
+        command.append(str(options.data.resolve()))
+    return command
+
+
+def installed(package: str) -> bool:
+    import importlib.util
+
+    return importlib.util.find_spec(package) is not None
+
+
+if __name__ == "__main__":
+    sys.exit(main())
