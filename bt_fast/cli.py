@@ -24,6 +24,7 @@ _MAY_CHANGE = {
     "resume",
     "dry_run",
     "gpus",
+    "patience",
     "device",
     "compile",
     "deterministic",
@@ -76,16 +77,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _pretrain(arguments: list[str]) -> int:
-    from bt_fast.train import pretrain
+    from bt_fast.launch import launch
 
-    return pretrain(parse_pretrain(arguments))
+    return launch(parse_pretrain(arguments), arguments)
 
 
 def parse_pretrain(arguments: list[str]):
     """Flags -> Config. The defaults are the recipe's, or the resumed run's."""
     from pathlib import Path
 
-    from bt_fast.config import RECIPES, Config
+    from bt_fast.config import Config
+    from bt_fast.recipes import RECIPES
     from bt_fast.run_directory import load_config
     from pipelines.flags import parse_flags, value_of
 

@@ -1,14 +1,12 @@
-"""The configuration of a run and the named recipes.
+"""The configuration of a run: its fields, what they may be, and how it is saved with the run.
 
-Precedence is one sentence: the recipe's values, then flags. A recipe is a function whose
-docstring says what it costs and what to expect; the resolved configuration is saved with the run.
+Precedence is one sentence: the recipe's values (`recipes`), then flags.
 """
 
 import dataclasses
 import json
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
@@ -43,7 +41,14 @@ class Config:
 
     # Machine
     gpus: int | None = None
-    """Number of ranks. Default: all GPUs of this machine, or one CPU process."""
+    """Number of ranks, on all machines together; with --device cpu they are processes. Default:
+    all GPUs of this machine, or one CPU process."""
+    bn_group: int = 0
+    """Ranks whose samples batch norm normalises together, in a row; 0 = all, as in the paper."""
+    compress_gradients: bool = False
+    """Send gradients between ranks as bf16."""
+    patience: float = 600
+    """Seconds after which a rank that does not answer ends the run."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to train; auto takes the GPU if there is one."""
     precision: Precision = "auto"
@@ -56,7 +61,7 @@ class Config:
     loader: Literal["auto", "native", "ffcv", "dali"] = "auto"
     """What reads the images."""
     workers: int | None = None
-    """Decoding threads per rank. Default: all usable cores."""
+    """Decoding threads per rank. Default: the usable cores, shared by the ranks of a machine."""
     cache_gb: float = 0.0
     """Memory per rank for decoded images, GB (an ImageNet image takes half a megabyte). With room
     for all of them, only the first epoch decodes."""
@@ -139,7 +144,8 @@ class Config:
             "weight_decay",
         ):
             _require(getattr(self, name) >= 0, name, getattr(self, name), "must not be negative")
-        for name in ("lr_weights", "lr_biases", "grad_scale"):
+        _require(self.bn_group >= 0, "bn_group", self.bn_group, "must not be negative")
+        for name in ("lr_weights", "lr_biases", "grad_scale", "patience"):
             _require(getattr(self, name) > 0, name, getattr(self, name), "must be positive")
         for name in ("min_scale", "probe_crop"):
             value = getattr(self, name)
@@ -159,10 +165,9 @@ class Config:
         widths = self.projector
         _require(len(widths) > 0 and min(widths) > 0, "projector", widths, "needs positive widths")
 
-    @property
-    def num_threads(self) -> int:
-        """Decoding threads: `workers`, or one per usable core."""
-        return self.workers or usable_cores()
+    def num_threads(self, local_ranks: int = 1) -> int:
+        """Decoding threads of each of a machine's ranks: `workers`, or a share of its cores."""
+        return self.workers or max(usable_cores() // local_ranks, 1)
 
     def size_of(self, epoch: int) -> int:
         """Side of the views in an epoch, pixels: `size`, or a point of the `resolution` ramp."""
@@ -217,96 +222,3 @@ def from_json(text: str, source: Path) -> Config:
         return Config(**values)
     except (json.JSONDecodeError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{source} is not a configuration of this version: {error}") from None
-
-
-def imagenet() -> Config:
-    """ResNet-50 on ImageNet-1k as in the paper: 1000 epochs, batch 2048.
-
-    Command:  bt-fast pretrain --data imagenet.beton --gpus 32
-    Expected: 73.5 % linear top-1 (the released model); not yet reproduced with bt-fast.
-    """
-    return Config()
-
-
-def imagenet_8gpu() -> Config:
-    """ResNet-50 on ImageNet-1k, 300 epochs, batch 1024 with the authors' rates for it.
-
-    Command:  bt-fast pretrain --recipe imagenet-8gpu --data imagenet.beton --gpus 8
-    Expected: 71.7 % linear top-1 (the authors' figure for 300 epochs); not yet reproduced.
-    """
-    return Config(
-        recipe="imagenet-8gpu", epochs=300, batch_size=1024, lr_weights=0.25, lr_biases=0.006
-    )
-
-
-def _small(config: Config, **changes: Any) -> Config:
-    """What the recipes for small pictures share: one device's gradients, no centre crop, and a
-    blur that is off, because at this size it erases what tells the pictures apart."""
-    return replace(
-        config,
-        grad_scale=1.0,
-        weight_decay=1e-4,
-        probe_crop=1.0,
-        view_a=replace(VIEW_A, blur=0.0),
-        view_b=replace(VIEW_B, blur=0.0),
-        **changes,
-    )
-
-
-def cifar10() -> Config:
-    """ResNet-18 with the CIFAR stem on CIFAR-10, for one GPU.
-
-    Command:  bt-fast pretrain --recipe cifar10 --data cifar10.beton
-    Expected: others report kNN 84 % after 200 epochs; not yet measured with bt-fast.
-    """
-    return _small(
-        Config(recipe="cifar10"),
-        encoder="resnet18",
-        small_images=True,
-        size=32,
-        min_scale=0.2,
-        batch_size=256,
-        epochs=200,
-        projector=(2048, 2048, 2048),
-        lr_weights=3.0,
-        lr_biases=0.024,
-    )
-
-
-def cifar10_cpu() -> Config:
-    """ResNet-18 with its ImageNet stem on 10,000 CIFAR-10 images, for two CPU cores."""
-    return replace(
-        cifar10(),
-        recipe="cifar10-cpu",
-        small_images=False,
-        epochs=40,
-        warmup_epochs=4,
-        projector=(1024, 1024),
-    )
-
-
-def demo() -> Config:
-    """ResNet-18 on the drawn shapes of `make demo`: minutes on two CPU cores."""
-    return _small(
-        Config(recipe="demo"),
-        encoder="resnet18",
-        size=48,
-        min_scale=0.25,
-        batch_size=256,
-        epochs=20,
-        warmup_epochs=2,
-        projector=(1024, 1024),
-        lr_weights=3.0,
-        lr_biases=0.024,
-        probe_every=5,
-        log_every=5,
-    )
-
-
-RECIPES: dict[str, Callable[[], Config]] = {
-    "imagenet": imagenet,
-    "imagenet-8gpu": imagenet_8gpu,
-    "cifar10": cifar10,
-    "cifar10-cpu": cifar10_cpu,
-    "demo": demo,
-}

@@ -1,14 +1,18 @@
 """Everything a run is made of, built from its configuration, tried out, and described."""
 
+import functools
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
+from torch.nn.parallel import DistributedDataParallel
 
-from bt_fast import perf
+from bt_fast import norm, perf
 from bt_fast.config import Config
+from bt_fast.dist import ALONE, World
 from bt_fast.evaluate.knn import KnnData, choose_data
 from bt_fast.lars import LARS
 from bt_fast.log import duration
@@ -25,7 +29,9 @@ class Job:
     """Everything a run is made of, built from its configuration."""
 
     config: Config
+    world: World
     performance: Performance
+    num_threads: int  # that decode, of this rank
     reader: BetonReader
     data_facts: dict[str, int | str | None]  # what a resumed run's order depends on
     loader: NativeLoader
@@ -38,15 +44,16 @@ class Job:
     last_step: int
 
 
-def build(settings: Config) -> Job:
+def build(settings: Config, world: World = ALONE) -> Job:
     """Everything but the run directory. Raises ValueError for what cannot be trained."""
-    if settings.gpus not in (None, 1):
-        raise ValueError(f"--gpus {settings.gpus}: only one process is supported so far")
     if settings.loader not in ("auto", "native"):
         raise ValueError(f"--loader {settings.loader} is not available yet; use native")
-    performance = perf.choose(settings.device, settings.precision, settings.compile)
+    performance = perf.choose(
+        settings.device, settings.precision, settings.compile, world.local_rank
+    )
     perf.apply(deterministic=settings.deterministic)
 
+    num_threads = settings.num_threads(world.local_size)
     reader = open_data(settings.data, "--data")
     val = open_val(settings.data, settings.val_data)
     loader = NativeLoader(
@@ -54,7 +61,9 @@ def build(settings: Config) -> Job:
         RandomResizedCrop(size=settings.size, scale=(settings.min_scale, 1.0)),
         batch_size=settings.batch_size,
         seed=settings.seed,
-        num_threads=settings.num_threads,
+        rank=world.rank,
+        world_size=world.size,
+        num_threads=num_threads,
         pin_memory=performance.device.type == "cuda",
         cache_bytes=int(settings.cache_gb * 1e9),
         size_of=settings.size_of,
@@ -63,18 +72,21 @@ def build(settings: Config) -> Job:
     torch.manual_seed(settings.seed)  # the initialisation; drawn on the CPU, alike everywhere
     model = BarlowTwins(settings.encoder, settings.projector, small_images=settings.small_images)
     perf.prepare(model, performance)
+    norm.over_ranks(model, world.subgroup(settings.bn_group))
     matrices = [p for p in model.parameters() if p.ndim > 1]
     vectors = [p for p in model.parameters() if p.ndim <= 1]
     return Job(
         config=settings,
+        world=world,
+        num_threads=num_threads,
         performance=performance,
         reader=reader,
         data_facts={"images": len(reader), "sha256": reader.sha256()},
         loader=loader,
         knn_data=choose_data(reader, val, settings.seed, settings.probe_images),
         model=model,
-        embed=performance.compiled(model),
-        objective=performance.compiled(correlation_terms),
+        embed=performance.compiled(data_parallel(model, settings, world)),
+        objective=performance.compiled(functools.partial(correlation_terms, group=world.group)),
         statistics=flatten_batch_statistics(model),
         optimizer=LARS(
             [{"params": matrices}, {"params": vectors}],
@@ -86,6 +98,20 @@ def build(settings: Config) -> Job:
             settings.max_steps if settings.max_steps is not None else 2**62,
         ),
     )
+
+
+def data_parallel(model: BarlowTwins, settings: Config, world: World) -> torch.nn.Module:
+    """The model, its gradients averaged over ranks in buckets while the backward pass goes on."""
+    if world.size == 1:
+        return model
+    parallel = DistributedDataParallel(
+        model,
+        broadcast_buffers=False,  # batch statistics are alike on every rank already
+        gradient_as_bucket_view=True,
+    )
+    if settings.compress_gradients:
+        parallel.register_comm_hook(world.group, bf16_compress_hook)
+    return parallel
 
 
 def open_data(path: Path, flag: str) -> BetonReader:
@@ -118,7 +144,7 @@ def rehearse(job: Job) -> dict[int, float]:
         if device.type == "cpu" and seconds:
             seconds[size] = seconds[settings.size] * (size / settings.size) ** 2
             continue
-        n = settings.batch_size
+        share = n = settings.batch_size // job.world.size
         if device.type == "cpu":
             n = min(n, max(2, 10 * 224**2 // size**2))
         for _ in range(2):  # the first one compiles
@@ -126,7 +152,7 @@ def rehearse(job: Job) -> dict[int, float]:
             started = time.perf_counter()
             _forward_and_backward(job, n, size)
             perf.synchronise(device)
-        seconds[size] = (time.perf_counter() - started) * settings.batch_size / n
+        seconds[size] = (time.perf_counter() - started) * share / n
     with torch.no_grad():
         job.statistics.copy_(before)
     for name, buffer in job.model.named_buffers():
@@ -175,12 +201,17 @@ def describe(job: Job, seconds_per_step: dict[int, float]) -> dict[str, str]:
         f" crops from {settings.min_scale:g} of the area",
         "model": f"{settings.encoder} ({parameters[0]:.1f} M) +"
         f" projector {projector} ({parameters[1]:.1f} M)",
-        "batch": f"{settings.batch_size} images",
+        "batch": f"{settings.batch_size} images"
+        + (
+            f", {settings.batch_size // job.world.size} on each of {job.world.size} ranks"
+            if job.world.size > 1
+            else ""
+        ),
         "steps": schedule,
         "warm-up": warmup,
         "device": f"{performance.device.type}, {performance.precision},"
         f" torch.compile {performance.compile},"
-        f" {settings.num_threads} decoding threads",
+        f" {job.num_threads} decoding threads",
         "kNN probe": job.knn_data.description if job.knn_data else "none (no classes)",
         "estimated time": f"{duration(seconds)}"
         f" ({settings.batch_size * job.last_step / seconds:.0f} images/s, without data and probes)",

@@ -72,10 +72,6 @@ class LARS(torch.optim.Optimizer):
             with a guard, a bool scalar on the same device: whether the update was applied. The
             fused update decides on the device; the definition reads the answer back.
         """
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is not None and "momentum" not in self.state[p]:
-                    self.state[p]["momentum"] = torch.zeros_like(p)
         work = [
             ([p for p in group["params"] if p.grad is not None], group)
             for group in self.param_groups
@@ -86,7 +82,7 @@ class LARS(torch.optim.Optimizer):
 
             return lars_triton.update(
                 every,
-                [self.state[p]["momentum"] for p in every],
+                [self.momentum(p) for p in every],
                 [group for params, group in work for _ in params],
                 guard,
             )
@@ -97,8 +93,14 @@ class LARS(torch.optim.Optimizer):
             if not applied:
                 return applied
         for params, group in work:
-            _update(params, [self.state[p]["momentum"] for p in params], group)
+            _update(params, [self.momentum(p) for p in params], group)
         return applied
+
+    def momentum(self, p: torch.Tensor) -> torch.Tensor:
+        """The momentum buffer of a parameter, made when it is first asked for."""
+        if "momentum" not in self.state[p]:
+            self.state[p]["momentum"] = torch.zeros_like(p)
+        return self.state[p]["momentum"]
 
 
 def _update(params: list[torch.Tensor], momenta: list[torch.Tensor], group: dict) -> None:

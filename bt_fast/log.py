@@ -38,12 +38,17 @@ class Clock:
 class RunLog:
     """Reports of one run; a context manager, so that the terminal is left as it was."""
 
-    def __init__(self, console: Console, folder: Path, first_step: int, last_step: int) -> None:
+    def __init__(
+        self, console: Console, folder: Path | None, first_step: int, last_step: int
+    ) -> None:
+        """folder: None on ranks that keep quiet."""
         self.console = console
         self.first_step, self.last_step = first_step, last_step
         self.started = time.perf_counter()
-        self._file = open(folder / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115
-        self._tensorboard = SummaryWriter(folder / "tensorboard", purge_step=first_step + 1)
+        self._file = self._tensorboard = None
+        if folder is not None:
+            self._file = open(folder / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115
+            self._tensorboard = SummaryWriter(folder / "tensorboard", purge_step=first_step + 1)
         self._last_plain = 0.0
         self._progress = Progress(
             TextColumn("epoch {task.fields[epoch]:.2f}"),
@@ -66,8 +71,9 @@ class RunLog:
 
     def __exit__(self, *_) -> None:
         self._progress.stop()
-        self._file.close()
-        self._tensorboard.close()
+        if self._file is not None and self._tensorboard is not None:
+            self._file.close()
+            self._tensorboard.close()
 
     def say(self, text: str) -> None:
         self.console.print(text, highlight=False, markup=False)
@@ -114,6 +120,8 @@ class RunLog:
         self.say(f"kNN probe, {what}: {scores} ({duration(record['seconds'])})")
 
     def _record(self, kind: str, record: dict) -> None:
+        if self._file is None or self._tensorboard is None:
+            return
         # JSON has no nan or infinity, which is what a skipped step's loss is.
         finite = {name: value if math.isfinite(value) else None for name, value in record.items()}
         self._file.write(json.dumps({"kind": kind, **finite}) + "\n")

@@ -8,15 +8,16 @@ the released code), the cross-correlation matrix and the loss are
     loss = sum_i (1 - C_ii)^2  +  lambd * sum_{i != j} C_ij^2
            `invariance`                   `redundancy`
 
-Two forms, equal up to rounding:
+Three forms, equal up to rounding:
 
-* dense: form C. 2 N D^2 FLOP and a D x D matrix.
+* dense: form C. 2 N D^2 FLOP and a D x D matrix: the definition, for one process.
 * gram:  sum_ij C_ij^2 = <a a^T, b b^T> / N^2, because both are tr(a^T b b^T a) / N^2. Only the
   diagonal of C and two N x N matrices are needed: 4 N^2 D FLOP. At D = 8192 and a few hundred
   samples that is many times less, and D = 65,536 becomes ordinary.
+* columns: C in blocks of columns, one per rank; where N is large against D.
 
-The gradient of the Gram form with respect to a is 2 (b b^T) a / N^2, and with the roles of a
-and b exchanged for b: two more products of the same size.
+gram and columns run on any number of ranks (`loss_sharded`, with the gradients' derivation): the
+batch is then that of all ranks, and so are its statistics.
 
 Everything is computed in float32 or better, outside autocast. (On a GPU `perf.apply` lets float32
 products use TF32; the released code forms C in float16.)
@@ -26,9 +27,15 @@ from typing import Literal
 
 import torch
 
+from bt_fast import loss_sharded
+from bt_fast.dist import Group, size_of
+from bt_fast.loss_sharded import EPS
+
 Method = Literal["auto", "dense", "gram", "columns"]
 
-EPS = 1e-5
+# What a rank does and sends in a second, roughly; only their ratio matters to the choice.
+_FLOP_PER_S = 3e14
+_BYTES_PER_S = 5e10
 
 
 def standardise(z: torch.Tensor) -> torch.Tensor:
@@ -38,67 +45,65 @@ def standardise(z: torch.Tensor) -> torch.Tensor:
     return centred * torch.rsqrt(variance + EPS)
 
 
-class _GramNorm(torch.autograd.Function):
-    """<a a^T, b b^T> for a, b [N, D] -> scalar."""
+def choose_method(num_samples: int, num_dimensions: int, world_size: int = 1) -> Method:
+    """The form whose arithmetic and traffic take less time on one rank.
 
-    @staticmethod
-    def forward(ctx, a, b):
-        gram_a, gram_b = a @ a.T, b @ b.T  # [N, N] each
-        ctx.save_for_backward(a, b, gram_a, gram_b)
-        return (gram_a * gram_b).sum()
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
-        a, b, gram_a, gram_b = ctx.saved_tensors
-        return 2 * grad * (gram_b @ a), 2 * grad * (gram_a @ b)
-
-
-def choose_method(num_samples: int, num_dimensions: int) -> Method:
-    """The form that costs fewer FLOP: gram 4 N^2 D, dense 2 N D^2."""
-    return "gram" if 2 * num_samples <= num_dimensions else "dense"
+    gram: 8 N^2 D / W FLOP forwards and backwards, 2 N D values sent. columns: 6 N D^2 / W FLOP, a
+    gather and a reduction of N D values and exchanges of 4 N D / W. num_samples is the global N.
+    """
+    elements = num_samples * num_dimensions
+    others = (world_size - 1) / world_size
+    gram = 8 * elements * num_samples / world_size / _FLOP_PER_S
+    columns = 6 * elements * num_dimensions / world_size / _FLOP_PER_S
+    gram += 2 * elements * 2 * others / _BYTES_PER_S
+    columns += (2 * 4 + 4 * 2 / world_size) * elements * others / _BYTES_PER_S
+    if gram <= columns:
+        return "gram"
+    return "dense" if world_size == 1 else "columns"
 
 
 def correlation_terms(
-    z_a: torch.Tensor, z_b: torch.Tensor, *, group=None, method: Method = "auto"
+    z_a: torch.Tensor, z_b: torch.Tensor, *, group: Group = None, method: Method = "auto"
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The two sums of the loss: (invariance, redundancy), scalars.
 
     Args:
-        z_a, z_b: [N, D], the embeddings of the two views, row i of both from image i.
+        z_a, z_b: [n, D], this rank's embeddings of the two views, row i of both from image i; as
+            many rows on every rank.
         group: the process group the batch is spread over; None for one process.
-        method: "dense", "gram", or "auto" for the cheaper of the two.
+        method: "dense" (one process), "gram", "columns", or "auto" for what costs least.
+    Returns:
+        the terms of the whole batch, on every rank; their gradients are the true ones with respect
+        to this rank's embeddings, through the other ranks' share of the statistics too.
     Raises:
         ValueError: shapes that differ, fewer than two samples, an unknown method.
     """
     if z_a.ndim != 2 or z_a.shape != z_b.shape or z_a.dtype != z_b.dtype:
         raise ValueError(
-            "z_a and z_b must be [N, D] and alike,"
+            "z_a and z_b must be [n, D] and alike,"
             f" got {z_a.dtype} {list(z_a.shape)} and {z_b.dtype} {list(z_b.shape)}"
         )
-    num_samples, num_dimensions = z_a.shape
+    world_size = size_of(group)
+    num_samples, num_dimensions = len(z_a) * world_size, z_a.shape[1]
     if num_samples < 2:
         raise ValueError("the loss needs at least two samples: it normalises over the batch")
-    if group is not None or method == "columns":
-        raise ValueError("the sharded forms (group=, method='columns') are not available yet")
     if method == "auto":
-        method = choose_method(num_samples, num_dimensions)
+        method = choose_method(num_samples, num_dimensions, world_size)
+    if method == "dense" and world_size > 1:
+        raise ValueError("method 'dense' holds a D x D matrix: for one process only")
 
     with torch.autocast(z_a.device.type, enabled=False):
-        z_a, z_b = (z if z.dtype == torch.float64 else z.float() for z in (z_a, z_b))
-        a, b = standardise(z_a), standardise(z_b)
-        if method == "dense":
-            correlation = a.T @ b / num_samples  # [D, D]
-            diagonal = correlation.diagonal()
-            total = correlation.square().sum()
-        elif method == "gram":
-            diagonal = (a * b).sum(0) / num_samples  # [D]
-            total = _GramNorm.apply(a, b) / num_samples**2
-        else:
+        if method == "gram":
+            return loss_sharded.rows(z_a, z_b, group)
+        if method == "columns":
+            return loss_sharded.columns(z_a, z_b, group)
+        if method != "dense":
             raise ValueError(f"method must be auto, dense, gram or columns, got {method!r}")
+        z_a, z_b = (z if z.dtype == torch.float64 else z.float() for z in (z_a, z_b))
+        correlation = standardise(z_a).T @ standardise(z_b) / num_samples  # [D, D]
+        diagonal = correlation.diagonal()
         invariance = (1 - diagonal).square().sum()
-        redundancy = total - diagonal.square().sum()
-    return invariance, redundancy
+        return invariance, correlation.square().sum() - diagonal.square().sum()
 
 
 def barlow_twins_loss(
@@ -106,7 +111,7 @@ def barlow_twins_loss(
     z_b: torch.Tensor,
     *,
     lambd: float = 5e-3,
-    group=None,
+    group: Group = None,
     method: Method = "auto",
 ) -> torch.Tensor:
     """invariance + lambd * redundancy, a scalar; see `correlation_terms` for the arguments."""

@@ -50,9 +50,12 @@ class Performance:
 
 
 def choose(
-    device: Literal["auto", "cpu", "cuda"], precision: Precision, compile: Compile
+    device: Literal["auto", "cpu", "cuda"],
+    precision: Precision,
+    compile: Compile,
+    local_rank: int = 0,
 ) -> Performance:
-    """Settle what was left to `auto`.
+    """Settle what was left to `auto`. The local rank is the number of its GPU.
 
     bf16 where the hardware multiplies it, fp32 elsewhere; torch.compile on CUDA only, because on
     a CPU compiling takes longer than the runs a CPU is for.
@@ -65,7 +68,10 @@ def choose(
         precision = "bf16" if has_bf16(device) else "fp32"
     if compile == "auto":
         compile = "default" if device == "cuda" else "off"
-    return Performance(device=torch.device(device), precision=precision, compile=compile)
+    where = torch.device(device, local_rank) if device == "cuda" else torch.device(device)
+    if where.type == "cuda":
+        torch.cuda.set_device(where)
+    return Performance(device=where, precision=precision, compile=compile)
 
 
 def has_bf16(device: str) -> bool:

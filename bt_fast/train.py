@@ -5,7 +5,7 @@ are not finite changes nothing: parameters, momentum and batch statistics stay, 
 device. Where a run stands is one number, the step; order and views follow from it.
 """
 
-import signal
+import contextlib
 import time
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from rich.console import Console
 
 from bt_fast import checkpoint, pictures
 from bt_fast.config import Config
+from bt_fast.dist import ALONE, Vote, World, copy_from_first, from_first, wait_for_all
 from bt_fast.evaluate.knn import evaluate_knn
 from bt_fast.feed import feed
 from bt_fast.job import Job, build, describe, rehearse
@@ -21,51 +22,71 @@ from bt_fast.log import Clock, RunLog, summary_table
 from bt_fast.model import BarlowTwins
 from bt_fast.run_directory import RunDirectory, choose_path, read_metrics
 from bt_fast.schedule import learning_rate
+from bt_fast.signals import EXIT_STOPPED, StopFlag
 
 MAX_SKIPPED = 10  # updates skipped in a row before a run gives up
-EXIT_STOPPED = 75  # EX_TEMPFAIL: stopped by a signal after saving; start again with --resume
 
 
-def pretrain(settings: Config) -> int:
-    """Train as configured; returns the process's exit status (0, or EXIT_STOPPED)."""
-    console = Console(soft_wrap=True)
-    path = choose_path(settings)  # before minutes of compilation, not after
-    job = build(settings)
+def pretrain(settings: Config, world: World = ALONE) -> int:
+    """Train as configured, as one of the ranks; returns the exit status (0, or EXIT_STOPPED).
+
+    The first rank writes the run directory and prints; what it decides the others are told.
+    """
+    console = Console(soft_wrap=True, quiet=not world.is_first)
+    path = from_first(choose_path(settings) if world.is_first else None, world.group)
+    job = build(settings, world)
+    if from_first(job.data_facts, world.group) != job.data_facts:
+        raise ValueError(f"--data {settings.data} of rank {world.rank} is not that of rank 0")
     seconds_per_step = rehearse(job)
     console.print(summary_table("bt-fast pretrain", describe(job, seconds_per_step)))
     if settings.dry_run:
         return 0
-    with RunDirectory(path) as run:
+    with contextlib.ExitStack() as stack:
+        run = stack.enter_context(RunDirectory(path)) if world.is_first else None
         step = resume(job, run, console)
-        with RunLog(console, run.path, step, job.last_step) as log, StopFlag() as stop:
-            log.say(f"run directory: {run.path}")
+        log = stack.enter_context(RunLog(console, path if run else None, step, job.last_step))
+        stop = stack.enter_context(StopFlag())
+        log.say(f"run directory: {path}")
+        if run:
             run.record_start(settings, job.performance)
-            status = train(job, run, log, stop, step)
-            pictures.curves(run.path / "metrics.jsonl", run.path / "curves.png")
-            if status == 0:
-                log.say(learned(run.path / "metrics.jsonl"))
-                log.say(f"done: {export_encoder(job.model, run.path)}")
-            else:
-                log.say(f"stopped; continue with: bt-fast pretrain --resume {run.path}")
+        status = train(job, run, log, stop, step)
+        if run:
+            finish(job, run, log, status)
+        wait_for_all(world.group)
     return status
 
 
-def train(job: Job, run: RunDirectory, log: RunLog, stop: "StopFlag", step: int) -> int:
-    """The loop. Returns 0 when the last step is done, EXIT_STOPPED after a signal."""
+def finish(job: Job, run: RunDirectory, log: RunLog, status: int) -> None:
+    """Leave curves and encoder behind and say what was learned, or how to go on."""
+    metrics = run.path / "metrics.jsonl"
+    pictures.curves(metrics, run.path / "curves.png")
+    if status == 0:
+        log.say(learned(metrics))
+        log.say(f"done: {export_encoder(job.model, run.path)}")
+    else:
+        log.say(f"stopped; continue with: bt-fast pretrain --resume {run.path}")
+
+
+def train(job: Job, run: RunDirectory | None, log: RunLog, stop: StopFlag, step: int) -> int:
+    """The loop. Returns 0 when the last step is done, EXIT_STOPPED after a signal to any rank.
+
+    run: the run directory, on the rank that has it.
+    """
     settings = job.config
     steps_per_epoch = job.loader.steps_per_epoch
     save_every = settings.save_every or steps_per_epoch
     # Also what a run did not get to between its last checkpoint and the kill.
-    if probe_is_due(job, step) and not probed(run, step):
+    if run and probe_is_due(job, step) and not probed(run, step):
         probe(job, log, step)
 
     # Since the last log line: its step, seconds spent training, updates skipped.
     logged_step, clock = step, Clock()
     skipped = torch.zeros((), dtype=torch.int32, device=job.performance.device)
     skipped_in_a_row = 0
+    vote = Vote(job.world.group)
     batches = job.loader.batches(step, job.last_step)
     for views in feed(batches, (settings.view_a, settings.view_b), job.performance):
-        if step == 0:
+        if run and step == 0:
             with clock.paused():
                 pictures.contact_sheet(views, run.path / "views.png")
 
@@ -74,6 +95,7 @@ def train(job: Job, run: RunDirectory, log: RunLog, stop: "StopFlag", step: int)
         invariance, redundancy, applied = update(job, views)
         skipped += ~applied
         step += 1
+        stopping = vote.ask(stop.requested)  # by any rank, and the same on all
 
         # Once in a while: log, save, probe.
         is_last = step == job.last_step
@@ -96,12 +118,12 @@ def train(job: Job, run: RunDirectory, log: RunLog, stop: "StopFlag", step: int)
             report_skipped(log, step, num_skipped, num_steps, skipped_in_a_row)
             logged_step, clock = step, Clock()
             skipped.zero_()
-        if step % save_every == 0 or is_last or stop.requested:
+        if run and (step % save_every == 0 or is_last or stopping):
             with clock.paused():
                 save(job, run, step)
-        if stop.requested and not is_last:
+        if stopping and not is_last:
             return EXIT_STOPPED
-        if probe_is_due(job, step):
+        if run and probe_is_due(job, step):
             with clock.paused():
                 probe(job, log, step)
     return 0
@@ -114,7 +136,8 @@ def update(job: Job, views: torch.Tensor):
         z_a, z_b = job.embed(views).chunk(2)  # [n, D] each
     invariance, redundancy = job.objective(z_a, z_b)
     loss = invariance + job.config.lambd * redundancy
-    (loss * job.config.grad_scale).backward()
+    # Ranks' gradients are averaged, and this rank's are its share of the true one.
+    (loss * job.config.grad_scale * job.world.size).backward()
 
     applied = job.optimizer.step(guard=loss.detach())
     assert applied is not None
@@ -183,7 +206,7 @@ def probe(job: Job, log: RunLog, step: int) -> None:
         job.performance,
         size=job.config.size,
         crop=job.config.probe_crop,
-        num_threads=job.config.num_threads,
+        num_threads=job.num_threads,
     )
     log.probe(
         {
@@ -195,25 +218,34 @@ def probe(job: Job, log: RunLog, step: int) -> None:
     )
 
 
-def resume(job: Job, run: RunDirectory, console: Console) -> int:
-    """Restore the newest valid checkpoint of a resumed run -> the step to go on from."""
+def resume(job: Job, run: RunDirectory | None, console: Console) -> int:
+    """Restore the newest valid checkpoint of a resumed run -> the step to go on from.
+
+    The first rank reads it and sends it to the others.
+    """
     if job.config.resume is None:
         return 0
-    found, problems = checkpoint.newest(run.path, set_aside=True)
-    for problem in problems:
-        console.print(f"warning: checkpoint passed over: {problem}", style="yellow", markup=False)
     step = 0
-    if found is not None:
-        if found.facts["data"] != job.data_facts:
-            raise ValueError(
-                f"--data {job.config.data} is not what this run was trained on:"
-                f" {job.data_facts} now, {found.facts['data']} then"
+    if run:
+        found, problems = checkpoint.newest(run.path, set_aside=True)
+        for problem in problems:
+            console.print(
+                f"warning: checkpoint passed over: {problem}", style="yellow", markup=False
             )
-        found.restore(job.model, job.optimizer)
-        step = found.step
-    run.truncate_metrics(step)
-    (run.path / "encoder.safetensors").unlink(missing_ok=True)  # of an earlier, shorter end
-    console.print(f"resuming {run.path} at step {step} of {job.last_step}", markup=False)
+        if found is not None:
+            if found.facts["data"] != job.data_facts:
+                raise ValueError(
+                    f"--data {job.config.data} is not what this run was trained on:"
+                    f" {job.data_facts} now, {found.facts['data']} then"
+                )
+            found.restore(job.model, job.optimizer)
+            step = found.step
+        run.truncate_metrics(step)
+        (run.path / "encoder.safetensors").unlink(missing_ok=True)  # of an earlier, shorter end
+    step = from_first(step, job.world.group)
+    momenta = [job.optimizer.momentum(p) for p in job.model.parameters()]
+    copy_from_first([*job.model.state_dict().values(), *momenta], job.world.group)
+    console.print(f"resuming {job.config.resume} at step {step} of {job.last_step}", markup=False)
     return step
 
 
@@ -249,24 +281,3 @@ def export_encoder(model: BarlowTwins, folder: Path) -> Path:
     path = folder / "encoder.safetensors"
     checkpoint.write_tensors(model.encoder.state_dict(), path)
     return path
-
-
-class StopFlag:
-    """Set by SIGTERM, SIGUSR1 or Ctrl-C; a second Ctrl-C interrupts at once."""
-
-    def __init__(self) -> None:
-        self.requested = False
-
-    def __enter__(self) -> "StopFlag":
-        numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-        self._before = {number: signal.signal(number, self._request) for number in numbers}
-        return self
-
-    def __exit__(self, *_) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _request(self, number: int, _frame) -> None:
-        if self.requested and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.requested = True

@@ -7,7 +7,8 @@ import sys
 import pytest
 
 from bt_fast.cli import main, parse_pretrain
-from bt_fast.config import RECIPES, from_json, to_json
+from bt_fast.config import from_json, to_json
+from bt_fast.recipes import RECIPES
 
 
 @pytest.mark.parametrize(
@@ -23,7 +24,7 @@ from bt_fast.config import RECIPES, from_json, to_json
         (["--min-scale", "1.5"], "--min-scale must be in (0, 1]"),
         (["--projector", "64", "0"], "--projector needs positive widths"),
         (["--gpus", "0"], "--gpus must be at least 1"),
-        (["--gpus", "32"], "--gpus 32"),
+        (["--gpus", "32", "--batch-size", "48"], "does not divide by 32 ranks"),
         (["--loader", "dali"], "--loader dali"),
         (["--resume", "nowhere"], "--resume nowhere: no run is there"),
         (["--view-a.sigma", "0.1", "5"], "sigma"),

@@ -27,7 +27,7 @@ def embeddings(n: int, d: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tenso
     return views[0], views[1]
 
 
-@pytest.mark.parametrize("method", ["dense", "gram", "auto"])
+@pytest.mark.parametrize("method", ["dense", "gram", "columns", "auto"])
 @pytest.mark.parametrize("n,d", [(2, 3), (16, 64), (64, 16), (128, 128), (5, 1)])
 def test_loss_and_gradients_equal_the_oracle(method, n, d):
     z_a, z_b = embeddings(n, d)
@@ -42,7 +42,7 @@ def test_loss_and_gradients_equal_the_oracle(method, n, d):
 
 def test_gradients_pass_gradcheck():
     z_a, z_b = embeddings(6, 9)
-    for method in ("dense", "gram"):
+    for method in ("dense", "gram", "columns"):
         assert torch.autograd.gradcheck(
             lambda a, b, m=method: barlow_twins_loss(a, b, method=m), (z_a, z_b)
         )
@@ -50,7 +50,7 @@ def test_gradients_pass_gradcheck():
 
 def test_terms_add_up_and_redundancy_is_the_off_diagonal():
     z_a, z_b = embeddings(32, 20)
-    for method in ("dense", "gram"):
+    for method in ("dense", "gram", "columns"):
         invariance, redundancy = correlation_terms(z_a, z_b, method=method)
         total = barlow_twins_loss(z_a, z_b, lambd=0.1, method=method)
         assert torch.allclose(invariance + 0.1 * redundancy, total, rtol=1e-14)
@@ -72,7 +72,7 @@ def test_identical_decorrelated_views_have_no_loss():
 
 def test_half_precision_embeddings_are_computed_in_float32():
     z_a, z_b = (z.detach().bfloat16() for z in embeddings(32, 64))
-    for method in ("dense", "gram"):
+    for method in ("dense", "gram", "columns"):
         with torch.autocast("cpu", torch.bfloat16):
             loss = barlow_twins_loss(z_a, z_b, method=method)
         assert loss.dtype == torch.float32
@@ -82,13 +82,15 @@ def test_half_precision_embeddings_are_computed_in_float32():
 
 def test_auto_takes_the_cheaper_form():
     assert choose_method(256, 8192) == "gram"
-    assert choose_method(4096, 8192) == "gram"
-    assert choose_method(4097, 8192) == "dense"
+    assert choose_method(6144, 8192) == "gram"  # 8 N^2 D = 6 N D^2
+    assert choose_method(6145, 8192) == "dense"
+    assert choose_method(2048, 8192, world_size=32) == "gram"
+    assert choose_method(65_536, 512, world_size=8) == "columns"
 
 
 @pytest.mark.parametrize(
     "shape_a,shape_b,message",
-    [((4, 3), (4, 2), "alike"), ((4,), (4,), r"\[N, D\]"), ((1, 3), (1, 3), "two samples")],
+    [((4, 3), (4, 2), "alike"), ((4,), (4,), r"\[n, D\]"), ((1, 3), (1, 3), "two samples")],
 )
 def test_wrong_shapes_are_refused(shape_a, shape_b, message):
     with pytest.raises(ValueError, match=message):

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from bt_fast import costs, perf
-from bt_fast.config import RECIPES
+from bt_fast.recipes import RECIPES
 from pipelines.beton import BetonReader
 from tools import synthetic
 from tools.profile_report import Report, verdict

@@ -21,6 +21,7 @@ from bt_fast.evaluate.features import extract_features
 from bt_fast.feed import distort
 from bt_fast.job import build, rehearse
 from bt_fast.run_directory import RunDirectory
+from bt_fast.signals import EXIT_STOPPED
 from pipelines import augment
 
 # Seconds-long runs: a small encoder on small views.
@@ -176,7 +177,7 @@ def test_a_signal_saves_and_says_how_to_go_on(small_beton, finished, tmp_path):
     wait_for_step(process, folder, 2)
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=60)
-    assert process.returncode == train.EXIT_STOPPED
+    assert process.returncode == EXIT_STOPPED
     assert f"bt-fast pretrain --resume {folder}" in output
     assert main(["pretrain", "--resume", str(folder)]) == 0
     assert all(torch.equal(v, learned(folder)[k]) for k, v in learned(finished).items())

@@ -25,7 +25,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from rich.console import Console
 
-from bt_fast.config import RECIPES, Config
+from bt_fast.config import Config
+from bt_fast.recipes import RECIPES
 from pipelines.flags import parse_flags, value_of
 
 

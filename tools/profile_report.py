@@ -45,7 +45,7 @@ class Report:
         return (
             f"{config.encoder} + {'-'.join(map(str, config.projector))}, {config.size} px, batch"
             f" {config.batch_size}, {performance.device.type} {performance.precision},"
-            f" torch.compile {performance.compile}, {config.num_threads} decoding threads,"
+            f" torch.compile {performance.compile}, {self.job.num_threads} decoding threads,"
             f" {self.data}"
         )
 
@@ -247,7 +247,7 @@ def _for_loader(report: Report) -> str:
     config, stages = report.job.config, report.stages
     if stages["read"].seconds > stages["decode"].seconds + stages["crop"].seconds:
         return "the disk is slower than decoding: copy the data to a faster one"
-    if config.num_threads < usable_cores():
+    if report.job.num_threads < usable_cores():
         return f"--workers {usable_cores()} uses all cores"
     sizes = report.job.reader.sizes.astype(float)
     need = 3 * sizes.prod(axis=1).sum() / 1e9

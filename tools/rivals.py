@@ -26,7 +26,7 @@ def reference_stages(job: Job, budget: float) -> dict[str, float]:
         config.size, (config.view_a, config.view_b), min_scale=config.min_scale
     )
     dataset = reference.Images(job.reader, transforms)
-    workers, cpu = config.num_threads, torch.device("cpu")
+    workers, cpu = job.num_threads, torch.device("cpu")
     batch = next(job.loader.batches(0, 1))
     samples = batch.samples.tolist()
 

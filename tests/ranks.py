@@ -1,0 +1,43 @@
+"""Run a function on several gloo ranks, each a process of its own, and collect what it returns."""
+
+import os
+import socket
+import tempfile
+import traceback
+from pathlib import Path
+
+import torch
+import torch.multiprocessing
+
+from bt_fast import dist
+
+
+def run_ranks(size: int, function, *arguments) -> list:
+    """[function(world, *arguments) of rank 0, of rank 1, ...]; results are saved tensors or plain.
+
+    The function must be importable: a test module's own.
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    with tempfile.TemporaryDirectory() as folder:
+        torch.multiprocessing.spawn(_rank, (size, port, folder, function, arguments), size)
+        return [torch.load(Path(folder) / f"{rank}.pt") for rank in range(size)]
+
+
+def _rank(rank: int, size: int, port: int, folder: str, function, arguments) -> None:
+    torch.set_num_threads(1)
+    os.environ.update(
+        RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(size),
+        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
+    )  # fmt: skip
+    try:
+        world = dist.join(torch.device("cpu"), timeout=120)
+        result = function(world, *arguments)
+        torch.save(result, Path(folder) / f"{rank}.pt")
+        dist.wait_for_all(world.group)
+    except BaseException:
+        traceback.print_exc()
+        raise
+    finally:
+        dist.leave()
