@@ -13,6 +13,7 @@ Barlow Twins pretraining as fast as the hardware allows.
 
   pretrain    train an encoder on a .beton
   eval knn    classify with a trained encoder's features
+  export      write a trained encoder for torchvision, timm, detectron2 or ONNX
 
 bt-fast COMMAND --help lists a command's options. bt-convert makes a .beton from an image folder.
 """
@@ -41,7 +42,7 @@ _MAY_CHANGE = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the process's exit status."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    commands = {("pretrain",): _pretrain, ("eval", "knn"): _eval_knn}
+    commands = {("pretrain",): _pretrain, ("eval", "knn"): _eval_knn, ("export",): _export}
     for name, command in commands.items():
         if tuple(arguments[: len(name)]) == name:
             try:
@@ -122,6 +123,13 @@ def _eval_knn(arguments: list[str]) -> int:
     from pipelines.flags import parse_flags
 
     return run_knn(parse_flags(EvalKnn, "bt-fast eval knn", arguments))
+
+
+def _export(arguments: list[str]) -> int:
+    from bt_fast.export import Export, run_export
+    from pipelines.flags import parse_flags
+
+    return run_export(parse_flags(Export, "bt-fast export", arguments))
 
 
 if __name__ == "__main__":
