@@ -62,9 +62,12 @@ def load_encoder(path: str | Path) -> nn.Module:
     return read_pretrained(Path(path)).encoder.eval()
 
 
-def read_pretrained(path: Path) -> Pretrained:
-    """As `load_encoder`, with what else is known of the file."""
-    file = _find(path)
+def read_pretrained(path: Path, *, projector: bool = False) -> Pretrained:
+    """As `load_encoder`, with what else is known of the file.
+
+    projector: of a run's folder, read the checkpoint, which has it, not encoder.safetensors.
+    """
+    file = _find(path, projector)
     tensors = _read(file)
     stems = [name for name in tensors if name == _STEM or name.endswith(f".{_STEM}")]
     prefixes = [name.removesuffix(_STEM) for name in stems if ".layer" not in f".{name}"]
@@ -95,23 +98,23 @@ def fingerprint(module: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _find(path: Path) -> Path:
+def _find(path: Path, projector: bool) -> Path:
     """The file to read: itself, or the best of a run's folder."""
     if path.is_file():
         return path
     if not path.is_dir():
         raise ValueError(f"{path} does not exist; give a run's folder or a file of weights")
-    if (path / "encoder.safetensors").exists():
-        return path / "encoder.safetensors"
+    export = path / "encoder.safetensors"
+    if export.exists() and not projector:
+        return export
     found, _ = checkpoint.newest(path)
-    if found is None:
-        known = (path / "config.json").exists()
-        raise ValueError(
-            f"{path} has no encoder yet: neither a finished run nor a checkpoint"
-            if known
-            else f"{path}: no run is there (it has no config.json)"
-        )
-    return found.folder / "model.safetensors"
+    if found is not None:
+        return found.folder / "model.safetensors"
+    if export.exists():
+        return export
+    if not (path / "config.json").exists():
+        raise ValueError(f"{path}: no run is there (it has no config.json)")
+    raise ValueError(f"{path} has no encoder yet: neither a finished run nor a checkpoint")
 
 
 def _read(file: Path) -> Tensors:
