@@ -91,7 +91,7 @@ def test_the_linear_protocol_is_plain_sgd_on_frozen_features(labelled_run, tmp_p
     assert torch.allclose(saved["head.bias"], head.bias, atol=1e-6)
     assert not torch.allclose(head.weight, torch.zeros(()), atol=1e-2)
     with torch.no_grad():
-        (images,) = subject.views(val).central(labelled(val), subject.crop)
+        (images,) = subject.views(val).central(np.arange(30), subject.crop)
         right = head(subject.encoder(images)).argmax(1) == torch.from_numpy(val.labels)
     assert found(tmp_path)["top1"] == pytest.approx(right.float().mean().item())
 
@@ -99,17 +99,19 @@ def test_the_linear_protocol_is_plain_sgd_on_frozen_features(labelled_run, tmp_p
 @pytest.mark.parametrize("command", ["linear", "semi"])
 def test_only_fine_tuning_changes_the_encoder(command, labelled_run, tmp_path):
     before = load_encoder(labelled_run).state_dict()
-    assert evaluate(labelled_run, tmp_path, *COMMANDS[command]) == 0
-    saved = classifier(tmp_path)
-    same = [torch.equal(saved[f"encoder.{name}"], value) for name, value in before.items()]
-    assert (
-        all(same)
-        if command == "linear"
-        else not any(
-            torch.equal(saved[f"encoder.{name}"], before[name])
-            for name in ("conv1.weight", "bn1.running_mean", "layer4.1.conv2.weight")
-        )
-    )
+    options = EvalOptions(run=labelled_run, device="cpu", precision="fp32", out=tmp_path)
+    subject = open_subject(options)
+    train, val = (labelled(images) for images in open_pair(options, subject))
+    tuned = command == "semi"
+    protocol = Protocol(epochs=1, batch_size=24, lr_head=0.3, lr_encoder=0.1 if tuned else 0.0)
+    supervised.train_classifier(subject, command, train, val, protocol)
+    after = subject.encoder.state_dict()
+    if tuned:
+        for name in ("conv1.weight", "bn1.running_mean", "layer4.1.conv2.weight"):
+            assert not torch.equal(after[name], before[name])
+    else:
+        assert all(torch.equal(after[name], before[name]) for name in before)
+    assert ("encoder.conv1.weight" in classifier(tmp_path)) is tuned
 
 
 @pytest.mark.parametrize(
@@ -223,6 +225,7 @@ def test_a_published_list_names_the_images(labelled_run, tmp_path, capsys):
     "flags,message",
     [
         (["linear", "--epochs=0"], "--epochs must be at least 1"),
+        (["linear", "--cached", "--views=0"], "--views must be at least 1"),
         (["linear", "--lr=-1"], "must not be negative"),
         (["linear", "--lr=1e30"], "was not finite; lower the learning rates"),
         (["linear", "--data=nowhere.beton"], "--data nowhere.beton does not exist"),

@@ -7,7 +7,6 @@ is done is kept in the run's eval/ folder; running the command again goes on fro
 import dataclasses
 from dataclasses import dataclass
 
-import numpy as np
 from rich.console import Console
 from rich.table import Table
 
@@ -59,13 +58,13 @@ def run_all(options: EvalAll) -> int:
             seed=options.seed,
         )
         scores[semi].append(measure_semi(tuning, subject, train, val)[0])  # last: it fine-tunes
-    Console(soft_wrap=True).print(comparison(scores, str(options.run), labelled(val)))
+    Console(soft_wrap=True).print(comparison(scores, str(options.run), len(labelled(val))))
     return 0
 
 
-def comparison(scores: dict[str, list[float]], run: str, val_samples: np.ndarray) -> Table:
+def comparison(scores: dict[str, list[float]], run: str, held_out: int) -> Table:
     """One row per evaluation: top-1 at random initialisation, pretrained, and the difference."""
-    table = Table(title=f"bt-fast eval all {run}: top-1 of {len(val_samples)} held-out images")
+    table = Table(title=f"bt-fast eval all {run}: top-1 of {held_out} held-out images")
     table.title_justify = "left"
     for heading in ("", "random", "pretrained", "difference"):
         table.add_column(heading, justify="right" if heading else "left")

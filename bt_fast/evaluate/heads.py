@@ -1,10 +1,10 @@
 """The quick linear protocol: features are read once, then many linear classifiers train at once.
 
-Not the paper's protocol: the images are seen as `NUM_VIEWS` fixed random views instead of a new one
-per epoch. It answers in minutes what the full one answers in hours, and tries the learning rates
-and weight decays that the full one fixes. Which of them counts is decided on a tenth of the
-training images; then the classifier with these values trains on all of them, and the held-out
-images are asked once.
+Not the paper's protocol: the images are seen as their central crop and a few fixed random views
+instead of a new one per epoch. It answers in minutes what the full one answers in hours, and tries
+the learning rates and weight decays that the full one fixes. Which of them counts is decided on a
+tenth of the training images; then the classifier with these values trains on all of them, and the
+held-out images are asked once.
 
 With H classifiers, weights W [H, C, F + 1] (the last column is the bias, of a feature that is 1):
 one product gives all logits, the sum of the H losses has independent gradients, and SGD with
@@ -17,6 +17,7 @@ import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +25,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from bt_fast.evaluate.options import Subject, identity
+from bt_fast.evaluate.options import Part, Subject
 from bt_fast.evaluate.state import EvalFolder
-from bt_fast.evaluate.views import Images, encode
+from bt_fast.evaluate.views import encode
 from pipelines.atomic import atomic_file
 from pipelines.order import epoch_order
-from pipelines.report import progress, say
+from pipelines.report import progress
 
-NUM_VIEWS = 4
 _MOMENTUM = 0.9
 _SPLIT_EPOCH = -2  # of `epoch_order`: an order that no training epoch has
 
@@ -56,56 +56,41 @@ class Grid:
 
 
 def fit_grid(
-    subject: Subject,
-    train: Images,
-    samples: np.ndarray,
-    val: Images,
-    val_samples: np.ndarray,
-    grid: Grid,
-    min_scale: float,
+    subject: Subject, train: Part, val: Part, grid: Grid, *, min_scale: float, num_views: int
 ) -> dict[str, Any]:
     """The quick protocol: {"top1", "top5", "lr", "decay", "grid"}.
 
     grid: (lr, decay, top-1 on the tenth of the training images that chose) of every classifier.
     """
+    if num_views < 1:
+        raise ValueError(f"--views must be at least 1, got {num_views}")
     facts = {
-        "encoder": subject.fingerprint,
-        "data": identity(train),
-        "samples": len(samples),
-        "val_data": identity(val),
-        "size": subject.size,
-        "crop": subject.crop,
+        **subject.facts(train, val),
         "min_scale": min_scale,
-        "precision": subject.performance.precision,
-        "views": NUM_VIEWS,
+        "views": num_views,
         "grid": dataclasses.asdict(grid),
     }
     with EvalFolder(subject.folder, "linear-cached", facts) as folder:
-        if folder.result is not None:
-            say(f"quick linear: done before, see {folder.path}; remove that folder to repeat it")
-            return folder.result
-        bank, queries = (
-            torch.stack(list(cached_views(subject, images, chosen, count, min_scale, grid.seed)))
-            for images, chosen, count in ((train, samples, NUM_VIEWS), (val, val_samples, 1))
-        )
-        labels, val_labels = (
-            torch.from_numpy(images.labels[chosen]).to(bank.device)
-            for images, chosen in ((train, samples), (val, val_samples))
-        )
-        return choose_and_fit(folder, bank, labels, queries[0], val_labels, grid)
+        done = folder.result()
+        if done is not None:
+            return done
+        read = partial(cached_views, subject, min_scale=min_scale, seed=grid.seed)
+        bank = torch.stack(list(read(train, num_views)))
+        (queries,) = read(val, 1)
+        labels, val_labels = (part.labels.to(bank.device) for part in (train, val))
+        return choose_and_fit(folder, bank, labels, queries, val_labels, grid)
 
 
 def cached_views(
-    subject: Subject, images: Images, samples: np.ndarray, count: int, min_scale: float, seed: int
+    subject: Subject, part: Part, count: int, *, min_scale: float, seed: int
 ) -> Iterator[torch.Tensor]:
     """Features [n, F], half precision, of the central crops and of `count` - 1 random views.
 
     Each is read from the images once and kept as an array in the subject's folder.
     """
-    what = (subject.fingerprint, identity(images), samples.tobytes())
-    how = (subject.size, subject.crop, subject.performance.precision, min_scale, seed)
-    digest = hashlib.sha256(repr((what, how)).encode()).hexdigest()[:8]
-    views = subject.views(images)
+    facts = repr((subject.facts(part), min_scale, seed))
+    digest = hashlib.sha256(facts.encode()).hexdigest()[:8]
+    views, samples = subject.views(part.images), part.samples
     for number in range(count):
         file = subject.folder / "features" / f"{digest}-{number}.npy"
         if not file.exists():
@@ -115,7 +100,7 @@ def cached_views(
                 if number == 0
                 else views.random(samples, min_scale=min_scale, seed=seed, epoch=number - 1)
             )
-            title = f"features of {Path(images.path).name}, view {number + 1} of {count}"
+            title = f"features of {Path(part.images.path).name}, view {number + 1} of {count}"
             with progress(title, len(samples)) as advance:
                 shown = (_counted(batch, advance) for batch in batches)
                 features = encode(subject.encoder, shown, subject.performance)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from bt_fast.evaluate.options import Part
 from pipelines.image_files import ImageFiles
 
 
@@ -58,6 +59,11 @@ class VocPart:
 
     images: ImageFiles
     present: np.ndarray  # int8 [n, classes]: 1 there, -1 not there, 0 difficult: not counted
+
+    @property
+    def whole(self) -> Part:
+        """All images."""
+        return Part(images=self.images, samples=np.arange(len(self.images)))
 
 
 def voc07(root: Path) -> tuple[list[str], VocPart, VocPart]:

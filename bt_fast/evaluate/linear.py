@@ -21,6 +21,9 @@ class EvalLinear(EvalOptions):
 
     cached: bool = False
     """The quick protocol: read features once, train a grid of classifiers on them at once."""
+    views: int = 4
+    """Of each training image in the quick protocol: its central crop and random ones. Memory for
+    each: 0.5 GB per 128,000 images of a ResNet-50."""
     epochs: int = 100
     """Passes over the images (or their features)."""
     batch_size: int = 256
@@ -49,7 +52,7 @@ def measure_linear(
     options: EvalLinear, subject: Subject, train: Images, val: Images
 ) -> tuple[float, dict[str, str]]:
     """(top-1, rows of the table) by the protocol of the options."""
-    samples, val_samples = labelled(train), labelled(val)
+    part, held_out = labelled(train), labelled(val)
     min_scale = subject.min_scale if options.min_scale is None else options.min_scale
     protocol = Protocol(
         epochs=options.epochs,
@@ -61,17 +64,19 @@ def measure_linear(
     )
     if options.cached:
         grid = Grid(epochs=options.epochs, batch_size=options.batch_size, seed=options.seed)
-        result = fit_grid(subject, train, samples, val, val_samples, grid, min_scale)
+        result = fit_grid(
+            subject, part, held_out, grid, min_scale=min_scale, num_views=options.views
+        )
         how = f"quick: features read once, {len(grid)} classifiers at once, {grid.epochs} epochs"
         chosen = {"chosen on a tenth of train": f"lr {result['lr']:g}, wd {result['decay']:g}"}
     else:
-        result = train_classifier(subject, "linear", train, samples, val, val_samples, protocol)
+        result = train_classifier(subject, "linear", part, held_out, protocol)
         how = f"full: lr {options.lr:g}, wd {options.weight_decay:g}, {options.epochs} epochs"
         chosen = {}
     rows = {
         "protocol": how,
         **chosen,
-        f"top-1 of {len(val_samples)}": f"{100 * result['top1']:.2f} %",
+        f"top-1 of {len(held_out)}": f"{100 * result['top1']:.2f} %",
         "top-5": f"{100 * result['top5']:.2f} %",
     }
     return result["top1"], rows

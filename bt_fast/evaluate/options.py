@@ -1,8 +1,9 @@
 """What every evaluation needs: its common flags, the encoder, the images, a folder to keep."""
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -77,6 +78,17 @@ class Subject:
     cache_bytes: int
     folder: Path  # where evaluations of it are kept
 
+    def facts(self, *parts: "Part") -> dict[str, Any]:
+        """What decides a result beside the protocol, as JSON: the encoder, images, and how."""
+        return {
+            "encoder": self.fingerprint,
+            "random": self.random,
+            "images": [part.identity for part in parts],
+            "size": self.size,
+            "crop": self.crop,
+            "precision": self.performance.precision,
+        }
+
     @property
     def seed(self) -> int:
         """The run's."""
@@ -96,6 +108,28 @@ class Subject:
             num_threads=self.num_threads,
             cache_bytes=self.cache_bytes,
         )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Part:
+    """Some samples of a data set: those to learn from, or those to classify."""
+
+    images: Images
+    samples: np.ndarray  # int64 [n]
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    @property
+    def labels(self) -> torch.Tensor:
+        """int64 [n], on the CPU."""
+        return torch.from_numpy(self.images.labels[self.samples])
+
+    @property
+    def identity(self) -> str:
+        """Names the contents: the data set's checksums, and which samples."""
+        own = self.images.sha256() or f"{len(self.images)} {self.images.labels.sum()}"
+        return hashlib.sha256(own.encode() + self.samples.tobytes()).hexdigest()
 
 
 def open_subject(options: EvalOptions, *, projector: bool = False) -> Subject:
@@ -174,11 +208,6 @@ def open_images(path: Path, flag: str) -> tuple[Images, Images | None]:
     return open_data(path, flag), open_val(path, None)
 
 
-def labelled(images: Images) -> np.ndarray:
-    """The samples that have a class, in the file's order: int64 [n]."""
-    return np.flatnonzero(images.labels >= 0)
-
-
-def identity(images: Images) -> str:
-    """Names a data set's contents; where it has no checksums, its classes and sizes."""
-    return images.sha256() or f"{len(images)} images, {int(images.labels.sum())}"
+def labelled(images: Images) -> Part:
+    """The samples that have a class, in the file's order."""
+    return Part(images=images, samples=np.flatnonzero(images.labels >= 0))

@@ -15,7 +15,7 @@ from typing import Literal
 import numpy as np
 from rich.console import Console
 
-from bt_fast.evaluate.options import EvalOptions, Subject, labelled, open_pair, open_subject
+from bt_fast.evaluate.options import EvalOptions, Part, Subject, labelled, open_pair, open_subject
 from bt_fast.evaluate.supervised import Protocol, train_classifier
 from bt_fast.evaluate.views import Images
 from bt_fast.log import summary_table
@@ -67,7 +67,7 @@ def measure_semi(
     else:
         samples = class_balanced(train.labels, options.percent, options.seed)
         which = f"{options.percent:g} % of every class"
-    val_samples = labelled(val)
+    part, held_out = Part(images=train, samples=samples), labelled(val)
     released = options.protocol == "released"
     default_lr = 0.005 if released else 0.002
     protocol = Protocol(
@@ -80,12 +80,12 @@ def measure_semi(
         min_scale=subject.min_scale if options.min_scale is None else options.min_scale,
         seed=options.seed,
     )
-    result = train_classifier(subject, "semi", train, samples, val, val_samples, protocol)
+    result = train_classifier(subject, "semi", part, held_out, protocol)
     return result["top1"], {
         "labels": f"{len(samples)} images, {which}",
         "protocol": f"{options.protocol}: encoder {protocol.lr_encoder:g},"
         f" classifier {protocol.lr_head:g}, {protocol.epochs} epochs",
-        f"top-1 of {len(val_samples)}": f"{100 * result['top1']:.2f} %",
+        f"top-1 of {len(held_out)}": f"{100 * result['top1']:.2f} %",
         "top-5": f"{100 * result['top5']:.2f} %",
     }
 

@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 
 from bt_fast.run_directory import RunDirectory
 from pipelines.atomic import atomic_file
+from pipelines.report import say
 
 Tensors = Mapping[str, torch.Tensor]
 
@@ -38,11 +39,13 @@ class EvalFolder(RunDirectory):
         super().__init__(parent / f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:8]}")
         self.write("facts.json", json.dumps(facts, indent=2, default=str) + "\n")
 
-    @property
     def result(self) -> dict[str, Any] | None:
-        """What was found, once it is done."""
+        """What was found, if it was done before; says so."""
         file = self.path / "result.json"
-        return json.loads(file.read_text()) if file.exists() else None
+        if not file.exists():
+            return None
+        say(f"done before: {self.path}; remove that folder to repeat it")
+        return json.loads(file.read_text())
 
     def save(self, tensors: Tensors, progress: dict[str, Any]) -> None:
         """Replace the state; `progress` is JSON."""

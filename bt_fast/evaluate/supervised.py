@@ -20,9 +20,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from bt_fast import perf
-from bt_fast.evaluate.options import Subject, identity
+from bt_fast.evaluate.options import Part, Subject
 from bt_fast.evaluate.state import EvalFolder
-from bt_fast.evaluate.views import Images, Views
+from bt_fast.evaluate.views import Views
 from pipelines.order import epoch_order
 from pipelines.report import progress, say
 
@@ -78,48 +78,23 @@ class Classifier(nn.Module):
 
 
 def train_classifier(
-    subject: Subject,
-    name: str,
-    train: Images,
-    samples: np.ndarray,
-    val: Images,
-    val_samples: np.ndarray,
-    protocol: Protocol,
+    subject: Subject, name: str, train: Part, val: Part, protocol: Protocol
 ) -> dict[str, Any]:
-    """Train on `samples`, measure on `val_samples`, in the folder of `name`.
+    """Train on one part, measure on the other, in the folder of `name`.
 
     Returns {"top1", "top5", "history"}: shares of the held-out images after the last epoch, and
     at each tenth of the epochs. The subject's encoder changes if the protocol fine-tunes it.
     Raises ValueError if the loss is not finite.
     """
-    facts = {
-        "encoder": subject.fingerprint,
-        "data": identity(train),
-        "samples": len(samples),
-        "val_data": identity(val),
-        "size": subject.size,
-        "crop": subject.crop,
-        "precision": subject.performance.precision,
-        "protocol": dataclasses.asdict(protocol),
-    }
+    facts = {**subject.facts(train, val), "protocol": dataclasses.asdict(protocol)}
     with EvalFolder(subject.folder, name, facts) as folder:
-        if folder.result is not None:
-            say(f"{name}: done before, see {folder.path}; remove that folder to repeat it")
-            return folder.result
-        return _train(subject, folder, name, train, samples, val, val_samples, protocol)
+        return folder.result() or _train(subject, folder, name, train, val, protocol)
 
 
 def _train(
-    subject: Subject,
-    folder: EvalFolder,
-    name: str,
-    train: Images,
-    samples: np.ndarray,
-    val: Images,
-    val_samples: np.ndarray,
-    protocol: Protocol,
+    subject: Subject, folder: EvalFolder, name: str, train: Part, val: Part, protocol: Protocol
 ) -> dict[str, Any]:
-    num_classes = max(train.num_classes, val.num_classes)
+    num_classes = max(train.images.num_classes, val.images.num_classes)
     model = Classifier(subject.encoder, subject.width, num_classes, protocol.seed)
     perf.prepare(model, subject.performance)
     trained = model if protocol.lr_encoder else model.head
@@ -137,22 +112,27 @@ def _train(
         first, history = state["epoch"], state["history"]
         _restore(trained, optimizer, tensors)
         say(f"{name}: continuing after epoch {first} of {protocol.epochs}")
-    train_views, val_views = subject.views(train), subject.views(val)
+    train_views, val_views = subject.views(train.images), subject.views(val.images)
     report_every = max(1, protocol.epochs // 10)
-    with progress(name, (protocol.epochs - first) * len(samples)) as advance:
+    with progress(name, (protocol.epochs - first) * len(train)) as advance:
         for epoch in range(first, protocol.epochs):
             for group in optimizer.param_groups:
                 group["lr"] = group["base"] * protocol.share(epoch)
             trained.train()
-            _train_epoch(model, optimizer, train_views, samples, protocol, epoch, advance)
+            _train_epoch(model, optimizer, train_views, train.samples, protocol, epoch, advance)
             trained.eval()
             if (epoch + 1) % report_every == 0 or epoch + 1 == protocol.epochs:
-                top1, top5 = accuracy(model, val_views, val_samples, subject.crop)
+                top1, top5 = accuracy(model, val_views, val.samples, subject.crop)
                 history.append({"epoch": epoch + 1, "top1": top1, "top5": top5})
                 say(f"{name}: epoch {epoch + 1} of {protocol.epochs}, top-1 {100 * top1:.2f} %")
             folder.save(_state(trained, optimizer), {"epoch": epoch + 1, "history": history})
     last = {key: history[-1][key] for key in ("top1", "top5")}
-    return folder.finish({**last, "history": history}, model.state_dict())
+    learned = {
+        key: value
+        for key, value in model.state_dict().items()
+        if protocol.lr_encoder or key.startswith("head.")
+    }
+    return folder.finish({**last, "history": history}, learned)
 
 
 def _train_epoch(

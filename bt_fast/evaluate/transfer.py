@@ -78,11 +78,11 @@ def _classify(options: EvalTransfer, subject) -> dict[str, str]:
         seed=options.seed,
     )
     name = f"transfer-{options.dataset}"
-    samples, val_samples = labelled(train), labelled(val)
-    result = train_classifier(subject, name, train, samples, val, val_samples, protocol)
+    part, held_out = labelled(train), labelled(val)
+    result = train_classifier(subject, name, part, held_out, protocol)
     return {
-        "images": f"{len(samples)}, {max(train.num_classes, val.num_classes)} classes",
+        "images": f"{len(part)}, {max(train.num_classes, val.num_classes)} classes",
         "protocol": f"lr {options.lr:g}, wd {options.weight_decay:g}, {epochs} epochs",
-        f"top-1 of {len(val_samples)}": f"{100 * result['top1']:.2f} %",
+        f"top-1 of {len(held_out)}": f"{100 * result['top1']:.2f} %",
         "top-5": f"{100 * result['top5']:.2f} %",
     }

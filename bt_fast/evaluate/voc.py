@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 
 from bt_fast.evaluate.heads import cached_views
-from bt_fast.evaluate.layouts import VocPart, voc07
-from bt_fast.evaluate.options import Subject, identity
+from bt_fast.evaluate.layouts import voc07
+from bt_fast.evaluate.options import Part, Subject
 from bt_fast.evaluate.state import EvalFolder
 from pipelines.report import say
 
@@ -29,19 +29,15 @@ def measure_voc(subject: Subject, root: Path) -> dict[str, Any]:
     names, trainval, test = voc07(root)
     _svm()  # say now, not after the features, that scikit-learn is missing
     facts = {
-        "encoder": subject.fingerprint,
-        "data": [identity(trainval.images), identity(test.images)],
+        **subject.facts(trainval.whole, test.whole),
         "present": [int(part.present.sum()) for part in (trainval, test)],
-        "size": subject.size,
-        "crop": subject.crop,
-        "precision": subject.performance.precision,
         "costs": COSTS,
     }
     with EvalFolder(subject.folder, "voc07", facts) as folder:
-        if folder.result is not None:
-            say(f"voc07: done before, see {folder.path}; remove that folder to repeat it")
-            return folder.result
-        features, test_features = (_features(subject, part) for part in (trainval, test))
+        done = folder.result()
+        if done is not None:
+            return done
+        features, test_features = (_features(subject, part.whole) for part in (trainval, test))
         saved = folder.load()
         found: dict[str, dict[str, float]] = saved[1]["classes"] if saved else {}
         for number, name in enumerate(names):
@@ -53,16 +49,15 @@ def measure_voc(subject: Subject, root: Path) -> dict[str, Any]:
                 ap = average_precision(scores, asked[asked != 0] > 0)
                 found[name] = {"ap": ap, "cost": cost}
                 folder.save({}, {"classes": found})
-                done = f"{name}: AP {100 * ap:.2f} % with C = {cost:g}"
-                say(f"{done} ({len(found)} of {len(names)} classes)")
+                said = f"{name}: AP {100 * ap:.2f} % with C = {cost:g}"
+                say(f"{said} ({len(found)} of {len(names)} classes)")
         mean = sum(entry["ap"] for entry in found.values()) / len(found)
         return folder.finish({"map": mean, "classes": found})
 
 
-def _features(subject: Subject, part: VocPart) -> np.ndarray:
+def _features(subject: Subject, part: Part) -> np.ndarray:
     """L2-normalised: float32 [n, F]."""
-    samples = np.arange(len(part.images))
-    (features,) = cached_views(subject, part.images, samples, 1, subject.min_scale, 0)
+    (features,) = cached_views(subject, part, 1, min_scale=1.0, seed=0)
     values = features.float().cpu().numpy()
     return values / np.maximum(np.linalg.norm(values, axis=1, keepdims=True), 1e-12)
 
