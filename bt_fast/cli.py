@@ -13,13 +13,13 @@ _USAGE = """bt-fast COMMAND [OPTIONS]
 
 Barlow Twins pretraining as fast as the hardware allows.
 
-  pretrain    train an encoder on a .beton
-  eval all    random initialisation against pretraining, in one table
-  eval knn    nearest neighbours among the features; --collapse looks for collapse
-  eval linear a linear classifier on the frozen encoder; --cached is quick
-  eval semi   fine-tuning on 1 or 10 percent of the labels
+  pretrain       train an encoder on a .beton
+  eval all       random initialisation against pretraining, in one table
+  eval knn       nearest neighbours among the features; --collapse looks for collapse
+  eval linear    a linear classifier on the frozen encoder; --cached is quick
+  eval semi      fine-tuning on 1 or 10 percent of the labels
   eval transfer  other data sets: Places-205, iNaturalist 2018, VOC07, any image folder
-  export      write a trained encoder for torchvision, timm, detectron2 or ONNX
+  export         write a trained encoder for torchvision, timm, detectron2 or ONNX
 
 bt-fast COMMAND --help lists a command's options. bt-convert makes a .beton from an image folder.
 """

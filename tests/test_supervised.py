@@ -63,6 +63,23 @@ def test_rates_are_those_of_torchs_schedulers(protocol, theirs):
         scheduler.step()
 
 
+def test_transfer_divides_by_ten_at_two_equally_spaced_points(monkeypatch, labelled_run, tmp_path):
+    seen = []
+
+    def stop(*arguments):
+        seen.append(arguments[-1])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("bt_fast.evaluate.transfer.train_classifier", stop)
+    for epochs, drops in ((84, (28, 56)), (14, (5, 9)), (1, (1, 1))):
+        flags = [f"--data={labelled_run.parent / 'train.beton'}", f"--epochs={epochs}"]
+        assert evaluate(labelled_run, tmp_path, "transfer", *flags) == 130
+        protocol = seen.pop()
+        assert protocol.drops == drops and protocol.share(0) == 1
+        assert protocol.share(epochs - 1) == pytest.approx(1 if epochs == 1 else 0.01)
+        assert (protocol.lr_head, protocol.weight_decay, protocol.lr_encoder) == (0.01, 5e-4, 0)
+
+
 def test_the_linear_protocol_is_plain_sgd_on_frozen_features(labelled_run, tmp_path):
     assert evaluate(labelled_run, tmp_path, *COMMANDS["linear"]) == 0
     subject = open_subject(EvalOptions(run=labelled_run, device="cpu", precision="fp32"))

@@ -72,7 +72,7 @@ def _classify(options: EvalTransfer, subject) -> dict[str, str]:
         batch_size=options.batch_size,
         lr_head=options.lr,
         weight_decay=options.weight_decay,
-        drops=(round(epochs / 3), round(2 * epochs / 3)),
+        drops=tuple(max(1, round(part * epochs / 3)) for part in (1, 2)),
         factor=0.1,
         min_scale=options.min_scale,
         seed=options.seed,
