@@ -40,7 +40,7 @@ _SPLIT_EPOCH = -2  # of `epoch_order`: an order that no training epoch has
 class Grid:
     """What is tried, and how each classifier trains; cosine to 0, per epoch."""
 
-    rates: tuple[float, ...] = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
+    rates: tuple[float, ...] = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
     decays: tuple[float, ...] = (0.0, 1e-6, 1e-5, 1e-4)
     epochs: int = 100
     batch_size: int = 256
