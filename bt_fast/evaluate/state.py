@@ -59,7 +59,8 @@ class EvalFolder(RunDirectory):
         try:
             with safe_open(file, "pt") as opened:
                 progress = json.loads(opened.metadata()["progress"])
-                return {name: opened.get_tensor(name) for name in opened.keys()}, progress  # noqa: SIM118
+                names = list(opened.keys())
+                return {name: opened.get_tensor(name) for name in names}, progress
         except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{file} is damaged ({error}); delete it to start over") from None
 
