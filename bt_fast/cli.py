@@ -1,9 +1,11 @@
 """The `bt-fast` command line. Whatever a user can do wrong ends in one line and a non-zero exit."""
 
 import dataclasses
+import importlib
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 from bt_fast import __version__
 
@@ -11,8 +13,13 @@ _USAGE = """bt-fast COMMAND [OPTIONS]
 
 Barlow Twins pretraining as fast as the hardware allows.
 
-  pretrain    train an encoder on a .beton
-  eval knn    classify with a trained encoder's features
+  pretrain       train an encoder on a .beton
+  eval all       random initialisation against pretraining, in one table
+  eval knn       nearest neighbours among the features; --collapse looks for collapse
+  eval linear    a linear classifier on the frozen encoder; --cached is quick
+  eval semi      fine-tuning on 1 or 10 percent of the labels
+  eval transfer  other data sets: Places-205, iNaturalist 2018, VOC07, any image folder
+  export         write a trained encoder for torchvision, timm, detectron2 or ONNX
 
 bt-fast COMMAND --help lists a command's options. bt-convert makes a .beton from an image folder.
 """
@@ -39,11 +46,24 @@ _MAY_CHANGE = {
     "keep",
 }
 
+# `bt-fast eval NAME`: its room, its options and what runs it; imported when it is asked for.
+_EVALUATIONS = {
+    "all": ("compare", "EvalAll", "run_all"),
+    "knn": ("knn_command", "EvalKnn", "run_knn"),
+    "linear": ("linear", "EvalLinear", "run_linear"),
+    "semi": ("semi", "EvalSemi", "run_semi"),
+    "transfer": ("transfer", "EvalTransfer", "run_transfer"),
+}
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the process's exit status."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    commands = {("pretrain",): _pretrain, ("eval", "knn"): _eval_knn}
+    commands: dict[tuple[str, ...], Callable[[list[str]], int]] = {
+        ("pretrain",): _pretrain,
+        **{("eval", name): partial(_eval, name) for name in _EVALUATIONS},
+        ("export",): _export,
+    }
     for name, command in commands.items():
         if tuple(arguments[: len(name)]) == name:
             try:
@@ -110,11 +130,20 @@ def parse_pretrain(arguments: list[str]):
     return config
 
 
-def _eval_knn(arguments: list[str]) -> int:
-    from bt_fast.evaluate.command import EvalKnn, run_knn
+def _eval(name: str, arguments: list[str]) -> int:
     from pipelines.flags import parse_flags
 
-    return run_knn(parse_flags(EvalKnn, "bt-fast eval knn", arguments))
+    room, options, function = _EVALUATIONS[name]
+    module = importlib.import_module(f"bt_fast.evaluate.{room}")
+    parsed = parse_flags(getattr(module, options), f"bt-fast eval {name}", arguments)
+    return getattr(module, function)(parsed)
+
+
+def _export(arguments: list[str]) -> int:
+    from bt_fast.export import Export, run_export
+    from pipelines.flags import parse_flags
+
+    return run_export(parse_flags(Export, "bt-fast export", arguments))
 
 
 if __name__ == "__main__":

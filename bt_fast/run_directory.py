@@ -18,6 +18,7 @@ import platform
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Self
 
 import numpy
 import torch
@@ -76,7 +77,7 @@ class RunDirectory:
     def close(self) -> None:
         self._lock.close()
 
-    def __enter__(self) -> "RunDirectory":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_) -> None:

@@ -125,8 +125,8 @@ def say(text: str, file=None) -> None:
 
 
 @contextmanager
-def progress(title: str, total: int) -> Iterator[Callable[[], None]]:
-    """Yield a function to call once per image: a bar on a terminal, else a line now and then."""
+def progress(title: str, total: int) -> Iterator[Callable[..., None]]:
+    """Yield advance(count=1), to call as images are done: a bar on a terminal, else plain lines."""
     console = Console()
     if not console.is_terminal:
         yield _line_progress(title, total)
@@ -134,16 +134,16 @@ def progress(title: str, total: int) -> Iterator[Callable[[], None]]:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Rate())
     with Progress(*columns, TimeRemainingColumn(), TextColumn("left"), console=console) as bar:
         task = bar.add_task(title, total=total)
-        yield lambda: bar.advance(task)
+        yield lambda count=1: bar.advance(task, count)
 
 
-def _line_progress(title: str, total: int) -> Callable[[], None]:
+def _line_progress(title: str, total: int) -> Callable[..., None]:
     start = last = time.monotonic()
     done = 0
 
-    def advance() -> None:
+    def advance(count: int = 1) -> None:
         nonlocal done, last
-        done += 1
+        done += count
         now = time.monotonic()
         if now - last >= SECONDS_BETWEEN_LINES or done == total:
             last = now

@@ -105,3 +105,18 @@ def one_compute_thread():
     import torch
 
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def labelled_run(tmp_path_factory) -> Path:
+    """A run of a few steps on 64 pictures of 4 classes, with 30 held-out ones beside them."""
+    from bt_fast.cli import main
+
+    folder = tmp_path_factory.mktemp("labelled")
+    data = write_beton(folder / "train.beton", 64)
+    write_beton(folder / "train.val.beton", 30)
+    flags = ["--recipe=demo", "--device=cpu", "--size=32", "--batch-size=16", "--workers=2"]
+    flags += ["--epochs=2", "--warmup-epochs=1", "--projector", "48", "32", "--precision=fp32"]
+    run = folder / "run"
+    assert main(["pretrain", *flags, "--data", str(data), "--run-dir", str(run)]) == 0
+    return run

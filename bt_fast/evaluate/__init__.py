@@ -1,1 +1,1 @@
-"""What an encoder has learned: kNN."""
+"""What an encoder has learned: every protocol of the paper, and a few quick ones."""

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 
 from bt_fast.evaluate.features import extract_features
+from bt_fast.evaluate.views import Images
 from bt_fast.perf import Performance
-from pipelines.beton import BetonReader
 from pipelines.order import epoch_order
 
 # k and temperature: the setting of the short list, and InstDisc's own.
@@ -54,9 +54,9 @@ def knn_accuracy(
 class KnnData:
     """Which images are the bank and which ask. Images without a class are left out."""
 
-    bank: BetonReader
+    bank: Images
     bank_samples: np.ndarray  # int64 [n]
-    queries: BetonReader
+    queries: Images
     query_samples: np.ndarray  # int64 [m]
 
     @property
@@ -70,7 +70,7 @@ class KnnData:
 
 
 def choose_data(
-    train: BetonReader, val: BetonReader | None, seed: int, limit: int | None = None
+    train: Images, val: Images | None, seed: int, limit: int | None = None
 ) -> KnnData | None:
     """Bank and queries: train and val, or nine tenths and one tenth of train.
 
@@ -94,7 +94,7 @@ def choose_data(
     return KnnData(bank=train, bank_samples=bank_samples, queries=val, query_samples=query_samples)
 
 
-def _labelled(reader: BetonReader, seed: int) -> np.ndarray:
+def _labelled(reader: Images, seed: int) -> np.ndarray:
     order = epoch_order(len(reader), seed, _SPLIT_EPOCH)
     return order[reader.labels[order] >= 0]
 
@@ -120,15 +120,26 @@ def evaluate_knn(
             )
         )
         labels.append(torch.from_numpy(reader.labels[samples]).to(performance.device))
+    return knn_scores(features[0], labels[0], features[1], labels[1], data.num_classes)
+
+
+def knn_scores(
+    bank: torch.Tensor,
+    bank_labels: torch.Tensor,
+    queries: torch.Tensor,
+    query_labels: torch.Tensor,
+    num_classes: int,
+) -> dict[str, float]:
+    """`knn_accuracy` for each of SETTINGS: {"knn_20": ..., "knn_200": ...}, in [0, 1]."""
     return {
         f"knn_{k}": knn_accuracy(
-            features[0],
-            labels[0],
-            features[1],
-            labels[1],
+            bank,
+            bank_labels,
+            queries,
+            query_labels,
             k=k,
             temperature=temperature,
-            num_classes=data.num_classes,
+            num_classes=num_classes,
         )
         for k, temperature in SETTINGS
     }

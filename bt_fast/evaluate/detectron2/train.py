@@ -1,0 +1,78 @@
+"""Detection and segmentation with detectron2, as the paper measured them (appendix C.2).
+
+    bt-fast export RUN --to detectron2 --out encoder.pth
+    python -m bt_fast.evaluate.detectron2.train --num-gpus 8 --config-file CONFIG \\
+        MODEL.WEIGHTS encoder.pth
+
+CONFIG is voc_faster_rcnn_c4_24k.yaml or coco_mask_rcnn_c4_1x.yaml of this folder; the variable
+DETECTRON2_DATASETS names the folder of the data sets. `--resume`, `--eval-only` and KEY VALUE pairs
+are detectron2's.
+
+A C4 detector runs res5 on every region. The paper follows MoCo, which fine-tunes all layers with
+synchronised batch norm and adds one more norm behind res5.
+"""
+
+from detectron2.config import get_cfg
+from detectron2.engine import (
+    DefaultTrainer,
+    default_argument_parser,
+    default_setup,
+    launch,
+)
+from detectron2.evaluation import COCOEvaluator, PascalVOCDetectionEvaluator
+from detectron2.layers import get_norm
+from detectron2.modeling import ROI_HEADS_REGISTRY
+from detectron2.modeling.roi_heads import Res5ROIHeads
+
+
+@ROI_HEADS_REGISTRY.register()
+class NormedRes5ROIHeads(Res5ROIHeads):
+    """Res5ROIHeads with a norm behind res5."""
+
+    @classmethod
+    def _build_res5_block(cls, cfg):
+        blocks, width = super()._build_res5_block(cfg)
+        blocks.add_module("norm", get_norm(cfg.MODEL.RESNETS.NORM, width))
+        return blocks, width
+
+
+class Trainer(DefaultTrainer):
+    """detectron2's own loop, with the evaluator of each data set."""
+
+    @classmethod
+    def build_evaluator(cls, cfg, dataset_name):
+        if dataset_name.startswith("voc"):
+            return PascalVOCDetectionEvaluator(dataset_name)
+        return COCOEvaluator(dataset_name, output_dir=cfg.OUTPUT_DIR)
+
+
+def configure(arguments):
+    """The configuration file, with the command line's KEY VALUE pairs over it."""
+    config = get_cfg()
+    config.merge_from_file(arguments.config_file)
+    config.merge_from_list(arguments.opts)
+    config.freeze()
+    return config
+
+
+def main(arguments):
+    """One process of the training."""
+    config = configure(arguments)
+    default_setup(config, arguments)
+    trainer = Trainer(config)
+    trainer.resume_or_load(resume=arguments.resume)
+    if arguments.eval_only:
+        return Trainer.test(config, trainer.model)
+    return trainer.train()
+
+
+if __name__ == "__main__":
+    arguments = default_argument_parser().parse_args()
+    launch(
+        main,
+        arguments.num_gpus,
+        num_machines=arguments.num_machines,
+        machine_rank=arguments.machine_rank,
+        dist_url=arguments.dist_url,
+        args=(arguments,),
+    )

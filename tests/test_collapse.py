@@ -1,0 +1,83 @@
+"""Ranks and the collapse report against their definitions, and `bt-fast eval knn`."""
+
+import math
+import re
+
+import numpy as np
+import pytest
+import torch
+
+from bt_fast.cli import main
+from bt_fast.evaluate.collapse import centred_rank, collapse_report, effective_rank
+
+
+def test_the_rank_of_known_spectra():
+    basis, _ = torch.linalg.qr(torch.randn(40, 8, dtype=torch.float64))
+    assert effective_rank(basis) == pytest.approx(8)  # eight equal singular values
+    assert effective_rank(torch.ones(40, 8)) == pytest.approx(1, abs=1e-4)
+    values = torch.tensor([4.0, 2.0, 1.0, 1.0], dtype=torch.float64)  # shares 1/2 1/4 1/8 1/8
+    entropy = (0.5 * 1 + 0.25 * 2 + 2 * 0.125 * 3) * math.log(2)
+    spectrum = basis[:, :4] * values
+    assert effective_rank(spectrum) == pytest.approx(math.exp(entropy))
+    assert effective_rank(spectrum.T) == pytest.approx(math.exp(entropy))
+
+
+def test_the_rank_equals_the_definition_on_noise():
+    features = torch.randn(60, 20, generator=torch.Generator().manual_seed(0)) + 3
+    for function, matrix in (
+        (effective_rank, features),
+        (centred_rank, features - features.mean(0)),
+    ):
+        values = torch.linalg.svdvals(matrix.double())
+        shares = values / values.sum()
+        expected = math.exp(-(shares * shares.log()).sum().item())
+        assert function(features) == pytest.approx(expected, rel=1e-6)
+    assert effective_rank(features) < centred_rank(features) - 1  # the mean hides the rest
+
+
+@pytest.mark.parametrize("num_images,num_dimensions", [(200, 16), (24, 64)])
+def test_the_report_equals_numpys_correlation(num_images, num_dimensions):
+    generator = torch.Generator().manual_seed(0)
+    z_a = torch.randn(num_images, num_dimensions, generator=generator)
+    z_b = 0.5 * z_a + torch.randn(num_images, num_dimensions, generator=generator)
+    z_b[:, 1] += z_a[:, 0]
+    both = np.corrcoef(z_a.double().numpy(), z_b.double().numpy(), rowvar=False)
+    correlation = both[:num_dimensions, num_dimensions:]
+    diagonal = np.diagonal(correlation)
+    off = correlation[~np.eye(num_dimensions, dtype=bool)]
+    report = collapse_report(z_a, z_b)
+    assert report.diagonal_mean == pytest.approx(diagonal.mean(), abs=1e-4)
+    assert report.diagonal_spread == pytest.approx(diagonal.std(), abs=1e-4)
+    assert report.diagonal_lowest == pytest.approx(diagonal.min(), abs=1e-4)
+    assert report.off_diagonal_rms == pytest.approx((off**2).mean() ** 0.5, abs=1e-4)
+    assert report.num_dead == 0
+
+
+def test_dead_dimensions_are_counted():
+    z = torch.randn(50, 10)
+    z[:, 3:7] = 1.0 + 1e-6 * torch.randn(50, 4)
+    assert collapse_report(z, z).num_dead == 4
+
+
+def test_eval_knn_reports_everything(labelled_run, capsys):
+    flags = ["--device=cpu", "--precision=fp32", "--workers=2", "--augmented", "--collapse"]
+    assert main(["eval", "knn", str(labelled_run), *flags]) == 0
+    output = re.sub(r"[│\s]+", " ", capsys.readouterr().out)
+    assert "30 images (held out) among 64" in output
+    assert re.search(r"kNN, k = 20, T = 0\.07 \d+\.\d\d %", output)
+    for letter in "AB":
+        assert re.search(rf"held-out images as view {letter} \d+\.\d\d %, \d+\.\d\d %", output)
+    ranks = re.findall(r"rank of the \w+ RankMe ([\d.]+), centred ([\d.]+), of (\d+)", output)
+    assert [int(limit) for *_, limit in ranks] == [30, 30]  # 30 images, of 512 and 32 dimensions
+    assert all(1 <= float(rank) <= 30 for *pair, _ in ranks for rank in pair)
+    assert "dead dimensions" in output and "of 32" in output
+    assert not (labelled_run / "eval").exists()
+
+
+def test_without_a_projector_there_is_no_collapse_report(labelled_run, capsys):
+    data = ["--data", str(labelled_run.parent / "train.beton"), "--device=cpu", "--size=32"]
+    file = str(labelled_run / "encoder.safetensors")
+    assert main(["eval", "knn", file, *data, "--collapse"]) == 2
+    assert "--collapse needs the projector" in capsys.readouterr().err
+    assert main(["eval", "knn", file, *data]) == 0
+    assert main(["eval", "knn", str(labelled_run), "--random", "--collapse", "--device=cpu"]) == 2

@@ -1,0 +1,268 @@
+"""Exported weights give the encoder's features again, and every known layout loads."""
+
+import importlib.resources
+import sys
+import types
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+from conftest import photographs
+from safetensors.torch import load_file, save_file
+
+import bt_fast
+from bt_fast.cli import main
+from bt_fast.model import BarlowTwins, build_encoder
+from bt_fast.weights import read_pretrained
+
+ARCHITECTURES = ("resnet18", "resnet50")
+
+
+@torch.no_grad()
+def trained(name: str, small_images: bool = False) -> torch.nn.Module:
+    """An encoder none of whose numbers is left at what initialisation gives every network."""
+    torch.manual_seed(1)
+    encoder = build_encoder(name, small_images=small_images)
+    for module in encoder.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.weight.copy_(0.5 + torch.rand(module.weight.shape))
+            module.bias.copy_(0.1 * torch.randn(module.bias.shape))
+            module.momentum = 0.5
+    encoder(torch.randn(16, 3, 64, 64))  # batch statistics as after training: features of size 1
+    return encoder.eval()
+
+
+@pytest.fixture(scope="module")
+def pixels() -> torch.Tensor:
+    """64 photographs, uint8 [64, 3, 64, 64]."""
+    pictures = [np.asarray(picture.resize((64, 64))) for picture in photographs(64)]
+    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)
+
+
+@pytest.fixture(scope="module")
+def images(pixels) -> torch.Tensor:
+    """The same as torchvision normalises them."""
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    return (pixels / 255 - mean.view(3, 1, 1)) / std.view(3, 1, 1)
+
+
+@pytest.fixture(scope="module", params=ARCHITECTURES)
+def saved(request, tmp_path_factory, images):
+    """(architecture, file of weights, its features of the 64 images)."""
+    encoder = trained(request.param)
+    path = tmp_path_factory.mktemp(request.param) / "encoder.safetensors"
+    save_file(encoder.state_dict(), path)
+    with torch.no_grad():
+        return request.param, path, encoder(images)
+
+
+def export(source, to: str, out) -> None:
+    assert main(["export", str(source), "--to", to, "--out", str(out)]) == 0
+
+
+def close(ours: torch.Tensor, expected: torch.Tensor) -> bool:
+    assert expected.abs().max() > 0.5 and expected.std() > 0.05  # else 1e-5 would say nothing
+    return (ours - expected).abs().max() <= 1e-5
+
+
+@torch.no_grad()
+def test_torchvision_gives_the_same_features(saved, images, tmp_path):
+    name, source, expected = saved
+    export(source, "torchvision", tmp_path / "weights.pth")
+    model = getattr(torchvision.models, name)()
+    weights = torch.load(tmp_path / "weights.pth", weights_only=True)
+    missing, unexpected = model.load_state_dict(weights, strict=False)
+    assert set(missing) == {"fc.weight", "fc.bias"} and not unexpected
+    model.fc = torch.nn.Identity()
+    assert close(model.eval()(images), expected)
+
+
+@torch.no_grad()
+def test_timm_gives_the_same_features(saved, images, tmp_path):
+    timm = pytest.importorskip("timm", reason="timm is not installed")
+    name, source, expected = saved
+    export(source, "timm", tmp_path / "weights.pth")
+    model = timm.create_model(name, num_classes=0, checkpoint_path=str(tmp_path / "weights.pth"))
+    assert close(model.eval()(images), expected)
+
+
+def detectron2_settings() -> dict:
+    """The preprocessing in our detectron2 configurations."""
+    yaml = pytest.importorskip("yaml", reason="PyYAML is not installed")
+    folder = importlib.resources.files("bt_fast.evaluate") / "detectron2"
+    found = {}
+    for name in ("voc_faster_rcnn_c4_24k.yaml", "coco_mask_rcnn_c4_1x.yaml"):
+        found[name] = yaml.safe_load((folder / name).read_text())
+    assert len({str(c["MODEL"]["PIXEL_MEAN"]) for c in found.values()}) == 1
+    return found["voc_faster_rcnn_c4_24k.yaml"]
+
+
+def detectron2_features(weights: dict, pixels: torch.Tensor, settings: dict) -> torch.Tensor:
+    """detectron2's ResNet in functions of its own names, on pixels from 0 to 255.
+
+    Written from its modeling/backbone/resnet.py: convolution, norm and ReLU; the stage's stride in
+    the 3x3 convolution unless STRIDE_IN_1X1; a shortcut convolution where the width changes.
+    """
+    assert settings["INPUT"]["FORMAT"] == "RGB"
+    model = settings["MODEL"]
+    in_1x1 = model["RESNETS"]["STRIDE_IN_1X1"]
+    mean, std = (torch.tensor(model[key]).view(3, 1, 1) for key in ("PIXEL_MEAN", "PIXEL_STD"))
+    used = set()
+
+    def unit(x, name, stride=1):
+        parts = [
+            f"{name}.weight",
+            *(f"{name}.norm.{part}" for part in ("running_mean", "running_var", "weight", "bias")),
+        ]
+        used.update(parts)
+        kernel, *norm = (weights[part] for part in parts)
+        x = F.conv2d(x, kernel, stride=stride, padding=kernel.shape[-1] // 2)
+        return F.batch_norm(x, *norm, eps=1e-5)
+
+    x = F.relu(unit((pixels.float() - mean) / std, "stem.conv1", 2))
+    x = F.max_pool2d(x, 3, 2, 1)
+    for stage in range(2, 6):
+        block = 0
+        while f"res{stage}.{block}.conv1.weight" in weights:
+            name = f"res{stage}.{block}"
+            stride = 2 if stage > 2 and block == 0 else 1
+            has_shortcut = f"{name}.shortcut.weight" in weights
+            shortcut = unit(x, f"{name}.shortcut", stride) if has_shortcut else x
+            if f"{name}.conv3.weight" in weights:
+                first, second = (stride, 1) if in_1x1 else (1, stride)
+                y = F.relu(unit(x, f"{name}.conv1", first))
+                y = F.relu(unit(y, f"{name}.conv2", second))
+                y = unit(y, f"{name}.conv3")
+            else:
+                y = unit(F.relu(unit(x, f"{name}.conv1", stride)), f"{name}.conv2")
+            x = F.relu(y + shortcut)
+            block += 1
+    assert used == {name for name in weights if not name.endswith("num_batches_tracked")}
+    return x.mean((2, 3))
+
+
+@torch.no_grad()
+def test_detectron2_gives_the_same_features(saved, pixels, tmp_path):
+    _, source, expected = saved
+    settings = detectron2_settings()
+    export(source, "detectron2", tmp_path / "weights.pth")
+    weights = torch.load(tmp_path / "weights.pth", weights_only=True)["model"]
+    assert close(detectron2_features(weights, pixels, settings), expected)
+
+
+@torch.no_grad()
+def test_onnx_gives_the_same_features(images, tmp_path):
+    pytest.importorskip("onnxscript", reason="onnxscript is not installed")
+    runtime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
+    encoder = trained("resnet18")
+    save_file(encoder.state_dict(), tmp_path / "encoder.safetensors")
+    export(tmp_path / "encoder.safetensors", "onnx", tmp_path / "encoder.onnx")
+    session = runtime.InferenceSession(tmp_path / "encoder.onnx")
+    for shape in (images, images[:3, :, :48, :40]):  # the batch and the sides are free
+        (features,) = session.run(None, {"images": shape.numpy()})
+        assert close(torch.from_numpy(features), encoder(shape))
+
+
+def test_safetensors_read_back(saved, images, tmp_path):
+    name, source, expected = saved
+    export(source, "safetensors", tmp_path / "weights.safetensors")
+    with torch.no_grad():
+        assert close(bt_fast.load_encoder(tmp_path / "weights.safetensors")(images), expected)
+    assert load_file(tmp_path / "weights.safetensors").keys() == load_file(source).keys()
+    assert read_pretrained(tmp_path / "weights.safetensors").architecture == name
+
+
+def released(encoder, kind: str, path):
+    """Files as the authors' main.py and others' scripts leave them."""
+    weights = encoder.state_dict()
+    if kind == "resnet50.pth":
+        content = weights
+    elif kind == "with fc":
+        content = {**weights, "fc.weight": torch.ones(10, 512), "fc.bias": torch.ones(10)}
+    else:
+        model = BarlowTwins("resnet18", (32, 48, 16))
+        model.encoder.load_state_dict(weights)
+        content = {f"module.backbone.{k}": v for k, v in model.encoder.state_dict().items()}
+        content |= {f"module.projector.{k}": v for k, v in model.projector.state_dict().items()}
+        content["module.bn.running_mean"] = torch.zeros(16)
+        optimizer: dict = {"state": {0: {"mu": torch.zeros(3)}}, "param_groups": [{"lr": 0.1}]}
+        if kind == "early checkpoint":  # whose optimizer state names a function of main.py
+            optimizer["param_groups"][0]["lars_adaptation_filter"] = sys.modules[
+                "__main__"
+            ].exclude_bias_and_norm
+        content = {"epoch": 1000, "model": content, "optimizer": optimizer}
+    torch.save(content, path)
+
+
+@pytest.mark.parametrize("kind", ["resnet50.pth", "with fc", "checkpoint", "early checkpoint"])
+def test_the_authors_layouts_load(kind, images, tmp_path, monkeypatch):
+    def exclude_bias_and_norm(p):
+        raise AssertionError("a function of the file was called")
+
+    function = types.FunctionType(exclude_bias_and_norm.__code__, {}, "exclude_bias_and_norm")
+    function.__module__, function.__qualname__ = "__main__", "exclude_bias_and_norm"
+    monkeypatch.setattr(sys.modules["__main__"], "exclude_bias_and_norm", function, raising=False)
+    encoder = trained("resnet18")
+    released(encoder, kind, tmp_path / "file.pth")
+    monkeypatch.undo()
+    found = read_pretrained(tmp_path / "file.pth")
+    with torch.no_grad():
+        assert torch.equal(found.encoder.eval()(images[:4]), encoder(images[:4]))
+    widths = [m.out_features for m in found.projector or [] if isinstance(m, torch.nn.Linear)]
+    assert widths == ([32, 48, 16] if "checkpoint" in kind else [])
+
+
+def test_the_cifar_stem_is_recognised(tmp_path):
+    save_file(trained("resnet18", small_images=True).state_dict(), tmp_path / "e.safetensors")
+    found = read_pretrained(tmp_path / "e.safetensors")
+    assert found.small_images and isinstance(found.encoder.maxpool, torch.nn.Identity)
+    assert main(["export", str(tmp_path / "e.safetensors"), "--to", "detectron2",
+                 "--out", str(tmp_path / "e.pth")]) == 2  # fmt: skip
+    assert not (tmp_path / "e.pth").exists()
+
+
+def test_a_file_that_runs_code_is_refused(tmp_path):
+    class Trap:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "sprung"), "w"))
+
+    torch.save({"model": {"conv1.weight": torch.zeros(1)}, "trap": Trap()}, tmp_path / "x.pth")
+    with pytest.raises(ValueError, match=r"x\.pth cannot be read as weights"):
+        bt_fast.load_encoder(tmp_path / "x.pth")
+    assert not (tmp_path / "sprung").exists()
+
+
+@pytest.mark.parametrize(
+    "make,message",
+    [
+        (lambda path: None, "does not exist"),
+        (lambda path: path.write_bytes(b"nothing"), "cannot be read as weights"),
+        (lambda path: path.write_bytes(b""), "cannot be read as weights"),
+        (lambda path: torch.save([1, 2], path), "holds a list"),
+        (lambda path: torch.save({"a.weight": torch.zeros(3)}, path), "no ResNet"),
+        (lambda path: torch.save({"conv1.weight": torch.zeros(3)}, path), "holds none of resnet18"),
+        (lambda path: path.mkdir(), "no run is there"),
+    ],
+)
+def test_what_is_no_encoder_is_one_line(make, message, tmp_path, capsys):
+    make(tmp_path / "file.pth")
+    arguments = ["export", str(tmp_path / "file.pth"), "--to", "timm", "--out"]
+    assert main([*arguments, str(tmp_path / "out.pth")]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+    assert not (tmp_path / "out.pth").exists()
+
+
+def test_nothing_is_overwritten_unasked(tmp_path, capsys):
+    save_file(trained("resnet18").state_dict(), tmp_path / "e.safetensors")
+    out = tmp_path / "weights.pth"
+    out.write_text("precious")
+    arguments = ["export", str(tmp_path / "e.safetensors"), "--to", "timm", "--out", str(out)]
+    assert main(arguments) == 2
+    assert "--overwrite" in capsys.readouterr().err and out.read_text() == "precious"
+    assert main([*arguments, "--overwrite"]) == 0
+    assert "load it with: timm.create_model" in capsys.readouterr().out
+    assert main(["export", str(tmp_path / "e.safetensors"), "--to", "onnx", "--out", str(out)]) == 2
+    assert "*.onnx" in capsys.readouterr().err

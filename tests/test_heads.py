@@ -1,0 +1,87 @@
+"""Many classifiers at once equal as many trained one by one by torch."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from bt_fast.evaluate.heads import (
+    Grid,
+    choose_and_fit,
+    cross_entropy_gradient,
+    top_1_and_5,
+    train_heads,
+)
+from bt_fast.evaluate.state import EvalFolder
+from pipelines.order import epoch_order
+
+GRID = Grid(rates=(0.1, 1.0), decays=(0.0, 1e-2), epochs=5, batch_size=16, seed=4)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    with EvalFolder(tmp_path, "heads", {}) as opened:
+        yield opened
+
+
+def clusters(count: int, seed: int, spread: float = 1.0):
+    """Features [2, n, 12] of two views, and labels of 6 classes."""
+    centres = torch.randn(6, 12, generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(0, 6, (count,), generator=generator)
+    noise = torch.randn(2, count, 12, generator=generator)
+    return centres[labels] + spread * noise, labels
+
+
+def test_the_gradient_is_autograds():
+    views, labels = clusters(10, 1)
+    heads = torch.randn(3, 6, 13, requires_grad=True)
+    inputs = F.pad(views[0], (0, 1), value=1.0)
+    losses = [F.cross_entropy(inputs @ head.T, labels) for head in heads]
+    (expected,) = torch.autograd.grad(sum(losses), heads)
+    assert torch.allclose(
+        cross_entropy_gradient(heads.detach(), views[0], labels), expected, atol=1e-6
+    )
+
+
+def test_each_classifier_trains_as_if_alone(folder):
+    views, labels = clusters(50, 1)
+    heads = train_heads(folder, "test", views, labels, GRID.pairs, 6, GRID, {})
+    for (rate, decay), ours in zip(GRID.pairs, heads, strict=True):
+        head = torch.nn.Linear(12, 6)
+        start = 0.01 * torch.randn(6, 13, generator=torch.Generator().manual_seed(4))
+        with torch.no_grad():
+            head.weight.copy_(start[:, :12])
+            head.bias.zero_()
+        optimizer = torch.optim.SGD(head.parameters(), rate, momentum=0.9, weight_decay=decay)
+        scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, GRID.epochs)
+        for epoch in range(GRID.epochs):
+            for batch in torch.from_numpy(epoch_order(50, 4, epoch)).split(16):
+                optimizer.zero_grad()
+                F.cross_entropy(head(views[epoch % 2][batch]), labels[batch]).backward()
+                optimizer.step()
+            scheduler.step()
+        assert torch.allclose(ours[:, :12], head.weight, atol=1e-5)
+        assert torch.allclose(ours[:, 12], head.bias, atol=1e-5)
+
+
+def test_accuracies_are_counts():
+    views, labels = clusters(30, 2)
+    heads = torch.randn(2, 6, 13, generator=torch.Generator().manual_seed(1))
+    for head, (top1, top5) in zip(
+        heads, top_1_and_5(heads, views[0], labels, chunk=7), strict=True
+    ):
+        logits = views[0] @ head[:, :12].T + head[:, 12]
+        ranks = [row.argsort(descending=True).tolist() for row in logits]
+        places = [rank.index(label) for rank, label in zip(ranks, labels.tolist(), strict=True)]
+        assert top1 == sum(place == 0 for place in places) / 30
+        assert top5 == sum(place < 5 for place in places) / 30
+
+
+def test_the_best_of_the_grid_is_chosen_without_the_held_out_images(folder):
+    views, labels = clusters(300, 1, spread=0.3)
+    val_views, val_labels = clusters(100, 2, spread=0.3)
+    grid = Grid(rates=(1e-6, 0.5), decays=(0.0,), epochs=10, batch_size=32)
+    result = choose_and_fit(folder, views, labels, val_views[0], val_labels, grid)
+    assert result["lr"] == 0.5 and result["top1"] > 0.95
+    assert [row[:2] for row in result["grid"]] == [[1e-6, 0.0], [0.5, 0.0]]
+    assert result["grid"][0][2] < result["grid"][1][2]

@@ -1,0 +1,146 @@
+"""Data sets read where they lie: image files against a .beton of them, and published layouts."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import drawn_picture
+
+from bt_fast import perf
+from bt_fast.cli import main
+from bt_fast.evaluate.layouts import inat18, places205
+from bt_fast.evaluate.views import Views
+from pipelines.beton import BetonReader
+from pipelines.convert import main as convert
+from pipelines.image_files import open_folder
+
+PERFORMANCE = perf.choose("cpu", "fp32", compile=False)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """train/ and val/ of two classes: JPEGs, a PNG and a grey picture."""
+    root = tmp_path_factory.mktemp("folder")
+    for part, count in (("train", 12), ("val", 6)):
+        for index in range(count):
+            place = root / part / f"class-{index % 2}"
+            place.mkdir(parents=True, exist_ok=True)
+            picture = drawn_picture(index + 50 * (part == "val"), 50 + index, 40)
+            picture.paste((220, 20, 20) if index % 2 else (20, 20, 220), (0, 0, 30, 40))
+            if index == 4:
+                picture.save(place / f"{index:03d}.png")
+            else:
+                (picture.convert("L") if index == 5 else picture).save(place / f"{index:03d}.jpg")
+    return root
+
+
+def test_files_give_the_views_of_a_beton_of_them(folder, tmp_path):
+    assert convert([str(folder), str(tmp_path / "x.beton")]) == 0
+    reader, files = BetonReader(tmp_path / "x.beton"), open_folder(folder)["train"]
+    assert len(files) == len(reader) == 12 and files.class_names == reader.class_names
+    assert np.array_equal(files.labels, reader.labels)
+    samples = np.array([3, 0, 11, 2, 7])
+    assert np.array_equal(files.sizes[samples], reader.sizes[samples])
+    for name, arguments in (
+        ("central", {"share": 0.8}),
+        ("random", {"min_scale": 0.2, "seed": 1, "epoch": 2}),
+    ):
+        ours, theirs = (
+            torch.cat(
+                list(
+                    getattr(Views(source, PERFORMANCE, size=24, num_threads=2), name)(
+                        samples, batch_size=2, **arguments
+                    )
+                )
+            )
+            for source in (files, reader)
+        )
+        assert ours.shape == (5, 3, 24, 24) and ours.std() > 0.1
+        assert torch.equal(ours, theirs)
+
+
+def test_random_views_do_not_depend_on_the_batch_but_on_the_epoch(folder):
+    views = Views(open_folder(folder)["train"], PERFORMANCE, size=24, num_threads=2)
+    samples = np.arange(12)
+    first, again, later = (
+        torch.cat(
+            list(views.random(samples, min_scale=0.2, seed=0, epoch=epoch, batch_size=batch_size))
+        )
+        for epoch, batch_size in ((0, 12), (0, 5), (1, 12))
+    )
+    assert torch.equal(first, again) and not torch.equal(first, later)
+
+
+def test_a_broken_file_is_named(folder, tmp_path):
+    place = tmp_path / "train" / "a"
+    place.mkdir(parents=True)
+    (place / "x.jpg").write_bytes(b"nothing")
+    files = open_folder(tmp_path)["train"]
+    with pytest.raises(ValueError, match=r"a/x\.jpg cannot be read"):
+        list(Views(files, PERFORMANCE, size=24, num_threads=1).central(np.arange(1), 1.0))
+
+
+def evaluate(run, out, *flags) -> int:
+    common = ["--device=cpu", "--precision=fp32", "--workers=2", "--out", str(out)]
+    return main(["eval", "transfer", str(run), *common, *map(str, flags)])
+
+
+def test_transfer_to_a_folder(folder, labelled_run, tmp_path, capsys):
+    assert evaluate(labelled_run, tmp_path, "--data", folder, "--epochs=3", "--lr=0.3") == 0
+    (file,) = tmp_path.glob("transfer-folder-*/result.json")
+    found = json.loads(file.read_text())
+    assert len(found["history"]) == 3 and 0 <= found["top1"] <= found["top5"] == 1
+    assert "12, 2 classes" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("place", ["", "images256", "data/vision/torralba/deeplearning/images256"])
+def test_places_205(place, tmp_path):
+    lists = tmp_path / "trainvalsplit_places205"
+    lists.mkdir()
+    for part, names in (("train", "abc"), ("val", "de")):
+        lines = [f"{name}/x y/{name}.jpg {label}" for label, name in enumerate(names)]
+        (lists / f"{part}_places205.csv").write_text("\n".join(lines) + "\n")
+        for name in names:
+            file = tmp_path / place / name / "x y" / f"{name}.jpg"
+            file.parent.mkdir(parents=True)
+            drawn_picture(ord(name), 40, 30).save(file)
+    train, val = places205(tmp_path)
+    assert train.labels.tolist() == [0, 1, 2] and val.labels.tolist() == [0, 1]
+    assert train.num_classes == val.num_classes == 3
+    assert train.size(0) == val.size(1) == (30, 40) and val.name(1) == "e/x y/e.jpg"
+
+
+def test_places_205_without_images_says_where_it_looked(tmp_path):
+    for part in ("train", "val"):
+        (tmp_path / f"{part}_places205.csv").write_text("a/b.jpg 0\n")
+    with pytest.raises(ValueError, match=r"images256/a/b\.jpg"):
+        places205(tmp_path)
+    (tmp_path / "val_places205.csv").write_text("a/b.jpg 0\na/c.jpg\n")
+    with pytest.raises(ValueError, match="line 2"):
+        places205(tmp_path)
+
+
+def test_inat_18_end_to_end(labelled_run, tmp_path):
+    for part, count in (("train", 8), ("val", 4)):
+        images, annotations = [], []
+        for index in range(count):
+            name = f"train_val2018/Aves/{index % 2}/{part}{index}.jpg"
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            drawn_picture(index, 44, 36).save(tmp_path / name)
+            images.append({"id": 100 + index, "file_name": name})
+            annotations.append({"image_id": 100 + index, "category_id": index % 2 * 3})
+        content = {"images": images, "annotations": annotations[::-1]}
+        (tmp_path / f"{part}2018.json").write_text(json.dumps(content))
+    train, val = inat18(tmp_path)
+    assert train.labels.tolist() == [0, 3] * 4 and val.num_classes == 4
+    flags = ["--dataset=inat18", "--data", tmp_path, "--epochs=2"]
+    assert evaluate(labelled_run, tmp_path / "out", *flags) == 0
+    (file,) = (tmp_path / "out").glob("transfer-inat18-*/result.json")
+    assert json.loads(file.read_text())["history"][-1]["epoch"] == 2
+
+
+def test_a_foreign_json_is_named(tmp_path):
+    (tmp_path / "train2018.json").write_text('{"images": []}')
+    with pytest.raises(ValueError, match=r"train2018\.json is not as iNaturalist"):
+        inat18(tmp_path)

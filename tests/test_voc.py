@@ -1,0 +1,150 @@
+"""VOC07: average precision by hand and by another program, and a small data set in its layout."""
+
+import json
+
+import numpy as np
+import pytest
+from conftest import drawn_picture
+
+from bt_fast.cli import main
+from bt_fast.evaluate import voc
+from bt_fast.evaluate.layouts import voc07
+from bt_fast.evaluate.state import EvalFolder
+from bt_fast.evaluate.voc import average_precision
+
+
+@pytest.mark.parametrize(
+    "ranked,expected",
+    [
+        ([1, 1, 0, 0], 1.0),  # all found first
+        ([0, 1], 1 / 2),  # the only one at place k: 1 / k at every recall
+        ([0, 0, 0, 1], 1 / 4),
+        ([1, 0, 1, 0, 0], (6 * 1 + 5 * 2 / 3) / 11),  # recall 1/2 at precision 1, then 2/3
+        ([0, 1, 1], 2 / 3),  # precision 1/2, then 2/3: the highest at that recall or a higher one
+        ([1, 0, 0, 0, 1, 1], (4 * 1 + 7 * 1 / 2) / 11),  # recalls 0 .. .3, then 2/5 < 3/6 = 1/2
+        ([1, 0] * 10, (1 + sum(k / (2 * k - 1) for k in range(1, 11))) / 11),  # falls with recall
+    ],
+)
+def test_average_precision_by_hand(ranked, expected):
+    scores = -np.arange(len(ranked), dtype=float)
+    assert average_precision(scores, np.array(ranked) > 0) == pytest.approx(expected, abs=1e-12)
+
+
+def eleven_points(scores, positive) -> float:
+    """VOC's devkit in other words: thresholds one after the other, recall against each tenth."""
+    points = []
+    for threshold in sorted(scores, reverse=True):
+        taken = [p for s, p in zip(scores, positive, strict=True) if s >= threshold]
+        points.append((sum(taken) / sum(positive), sum(taken) / len(taken)))
+    return (
+        sum(
+            max(
+                [precision for recall, precision in points if recall >= tenth / 10 - 1e-9],
+                default=0,
+            )
+            for tenth in range(11)
+        )
+        / 11
+    )
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_average_precision_by_another_program(seed):
+    generator = np.random.default_rng(seed)
+    positive = generator.random(120) < 0.2
+    scores = generator.normal(size=120) + positive
+    expected = eleven_points(scores.tolist(), positive.tolist())
+    assert 0.2 < expected < 1
+    assert average_precision(scores, positive) == pytest.approx(expected, abs=1e-12)
+
+
+def test_no_positive_is_an_error():
+    with pytest.raises(ValueError, match="positive"):
+        average_precision(np.zeros(3), np.zeros(3, bool))
+
+
+@pytest.fixture(scope="module")
+def devkit(tmp_path_factory):
+    """24 + 18 pictures; "red" is in every second one as a red square, "blue" likewise."""
+    root = tmp_path_factory.mktemp("voc") / "VOCdevkit" / "VOC2007"
+    (root / "ImageSets" / "Main").mkdir(parents=True)
+    (root / "JPEGImages").mkdir()
+    number = 0
+    for part, count in (("trainval", 24), ("test", 18)):
+        lines = {"red": [], "blue": []}
+        for index in range(count):
+            picture = drawn_picture(number, 60, 48)
+            red, blue = index % 2 == 0, index % 4 < 2
+            if red:
+                picture.paste((230, 10, 10), (0, 0, 30, 48))
+            if blue:
+                picture.paste((10, 10, 230), (30, 0, 60, 48))
+            picture.save(root / "JPEGImages" / f"{number:06d}.jpg")
+            difficult = index == 5
+            lines["red"].append(f"{number:06d} {0 if difficult else 2 * red - 1:2d}")
+            lines["blue"].append(f"{number:06d} {2 * blue - 1:2d}")
+            number += 1
+        for name, rows in lines.items():
+            file = root / "ImageSets" / "Main" / f"{name}_{part}.txt"
+            file.write_text("\n".join(rows) + "\n")
+    return root.parents[1]
+
+
+def test_the_layout_is_read_as_it_is(devkit):
+    names, trainval, test = voc07(devkit)
+    assert names == ["blue", "red"]
+    assert (len(trainval.images), len(test.images)) == (24, 18)
+    assert trainval.present[:6].tolist() == [[1, 1], [1, -1], [-1, 1], [-1, -1], [1, 1], [1, 0]]
+    assert test.images.name(0) == "JPEGImages/000024.jpg"
+    for root in (devkit / "VOCdevkit", devkit / "VOCdevkit" / "VOC2007"):
+        assert voc07(root)[1].present.tolist() == trainval.present.tolist()
+
+
+def test_a_small_data_set_end_to_end(devkit, labelled_run, tmp_path, capsys, monkeypatch):
+    pytest.importorskip("sklearn", reason="scikit-learn is not installed")
+    monkeypatch.setattr(voc, "COSTS", (0.01, 1.0, 100.0))
+    flags = ["transfer", str(labelled_run), "--dataset=voc07", "--data", str(devkit)]
+    flags = ["eval", *flags, "--device=cpu", "--precision=fp32", "--workers=2", "--out"]
+    assert main([*flags, str(tmp_path / "whole")]) == 0
+    output = capsys.readouterr().out
+    (file,) = (tmp_path / "whole").glob("voc07-*/result.json")
+    found = json.loads(file.read_text())
+    assert found["classes"].keys() == {"red", "blue"}
+    assert found["map"] == pytest.approx(np.mean([c["ap"] for c in found["classes"].values()]))
+    assert found["map"] > 0.7  # half of the pictures have a class, so chance is about a half
+    assert f"{100 * found['map']:.2f} %" in output
+
+    # Stopped after the first class and run again: the same, without the first class anew.
+    keep = EvalFolder.save
+
+    def save_and_stop(self, *arguments):
+        keep(self, *arguments)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(EvalFolder, "save", save_and_stop)
+    assert main([*flags, str(tmp_path / "again")]) == 130
+    monkeypatch.setattr(EvalFolder, "save", keep)
+    capsys.readouterr()
+    assert main([*flags, str(tmp_path / "again")]) == 0
+    assert "blue: AP" not in capsys.readouterr().out
+    (file,) = (tmp_path / "again").glob("voc07-*/result.json")
+    assert json.loads(file.read_text()) == found
+
+
+def test_the_cost_is_chosen_by_cross_validation():
+    svm = pytest.importorskip("sklearn.svm", reason="scikit-learn is not installed")
+    selection = pytest.importorskip("sklearn.model_selection")
+    generator = np.random.default_rng(0)
+    present = np.where(generator.random(150) < 0.3, 1, -1)
+    features = generator.normal(size=(150, 8)) + 0.5 * present[:, None] * (np.arange(8) < 2)
+    means = []
+    for cost in voc.COSTS:
+        scores = []
+        for fit, test in selection.StratifiedKFold(3).split(features, present):
+            model = svm.LinearSVC(C=cost, class_weight={1: 2, -1: 1}, dual=False, max_iter=2000)
+            decision = model.fit(features[fit], present[fit]).decision_function(features[test])
+            scores.append(eleven_points(decision.tolist(), (present[test] > 0).tolist()))
+        means.append(np.mean(scores))
+    chosen = voc.COSTS.index(voc.choose_cost(features, present, num_threads=2))
+    assert max(means) - min(means) > 0.01
+    assert means[chosen] > max(means) - 0.02  # the folds differ: ours deal images out in turn
