@@ -15,6 +15,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
+MARK = ".unfinished"  # in every work folder: others are not touched
+
 
 @contextlib.contextmanager
 def atomic_file(path: str | os.PathLike, *, overwrite: bool = False) -> Iterator[BinaryIO]:
@@ -45,15 +47,20 @@ def work_folder(path: Path, *, resume: bool = False) -> Iterator[Path]:
 
     What a killed process left there is removed first; with `resume` it is kept, and also stays
     when the block ends with an exception.
-    Raises BlockingIOError if another process works there.
+    Raises BlockingIOError if another process works there, FileExistsError if the folder is not one
+    of ours.
     """
     path.mkdir(exist_ok=True)
+    if any(path.iterdir()) and not (path / MARK).exists():
+        raise FileExistsError(errno.EEXIST, "Is a folder of somebody else", str(path))
+    (path / MARK).touch()
     descriptor = os.open(path, os.O_RDONLY)
     try:
         _lock(descriptor, path)
         if not resume:
             for entry in path.iterdir():
-                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+                if entry.name != MARK:
+                    shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
         try:
             yield path
         except BaseException:

@@ -29,13 +29,14 @@ from pipelines.atomic import work_folder
 from pipelines.flags import parse_flags, usable_cores
 from pipelines.images import Check
 from pipelines.journal import Journal, OtherSettings
-from pipelines.listing import Image, Listing, SourceError, Split
-from pipelines.report import Report, counted, progress, say
+from pipelines.listing import Listing, SourceError, Split
+from pipelines.report import Report, counted, say
 from pipelines.sources import find_splits
 from pipelines.stop import Stopped, signals_raise_stopped
-from pipelines.targets import BetonFiles, ShardFolder, UsageError, Writer
+from pipelines.targets import BetonFiles, ShardFolder, UsageError
 from pipelines.verify import DamagedResult, verify
-from pipelines.workers import Outcome, WorkerDied, prepare_all
+from pipelines.workers import WorkerDied
+from pipelines.write_split import write_split
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -153,7 +154,14 @@ def convert(config: Convert) -> list[Path]:
                 files.callback(journal.close)
                 writer = target.writer(work, name, report.split, report.listing)
                 files.enter_context(writer)
-                _write_images(writer, journal, report, config, max_side)
+                write_split(
+                    writer,
+                    journal,
+                    report,
+                    workers=config.workers,
+                    max_side=max_side,
+                    check=config.check,
+                )
             _require_sound(reports, config)
         published = target.publish(work, reports, {"source": str(config.source), **settings})
     for name, report in reports.items():
@@ -201,55 +209,6 @@ def _open_journal(work: Path, report: Report, config: Convert, settings: dict) -
             f"--continue: {work} was begun with other settings ({error}). Give the same, or begin "
             f"anew without --continue"
         ) from None
-
-
-def _write_images(
-    writer: Writer, journal: Journal, report: Report, config: Convert, max_side: int
-) -> None:
-    """Everything of one split but the moving to its final name."""
-    with progress(report.name, len(report.listing)) as advance:
-        for image, outcome, is_new in _outcomes(writer, journal, report, config, max_side):
-            if (prepared := outcome.image) is None:
-                report.reject(image.name, outcome.reason)
-                if not report.split.root.exists():
-                    raise SourceError(f"{report.split.root} has vanished")
-            else:
-                writer.add(
-                    prepared.jpeg,
-                    prepared.height,
-                    prepared.width,
-                    image.label,
-                    image.name,
-                    checksum=outcome.checksum,
-                )
-                report.accept(image.name, image.label, prepared, outcome.num_bytes)
-            if is_new:
-                journal.append(outcome)
-            advance()
-    report.show_problems()
-    if len(writer):
-        writer.finalize()
-        report.checksum = writer.sha256()
-
-
-def _outcomes(
-    writer: Writer, journal: Journal, report: Report, config: Convert, max_side: int
-) -> Iterator[tuple[Image, Outcome, bool]]:
-    """(image, what became of it, is that new?): first what the journal knows, then the rest."""
-    images = iter(report.listing)
-    num_recovered = 0
-    for outcome in journal.recover(writer.recover):
-        num_recovered += 1
-        yield next(images), outcome, False
-    writer.discard_rest()
-    if num_recovered:
-        say(f"{report.name}: {num_recovered:,} images were done before and are as they were")
-    prepared = prepare_all(
-        report.split.load(images), workers=config.workers, max_side=max_side, check=config.check
-    )
-    with contextlib.closing(prepared):
-        for image, outcome in prepared:
-            yield image, outcome, True
 
 
 def _check(config: Convert) -> tuple[Path, tuple[int, int]]:

@@ -8,7 +8,7 @@ speaks of are found again, so nothing need be flushed on the way: what a crash l
 import json
 import struct
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from pathlib import Path
 
 from pipelines.atomic import open_for_recovery
@@ -43,24 +43,25 @@ class Journal:
         if changed:
             raise OtherSettings(", ".join(changed))
 
-    def recover(self, read: Callable[[int], bytes]) -> Iterator[Outcome]:
+    def recover(self, read: Callable[[int], bytes]) -> Generator[Outcome, None, None]:
         """The outcomes up to the first that cannot be relied upon; what follows is cut off.
 
-        `read(size)` gives the stored bytes of the next image. Go through all before `append`.
+        `read(size)` gives the stored bytes of the next image. Closing the generator cuts off the
+        outcome that it gave last, too. Exhaust or close it before `append`.
         """
         end = self._file.tell()
-        while (entry := self._read_entry()) is not None:
-            num_bytes, size, crc, height, width, text = entry
-            if size:
-                jpeg = read(size)
-                if len(jpeg) != size or zlib.crc32(jpeg) != crc:
+        try:
+            while (entry := self._read_entry()) is not None:
+                num_bytes, size, crc, height, width, text = entry
+                jpeg = read(size) if size else b""
+                if len(jpeg) != size or (size and zlib.crc32(jpeg) != crc):
                     break
-                yield Outcome(num_bytes, Prepared(jpeg, height, width, text), crc)
-            else:
-                yield Outcome(num_bytes, reason=text)
-            end = self._file.tell()
-        self._file.seek(end)
-        self._file.truncate()
+                prepared = Prepared(jpeg, height, width, text) if size else None
+                yield Outcome(num_bytes, prepared, crc, reason="" if size else text)
+                end = self._file.tell()
+        finally:
+            self._file.seek(end)
+            self._file.truncate()
 
     def append(self, outcome: Outcome) -> None:
         """Note what became of the next image; its bytes have been written already."""

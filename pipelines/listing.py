@@ -135,7 +135,7 @@ class Listing:
     def _pack(self, image: Image) -> bytes:
         place, name = image.data, os.fsencode(image.name)
         assert isinstance(place, Place)
-        container = UNKNOWN if place.size == WHOLE else self._container(place.path)
+        container = -1 if place.size == WHOLE else self._container(place.path)
         lengths = len(place.head), len(name)
         numbers = image.label, container, place.start, place.size, place.crc
         return _RECORD.pack(*numbers, *lengths) + place.head + name

@@ -66,7 +66,7 @@ def _verify_images(
     split: Split, sheet: Path, workers: int, reader: BetonReader | None = None
 ) -> int:
     """Decode all, draw some, count labels; returns how many are damaged."""
-    listing = Listing(split, sheet.parent)
+    listing = Listing(split)
     step = -(-len(listing) // NUM_PICTURES)
     pictures: list[tuple[str, bytes]] = []
     actions: Counter[str] = Counter()
@@ -95,8 +95,11 @@ def _verify_images(
     say(f"{split.root}: {kept:,} of {len(listing):,} images are sound plain JPEGs{others}")
     _show_labels(split, listing.samples_per_class)
     if pictures:
-        _draw_sheet(pictures, sheet)
-        say(f"Contact sheet: {sheet}")
+        try:
+            _draw_sheet(pictures, sheet)
+            say(f"Contact sheet: {sheet}")
+        except OSError as error:  # what is verified may lie where nobody may write
+            say(f"No contact sheet: {error}")
     return num_damaged
 
 

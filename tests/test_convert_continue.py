@@ -1,7 +1,5 @@
 """`--continue`: whatever interrupted a conversion, its result is that of one never interrupted."""
 
-import json
-import os
 import signal
 import subprocess
 import time
@@ -13,7 +11,7 @@ from conftest import drawn_picture, jpeg_bytes
 from hostile import make_folder
 from test_convert_stops import COMMAND, ROOT, names_in, start_conversion
 
-import pipelines.convert
+import pipelines.write_split
 from pipelines.convert import main
 
 NUM_TRAIN, NUM_VAL = 24, 9
@@ -55,18 +53,18 @@ def contents(root: Path) -> dict[str, bytes]:
 
 
 class Interruption:
-    """Has the disk full after some images were prepared; counts them."""
+    """Has the disk full after some sound images were prepared; counts them."""
 
     def __init__(self, monkeypatch):
         self.count, self.limit = 0, 0
-        self._prepare_all = pipelines.convert.prepare_all
-        monkeypatch.setattr(pipelines.convert, "prepare_all", self)
+        self._prepare_all = pipelines.write_split.prepare_all
+        monkeypatch.setattr(pipelines.write_split, "prepare_all", self)
 
     def __call__(self, *arguments, **options):
         for pair in self._prepare_all(*arguments, **options):
             if self.count == self.limit:
                 raise OSError(28, "No space left on device")
-            self.count += 1
+            self.count += pair[1].image is not None  # broken ones are tried every time
             yield pair
 
 
@@ -88,7 +86,7 @@ def test_continued(folder, whole, tmp_path, capsys, interruption, format, after)
         assert error.endswith("what is done stays for --continue\n")
         assert len(names_in(tmp_path)) == 1  # under the final name there is nothing
     assert contents(tmp_path) == whole[format]
-    assert interruption.count == NUM_TRAIN + NUM_VAL
+    assert interruption.count == NUM_TRAIN + NUM_VAL - 1
 
 
 @pytest.mark.parametrize("format", FORMATS)
@@ -181,8 +179,42 @@ def test_a_signal_keeps_what_is_done_only_if_told_to(tmp_path):
     assert names_in(tmp_path) == ["images", "out.beton.partial"]
 
 
-def test_the_report_counts_what_was_done_before(folder, whole, tmp_path, interruption):
-    report = json.loads(whole["beton"]["out.beton.json"])
-    assert report["num_images"] == NUM_TRAIN - 1 and len(report["rejects"]) == 1
-    assert report["actions"] == {"kept": NUM_TRAIN - 1}
-    assert os.path.basename(report["rejects"][0]["path"]) == "7.jpg"
+@pytest.mark.parametrize("format", FORMATS)
+def test_an_image_repaired_meanwhile_is_taken(tmp_path, format):
+    """The others behind it move; the result is that of the repaired folder."""
+    folder = make_folder(tmp_path / "images", {"a": 12})
+    broken = folder / "a" / "004.jpg"
+    whole = broken.read_bytes()
+    flags = [*FORMATS[format], "--workers", "1"]
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+    assert main([str(folder), str(tmp_path / "a" / "out.beton"), *flags]) == 0
+    broken.write_bytes(whole[:-40])
+    again = [str(folder), str(tmp_path / "b" / "out.beton"), *flags, "--continue"]
+    for _ in range(2):
+        assert main(again) == 1
+    broken.write_bytes(whole)
+    assert main(again) == 0
+    assert contents(tmp_path / "b") == contents(tmp_path / "a")
+
+
+def test_broken_images_can_be_left_out_afterwards(folder, whole, tmp_path, interruption, capsys):
+    interruption.limit = 99
+    out = tmp_path / "out.beton"
+    flags = ["--workers", "1", "--continue"]
+    assert main([str(folder), str(out), *flags]) == 1
+    assert "7.jpg: not an image" in capsys.readouterr().err
+    assert main([str(folder), str(out), *flags, "--skip-broken"]) == 0
+    assert contents(tmp_path) == whole["beton"]
+    assert interruption.count == NUM_TRAIN + NUM_VAL - 1
+
+
+def test_a_folder_of_somebody_else_is_not_touched(folder, tmp_path, capsys):
+    precious = tmp_path / "out.beton.partial" / "thesis.tex"
+    precious.parent.mkdir()
+    precious.write_text("precious")
+    for flags in ([], ["--continue"], ["--overwrite"]):
+        assert run(folder, tmp_path, *flags) == 1
+        error = capsys.readouterr().err
+        assert "Is a folder of somebody else" in error and error.count("\n") == 1
+    assert precious.read_text() == "precious"

@@ -13,8 +13,8 @@ from conftest import drawn_picture, jpeg_bytes
 from hostile import make_folder
 from PIL import Image
 
-import pipelines.convert
 import pipelines.webdataset
+import pipelines.write_split
 from pipelines.beton import BetonReader
 from pipelines.beton_writer import BetonWriter
 from pipelines.convert import main
@@ -164,7 +164,7 @@ def test_a_read_only_target(tmp_path, capsys):
 def test_a_source_that_vanishes(tmp_path, capsys, monkeypatch, what):
     """One file is a broken image; all of them, a disk that is gone, are not listed one by one."""
     folder = make_folder(tmp_path / "images", {"a": 9})
-    prepare = pipelines.convert.prepare_all
+    prepare = pipelines.write_split.prepare_all
 
     def vanish(*arguments, **options):
         if what == "file":
@@ -173,7 +173,7 @@ def test_a_source_that_vanishes(tmp_path, capsys, monkeypatch, what):
             folder.rename(tmp_path / "gone")
         return prepare(*arguments, **options)
 
-    monkeypatch.setattr(pipelines.convert, "prepare_all", vanish)
+    monkeypatch.setattr(pipelines.write_split, "prepare_all", vanish)
     out = tmp_path / "out.beton"
     assert main([str(folder), str(out), "--workers", "1"]) == (1 if what == "file" else 2)
     error = capsys.readouterr().err

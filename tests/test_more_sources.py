@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import drawn_picture, jpeg_bytes
+from hostile import make_folder
 from PIL import Image
 from sample_imagenet import CLASSES, convert, same_as
 
@@ -160,3 +161,13 @@ def test_bytes_beyond_4_gib(tmp_path):
     images = [Listed("a", 0, Place(str(tmp_path / "large"), 5 << 30, len(jpeg)))]
     ((_, outcome),) = prepare_all(iter(images), workers=1, max_side=0, check="full")
     assert outcome.image.jpeg == jpeg
+
+
+def test_images_beside_archives_are_not_guessed_about(tmp_path, capsys):
+    make_folder(tmp_path / "images", {"assets": 1})
+    (tmp_path / "images" / "data").mkdir()
+    (tmp_path / "images" / "data" / "train-0.tar").touch()
+    assert convert(tmp_path / "images", tmp_path / "out.beton") == 2
+    assert "has both images and .tar files" in capsys.readouterr().err
+    make_folder(tmp_path / "images" / "train", {"cat": 2})
+    assert convert(tmp_path / "images", tmp_path / "out.beton") == 0

@@ -14,6 +14,8 @@ Labels are those of an image folder: numbers of the class names in sorted order.
 numbers its classes itself keeps its numbers.
 """
 
+import os
+from collections.abc import Iterator
 from pathlib import Path
 
 from pipelines.listing import SourceError, Split
@@ -37,15 +39,7 @@ def find_splits(source: Path, labels: Path | None = None) -> dict[str, Split]:
 
 def _finder(source: Path):
     if source.is_dir():
-        kinds = (shards.is_ours, parts.is_here, folder.holds_images, ilsvrc.is_here)
-        finders = (shards.find_splits, parts.find_splits, folder.find_splits, ilsvrc.find_splits)
-        for is_here, find in zip(kinds, finders, strict=True):
-            if is_here(source):
-                return find
-        suffixes = {path.suffix for path in source.rglob("*.*")}
-        if ".parquet" in suffixes:
-            return parquet.find_splits
-        return shards.find_splits if ".tar" in suffixes else folder.find_splits
+        return _finder_of_folder(source)
     if not source.exists():
         raise SourceError(f"SOURCE {source} does not exist")
     if source.suffix == ".tar":
@@ -59,3 +53,31 @@ def _finder(source: Path):
         known = " ".join([".tar", *finders_of_files])
         raise SourceError(f"SOURCE {source} is neither a folder nor one of {known}")
     return finders_of_files[source.suffix]
+
+
+def _finder_of_folder(source: Path):
+    if shards.is_ours(source):
+        return shards.find_splits
+    if parts.is_here(source):
+        return parts.find_splits
+    packed = [s for s in (".tar", ".parquet") if any(_files_here(source, s))]
+    if folder.holds_images(source):
+        if packed and not (source / "train").is_dir():
+            raise SourceError(
+                f"SOURCE {source} has both images and {packed[0]} files: name the folder or the "
+                f"file that you mean"
+            )
+        return folder.find_splits
+    if ilsvrc.is_here(source):
+        return ilsvrc.find_splits
+    if any(source.rglob("*.parquet")):
+        return parquet.find_splits
+    return shards.find_splits if any(source.rglob("*.tar")) else folder.find_splits
+
+
+def _files_here(source: Path, suffix: str) -> Iterator[str]:
+    """Files with this ending in the folder or in data/, where the hub has them."""
+    for place in (source, source / "data"):
+        if place.is_dir():
+            with os.scandir(place) as entries:
+                yield from (entry.name for entry in entries if entry.name.endswith(suffix))
