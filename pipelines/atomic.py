@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-MARK = ".unfinished"  # in every work folder: others are not touched
+UNFINISHED = ".unfinished"  # in every work folder: others are not touched
 
 
 @contextlib.contextmanager
@@ -51,15 +51,15 @@ def work_folder(path: Path, *, resume: bool = False) -> Iterator[Path]:
     of ours.
     """
     path.mkdir(exist_ok=True)
-    if any(path.iterdir()) and not (path / MARK).exists():
+    if any(path.iterdir()) and not (path / UNFINISHED).exists():
         raise FileExistsError(errno.EEXIST, "Is a folder of somebody else", str(path))
-    (path / MARK).touch()
+    (path / UNFINISHED).touch()
     descriptor = os.open(path, os.O_RDONLY)
     try:
         _lock(descriptor, path)
         if not resume:
             for entry in path.iterdir():
-                if entry.name != MARK:
+                if entry.name != UNFINISHED:
                     shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
         try:
             yield path

@@ -17,6 +17,8 @@ from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
+from pipelines.beton_layout import MAX_CLASSES
+
 WHOLE = -1  # the size of a place that is a file of its own
 UNKNOWN = -1  # the CRC-32 of bytes that nobody has summed up
 _RECORD = struct.Struct("<iiqqqHI")  # label, container, start, size, crc, head and name lengths
@@ -148,7 +150,9 @@ class Listing:
 
 
 def number_names(count: int) -> list[str]:
-    """Names of classes that a source only numbers."""
+    """Names of classes that a source only numbers. Raises SourceError for absurdly many."""
+    if count > MAX_CLASSES:
+        raise SourceError(f"label {count - 1} is no class: there may be {MAX_CLASSES} at most")
     return [str(number) for number in range(count)]
 
 

@@ -81,8 +81,8 @@ class ShardFolder:
 
     def check(self, splits: list[str]) -> None:
         """Can the folder be written? Raises UsageError."""
-        if self._out.is_file():
-            raise UsageError(f"OUT {self._out} is a file; name a folder for the shards")
+        if self._out.is_file() or not self._out.name:
+            raise UsageError(f"OUT {self._out}: name a new folder for the shards")
         if self._out.is_dir() and any(self._out.iterdir()):
             _refuse_existing(self._out, self._overwrite)
             if not (self._out / DATASET).exists():

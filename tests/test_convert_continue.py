@@ -12,6 +12,7 @@ from hostile import make_folder
 from test_convert_stops import COMMAND, ROOT, names_in, start_conversion
 
 import pipelines.write_split
+from pipelines.beton import BetonReader
 from pipelines.convert import main
 
 NUM_TRAIN, NUM_VAL = 24, 9
@@ -218,3 +219,15 @@ def test_a_folder_of_somebody_else_is_not_touched(folder, tmp_path, capsys):
         error = capsys.readouterr().err
         assert "Is a folder of somebody else" in error and error.count("\n") == 1
     assert precious.read_text() == "precious"
+
+
+def test_out_inside_the_source(tmp_path, interruption):
+    """What is unfinished there is no class."""
+    folder = make_folder(tmp_path, {"a": 3, "b": 2})
+    interruption.limit = 2
+    out = folder / "out.beton"
+    flags = [str(folder), str(out), "--workers", "1", "--continue"]
+    assert main(flags) == 1 and out.with_name("out.beton.partial").exists()
+    interruption.limit = 99
+    assert main(flags) == 0
+    assert BetonReader(out).class_names == ["a", "b"]

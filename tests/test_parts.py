@@ -74,3 +74,11 @@ def test_impossible_parts(imagenet_folder, tmp_path, capsys, shard):
 def test_more_parts_than_images(imagenet_folder, tmp_path, capsys):
     assert convert(imagenet_folder, tmp_path / "out.beton", "--shard", "1/50") == 2
     assert "too few images for so many parts" in capsys.readouterr().err
+
+
+def test_reports_that_are_damaged(parts, tmp_path, capsys):
+    for content, message in (("{", "is not JSON"), ("[]", "has parts 1, 3 of 3")):
+        (parts / "p2.beton.json").write_text(content)
+        assert convert(parts, tmp_path / "out.beton") == 2
+        error = capsys.readouterr().err
+        assert message in error and error.count("\n") == 1

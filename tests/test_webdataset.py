@@ -214,12 +214,19 @@ def test_shards_of_others(tmp_path):
     assert train.name(0) == "a.b/k1.jpg"
 
 
+def rename_shard(shards: Path, name: str) -> None:
+    text = (shards / "dataset.json").read_text()
+    (shards / "dataset.json").write_text(text.replace("train-000000.tar", name))
+
+
 @pytest.mark.parametrize(
     "damage,message",
     [
         (lambda shards: archives(shards)[1].unlink(), "get it again"),
         (lambda shards: archives(shards)[0].write_bytes(b"x"), "get it again"),
         (lambda shards: (shards / "dataset.json").write_text("{"), "dataset.json is damaged"),
+        (lambda shards: (shards / "dataset.json").write_text("[1]"), "dataset.json is damaged"),
+        (lambda shards: rename_shard(shards, "../../x.tar"), "dataset.json is damaged"),
     ],
 )
 def test_damaged_shards_are_one_clear_line(many, tmp_path, capsys, damage, message):
@@ -236,6 +243,10 @@ def test_damage_inside_other_peoples_shards(tmp_path, capsys):
     write_archive(tmp_path / "a.tar", {"1.jpg": jpeg, "1.cls": b"cat"})
     assert convert(tmp_path / "a.tar", tmp_path / "out.beton") == 2
     assert "1.cls is not a number" in capsys.readouterr().err
+    for label, message in ((b"9" * 12, "there may be"), (b"1" * 200, "has 200 bytes")):
+        write_archive(tmp_path / "a.tar", {"1.jpg": jpeg, "1.cls": label})
+        assert convert(tmp_path / "a.tar", tmp_path / "out.beton") == 2
+        assert message in (error := capsys.readouterr().err) and error.count("\n") == 1
     write_archive(tmp_path / "a.tar", {"1.jpg": jpeg, "1.cls": b"1", "2.jpg": jpeg})
     assert convert(tmp_path / "a.tar", tmp_path / "out.beton") == 2
     assert "2.jpg has no class, unlike others" in capsys.readouterr().err
@@ -268,4 +279,4 @@ def test_only_a_folder_of_shards_is_replaced(shards, beton, tmp_path, capsys):
     assert [path.name for path in tmp_path.iterdir()] == ["shards"]
 
     assert convert(beton.path, archives(out)[0], *flags) == 2
-    assert "is a file; name a folder" in capsys.readouterr().err
+    assert "name a new folder for the shards" in capsys.readouterr().err

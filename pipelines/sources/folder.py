@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from pipelines.atomic import UNFINISHED
 from pipelines.images import JPEG_EXTENSIONS
 from pipelines.listing import Image, Place, SourceError, Split
 from pipelines.sources.sorting import sorted_names
@@ -133,7 +134,9 @@ def _walk(top: Path) -> Iterator[tuple[str, os.DirEntry | str]]:
 
 
 def _folders(root: Path) -> list[str]:
-    return sorted(e.name for e in os.scandir(root) if is_folder(e) and e.name[0] != ".")
+    """Those that may be classes; OUT may lie beside them and be unfinished."""
+    names = sorted(e.name for e in os.scandir(root) if is_folder(e) and e.name[0] != ".")
+    return [name for name in names if not (root / name / UNFINISHED).exists()]
 
 
 def is_folder(entry: os.DirEntry) -> bool:

@@ -61,18 +61,18 @@ def _class_names(files: list[Path]) -> list[str]:
     if label.get("names"):
         return label["names"]
     values = {value for path in files for _, value, _ in _rows(path, None)}
-    names = {value for value in values if isinstance(value, str)}
-    if names:
+    if names := {value for value in values if isinstance(value, str)}:
         return sorted(names)
-    return number_names(max(value for value in values if isinstance(value, int)) + 1)
+    if not all(isinstance(value, int) for value in values):
+        raise SourceError(f"{files[0]}: its labels are neither numbers nor names")
+    return number_names(max(map(int, values), default=-1) + 1)
 
 
 def _images(root: Path, files: list[Path], image: str, class_names: list[str]) -> Iterator[Image]:
     label_of = {name: label for label, name in enumerate(class_names)}
     for path in files:
         for row, label, name in _rows(path, image):
-            if not isinstance(label, int):
-                label = label_of.get(str(label), -1)
+            label = max(label, -1) if isinstance(label, int) else label_of.get(label, -1)
             name = name or f"{path.relative_to(root).with_suffix('')}/{row}"
             # The place of a row: which one it is, and that it takes no bytes of a file by itself.
             yield Image(name, label, Place(str(path), row, 0))

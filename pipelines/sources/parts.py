@@ -15,6 +15,7 @@ from pipelines.sources import beton_file, shards
 from pipelines.sources.folder import is_folder
 
 SAME = ("listing", "max_side", "subset")  # what the reports of all parts must agree in
+KEYS = {*SAME, "part", "split", "checksum"}
 
 
 def is_here(folder: Path) -> bool:
@@ -36,13 +37,21 @@ def _reports(folder: Path):
         names = sorted(e.name for e in entries if e.name.endswith(".beton") or is_folder(e))
     for path in map(folder.joinpath, names):
         if path.suffix == ".beton" and (report := path.with_name(f"{path.name}.json")).exists():
-            reports = [json.loads(report.read_bytes())]
+            reports = [_read_report(report)]
         elif path.is_dir() and shards.is_ours(path):
             reports = list(shards.read_dataset(path)["splits"].values())
         else:
             continue
-        if reports[0].get("part", [1, 1])[1] > 1:
+        if all(report.keys() >= KEYS and report["part"][1] > 1 for report in reports):
             yield path, reports
+
+
+def _read_report(path: Path) -> dict:
+    try:
+        report = json.loads(path.read_bytes())
+    except ValueError:
+        raise SourceError(f"{path} is damaged: it is not JSON") from None
+    return report if isinstance(report, dict) else {}
 
 
 def _parts(folder: Path):

@@ -11,11 +11,13 @@ from itertools import groupby
 from pathlib import Path
 from tarfile import TarInfo
 
-from pipelines.listing import Image, Place, SourceError, Split
+from pipelines.listing import Image, Place, SourceError, Split, number_names
 from pipelines.sources.by_split import by_split
 from pipelines.sources.folder import is_named_like_image
 from pipelines.sources.tars import members
 from pipelines.webdataset import DATASET, NAMES
+
+MAX_NAMES = 1 << 28  # bytes of all names in a shard
 
 
 def is_ours(folder: Path) -> bool:
@@ -36,12 +38,14 @@ def read_dataset(folder: Path) -> dict:
     """The contents of `dataset.json`. Raises SourceError."""
     try:
         dataset = json.loads((folder / DATASET).read_bytes())
-        assert dataset["format"] == "webdataset" and dataset["splits"]
+        assert dataset["format"] == "webdataset" and {*dataset["splits"]} <= {"train", "val"}
+        assert all(isinstance(name, str) for name in dataset["classes"])
+        for content in dataset["splits"].values():
+            for shard in content["shards"]:
+                assert Path(shard["name"]).name == shard["name"] and shard["num_bytes"] > 0
         return dataset
-    except (ValueError, KeyError, TypeError, AssertionError):
-        raise SourceError(
-            f"{folder / DATASET} is damaged, or not of bt-fast's web shards"
-        ) from None
+    except (ValueError, KeyError, TypeError, AttributeError, AssertionError):
+        raise SourceError(f"{folder / DATASET} is damaged, or not of bt-fast") from None
 
 
 def our_splits(folder: Path, dataset: dict) -> dict[str, Split]:
@@ -69,7 +73,8 @@ def _split(root: Path, paths: list[Path], class_names: list[str]) -> Split:
 def _images(split: Split, path: Path) -> Iterator[Image]:
     """The samples of one shard; a label without a name makes its number a class."""
     for name, label, place in _samples(split, path):
-        split.class_names += map(str, range(len(split.class_names), label + 1))
+        if label >= len(split.class_names):
+            split.class_names += number_names(label + 1)[len(split.class_names) :]
         yield Image(name, label, place)
 
 
@@ -83,7 +88,7 @@ def _samples(split: Split, path: Path) -> list[tuple[str, int, Place]]:
             place = Place(str(path), image.offset_data, image.size)
             samples.append((image.name, _label(path, components), place))
         elif components[0].name == NAMES:
-            names = _read(path, components[0])
+            names = _read(path, components[0], MAX_NAMES)
         else:
             split.ignored["samples without an image"] += bool(key)
     if names:
@@ -109,13 +114,17 @@ def _label(path: Path, components: list[TarInfo]) -> int:
     component = next((m for m in components if _extension(m) == "cls"), None)
     if component is None:
         return -1
+    content = _read(path, component, 100)
     try:
-        return int(_read(path, component))
+        return max(int(content), -1)
     except ValueError:
         raise SourceError(f"{path}: {component.name} is not a number") from None
 
 
-def _read(path: Path, member: TarInfo) -> bytes:
+def _read(path: Path, member: TarInfo, limit: int) -> bytes:
+    """A small member. Raises SourceError for one of more bytes than such a file has."""
+    if member.size > limit:
+        raise SourceError(f"{path}: {member.name} has {member.size} bytes, more than {limit}")
     with open(path, "rb") as file:
         file.seek(member.offset_data)
         return file.read(member.size)
