@@ -8,6 +8,7 @@ import mmap
 import os
 import stat
 import zlib
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -55,7 +56,8 @@ class BetonReader:
 
     def __init__(self, path: str | os.PathLike):
         self.path = os.fspath(path)
-        self._bytes = _map(self.path)  # uint8 [file size], read-only
+        self._mapping = _map(self.path)
+        self._bytes = np.frombuffer(self._mapping, np.uint8)  # [file size], read-only
         self._read_tables()
         self._locate_images()
         self._read_extras()
@@ -112,7 +114,11 @@ class BetonReader:
         """`content_sha256` of the file (reads no image); None where it has no checksums."""
         if self._checksums is None:
             return None
-        return content_sha256([self._metadata], [self._checksums])
+        return content_sha256(self._pieces(self._metadata), self._pieces(self._checksums))
+
+    def release(self) -> None:
+        """Take the file's pages out of this process' memory; they come back when needed."""
+        self._mapping.madvise(mmap.MADV_DONTNEED)
 
     def _read_tables(self) -> None:
         """Header, field descriptors, metadata and allocations: views, nothing copied."""
@@ -147,9 +153,8 @@ class BetonReader:
         """Find every image's bytes; FFCV records their length in the allocation table alone."""
         wanted, allocations = self._images["data_ptr"], self._allocations
         if self._allocated_in_order():
-            ptrs, sizes = allocations["ptr"], allocations["size"]  # views of the file
-            self._check_allocations(ptrs, sizes)
-            self._ptrs, self._sizes = ptrs, sizes
+            self._ptrs, self._sizes = allocations["ptr"], allocations["size"]  # views of the file
+            self._check_allocations(self._ptrs, self._sizes)
         else:
             allocations = allocations[allocations["size"] > 0]
             allocations = allocations[np.argsort(allocations["ptr"], kind="stable")]
@@ -163,7 +168,7 @@ class BetonReader:
             self._require_all(own, "an image points to the bytes of another")
             self._ptrs, self._sizes = ptrs[found], sizes[found]
 
-        for rows in chunks(len(wanted)):
+        for rows in self._slices(len(wanted)):
             images = self._images[rows]
             pixels = images["height"].astype(np.uint64) * images["width"]
             possible = (pixels > 0) & (pixels <= MAX_PIXELS)
@@ -180,12 +185,12 @@ class BetonReader:
             and (allocations["size"][rows] > 0).all()
             and (allocations["ptr"][rows] == wanted[rows]).all()
             and (np.diff(wanted[rows.start : rows.stop + 1].astype(np.int64)) > 0).all()
-            for rows in chunks(len(wanted))
+            for rows in self._slices(len(wanted))
         )
 
     def _check_allocations(self, ptrs: np.ndarray, sizes: np.ndarray) -> None:
         """uint64 [n] each, sorted by position: inside the data, within a page, not overlapping."""
-        for rows in chunks(len(ptrs)):
+        for rows in self._slices(len(ptrs)):
             start, size = ptrs[rows], sizes[rows]
             # Differences, not sums: a uint64 sum can wrap around.
             inside = (start >= self._data_start) & (start <= self._tables_start)
@@ -218,15 +223,13 @@ class BetonReader:
         inside = self._data_end <= start <= self._tables_start - num_bytes
         self._require(inside, "its extras lie outside their place")
         blob = self._view(start, np.dtype(np.uint8), num_bytes)
-        crc = tables_crc(
-            self._header,
-            self._fields,
-            self._image_field,
-            [self._metadata, blob, self._allocations],
-        )
+        tables = (self._metadata, blob, self._allocations)
+        pieces = (piece for table in tables for piece in self._pieces(table))
+        crc = tables_crc(self._header, self._fields, self._image_field, pieces)
         self._require(crc == extras["crc"][0], "its tables are damaged (checksum mismatch)")
         self._checksums = blob[:names_start].view("<u4")
-        self._names = Names(blob[names_start:classes_start])
+        names = blob[names_start:classes_start]
+        self._names = Names(names, self._slices(len(names)))
         self._require(len(self._names) == len(self), "its list of names is damaged")
         class_names = Names(blob[classes_start:])
         self._require(len(class_names) == num_classes, "its list of classes is damaged")
@@ -235,11 +238,22 @@ class BetonReader:
     def _read_labels(self) -> None:
         self.labels = np.full(len(self), -1, np.int64)
         if self._label_field >= 0:
-            np.maximum(self._metadata[f"f{self._label_field}"], -1, out=self.labels)
+            stored = self._metadata[f"f{self._label_field}"]
+            for rows in self._slices(len(self)):
+                np.maximum(stored[rows], -1, out=self.labels[rows])
         highest = int(self.labels.max())
         limit = MAX_CLASSES if self.class_names is None else len(self.class_names)
         self._require(highest < limit, f"label {highest} with {limit} classes at most")
         self.num_classes = highest + 1 if self.class_names is None else limit
+
+    def _slices(self, count: int) -> Iterator[slice]:
+        """Slices that cover range(count); what was read of the file meanwhile leaves memory."""
+        for rows in chunks(count):
+            yield rows
+            self.release()
+
+    def _pieces(self, table: np.ndarray) -> Iterator[np.ndarray]:
+        return (table[rows] for rows in self._slices(len(table)))
 
     def _view(self, start: int, dtype: np.dtype, count: int) -> np.ndarray:
         """`count` records of the file from byte `start` on (Python integers: no overflow)."""
@@ -257,8 +271,8 @@ class BetonReader:
             raise BetonError(f"{self.path}: {reason} (first: number {first})")
 
 
-def _map(path: str) -> np.ndarray:
-    """The file's bytes, uint8, mapped read-only (a private writable map counts as memory)."""
+def _map(path: str) -> mmap.mmap:
+    """The file mapped read-only (a private writable map counts as memory)."""
     try:
         # Without O_NONBLOCK, opening a named pipe would wait for ever.
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
@@ -272,7 +286,7 @@ def _map(path: str) -> np.ndarray:
             raise BetonError(f"{path}: not a file")
         if status.st_size < HEADER.itemsize:
             raise BetonError(f"{path}: too short ({status.st_size} bytes) to be a .beton file")
-        return np.frombuffer(mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ), np.uint8)
+        return mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ)
     except OSError as error:
         raise BetonError(f"{path}: cannot be mapped: {error}") from None
     finally:

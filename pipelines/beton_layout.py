@@ -91,9 +91,10 @@ class Names:
     Its length is the number of names, or 0 if the last one has no end.
     """
 
-    def __init__(self, stored: np.ndarray):
+    def __init__(self, stored: np.ndarray, pieces: Iterable[slice] | None = None):
         self._stored = stored
-        ends = [np.count_nonzero(stored[piece] == 0) for piece in chunks(len(stored))]
+        pieces = chunks(len(stored)) if pieces is None else pieces
+        ends = [np.count_nonzero(stored[piece] == 0) for piece in pieces]
         self._before = np.cumsum([0, *ends])  # int64 [pieces + 1], names that end before each
 
     def __len__(self) -> int:

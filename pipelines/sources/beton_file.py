@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from pipelines.beton import BetonError, BetonReader
+from pipelines.beton_layout import CHUNK
 from pipelines.listing import UNKNOWN, Image, Place, SourceError, Split, number_names
 
 
@@ -42,6 +43,8 @@ def open_beton(path: Path) -> BetonReader:
 
 def _images(reader: BetonReader) -> Iterator[Image]:
     for index in range(len(reader)):
+        if index % CHUNK == 0:
+            reader.release()
         start, size, crc = reader.place(index)
         head = b""
         if reader.is_raw(index):
