@@ -1,18 +1,21 @@
 """Files that appear whole or not at all.
 
 Written beside its final name, flushed to the disk, then renamed: a reader sees the old file or the
-complete new one. The temporary is locked while its writer lives, so a later run can tell the
-litter of a killed process from the work of a running one, whatever the process ids say (they repeat
-across containers).
+complete new one. Work of hours that can be continued stands in a folder beside its final name,
+locked while its owner lives: so a later run can tell what a killed process left from what a running
+one is writing.
 """
 
 import contextlib
 import errno
 import fcntl
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
+
+UNFINISHED = ".unfinished"  # in every work folder: others are not touched
 
 
 @contextlib.contextmanager
@@ -26,8 +29,6 @@ def atomic_file(path: str | os.PathLike, *, overwrite: bool = False) -> Iterator
     _refuse_existing(path, overwrite)
     with open(temporary, "w+b") as file:
         try:
-            with contextlib.suppress(OSError):  # a file system without locks still gets its file
-                fcntl.flock(file, fcntl.LOCK_EX)
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -40,27 +41,49 @@ def atomic_file(path: str | os.PathLike, *, overwrite: bool = False) -> Iterator
     sync(path.parent)
 
 
-def remove_leftovers(path: str | os.PathLike) -> list[Path]:
-    """Remove the temporaries that killed writers of `path` left; return what was removed.
+@contextlib.contextmanager
+def work_folder(path: Path, *, resume: bool = False) -> Iterator[Path]:
+    """Yield the folder `path`, locked, for what is not finished yet; it is gone after the block.
 
-    Raises BlockingIOError, naming the temporary, if one belongs to a writer that is still running.
+    What a killed process left there is removed first; with `resume` it is kept, and also stays
+    when the block ends with an exception.
+    Raises BlockingIOError if another process works there, FileExistsError if the folder is not one
+    of ours.
     """
-    path = Path(path)
-    removed = []
-    for temporary in sorted(path.parent.iterdir()):
-        prefix, _, process_id = temporary.name.rpartition(".tmp-")
-        if prefix != path.name or not process_id.isdecimal():
-            continue
-        with open(temporary, "rb") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise BlockingIOError(error.errno, "is being written now", str(temporary)) from None
-            except OSError:  # no locks here: nobody can tell whose it is, so it stays
-                continue
-            temporary.unlink()
-        removed.append(temporary)
-    return removed
+    path.mkdir(exist_ok=True)
+    if any(path.iterdir()) and not (path / UNFINISHED).exists():
+        raise FileExistsError(errno.EEXIST, "Is a folder of somebody else", str(path))
+    (path / UNFINISHED).touch()
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        _lock(descriptor, path)
+        if not resume:
+            for entry in path.iterdir():
+                if entry.name != UNFINISHED:
+                    shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+        try:
+            yield path
+        except BaseException:
+            if not resume:
+                shutil.rmtree(path, ignore_errors=True)
+            raise
+        shutil.rmtree(path)
+    finally:
+        os.close(descriptor)
+
+
+def open_for_recovery(path: str | os.PathLike) -> BinaryIO:
+    """Open a file for reading and writing; what it contains stays."""
+    return open(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b")
+
+
+def _lock(descriptor: int, path: Path) -> None:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise BlockingIOError(error.errno, "is being written now", str(path)) from None
+    except OSError:  # a file system without locks: take its user's word
+        pass
 
 
 def _refuse_existing(path: Path, overwrite: bool) -> None:

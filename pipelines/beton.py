@@ -1,86 +1,42 @@
-"""The FFCV `.beton` format, version 2: its layout and a bounds-checked reader.
-
-Little-endian (source: ffcv 1.0.2, `types.py`, `writer.py`, `memory_allocator.py`):
-
-    0                24 B    header: version, num_fields, page_size, num_samples, alloc_table_ptr
-    24             1041 B    per field: type, name, 1024 B of arguments
-    24 + 1041 F              metadata: one record per sample; 24 B for the fields (image, label)
-    page-aligned             data: JPEG files or raw RGB pixels; none crosses a page boundary
-    ours only                extras: a CRC-32 per image, source names, class names
-    alloc_table_ptr  24 B    per allocation, to the end of the file: sample_id, ptr, size
-
-The extras make a copied `.beton` lose nothing. Stock FFCV never looks at them: their place is kept
-in the image field's arguments, which its RGBImageField writes as zeros and does not read. They
-carry one checksum over every byte of the file that is not image data, so damage to the tables
-is found when the file is opened, and damage to an image by `checksum_ok`.
+"""Reads the FFCV `.beton` format, version 2 (layout: `pipelines/beton_layout.py`).
 
 A file is untrusted input: the C decoders downstream believe every offset and size. Here all of
 them are checked before any is used, and a wrong one is a `BetonError` that names the file.
 """
 
-import hashlib
 import mmap
 import os
 import stat
 import zlib
+from collections.abc import Iterator
 
 import numpy as np
 
-VERSION = 2
-PAGE_SIZES = tuple(1 << bits for bits in range(21, 32))  # FFCV: 2 MiB to below 4 GiB
-MAX_PIXELS = 1 << 27  # per image: 402 MB as RGB; more is a lie or a decompression bomb
-MAX_CLASSES = 1 << 24  # bounds what a consumer allocates per class
-
-INT, RGB_IMAGE = 1, 2  # field types
-JPEG, RAW = 0, 1  # modes of an image
-MAGIC = b"BTFAST\x00\x01"
-
-HEADER = np.dtype("<u2, <u2, <u4, <u8, <u8")  # the five numbers named above
-ARGUMENTS = 17  # where they begin in a field descriptor
-FIELD = np.dtype([("type_id", "u1"), ("name", "S16"), ("arguments", "V1024")])
-IMAGE = np.dtype([("mode", "u1"), ("width", "<u2"), ("height", "<u2"), ("data_ptr", "<u8")])
-ALLOCATION = np.dtype([("sample_id", "<u8"), ("ptr", "<u8"), ("size", "<u8")])
-EXTRAS = np.dtype(  # at the head of the image field's arguments
-    [
-        ("magic", "V8"),
-        ("crc", "<u4"),  # `tables_crc`
-        ("num_classes", "<u4"),
-        ("ptr", "<u8"),  # uint32 [num_samples] checksums, then names, then class names
-        ("names_size", "<u8"),  # bytes; every name ends with a NUL, which no path contains
-        ("class_names_size", "<u8"),
-    ]
+from pipelines.beton_layout import (
+    ALLOCATION,
+    EXTRAS,
+    FIELD,
+    FIELD_RECORDS,
+    HEADER,
+    INT,
+    JPEG,
+    MAGIC,
+    MAX_CLASSES,
+    MAX_PIXELS,
+    PAGE_SIZES,
+    RAW,
+    RGB_IMAGE,
+    VERSION,
+    Names,
+    chunks,
+    content_sha256,
+    metadata_dtype,
+    tables_crc,
 )
-BYTES = np.dtype([("ptr", "<u8"), ("size", "<u8")])
-# A metadata record's part for a float, integer, image, bytes, array, JSON and tensor field.
-FIELD_RECORDS = dict(enumerate(["<f8", "<i8", IMAGE, BYTES, "<u8", BYTES, "<u8"]))
 
 
 class BetonError(ValueError):
     """The file is missing, unreadable or not a sound `.beton`; the message names it and why."""
-
-
-def metadata_dtype(type_ids: list[int]) -> np.dtype:
-    """The record of one sample: a C struct with fields f0, f1, ... and C's alignment."""
-    records = [(f"f{index}", FIELD_RECORDS[type_id]) for index, type_id in enumerate(type_ids)]
-    return np.dtype(records, align=True)
-
-
-def tables_crc(header: np.ndarray, fields: np.ndarray, image_field: int, *tables) -> int:
-    """CRC-32 over header, fields (with this very checksum as 0) and `tables`, in this order."""
-    head = bytearray(header.tobytes() + fields.tobytes())
-    position = HEADER.itemsize + image_field * FIELD.itemsize + ARGUMENTS + len(MAGIC)
-    head[position : position + 4] = bytes(4)
-    crc = zlib.crc32(head)
-    for table in tables:
-        crc = zlib.crc32(table.view(np.uint8).data, crc)
-    return crc
-
-
-def content_sha256(metadata: np.ndarray, checksums: np.ndarray) -> str:
-    """Names the contents: SHA-256 (hex) of the metadata table and the images' CRC-32 table."""
-    digest = hashlib.sha256(metadata.view(np.uint8).data)
-    digest.update(checksums.view(np.uint8).data)
-    return digest.hexdigest()
 
 
 class BetonReader:
@@ -92,14 +48,16 @@ class BetonReader:
     Reads files of the stock DatasetWriter too: any order and names of fields, others than the
     image (named "image", else the first of its type) and the label ("label", else the first
     integer, else -1) are ignored; negative labels read as -1.
-    Opening costs the tables (48 B an image, and the extras of our own files), not the images.
+    Opening reads the tables (48 B an image, and the extras of our own files), not the images. They
+    stay in the file's mapping; `labels` and the read-through take 8 B an image and a few MB.
     Pickling passes the path: a worker process maps the file itself.
     Raises BetonError. The mapping is only as good as the file: do not truncate it meanwhile.
     """
 
     def __init__(self, path: str | os.PathLike):
         self.path = os.fspath(path)
-        self._bytes = _map(self.path)  # uint8 [file size], read-only
+        self._mapping = _map(self.path)
+        self._bytes = np.frombuffer(self._mapping, np.uint8)  # [file size], read-only
         self._read_tables()
         self._locate_images()
         self._read_extras()
@@ -139,8 +97,12 @@ class BetonReader:
         index = range(len(self))[index]
         if self._names is None:
             return f"record {index}"
-        start = self._name_ends[index - 1] + 1 if index else 0
-        return _text(self._names[start : self._name_ends[index]])
+        return self._names[index]
+
+    def place(self, index: int) -> tuple[int, int, int | None]:
+        """(position in the file, bytes, CRC-32 or None where the file has no checksums)."""
+        crc = None if self._checksums is None else int(self._checksums[index])
+        return int(self._ptrs[index]), int(self._sizes[index]), crc
 
     def checksum_ok(self, index: int) -> bool:
         """Are the image's bytes those that were written? True where the file has no checksums."""
@@ -150,7 +112,13 @@ class BetonReader:
 
     def sha256(self) -> str | None:
         """`content_sha256` of the file (reads no image); None where it has no checksums."""
-        return None if self._checksums is None else content_sha256(self._metadata, self._checksums)
+        if self._checksums is None:
+            return None
+        return content_sha256(self._pieces(self._metadata), self._pieces(self._checksums))
+
+    def release(self) -> None:
+        """Take the file's pages out of this process' memory; they come back when needed."""
+        self._mapping.madvise(mmap.MADV_DONTNEED)
 
     def _read_tables(self) -> None:
         """Header, field descriptors, metadata and allocations: views, nothing copied."""
@@ -183,39 +151,64 @@ class BetonReader:
 
     def _locate_images(self) -> None:
         """Find every image's bytes; FFCV records their length in the allocation table alone."""
-        allocations = self._allocations[self._allocations["size"] > 0]
-        allocations = allocations[np.argsort(allocations["ptr"], kind="stable")]
-        ptrs, sizes = allocations["ptr"].copy(), allocations["size"].copy()  # uint64, contiguous
-        self._require(len(ptrs), "it holds no image data")
-        # Differences, not sums: a uint64 sum can wrap around.
-        inside = (ptrs >= self._data_start) & (ptrs <= self._tables_start)
-        self._require_all(inside, "an allocation lies outside the data")
-        self._require_all(sizes <= self._tables_start - ptrs, "an allocation ends outside the data")
-        ends = ptrs + sizes
-        one_page = ptrs // self.page_size == (ends - 1) // self.page_size
-        self._require_all(one_page, "an allocation crosses a page boundary")
-        self._require_all(ends[:-1] <= ptrs[1:], "two allocations overlap")
-        self._data_end = int(ends[-1])
+        wanted, allocations = self._images["data_ptr"], self._allocations
+        if self._allocated_in_order():
+            self._ptrs, self._sizes = allocations["ptr"], allocations["size"]  # views of the file
+            self._check_allocations(self._ptrs, self._sizes)
+        else:
+            allocations = allocations[allocations["size"] > 0]
+            allocations = allocations[np.argsort(allocations["ptr"], kind="stable")]
+            self._require(len(allocations), "it holds no image data")
+            ptrs, sizes = allocations["ptr"].copy(), allocations["size"].copy()
+            self._check_allocations(ptrs, sizes)
+            found = np.minimum(np.searchsorted(ptrs, wanted), len(ptrs) - 1)
+            allocated = ptrs[found] == wanted
+            self._require_all(allocated, "an image's bytes are not in the allocation table")
+            own = allocations["sample_id"][found] == np.arange(len(wanted))
+            self._require_all(own, "an image points to the bytes of another")
+            self._ptrs, self._sizes = ptrs[found], sizes[found]
 
-        wanted = self._images["data_ptr"]
-        found = np.minimum(np.searchsorted(ptrs, wanted), len(ptrs) - 1)
-        allocated = ptrs[found] == wanted
-        self._require_all(allocated, "an image's bytes are not in the allocation table")
-        own = allocations["sample_id"][found] == np.arange(len(wanted))
-        self._require_all(own, "an image points to the bytes of another")
-        self._ptrs, self._sizes = ptrs[found], sizes[found]
+        for rows in self._slices(len(wanted)):
+            images = self._images[rows]
+            pixels = images["height"].astype(np.uint64) * images["width"]
+            possible = (pixels > 0) & (pixels <= MAX_PIXELS)
+            self._require_all(possible, "an image has an impossible size", rows)
+            self._require_all(images["mode"] <= RAW, "an image is neither JPEG nor raw", rows)
+            complete = (images["mode"] == JPEG) | (self._sizes[rows] == 3 * pixels)
+            self._require_all(complete, "a raw image's length is not height x width x 3", rows)
 
-        pixels = self._images["height"].astype(np.uint64) * self._images["width"]
-        self._require_all((pixels > 0) & (pixels <= MAX_PIXELS), "an image has an impossible size")
-        mode = self._images["mode"]
-        self._require_all(mode <= RAW, "an image is neither JPEG nor raw")
-        complete = (mode == JPEG) | (self._sizes == 3 * pixels)
-        self._require_all(complete, "a raw image's length is not height x width x 3")
+    def _allocated_in_order(self) -> bool:
+        """Is allocation i that of image i, and behind that of image i - 1? Ours are."""
+        allocations, wanted = self._allocations, self._images["data_ptr"]
+        return len(allocations) == len(wanted) and all(
+            (allocations["sample_id"][rows] == np.arange(rows.start, rows.stop)).all()
+            and (allocations["size"][rows] > 0).all()
+            and (allocations["ptr"][rows] == wanted[rows]).all()
+            and (np.diff(wanted[rows.start : rows.stop + 1].astype(np.int64)) > 0).all()
+            for rows in self._slices(len(wanted))
+        )
+
+    def _check_allocations(self, ptrs: np.ndarray, sizes: np.ndarray) -> None:
+        """uint64 [n] each, sorted by position: inside the data, within a page, not overlapping."""
+        for rows in self._slices(len(ptrs)):
+            start, size = ptrs[rows], sizes[rows]
+            # Differences, not sums: a uint64 sum can wrap around.
+            inside = (start >= self._data_start) & (start <= self._tables_start)
+            self._require_all(inside, "an allocation lies outside the data", rows)
+            fits = size <= self._tables_start - start
+            self._require_all(fits, "an allocation ends outside the data", rows)
+            end = start + size
+            one_page = start // self.page_size == (end - 1) // self.page_size
+            self._require_all(one_page, "an allocation crosses a page boundary", rows)
+            following = ptrs[rows.start + 1 : rows.stop + 1]
+            self._require_all(end[: len(following)] <= following, "two allocations overlap", rows)
+        self._data_end = int(ptrs[-1]) + int(sizes[-1])
 
     def _read_extras(self) -> None:
         """What our writer adds: checksums, names, classes. Stock files have none of it."""
         self.class_names: list[str] | None = None
-        self._checksums = self._names = None
+        self._checksums: np.ndarray | None = None
+        self._names: Names | None = None
         arguments = self._fields["arguments"][self._image_field].tobytes()
         if not any(arguments):
             return
@@ -230,26 +223,37 @@ class BetonReader:
         inside = self._data_end <= start <= self._tables_start - num_bytes
         self._require(inside, "its extras lie outside their place")
         blob = self._view(start, np.dtype(np.uint8), num_bytes)
-        crc = tables_crc(
-            self._header, self._fields, self._image_field, self._metadata, blob, self._allocations
-        )
+        tables = (self._metadata, blob, self._allocations)
+        pieces = (piece for table in tables for piece in self._pieces(table))
+        crc = tables_crc(self._header, self._fields, self._image_field, pieces)
         self._require(crc == extras["crc"][0], "its tables are damaged (checksum mismatch)")
         self._checksums = blob[:names_start].view("<u4")
-        self._names = blob[names_start:classes_start]
-        self._name_ends = np.flatnonzero(self._names == 0)
-        self._require(len(self._name_ends) == len(self), "its list of names is damaged")
-        class_names = blob[classes_start:].tobytes().split(b"\0")[:-1]
+        names = blob[names_start:classes_start]
+        self._names = Names(names, self._slices(len(names)))
+        self._require(len(self._names) == len(self), "its list of names is damaged")
+        class_names = Names(blob[classes_start:])
         self._require(len(class_names) == num_classes, "its list of classes is damaged")
-        self.class_names = [_text(name) for name in class_names]
+        self.class_names = [class_names[label] for label in range(num_classes)]
 
     def _read_labels(self) -> None:
         self.labels = np.full(len(self), -1, np.int64)
         if self._label_field >= 0:
-            np.maximum(self._metadata[f"f{self._label_field}"], -1, out=self.labels)
+            stored = self._metadata[f"f{self._label_field}"]
+            for rows in self._slices(len(self)):
+                np.maximum(stored[rows], -1, out=self.labels[rows])
         highest = int(self.labels.max())
         limit = MAX_CLASSES if self.class_names is None else len(self.class_names)
         self._require(highest < limit, f"label {highest} with {limit} classes at most")
         self.num_classes = highest + 1 if self.class_names is None else limit
+
+    def _slices(self, count: int) -> Iterator[slice]:
+        """Slices that cover range(count); what was read of the file meanwhile leaves memory."""
+        for rows in chunks(count):
+            yield rows
+            self.release()
+
+    def _pieces(self, table: np.ndarray) -> Iterator[np.ndarray]:
+        return (table[rows] for rows in self._slices(len(table)))
 
     def _view(self, start: int, dtype: np.dtype, count: int) -> np.ndarray:
         """`count` records of the file from byte `start` on (Python integers: no overflow)."""
@@ -261,13 +265,14 @@ class BetonReader:
         if not condition:
             raise BetonError(f"{self.path}: {reason}")
 
-    def _require_all(self, conditions: np.ndarray, reason: str) -> None:
+    def _require_all(self, conditions: np.ndarray, reason: str, rows: slice = slice(0)) -> None:
         if not conditions.all():
-            raise BetonError(f"{self.path}: {reason} (first: number {int(np.argmin(conditions))})")
+            first = (rows.start or 0) + int(np.argmin(conditions))
+            raise BetonError(f"{self.path}: {reason} (first: number {first})")
 
 
-def _map(path: str) -> np.ndarray:
-    """The file's bytes, uint8, mapped read-only (a private writable map counts as memory)."""
+def _map(path: str) -> mmap.mmap:
+    """The file mapped read-only (a private writable map counts as memory)."""
     try:
         # Without O_NONBLOCK, opening a named pipe would wait for ever.
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
@@ -281,7 +286,7 @@ def _map(path: str) -> np.ndarray:
             raise BetonError(f"{path}: not a file")
         if status.st_size < HEADER.itemsize:
             raise BetonError(f"{path}: too short ({status.st_size} bytes) to be a .beton file")
-        return np.frombuffer(mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ), np.uint8)
+        return mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ)
     except OSError as error:
         raise BetonError(f"{path}: cannot be mapped: {error}") from None
     finally:
@@ -293,8 +298,3 @@ def _choose(name: bytes, type_id: int, names: list[bytes], type_ids: list[int]) 
     candidates = [index for index, kind in enumerate(type_ids) if kind == type_id]
     named = [index for index in candidates if names[index] == name]
     return next(iter(named + candidates), -1)
-
-
-def _text(name: np.ndarray | bytes) -> str:
-    """Paths need not be UTF-8; what is printed and compared must be."""
-    return bytes(name).decode("utf-8", "backslashreplace")

@@ -13,7 +13,8 @@ from pathlib import Path
 import numpy as np
 
 from pipelines.images import Prepared, UnreadableImage, prepare, read_image
-from pipelines.sources import Split, find_splits
+from pipelines.listing import SourceError, Split
+from pipelines.sources.folder import find_splits
 
 
 class ImageFiles:
@@ -36,8 +37,13 @@ class ImageFiles:
 
     @classmethod
     def of_split(cls, split: Split) -> "ImageFiles":
-        """What `sources.find_splits` listed."""
-        return cls(split.root, split.paths, split.labels, split.class_names)
+        """The images of a folder, as bt-convert lists them."""
+        images = list(split.images)
+        if not images:
+            reason = split.problems[0][1] if split.problems else "it is empty"
+            raise SourceError(f"{split.root} has no images that can be read ({reason})")
+        names, labels = [image.name for image in images], [image.label for image in images]
+        return cls(split.root, names, labels, split.class_names)
 
     def __len__(self) -> int:
         return len(self._paths)

@@ -17,6 +17,7 @@ import numpy as np
 import simplejpeg
 from PIL import Image, UnidentifiedImageError
 
+JPEG_EXTENSIONS = {".jpg", ".jpeg"}
 FORMATS = ("JPEG", "PNG", "BMP", "GIF", "TIFF", "WEBP", "PPM")  # Pillow may try no other
 PROGRESSIVE = 0xC2
 Check = Literal["full", "quick"]

@@ -1,13 +1,13 @@
 """What a conversion tells: lines and a progress bar while it runs, a JSON file when it is done."""
 
-import json
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import TypeVar
 
 from rich.console import Console
 from rich.progress import (
@@ -21,24 +21,24 @@ from rich.progress import (
 from rich.text import Text
 
 import pipelines
-from pipelines.atomic import atomic_file
-from pipelines.beton import VERSION
-from pipelines.images import Prepared
-from pipelines.sources import JPEG_EXTENSIONS, Split
+from pipelines.images import JPEG_EXTENSIONS, Prepared
+from pipelines.listing import Listing, Split
 
 SECONDS_BETWEEN_LINES = 5
+Item = TypeVar("Item")
 
 
 class Report:
-    """Counts of one output file, and what happened to which source file.
+    """Counts of one split that was converted, and what happened to which of its images.
 
-    Saved as `out.beton.json`. `checksum` is `beton.content_sha256`: SHA-256 over the metadata
-    table and the table of the images' CRC-32, which `BetonReader.sha256()` gives again.
+    `checksum` is the writer's: for a `.beton` `beton_layout.content_sha256`, SHA-256 over the
+    metadata table and the table of the images' CRC-32, which `BetonReader.sha256()` gives again.
     """
 
-    def __init__(self, source: Path, split: Split):
-        self.source = source
+    def __init__(self, name: str, split: Split, listing: Listing):
+        self.name = name  # train or val
         self.split = split
+        self.listing = listing
         self.actions: Counter[str] = Counter()  # kept, resized, reencoded
         self.samples_per_class: Counter[int] = Counter()
         self.repairs: list[dict[str, str]] = []
@@ -67,12 +67,12 @@ class Report:
         self.rejects.append({"path": path, "reason": reason})
 
     def show_problems(self) -> None:
-        """List what the user should know of the source: all broken files, on stderr."""
+        """List what the user should know of the source: all broken images, on stderr."""
         for reason, count in self.split.ignored.items():
             if count:
                 say(f"Ignored in {self.split.root}: {count} {reason}")
-        present = set(self.split.labels)
-        empty = [name for label, name in enumerate(self.split.class_names) if label not in present]
+        present = self.listing.samples_per_class
+        empty = [name for label, name in enumerate(self.split.class_names) if not present[label]]
         if empty:
             shown = ", ".join(empty[:10]) + (", ..." if len(empty) > 10 else "")
             say(f"Without images, but kept as classes, in {self.split.root}: {shown}")
@@ -86,19 +86,18 @@ class Report:
             parts.append(f"{len(self.rejects):,} broken left out")
         classes = len(self.split.class_names)
         return (
-            f"{self.num_images:,} images ({', '.join(parts)}), {classes:,} classes, "
+            f"{self.name}, {self.num_images:,} images ({', '.join(parts)}), {classes:,} classes, "
             f"{self.bytes_out / 1e9:.2f} GB from {self.bytes_in / 1e9:.2f} GB"
         )
 
-    def save(self, out: Path, max_side: int) -> None:
-        """Write `out`.json, atomically."""
+    def content(self, settings: dict) -> dict:
+        """What the JSON file beside the result says of this split."""
         names = self.split.class_names
-        content = {
-            "format": "beton",
-            "format_version": VERSION,
+        return {
             "bt_fast_version": _bt_fast_version(),
-            "source": str(self.source),
-            "max_side": max_side,
+            "split": self.name,
+            **settings,
+            "listing": self.listing.sha256,
             "checksum": f"sha256:{self.checksum}",
             "num_images": self.num_images,
             "num_classes": len(names),
@@ -112,8 +111,6 @@ class Report:
             "repairs": self.repairs,
             "rejects": self.rejects,
         }
-        with atomic_file(out.with_name(out.name + ".json"), overwrite=True) as file:
-            file.write(json.dumps(content, indent=1).encode() + b"\n")
 
 
 def say(text: str, file=None) -> None:
@@ -122,6 +119,17 @@ def say(text: str, file=None) -> None:
     stream = file or sys.stdout
     encoding = stream.encoding or "utf-8"
     print(shown.encode(encoding, "backslashreplace").decode(encoding), file=stream, flush=True)
+
+
+def counted(title: str, items: Iterable[Item]) -> Iterator[Item]:
+    """The items, with a line now and then on how many they are: their end is not known."""
+    last = time.monotonic()
+    for count, item in enumerate(items, 1):
+        now = time.monotonic()
+        if now - last >= SECONDS_BETWEEN_LINES:
+            last = now
+            say(f"{title}: {count:,} so far")
+        yield item
 
 
 @contextmanager

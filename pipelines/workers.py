@@ -1,4 +1,4 @@
-"""Many image files made into plain JPEGs by worker processes, in order, few at a time.
+"""Many images made into plain JPEGs by worker processes, in order, few at a time.
 
 Every worker has a pipe of its own, and a thread here that sends it tasks and waits for results.
 (The one result queue of ProcessPoolExecutor is shared: a worker that dies while it writes there
@@ -12,15 +12,22 @@ import signal
 import threading
 import zlib
 from collections import deque
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
-from pathlib import Path
 
-from pipelines.images import Check, Prepared, UnreadableImage, prepare, read_image
-from pipelines.sources import Split
+from pipelines.images import (
+    MAX_FILE_BYTES,
+    Check,
+    Prepared,
+    UnreadableImage,
+    prepare,
+    read_image,
+)
+from pipelines.listing import UNKNOWN, WHOLE, Image, Place, SourceError
 
 CHUNK = 8  # files per task: enough to hide the hand-over, few enough to bound the memory
 TASKS_PER_WORKER = 3  # in flight, so that no worker waits for the writer
@@ -41,27 +48,31 @@ class Outcome:
 
 
 def prepare_all(
-    split: Split, *, workers: int, max_side: int, check: Check
-) -> Generator[Outcome, None, None]:
-    """One per path, in order. At most 32 images per worker are in memory. Raises WorkerDied."""
-    starts = range(0, len(split.paths), CHUNK)
-    tasks = ((split.root, split.paths[start : start + CHUNK], max_side, check) for start in starts)
+    images: Iterator[Image], *, workers: int, max_side: int, check: Check
+) -> Generator[tuple[Image, Outcome], None, None]:
+    """Every image with its outcome, in order. At most 32 images per worker are in memory.
+
+    Raises WorkerDied; SourceError when a file that holds many images cannot be read any more.
+    """
+    tasks = iter(lambda: (list(islice(images, CHUNK)), max_side, check), ([], max_side, check))
     if workers == 1:
         for task in tasks:
-            yield from _prepare_files(*task)
+            yield from zip(task[0], _prepare_images(*task), strict=True)
         return
     with contextlib.closing(_Workers(workers)) as pool:
-        pending: deque[Future[list[Outcome]]] = deque()
+        pending: deque[tuple[list[Image], Future[list[Outcome]]]] = deque()
         for task in tasks:
-            pending.append(pool.submit(task))
+            pending.append((task[0], pool.submit(task)))
             if len(pending) > TASKS_PER_WORKER * workers:
-                yield from pending.popleft().result()
+                chunk, future = pending.popleft()
+                yield from zip(chunk, future.result(), strict=True)
         while pending:
-            yield from pending.popleft().result()
+            chunk, future = pending.popleft()
+            yield from zip(chunk, future.result(), strict=True)
 
 
 class _Workers:
-    """`count` processes that run `_prepare_files`, each behind a thread of this process."""
+    """`count` processes that run `_prepare_images`, each behind a thread of this process."""
 
     def __init__(self, count: int) -> None:
         # A server forks the workers: they start fast, and inherit neither threads nor open files.
@@ -78,9 +89,14 @@ class _Workers:
             if not hasattr(self._here, "connection"):
                 self._here.connection = self._start()
             self._here.connection.send(task)
-            return self._here.connection.recv()
-        except (EOFError, OSError) as error:
-            raise WorkerDied(str(error)) from None
+            result = self._here.connection.recv()
+        except (EOFError, OSError):
+            raise WorkerDied(
+                "a worker process died, most likely for lack of memory; try fewer --workers"
+            ) from None
+        if isinstance(result, SourceError):
+            raise result
+        return result
 
     def _start(self) -> Connection:
         ours, theirs = self._context.Pipe()
@@ -107,19 +123,40 @@ def _serve(connection: Connection) -> None:
     os.environ["OMP_NUM_THREADS"] = "1"  # there is a worker per core already
     with contextlib.suppress(EOFError, OSError):
         while True:
-            connection.send(_prepare_files(*connection.recv()))
+            task = connection.recv()
+            try:
+                connection.send(_prepare_images(*task))
+            except SourceError as error:
+                connection.send(error)
 
 
-def _prepare_files(root: Path, paths: list[str], max_side: int, check: Check) -> list[Outcome]:
+def _prepare_images(images: list[Image], max_side: int, check: Check) -> list[Outcome]:
     outcomes = []
-    for path in paths:
+    for image in images:
         num_bytes = 0
         try:
-            data = read_image(root / path)
+            data = image.data if isinstance(image.data, bytes) else _read(image.data)
             num_bytes = len(data)
-            image = prepare(data, max_side, check)
-            outcome = Outcome(num_bytes, image, zlib.crc32(image.jpeg))
+            prepared = prepare(data, max_side, check)
+            outcome = Outcome(num_bytes, prepared, zlib.crc32(prepared.jpeg))
         except UnreadableImage as error:
             outcome = Outcome(num_bytes, reason=str(error))
         outcomes.append(outcome)
     return outcomes
+
+
+def _read(place: Place) -> bytes:
+    if place.size == WHOLE:
+        return read_image(place.path)
+    if place.size > MAX_FILE_BYTES:
+        raise UnreadableImage(f"{place.size} bytes, more than {MAX_FILE_BYTES}")
+    try:
+        with open(place.path, "rb", buffering=0) as file:
+            data = os.pread(file.fileno(), place.size, place.start)
+    except OSError as error:
+        raise SourceError(f"{place.path} cannot be read: {error.strerror}") from None
+    if len(data) < place.size:
+        raise SourceError(f"{place.path} has become shorter since its images were listed")
+    if place.crc != UNKNOWN and zlib.crc32(data) != place.crc:
+        raise UnreadableImage("its bytes are not those that were stored (checksum mismatch)")
+    return place.head + data

@@ -99,6 +99,24 @@ def small_beton(tmp_path_factory) -> Path:
     return write_beton(tmp_path_factory.mktemp("data") / "small.beton", 64)
 
 
+@pytest.fixture(scope="session")
+def imagenet_folder(tmp_path_factory) -> Path:
+    """train/ and val/ with the class and file names of ImageNet."""
+    from sample_imagenet import write_folder
+
+    return write_folder(tmp_path_factory.mktemp("imagenet"))
+
+
+@pytest.fixture(scope="session")
+def imagenet_beton(imagenet_folder, tmp_path_factory) -> Path:
+    """Its conversion: what comes of any other source of the same images must have these bytes."""
+    from sample_imagenet import convert
+
+    out = tmp_path_factory.mktemp("converted") / "out.beton"
+    assert convert(imagenet_folder, out) == 0
+    return out
+
+
 @pytest.fixture(autouse=True)
 def one_compute_thread():
     """As in the processes the tests start; importing ffcv (OpenCV) undoes it in this one."""

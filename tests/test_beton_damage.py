@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from sample_beton import NUM_IMAGES, PAGE_SIZE, write_sample
 
-from pipelines.beton import EXTRAS, FIELD, HEADER, BetonError, BetonReader, tables_crc
+from pipelines.beton import BetonError, BetonReader
+from pipelines.beton_layout import EXTRAS, FIELD, HEADER, tables_crc
 from pipelines.beton_writer import BetonWriter
 
 
@@ -157,7 +158,7 @@ def forged(raw: bytes, edits: dict[int, bytes]) -> dict[int, bytes]:
         return {}
     fields = np.frombuffer(changed, FIELD, 2, HEADER.itemsize)
     views = [np.frombuffer(changed, np.uint8, size, begin) for begin, size in parts]
-    crc = tables_crc(header, fields, 0, *views)
+    crc = tables_crc(header, fields, 0, views)
     return {HEADER.itemsize + 17 + 8: struct.pack("<I", crc)}
 
 

@@ -193,7 +193,8 @@ def test_images_without_classes(tmp_path):
     "source,out,message",
     [
         ("missing", "out.beton", "does not exist"),
-        ("file.txt", "out.beton", "is not a folder"),
+        ("file.txt", "out.beton", "no images"),
+        ("file.doc", "out.beton", "neither a folder nor one of"),
         ("nothing", "out.beton", "no images"),
         ("images", ".", "is a folder; name a file"),
         ("images", "out.ffcv", "must end in .beton"),
@@ -205,6 +206,7 @@ def test_wrong_usage_is_one_clear_line(tmp_path, capsys, source, out, message):
     make_folder(tmp_path, {"images": 1})
     (tmp_path / "nothing").mkdir()
     (tmp_path / "file.txt").touch()
+    (tmp_path / "file.doc").touch()
     (tmp_path / "exists.beton").write_text("precious")
     before = leftovers(tmp_path)
     assert convert(tmp_path / source, tmp_path / out) == 2

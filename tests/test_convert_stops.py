@@ -14,6 +14,7 @@ from hostile import make_folder
 from pipelines.convert import main
 
 ROOT = Path(__file__).parents[1]
+COMMAND = [sys.executable, "-m", "pipelines.convert"]
 
 
 @pytest.fixture(scope="module")
@@ -27,14 +28,15 @@ def many(tmp_path_factory) -> Path:
     return root
 
 
-def start_conversion(folder: Path, out: Path) -> subprocess.Popen:
+def start_conversion(folder: Path, out: Path, *flags: str) -> subprocess.Popen:
     """Start a conversion with two workers; returns when it has begun to write."""
-    command = [sys.executable, "-m", "pipelines.convert", str(folder), str(out), "--workers", "2"]
+    command = [*COMMAND, str(folder), str(out), "--workers", "2", *flags]
     child = subprocess.Popen(
         command, cwd=ROOT, text=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
     )
     deadline = time.monotonic() + 30
-    while not any(path.stat().st_size > 0 for path in out.parent.glob("out.beton.tmp-*")):
+    stored = out.with_name(f"{out.name}.partial") / "train.beton"
+    while not (stored.exists() and stored.stat().st_size > 8 << 20):
         assert child.poll() is None and time.monotonic() < deadline
         time.sleep(0.005)
     return child
@@ -70,7 +72,7 @@ def test_a_killed_conversion(many, tmp_path, capsys):
 
     child.kill()
     child.wait()
-    assert names_in(tmp_path) == [f"out.beton.tmp-{child.pid}", "small"]
+    assert names_in(tmp_path) == ["out.beton.partial", "small"]
     deadline = time.monotonic() + 15
     while any(status(pid)[:1] not in ([], ["Z"]) for pid in family):
         assert time.monotonic() < deadline, "workers outlive their parent"

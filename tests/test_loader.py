@@ -65,8 +65,8 @@ def test_a_cache_changes_nothing_but_the_number_of_decodes(reader, monkeypatch, 
     plain = list(loader_of(reader).batches(0, 20))
     loader = loader_of(reader, cache_bytes=cache_bytes)
     decodes = []
-    real = loader.cutter._decode
-    monkeypatch.setattr(loader.cutter, "_decode", lambda s: decodes.append(s) or real(s))
+    real = loader.cutter.decode
+    monkeypatch.setattr(loader.cutter, "decode", lambda s: decodes.append(s) or real(s))
     for a, b in zip(plain, loader.batches(0, 20), strict=True):
         assert torch.equal(a.views, b.views)
     held = sum(image.nbytes for image in loader.cutter.cache.values())

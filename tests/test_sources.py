@@ -9,7 +9,8 @@ from hostile import STORED, make_hostile_folder, saved
 from PIL import Image
 
 from pipelines.images import UnreadableImage, prepare
-from pipelines.sources import find_splits
+from pipelines.listing import Listing
+from pipelines.sources import find_splits, sorting
 
 
 def test_order_in_nested_folders_is_torchvisions(tmp_path):
@@ -18,11 +19,9 @@ def test_order_in_nested_folders_is_torchvisions(tmp_path):
     for name in ("z/1.jpg", "z/a/2.jpg", "z/a-b/3.jpg", "z/a/b/0.PNG", "Y/é/1.jpg", "Y/0.jpg"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
-    split = find_splits(tmp_path)["train"]
-    listed = [
-        (str(tmp_path / path), label) for path, label in zip(split.paths, split.labels, strict=True)
-    ]
-    assert listed == ImageFolder(tmp_path).samples
+    images = list(Listing(find_splits(tmp_path)["train"]))
+    assert [(image.data.path, image.label) for image in images] == ImageFolder(tmp_path).samples
+    assert [str(tmp_path / image.name) for image in images] == [i.data.path for i in images]
 
 
 def test_larger_images_are_shrunk_with_antialiasing():
@@ -107,14 +106,29 @@ def test_a_subset_is_spread_over_the_classes(tmp_path):
         (tmp_path / label).mkdir()
         for index in range(count):
             (tmp_path / label / f"{index}.jpg").touch()
-    split = find_splits(tmp_path)["train"]
-    split.keep(9)
-    assert split.paths == [f"a/{i}.jpg" for i in range(4)] + ["b/0.jpg", "b/1.jpg"] + [
-        f"c/{i}.jpg" for i in range(3)
+
+    def kept(count: int) -> list[tuple[str, int]]:
+        listing = Listing(find_splits(tmp_path)["train"])
+        listing.keep(count)
+        images = [(image.name, image.label) for image in listing]
+        assert len(listing) == len(images)
+        return images
+
+    everything = kept(100)
+    assert len(everything) == 16
+    for count in range(1, 16):  # one by one: always from the class of which fewest were taken
+        taken = [label for _, label in kept(count)]
+        (added,) = set(kept(count)) - set(kept(count - 1) if count > 1 else [])
+        fewest = min(
+            taken.count(label) for label in range(3) if taken.count(label) < [5, 2, 9][label]
+        )
+        assert taken.count(added[1]) - 1 <= fewest
+        assert kept(count) == [image for image in everything if image in kept(count)]
+    assert kept(9) == [
+        image
+        for image in everything
+        if image[0] not in ["a/4.jpg", *(f"c/{i}.jpg" for i in range(3, 9))]
     ]
-    assert split.labels == [0] * 4 + [1] * 2 + [2] * 3
-    split.keep(100)
-    assert len(split.paths) == 9
 
 
 def test_other_folders_beside_train_and_val_are_ignored_aloud(tmp_path):
@@ -123,6 +137,17 @@ def test_other_folders_beside_train_and_val_are_ignored_aloud(tmp_path):
         (tmp_path / name / "1.jpg").touch()
     (tmp_path / "train" / "loose.jpg").touch()
     splits = find_splits(tmp_path)
-    assert splits["train"].paths == ["a/1.jpg"] and splits["val"].paths == ["a/1.jpg"]
+    for split in splits.values():
+        assert [image.name for image in Listing(split)] == ["a/1.jpg"]
     assert splits["train"].ignored["devkit/ beside train/"] == 1
     assert splits["train"].ignored["images beside the class folders"] == 1
+
+
+@pytest.mark.parametrize("count", [0, 9, 10, 11, 1000])
+def test_names_are_sorted_whatever_their_number(monkeypatch, count):
+    monkeypatch.setattr(sorting, "RUN", 10)
+    monkeypatch.setattr(sorting, "READ", 50)
+    generator = np.random.default_rng(count)
+    alphabet = ["a", "B", "é", "\n", "/", "-", "\udcff", "𝄞"]
+    names = ["".join(generator.choice(alphabet, generator.integers(1, 40))) for _ in range(count)]
+    assert list(sorting.sorted_names(names)) == sorted(names)

@@ -1,0 +1,233 @@
+"""`--continue`: whatever interrupted a conversion, its result is that of one never interrupted."""
+
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import drawn_picture, jpeg_bytes
+from hostile import make_folder
+from test_convert_stops import COMMAND, ROOT, names_in, start_conversion
+
+import pipelines.write_split
+from pipelines.beton import BetonReader
+from pipelines.convert import main
+
+NUM_TRAIN, NUM_VAL = 24, 9
+FORMATS = {"beton": [], "webdataset": ["--format", "webdataset", "--shard-size", "1"]}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """Images of 100 to 200 kB, so that web shards of 1 MB are begun and ended, and a broken one."""
+    root = tmp_path_factory.mktemp("images")
+    for index in range(NUM_TRAIN + NUM_VAL):
+        path = root / ("train" if index < NUM_TRAIN else "val") / "ab"[index % 2] / f"{index}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        picture = drawn_picture(index, 512, 300 + 5 * index)
+        path.write_bytes(jpeg_bytes(picture, quality=98) if index != 7 else b"broken")
+    return root
+
+
+@pytest.fixture(scope="module")
+def whole(folder, tmp_path_factory) -> dict[str, dict[str, bytes]]:
+    """What conversions that nothing disturbs leave behind, by format."""
+    results = {}
+    for name, flags in FORMATS.items():
+        root = tmp_path_factory.mktemp(name)
+        assert run(folder, root, *flags) == 0
+        results[name] = contents(root)
+    return results
+
+
+def run(folder: Path, root: Path, *flags: str) -> int:
+    out = root / ("shards" if "webdataset" in flags else "out.beton")
+    return main([str(folder), str(out), "--skip-broken", "--workers", "1", *flags])
+
+
+def contents(root: Path) -> dict[str, bytes]:
+    return {
+        str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*") if path.is_file()
+    }
+
+
+class Interruption:
+    """Has the disk full after some sound images were prepared; counts them."""
+
+    def __init__(self, monkeypatch):
+        self.count, self.limit = 0, 0
+        self._prepare_all = pipelines.write_split.prepare_all
+        monkeypatch.setattr(pipelines.write_split, "prepare_all", self)
+
+    def __call__(self, *arguments, **options):
+        for pair in self._prepare_all(*arguments, **options):
+            if self.count == self.limit:
+                raise OSError(28, "No space left on device")
+            self.count += pair[1].image is not None  # broken ones are tried every time
+            yield pair
+
+
+@pytest.fixture
+def interruption(monkeypatch) -> Interruption:
+    return Interruption(monkeypatch)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("after", [0, 1, 8, 20, NUM_TRAIN, NUM_TRAIN + 4])
+def test_continued(folder, whole, tmp_path, capsys, interruption, format, after):
+    """Stopped in train or in val, once or at every image: nothing is done twice."""
+    flags = [*FORMATS[format], "--continue"]
+    for limit in range(after, 99, 9):
+        interruption.limit = limit
+        if run(folder, tmp_path, *flags) == 0:
+            break
+        assert "free some space" in (error := capsys.readouterr().err)
+        assert error.endswith("what is done stays for --continue\n")
+        assert len(names_in(tmp_path)) == 1  # under the final name there is nothing
+    assert contents(tmp_path) == whole[format]
+    assert interruption.count == NUM_TRAIN + NUM_VAL - 1
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("seed", range(8))
+def test_damage_to_what_is_there_is_found(folder, whole, tmp_path, interruption, format, seed):
+    """Cut, or overwritten somewhere: images and journal, as after a power failure."""
+    generator = np.random.default_rng(seed)
+    flags = [*FORMATS[format], "--continue"]
+    interruption.limit = 17 + seed
+    assert run(folder, tmp_path, *flags) == 1
+    files = [path for path in tmp_path.rglob("*") if path.suffix in (".beton", ".tar", ".journal")]
+    for path in files:
+        data = bytearray(path.read_bytes())
+        first = data.find(b"\n") + 1 if path.suffix == ".journal" else 0
+        place = int(generator.integers(first, len(data) + 1))
+        if generator.random() < 0.5:
+            del data[place:]
+        else:
+            data[place : place + 9] = generator.bytes(len(data[place : place + 9]))
+        path.write_bytes(data)
+    interruption.limit = 999
+    assert run(folder, tmp_path, *flags) == 0
+    assert contents(tmp_path) == whole[format]
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_killed(tmp_path, format):
+    """kill -9 of a real conversion with two workers, which was not told that it would be."""
+    folder = tmp_path / "images"
+    (folder / "a").mkdir(parents=True)
+    for index in range(4000):
+        if index < 5:
+            picture = drawn_picture(index, 256, 192 - index)
+            (tmp_path / f"{index}.bin").write_bytes(jpeg_bytes(picture, quality=75))
+        (folder / "a" / f"{index}.jpg").symlink_to(tmp_path / f"{index % 5}.bin")
+    flags = [*FORMATS[format], "--workers", "2"]
+    name = "out" if format == "webdataset" else "out.beton"
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    assert main([str(folder), str(tmp_path / "a" / name), *flags]) == 0
+    out = tmp_path / "b" / name
+    command = [*COMMAND, str(folder), str(out), *flags]
+    child = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
+    journal = out.with_name(f"{name}.partial") / "train.journal"
+    while not (journal.exists() and journal.stat().st_size > 2000):
+        assert child.poll() is None
+        time.sleep(0.002)
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    assert names_in(tmp_path / "b") == [f"{name}.partial"]
+    assert main([str(folder), str(out), *flags, "--continue"]) == 0
+    assert contents(tmp_path / "b") == contents(tmp_path / "a")
+
+
+def test_other_settings_are_refused(folder, tmp_path, capsys, interruption):
+    interruption.limit = 5
+    assert run(folder, tmp_path, "--continue") == 1
+    before = contents(tmp_path)
+    for flags in (["--max-side", "100"], ["--subset", "9"], ["--shard", "1/2"], ["--check=quick"]):
+        capsys.readouterr()
+        assert run(folder, tmp_path, "--continue", *flags) == 2
+        error = capsys.readouterr().err
+        assert "begun with other settings" in error and error.count("\n") == 1
+    other = make_folder(tmp_path / "other" / "train", {"a": 3}).parent
+    assert run(other, tmp_path, "--continue") == 2
+    assert "(other images)" in capsys.readouterr().err
+    assert {k: v for k, v in contents(tmp_path).items() if "other" not in k} == before
+
+    interruption.limit = 99
+    assert run(other, tmp_path) == 0  # without --continue: begun anew
+    assert "left by a conversion that was killed" in capsys.readouterr().out
+
+
+def test_nothing_to_continue_is_a_new_conversion(folder, whole, tmp_path):
+    assert run(folder, tmp_path, "--continue") == 0
+    assert contents(tmp_path) == whole["beton"]
+    assert run(folder, tmp_path, "--continue") == 2  # and a finished one is never touched
+
+
+def test_a_signal_keeps_what_is_done_only_if_told_to(tmp_path):
+    folder = tmp_path / "images"
+    (folder / "a").mkdir(parents=True)
+    (folder / "large.bin").write_bytes(jpeg_bytes(drawn_picture(0, 1600, 1200)))
+    for index in range(3000):
+        (folder / "a" / f"{index}.jpg").symlink_to(folder / "large.bin")
+    child = start_conversion(folder, tmp_path / "out.beton", "--continue")
+    child.send_signal(signal.SIGTERM)
+    _, errors = child.communicate(timeout=30)
+    assert child.returncode == 143 and "what is done stays for --continue" in errors
+    assert names_in(tmp_path) == ["images", "out.beton.partial"]
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_an_image_repaired_meanwhile_is_taken(tmp_path, format):
+    """The others behind it move; the result is that of the repaired folder."""
+    folder = make_folder(tmp_path / "images", {"a": 12})
+    broken = folder / "a" / "004.jpg"
+    whole = broken.read_bytes()
+    flags = [*FORMATS[format], "--workers", "1"]
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+    assert main([str(folder), str(tmp_path / "a" / "out.beton"), *flags]) == 0
+    broken.write_bytes(whole[:-40])
+    again = [str(folder), str(tmp_path / "b" / "out.beton"), *flags, "--continue"]
+    for _ in range(2):
+        assert main(again) == 1
+    broken.write_bytes(whole)
+    assert main(again) == 0
+    assert contents(tmp_path / "b") == contents(tmp_path / "a")
+
+
+def test_broken_images_can_be_left_out_afterwards(folder, whole, tmp_path, interruption, capsys):
+    interruption.limit = 99
+    out = tmp_path / "out.beton"
+    flags = ["--workers", "1", "--continue"]
+    assert main([str(folder), str(out), *flags]) == 1
+    assert "7.jpg: not an image" in capsys.readouterr().err
+    assert main([str(folder), str(out), *flags, "--skip-broken"]) == 0
+    assert contents(tmp_path) == whole["beton"]
+    assert interruption.count == NUM_TRAIN + NUM_VAL - 1
+
+
+def test_a_folder_of_somebody_else_is_not_touched(folder, tmp_path, capsys):
+    precious = tmp_path / "out.beton.partial" / "thesis.tex"
+    precious.parent.mkdir()
+    precious.write_text("precious")
+    for flags in ([], ["--continue"], ["--overwrite"]):
+        assert run(folder, tmp_path, *flags) == 1
+        error = capsys.readouterr().err
+        assert "Is a folder of somebody else" in error and error.count("\n") == 1
+    assert precious.read_text() == "precious"
+
+
+def test_out_inside_the_source(tmp_path, interruption):
+    """What is unfinished there is no class."""
+    folder = make_folder(tmp_path, {"a": 3, "b": 2})
+    interruption.limit = 2
+    out = folder / "out.beton"
+    flags = [str(folder), str(out), "--workers", "1", "--continue"]
+    assert main(flags) == 1 and out.with_name("out.beton.partial").exists()
+    interruption.limit = 99
+    assert main(flags) == 0
+    assert BetonReader(out).class_names == ["a", "b"]

@@ -1,0 +1,184 @@
+"""Many images, large files, full disks: memory stays, offsets hold, messages are one line."""
+
+import contextlib
+import gc
+import os
+import subprocess
+import tracemalloc
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import drawn_picture, jpeg_bytes
+from hostile import make_folder
+from PIL import Image
+
+import pipelines.webdataset
+import pipelines.write_split
+from pipelines.beton import BetonReader
+from pipelines.beton_writer import BetonWriter
+from pipelines.convert import main
+from pipelines.listing import Image as Listed
+from pipelines.listing import Listing, Place, Split
+from pipelines.webdataset import ShardWriter
+
+CLASSES = ["cat", "dog"]
+
+
+def peak(work, *arguments) -> int:
+    """Bytes that Python and NumPy had allocated at most while `work` ran."""
+    tracemalloc.start()
+    try:
+        work(*arguments)
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+def listed(count: int, folder: Path) -> None:
+    images = (
+        Listed(f"cat/{index}.jpg", index % 2, Place(f"{folder}/cat/{index}.jpg"))
+        for index in range(count)
+    )
+    listing = Listing(Split(root=folder, class_names=CLASSES, images=images), folder)
+    listing.keep(count // 2)
+    assert sum(1 for _ in listing) == count // 2
+
+
+def written(count: int, folder: Path) -> None:
+    names = {"num_samples": count, "class_names": CLASSES}
+    with BetonWriter(folder / f"{count}.beton", **names, overwrite=True) as writer:
+        for index in range(count):
+            writer.add(b"x", 1, 1, index % 2, f"cat/{index}.jpg", checksum=0)
+        writer.finalize()
+        writer.sha256()
+
+
+def sharded(count: int, folder: Path) -> None:
+    out = folder / f"shards {count}"
+    out.mkdir()
+    with ShardWriter(out, "train", max_bytes=1 << 40, has_classes=True) as writer:
+        for index in range(count):
+            writer.add(b"x", 1, 1, index % 2, f"cat/{index}.jpg", checksum=0)
+    assert len(writer.shards) == -(-count // 1000)
+
+
+@pytest.mark.parametrize("work", [listed, written, sharded])
+def test_memory_does_not_grow_with_the_number_of_images(work, tmp_path, monkeypatch):
+    """Five times the images; a table of one number an image would take 8 B more for each."""
+    monkeypatch.setattr(pipelines.webdataset, "MAX_IMAGES", 1000)
+    work(100, tmp_path)  # what is allocated once and for all
+    few, many = 5_000, 25_000
+    assert peak(work, many, tmp_path) < peak(work, few, tmp_path) + 4 * (many - few)
+
+
+def test_opening_takes_little_more_than_the_labels(tmp_path):
+    written(100, tmp_path)
+    written(200_000, tmp_path)
+    BetonReader(tmp_path / "100.beton")
+    few = peak(BetonReader, tmp_path / "100.beton")
+    assert peak(BetonReader, tmp_path / "200000.beton") < few + 8 * 200_000 + (8 << 20)
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_offsets_beyond_4_gib(tmp_path, in_place):
+    """A sparse file: as if 5 GiB of images were stored between the second and the third."""
+    jpegs = [jpeg_bytes(drawn_picture(index)) for index in range(4)]
+    path = tmp_path / "large.beton"
+    with BetonWriter(path, num_samples=4, class_names=CLASSES, in_place=in_place) as writer:
+        for index, jpeg in enumerate(jpegs):
+            if index == 2:
+                writer._position += 5 << 30
+                writer._file.seek(writer._position)
+            writer.add(jpeg, 150, 200, index % 2, f"{index}.jpg")
+        if in_place:
+            assert writer.recover(0) == b""
+    reader = BetonReader(path)
+    assert path.stat().st_size > 5 << 30 and path.stat().st_blocks * 512 < 1 << 30
+    assert [reader.image(index).tobytes() for index in range(4)] == jpegs
+    assert reader.place(3)[0] > 1 << 32 and all(map(reader.checksum_ok, range(4)))
+    flags = ["--workers", "1"]
+    assert main([str(path), str(tmp_path / "small.beton"), *flags]) == 0
+    small = BetonReader(tmp_path / "small.beton")
+    assert [small.image(index).tobytes() for index in range(4)] == jpegs
+
+
+def test_an_image_larger_than_a_page(tmp_path):
+    noise = np.random.default_rng(0).integers(0, 256, (2600, 2600, 3), dtype=np.uint8)
+    (tmp_path / "images").mkdir()
+    large = jpeg_bytes(Image.fromarray(noise), quality=100)
+    assert len(large) > 8 << 20  # FFCV's page
+    (tmp_path / "images" / "1.jpg").write_bytes(jpeg_bytes(drawn_picture(0)))
+    (tmp_path / "images" / "2.jpg").write_bytes(large)
+    flags = ["--max-side", "0", "--workers", "1"]
+    assert main([str(tmp_path / "images"), str(tmp_path / "out.beton"), *flags]) == 0
+    reader = BetonReader(tmp_path / "out.beton")
+    assert reader.page_size == 16 << 20 and reader.image(1).tobytes() == large
+
+
+# Places where nothing can be written
+
+
+@contextlib.contextmanager
+def mounted(folder: Path, options: str):
+    """A file system of its own in memory; skips where we may not mount one."""
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)]
+    try:
+        subprocess.run(command, check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("mounting a small file system takes root")
+    try:
+        yield folder
+    finally:
+        gc.collect()  # files without a name that a traceback still holds
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+@pytest.mark.parametrize("flags", [[], ["--format", "webdataset"], ["--continue"]])
+@pytest.mark.parametrize("size", ["9m", "400k", "12k"])  # full of images, at once, while listing
+def test_a_full_disk(tmp_path, capsys, flags, size):
+    (tmp_path / "images" / "a").mkdir(parents=True)
+    (tmp_path / "image.bin").write_bytes(jpeg_bytes(drawn_picture(0, 500, 400), quality=95))
+    for index in range(400):
+        (tmp_path / "images" / "a" / f"{index:0100}.jpg").symlink_to(tmp_path / "image.bin")
+    with mounted(tmp_path / "disk", f"size={size}") as disk:
+        out = disk / ("shards" if "webdataset" in flags else "out.beton")
+        assert main([str(tmp_path / "images"), str(out), "--workers", "1", *flags]) == 1
+        error = capsys.readouterr().err
+        assert "No space left on device; free some space" in error and error.count("\n") == 1
+        assert [p.name for p in disk.iterdir()] == (
+            [f"{out.name}.partial"] if "--continue" in flags else []
+        )
+
+
+def test_a_read_only_target(tmp_path, capsys):
+    folder = make_folder(tmp_path / "images", {"a": 2})
+    with mounted(tmp_path / "disk", "ro") as disk:
+        assert main([str(folder), str(disk / "out.beton")]) == 2
+        error = capsys.readouterr().err
+        assert "no permission to write into" in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("what", ["file", "folder"])
+def test_a_source_that_vanishes(tmp_path, capsys, monkeypatch, what):
+    """One file is a broken image; all of them, a disk that is gone, are not listed one by one."""
+    folder = make_folder(tmp_path / "images", {"a": 9})
+    prepare = pipelines.write_split.prepare_all
+
+    def vanish(*arguments, **options):
+        if what == "file":
+            os.unlink(folder / "a" / "004.jpg")
+        else:
+            folder.rename(tmp_path / "gone")
+        return prepare(*arguments, **options)
+
+    monkeypatch.setattr(pipelines.write_split, "prepare_all", vanish)
+    out = tmp_path / "out.beton"
+    assert main([str(folder), str(out), "--workers", "1"]) == (1 if what == "file" else 2)
+    error = capsys.readouterr().err
+    if what == "file":
+        assert "004.jpg: No such file" in error and "1 broken" in error
+    else:
+        assert "images has vanished" in error and error.count("\n") == 1
+    assert not out.exists() and len(list(tmp_path.iterdir())) == 1

@@ -1,0 +1,126 @@
+"""The ILSVRC2012 archives give what a folder of their images gives."""
+
+import io
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from sample_imagenet import CLASSES, convert, same_as
+
+import pipelines.write_split
+from pipelines.convert import main
+
+
+def add(archive: tarfile.TarFile, name: str, content: bytes) -> None:
+    member = tarfile.TarInfo(name)
+    member.size = len(content)
+    archive.addfile(member, io.BytesIO(content))
+
+
+@pytest.fixture
+def downloads(imagenet_folder, tmp_path) -> Path:
+    """The two archives as the ImageNet site has them, in no particular order."""
+    root = tmp_path / "downloads"
+    root.mkdir()
+    with tarfile.open(root / "ILSVRC2012_img_train.tar", "w") as outer:
+        for name in sorted(CLASSES, reverse=True):
+            buffer = io.BytesIO()
+            with tarfile.open(fileobj=buffer, mode="w") as inner:
+                for path in sorted((imagenet_folder / "train" / name).iterdir(), reverse=True):
+                    add(inner, path.name, path.read_bytes())
+            add(outer, f"{name}.tar", buffer.getvalue())
+    with tarfile.open(root / "ILSVRC2012_img_val.tar", "w") as archive:
+        for path in sorted((imagenet_folder / "val").rglob("*.JPEG"), key=lambda path: path.name):
+            add(archive, path.name, path.read_bytes())
+    return root
+
+
+def val_classes(folder: Path) -> list[str]:
+    files = sorted((folder / "val").rglob("*.JPEG"), key=lambda path: path.name)
+    return [path.parent.name for path in files]
+
+
+def write_devkit(path: Path, folder: Path) -> None:
+    """Numbers that are not in the order of the names, and classes of other years behind them."""
+    savemat = pytest.importorskip("scipy.io", reason="SciPy is not installed").savemat
+    names = ["n15075141", "n01440764", "n01443537", "n99999999"]
+    kinds = [("ILSVRC2012_ID", "f8"), ("WNID", "O"), ("words", "O"), ("num_children", "f8")]
+    synsets = np.array([(i + 1, n, f"w{i}", 0) for i, n in enumerate(names)], kinds)
+    buffer = io.BytesIO()
+    savemat(buffer, {"synsets": synsets.reshape(-1, 1)})
+    numbers = "".join(f"{names.index(name) + 1}\n" for name in val_classes(folder))
+    with tarfile.open(path, "w:gz") as archive:
+        top = "ILSVRC2012_devkit_t12/data"
+        add(archive, f"{top}/ILSVRC2012_validation_ground_truth.txt", numbers.encode())
+        add(archive, f"{top}/meta.mat", buffer.getvalue())
+
+
+def test_ilsvrc_with_a_devkit(imagenet_folder, downloads, imagenet_beton, tmp_path):
+    write_devkit(downloads / "ILSVRC2012_devkit_t12.tar.gz", imagenet_folder)
+    assert convert(downloads, tmp_path / "out.beton") == 0
+    assert same_as(imagenet_beton, tmp_path / "out.beton")
+
+
+@pytest.mark.parametrize("with_names", [True, False])
+def test_ilsvrc_with_a_labels_file(
+    imagenet_folder, downloads, imagenet_beton, tmp_path, with_names
+):
+    lines = val_classes(imagenet_folder)
+    if with_names:
+        lines = [f"ILSVRC2012_val_{i:08} {line}" for i, line in enumerate(lines, 1)][::-1]
+    (tmp_path / "labels.txt").write_text("\n".join(lines))
+    flags = ["--labels", tmp_path / "labels.txt"]
+    assert convert(downloads, tmp_path / "out.beton", *flags) == 0
+    assert same_as(imagenet_beton, tmp_path / "out.beton")
+
+    alone = downloads / "ILSVRC2012_img_val.tar"
+    assert convert(alone, tmp_path / "val.beton", *flags) == 0
+    expected = imagenet_beton.with_suffix(".val.beton")
+    assert (tmp_path / "val.beton").read_bytes() == expected.read_bytes()
+
+
+def test_ilsvrc_train_archive_alone(downloads, imagenet_beton, tmp_path):
+    (downloads / "ILSVRC2012_img_train.tar").rename(tmp_path / "renamed.tar")
+    assert convert(tmp_path / "renamed.tar", tmp_path / "out.beton") == 0
+    assert same_as(imagenet_beton, tmp_path / "out.beton", ["train"])
+
+
+def test_ilsvrc_that_cannot_be_read(downloads, tmp_path, capsys):
+    out = tmp_path / "out.beton"
+    assert convert(downloads, out) == 2
+    assert "put ILSVRC2012_devkit_t12.tar.gz beside it" in capsys.readouterr().err
+    (tmp_path / "labels.txt").write_text("n01440764\n" * 3)
+    assert convert(downloads, out, "--labels", tmp_path / "labels.txt") == 2
+    assert "11 lines" in capsys.readouterr().err
+    (tmp_path / "labels.txt").write_text("n01440764\n" * 10 + "n00000000")
+    assert convert(downloads, out, "--labels", tmp_path / "labels.txt") == 2
+    assert "classes that train lacks: n00000000" in capsys.readouterr().err
+    (downloads / "ILSVRC2012_devkit_t12.tar.gz").write_bytes(b"<html>")
+    assert convert(downloads, out) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+    train = downloads / "ILSVRC2012_img_train.tar"
+    for size in (300, 5_000, train.stat().st_size // 2):
+        train.write_bytes(train.read_bytes()[:size] if size < train.stat().st_size else b"")
+        assert convert(train, out) == 2
+        error = capsys.readouterr().err
+        assert "get it again" in error and error.count("\n") == 1
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_an_archive_that_vanishes_is_one_line(downloads, tmp_path, capsys, monkeypatch, workers):
+    """Listed, and gone when its images are to be read."""
+    prepare = pipelines.write_split.prepare_all
+
+    def vanish(*arguments, **options):
+        (downloads / "ILSVRC2012_img_train.tar").unlink()
+        return prepare(*arguments, **options)
+
+    monkeypatch.setattr(pipelines.write_split, "prepare_all", vanish)
+    train = downloads / "ILSVRC2012_img_train.tar"
+    assert main([str(train), str(tmp_path / "out.beton"), "--workers", str(workers)]) == 2
+    error = capsys.readouterr().err
+    assert "train.tar cannot be read: No such file" in error and error.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["downloads"]

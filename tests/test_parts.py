@@ -1,0 +1,84 @@
+"""What several machines convert with --shard becomes what one machine would have made."""
+
+from pathlib import Path
+
+import pytest
+from hostile import make_folder
+from sample_imagenet import convert, same_as
+
+from pipelines.beton import BetonReader
+
+
+@pytest.fixture
+def parts(imagenet_folder, tmp_path) -> Path:
+    root = tmp_path / "parts"
+    root.mkdir()
+    for number in (1, 2, 3):
+        assert convert(imagenet_folder, root / f"p{number}.beton", "--shard", f"{number}/3") == 0
+    return root
+
+
+def test_parts_make_a_whole(imagenet_folder, parts, imagenet_beton, tmp_path):
+    assert convert(parts, tmp_path / "out.beton") == 0
+    assert same_as(imagenet_beton, tmp_path / "out.beton")
+
+    flags = ["--format", "webdataset"]
+    (tmp_path / "folders").mkdir()
+    for number in (2, 1):
+        out = tmp_path / "folders" / str(number)
+        assert convert(imagenet_folder, out, *flags, "--shard", f"{number}/2") == 0
+    assert convert(tmp_path / "folders", tmp_path / "merged.beton") == 0
+    assert same_as(imagenet_beton, tmp_path / "merged.beton")
+
+
+def test_parts_that_do_not_belong_together(imagenet_folder, parts, tmp_path, capsys):
+    out = tmp_path / "out.beton"
+    saved = {path: path.read_bytes() for path in parts.iterdir()}
+
+    def refused(message: str) -> bool:
+        code, error = convert(parts, out), capsys.readouterr().err
+        for path, content in saved.items():
+            path.write_bytes(content)
+        return code == 2 and message in error and error.count("\n") == 1 and not out.exists()
+
+    (parts / "p2.beton").unlink()
+    assert refused("has parts 1, 3 of 3")
+    (parts / "p2.beton").write_bytes(saved[parts / "p1.beton"])
+    assert refused("is not the file of which p2.beton.json reports")
+    flags = ["--shard", "2/3", "--overwrite", "--max-side", 90]
+    assert convert(imagenet_folder, parts / "p2.beton", *flags) == 0
+    capsys.readouterr()
+    assert refused("they differ in max_side")
+    (parts / "p3.val.beton").unlink()
+    assert refused("has parts 1, 2 of 3")
+
+
+def test_parts_cover_every_image_once(tmp_path):
+    folder = make_folder(tmp_path / "images", {"a": 4, "b": 3})
+    names = []
+    for number in range(1, 6):
+        out = tmp_path / f"{number}.beton"
+        assert convert(folder, out, "--subset", 6, "--shard", f"{number}/5") == 0
+        reader = BetonReader(out)
+        names += [reader.name(index) for index in range(len(reader))]
+        assert 1 <= len(reader) <= 2
+    assert names == [f"{c}/{i:03}.jpg" for c in "ab" for i in range(3)]
+
+
+@pytest.mark.parametrize("shard", ["0/2", "3/2", "2", "a/b", "1/0", "-1/2"])
+def test_impossible_parts(imagenet_folder, tmp_path, capsys, shard):
+    assert convert(imagenet_folder, tmp_path / "out.beton", f"--shard={shard}") == 2
+    assert f"--shard {shard}" in capsys.readouterr().err
+
+
+def test_more_parts_than_images(imagenet_folder, tmp_path, capsys):
+    assert convert(imagenet_folder, tmp_path / "out.beton", "--shard", "1/50") == 2
+    assert "too few images for so many parts" in capsys.readouterr().err
+
+
+def test_reports_that_are_damaged(parts, tmp_path, capsys):
+    for content, message in (("{", "is not JSON"), ("[]", "has parts 1, 3 of 3")):
+        (parts / "p2.beton.json").write_text(content)
+        assert convert(parts, tmp_path / "out.beton") == 2
+        error = capsys.readouterr().err
+        assert message in error and error.count("\n") == 1

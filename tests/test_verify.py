@@ -1,0 +1,115 @@
+"""`bt-convert --verify` passes what is sound, and finds every byte that is not."""
+
+import io
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import drawn_picture, jpeg_bytes
+from hostile import make_folder
+from PIL import Image
+
+from pipelines.beton import BetonReader
+from pipelines.beton_writer import BetonWriter
+from pipelines.convert import main
+
+
+def run(*arguments) -> int:
+    return main([str(argument) for argument in arguments] + ["--workers", "1"])
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory) -> tuple[Path, Path]:
+    """The same 16 images as a .beton and as web shards."""
+    root = tmp_path_factory.mktemp("results")
+    folder = make_folder(root / "images", {"cat": 10, "dog é": 5, "eel": 1})
+    assert run(folder, root / "out.beton") == 0
+    assert run(folder, root / "shards", "--format", "webdataset") == 0
+    return root / "out.beton", root / "shards"
+
+
+@pytest.fixture
+def copies(results, tmp_path) -> tuple[Path, Path]:
+    shutil.copy(results[0], tmp_path / "out.beton")
+    shutil.copytree(results[1], tmp_path / "shards")
+    return tmp_path / "out.beton", tmp_path / "shards"
+
+
+def test_sound_results(copies, capsys):
+    for path, sheet in zip(copies, ("out.beton.png", "shards.train.png"), strict=True):
+        assert run("--verify", path) == 0
+        output = capsys.readouterr().out
+        assert "16 of 16 images are sound plain JPEGs" in output
+        assert [line.split()[:2] for line in output.splitlines() if "#" in line] == [
+            ["10", "#" * 40],
+            ["5", "#" * 20],
+            ["1", "#" * 4],
+        ]
+        assert Image.open(path.parent / sheet).size == (1200, 2 * 134)
+
+
+def test_the_contact_sheet_shows_the_images(copies):
+    run("--verify", copies[0])
+    sheet = np.asarray(Image.open(f"{copies[0]}.png"), np.int16)
+    reader = BetonReader(copies[0])
+    for index in (0, 9, 15):
+        picture = Image.open(io.BytesIO(reader.image(index).tobytes()))
+        pixels = np.asarray(picture, np.int16)  # smaller than its place: shown as it is
+        top, left = index // 10 * 134 + 2, index % 10 * 120 + 2
+        shown = sheet[top : top + pixels.shape[0], left : left + pixels.shape[1]]
+        assert np.abs(shown - pixels).mean() < 1
+
+
+def test_after_converting(tmp_path, capsys):
+    folder = make_folder(tmp_path / "images" / "train", {"a": 3}).parent
+    make_folder(folder / "val", {"a": 2})
+    assert run(folder, tmp_path / "out.beton", "--verify") == 0
+    output = capsys.readouterr().out
+    assert output.count("images are sound plain JPEGs") == 2
+    assert (tmp_path / "out.val.beton.png").exists()
+
+
+def test_every_changed_byte_of_an_image_is_found(copies, capsys):
+    beton, shards = copies
+    start, size, _ = BetonReader(beton).place(6)
+    name = BetonReader(beton).name(6)
+    (tar,) = shards.glob("*.tar")
+    inside = tar.read_bytes().index(beton.read_bytes()[start : start + size])
+    for offset in (0, size // 2, size - 1):
+        for path, place in ((beton, start + offset), (tar, inside + offset)):
+            before = path.read_bytes()
+            path.write_bytes(before[:place] + bytes([before[place] ^ 1]) + before[place + 1 :])
+            assert run("--verify", beton if path == beton else shards) == 1
+            error = capsys.readouterr().err
+            assert "damaged (listed above)" in error
+            assert (f"image 6 ({name})" if path == beton else "SHA-256") in error
+            path.write_bytes(before)
+
+
+def test_what_checksums_cannot_tell(tmp_path, capsys):
+    """Stored as it is, but not what the tables say, or no image at all."""
+    jpeg = jpeg_bytes(drawn_picture(0, 80, 60))
+    with BetonWriter(tmp_path / "out.beton", num_samples=3) as writer:
+        writer.add(jpeg, 60, 80, -1, "good.jpg")
+        writer.add(jpeg, 80, 60, -1, "turned.jpg")
+        writer.add(jpeg[:-100], 60, 80, -1, "cut.jpg")
+    assert run("--verify", tmp_path / "out.beton") == 1
+    error = capsys.readouterr().err
+    assert "(turned.jpg): is of (60, 80) pixels, and (80, 60) in the table" in error
+    assert "(cut.jpg): Premature end" in error and "2 damaged" in error
+
+
+def test_what_cannot_be_verified(tmp_path, copies, capsys):
+    (tmp_path / "folder").mkdir()
+    for path, message in (
+        (tmp_path / "missing.beton", "no such file"),
+        (tmp_path / "folder", "neither a .beton nor a folder"),
+    ):
+        assert run("--verify", path) == 2
+        error = capsys.readouterr().err
+        assert message in error and error.count("\n") == 1
+    assert run(copies[0]) == 2  # no OUT and no --verify
+    assert "OUT is missing" in capsys.readouterr().err
+    copies[0].write_bytes(copies[0].read_bytes()[:-50])
+    assert run("--verify", copies[0]) == 2
