@@ -8,7 +8,7 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from bt_fast.model import Encoder
 from bt_fast.perf import Compile, Precision
@@ -150,8 +150,18 @@ class Config:
         for name in ("min_scale", "probe_crop"):
             value = getattr(self, name)
             _require(0 < value <= 1, name, value, "must be in (0, 1]")
-        if self.resolution is not None:  # frozen for everyone else
-            object.__setattr__(self, "size", _parse_resolution(self.resolution)[1])
+        if self.resolution is not None:
+            low, high = _parse_resolution(self.resolution)
+            # torch.compile makes a program for each size, and stops at eight.
+            few = (high - low) // 32 < 8
+            _require(few, "resolution", self.resolution, "has more than 8 sizes in steps of 32")
+            object.__setattr__(self, "size", high)  # frozen for everyone else
+        _require(
+            not (self.deterministic and self.compile == "max-autotune"),
+            "deterministic",
+            self.deterministic,
+            "excludes --compile max-autotune, which chooses kernels by trial",
+        )
         _require(
             self.accumulate == 1,
             "accumulate",
@@ -212,7 +222,11 @@ def from_json(text: str, source: Path) -> Config:
     try:
         values = json.loads(text)
         types = get_type_hints(Config)
+        if not isinstance(values.get("compile", ""), str):  # of runs from before it was a mode
+            values["compile"] = {None: "auto", True: "default", False: "off"}[values["compile"]]
         for name, value in values.items():
+            if get_origin(types[name]) is Literal and value not in get_args(types[name]):
+                raise ValueError(f"{name} is {value!r}")
             if types[name] is Branch:
                 values[name] = Branch(**{**value, "sigma": tuple(value["sigma"])})
             elif types[name] in (Path, Path | None) and value is not None:
@@ -220,5 +234,5 @@ def from_json(text: str, source: Path) -> Config:
             elif isinstance(value, list):
                 values[name] = tuple(value)
         return Config(**values)
-    except (json.JSONDecodeError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{source} is not a configuration of this version: {error}") from None

@@ -17,6 +17,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from bt_fast.loss import choose_method
+
 COLLECTIVE_LATENCY = 30e-6  # seconds, of a collective that carries next to nothing
 _OVERLAPPED = 0.9  # of the backward pass can hide the gradients' all-reduce
 
@@ -40,6 +42,11 @@ def num_norm_layers(model: nn.Module) -> int:
     return sum(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
 
 
+def _loss_flop_of(num_samples: int, num_dimensions: int, world_size: int) -> int:
+    method = choose_method(num_samples, num_dimensions, world_size)
+    return loss_flop(method, num_samples, num_dimensions, world_size)
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Measured:
     """Seconds of one step's parts on one device, and what they depend on."""
@@ -48,6 +55,7 @@ class Measured:
     encoder: float  # forward and backward of encoder and projector
     backward: float  # the backward part of that
     loss: float  # the objective and its gradient
+    embedding_itemsize: int  # bytes of one value of an embedding
     optimizer: float
     num_parameters: int
     num_dimensions: int
@@ -78,12 +86,12 @@ def predict(measured: Measured, world_size: int, link_gbps: float) -> Prediction
     w, n, d = world_size, measured.images, measured.num_dimensions
     rate = link_gbps * 1e9 / 8  # bytes per second
     gradient_bytes = 2 * (w - 1) / w * 4 * measured.num_parameters
-    embedding_bytes = (w - 1) * 2 * n * d * 2
+    embedding_bytes = (w - 1) * 2 * n * d * measured.embedding_itemsize
     collectives = 2 * measured.num_norm_layers if w > 1 else 0
     hidden = min(gradient_bytes / rate, _OVERLAPPED * measured.backward)
     seconds = {
         "encoder": measured.encoder,
-        "loss": measured.loss * w,  # n rows against N columns
+        "loss": measured.loss * _loss_flop_of(n * w, d, w) / _loss_flop_of(n, d, 1),
         "optimizer": measured.optimizer,
         "gradients, exposed": gradient_bytes / rate - hidden,
         "embeddings": embedding_bytes / rate,

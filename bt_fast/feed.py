@@ -3,6 +3,7 @@
 On a GPU the copy and the augmentation of the next batch run on a stream of their own while the
 encoder works on this one, and the host waits for neither: it only tells the encoder's stream which
 event to wait for. What is left of them in a step is what they take from the encoder's bandwidth.
+The host may be two steps ahead of the GPU; more would not make it faster, only hold more batches.
 """
 
 import itertools
@@ -15,6 +16,8 @@ from bt_fast.perf import Performance
 from pipelines import augment
 from pipelines.augment import Branch
 from pipelines.loader import Batch
+
+LEAD = 2  # steps
 
 
 def feed(
@@ -30,6 +33,7 @@ def feed(
         return
 
     side = torch.cuda.Stream(performance.device)
+    done: deque[torch.cuda.Event] = deque()  # of steps whose views were handed out
     ahead: deque[tuple[torch.Tensor, torch.cuda.Event]] = deque()
     for batch in itertools.chain(batches, [None]):
         if batch is not None:
@@ -41,6 +45,9 @@ def feed(
             encoder.wait_event(ready)
             views.record_stream(encoder)  # its memory is the side stream's to reuse after that
             yield views
+            done.append(encoder.record_event())
+            if len(done) > LEAD:
+                done.popleft().synchronize()
 
 
 def distort(

@@ -8,7 +8,7 @@ import contextlib
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from rich.console import Console
@@ -20,9 +20,13 @@ _PLAIN_INTERVAL = 5.0  # seconds between plain lines
 
 
 class Clock:
-    """Seconds since it was made, without the pauses: what counts as training."""
+    """Seconds since it was made, without the pauses: what counts as training.
 
-    def __init__(self) -> None:
+    settle: waits for work that was begun before a pause, and belongs to training.
+    """
+
+    def __init__(self, settle: Callable[[], None] = lambda: None) -> None:
+        self._settle = settle
         self._started, self._paused = time.perf_counter(), 0.0
 
     def seconds(self) -> float:
@@ -30,6 +34,7 @@ class Clock:
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
+        self._settle()
         started = time.perf_counter()
         yield
         self._paused += time.perf_counter() - started

@@ -76,6 +76,8 @@ class _PerView(nn.modules.batchnorm._BatchNorm):
     @torch.no_grad()
     def _remember(self, mean: torch.Tensor, variance: torch.Tensor, count: float) -> None:
         """Move the running statistics towards each view's, [2, ...], of so many values."""
+        if count < 2:
+            raise ValueError("batch norm needs more than one value per channel and view")
         for view in range(NUM_VIEWS):
             self.running_mean.lerp_(mean[view].flatten().to(self.running_mean), self.momentum)
             unbiased = variance[view].flatten() * (count / (count - 1))

@@ -1,5 +1,6 @@
 """Every performance switch, in one place, applied by a call and never at import."""
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -85,7 +86,11 @@ def apply(*, deterministic: bool = False) -> None:
     """Set the process-wide switches."""
     # Trying out convolutions finds the fastest, but not the same one in every process.
     torch.backends.cudnn.benchmark = not deterministic
-    torch.backends.cudnn.deterministic = deterministic
+    if deterministic and torch.cuda.is_available():
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before cuBLAS is first used
+        # Also for the compiler, which then tries nothing out. What has no such kernel warns.
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     # TF32 for the products that stay in float32 on a GPU: those of the loss. Its 10 bits of
     # mantissa are as many as the released code's float16 has.
     torch.backends.cuda.matmul.allow_tf32 = True

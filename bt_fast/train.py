@@ -6,6 +6,7 @@ device. Where a run stands is one number, the step; order and views follow from 
 """
 
 import contextlib
+import functools
 import time
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from bt_fast.feed import feed
 from bt_fast.job import Job, build, describe, rehearse
 from bt_fast.log import Clock, RunLog, summary_table
 from bt_fast.model import BarlowTwins
+from bt_fast.perf import synchronise
 from bt_fast.run_directory import RunDirectory, choose_path, read_metrics
 from bt_fast.schedule import learning_rate
 from bt_fast.signals import EXIT_STOPPED, StopFlag
@@ -80,7 +82,8 @@ def train(job: Job, run: RunDirectory | None, log: RunLog, stop: StopFlag, step:
         probe(job, log, step)
 
     # Since the last log line: its step, seconds spent training, updates skipped.
-    logged_step, clock = step, Clock()
+    settle = functools.partial(synchronise, job.performance.device)
+    logged_step, clock = step, Clock(settle)
     skipped = torch.zeros((), dtype=torch.int32, device=job.performance.device)
     skipped_in_a_row = 0
     vote = Vote(job.world.group)
@@ -116,7 +119,7 @@ def train(job: Job, run: RunDirectory | None, log: RunLog, stop: StopFlag, step:
             )
             skipped_in_a_row = skipped_in_a_row + num_steps if num_skipped == num_steps else 0
             report_skipped(log, step, num_skipped, num_steps, skipped_in_a_row)
-            logged_step, clock = step, Clock()
+            logged_step, clock = step, Clock(settle)
             skipped.zero_()
         if run and (step % save_every == 0 or is_last or stopping):
             with clock.paused():
@@ -130,7 +133,10 @@ def train(job: Job, run: RunDirectory | None, log: RunLog, stop: StopFlag, step:
 
 
 def update(job: Job, views: torch.Tensor):
-    """Forward, backward and optimizer step -> (invariance, redundancy, applied), on the device."""
+    """Forward, backward and optimizer step on views [2 n, 3, H, W], view A first.
+
+    Returns (invariance, redundancy, applied): scalars on the device.
+    """
     before = job.statistics.clone()
     with job.performance.autocast():
         z_a, z_b = job.embed(views).chunk(2)  # [n, D] each

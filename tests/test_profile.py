@@ -68,6 +68,9 @@ def test_against_the_reference_without_data(tmp_path):
 @pytest.mark.parametrize(
     "flags,message",
     [
+        (["--link-gbps", "0"], "--link-gbps must be positive"),
+        (["--resume", "runs/x"], "are for runs, not for profiles"),
+        (["--resolution", "32:64"], "profile one --size"),
         (["--data", "nowhere.beton"], "--data nowhere.beton does not exist"),
         (["--against", "everyone"], "--against"),
         (["--batch-size", "0"], "--batch-size must be at least 1"),
@@ -88,7 +91,9 @@ def report(device: str = "cuda", *, precision: str = "bf16", step: float, alone:
         device=torch.device(device), precision=precision, compile="default"
     )
     reader = types.SimpleNamespace(sizes=np.full((1000, 2), 400))
-    job = types.SimpleNamespace(config=config, performance=performance, reader=reader)
+    job = types.SimpleNamespace(
+        config=config, performance=performance, reader=reader, num_threads=10**6
+    )
     hosts = {"forward": seconds.pop("host", 0.0)}
     return Report(
         job=job,
@@ -115,6 +120,8 @@ def test_the_verdict_names_what_limits():
     assert verdict(host).startswith("the host limits")
     wide = report(step=0.1, alone=0.1, loader=0.05, forward=0.01, loss=0.08)
     assert verdict(wide).startswith("the loss limits") and "--projector" in verdict(wide)
+    odd = report(step=0.1, alone=0.1, loader=0.05, forward=0.01)
+    assert "run again" in verdict(odd)
     cpu = report("cpu", step=1.0, alone=0.9, loader=0.08, forward=0.3, backward=0.5)
     assert "a GPU, or a smaller" in verdict(cpu)
     cpu_loader = report("cpu", step=1.0, alone=0.3, loader=0.8, forward=0.1, backward=0.2)
@@ -123,7 +130,8 @@ def test_the_verdict_names_what_limits():
 
 def measured(**changes) -> costs.Measured:
     values = {
-        "images": 64, "encoder": 0.02, "backward": 0.013, "loss": 2e-4, "optimizer": 1e-3,
+        "embedding_itemsize": 2, "images": 64, "optimizer": 1e-3,
+        "encoder": 0.02, "backward": 0.013, "loss": 2e-4,
         "num_parameters": 174_535_744, "num_dimensions": 8192, "num_norm_layers": 55,
     }  # fmt: skip
     return costs.Measured(**values | changes)
@@ -140,6 +148,9 @@ def test_the_prediction_counts_bytes_and_what_the_backward_pass_hides():
     assert many.gradient_bytes == pytest.approx(2 * 31 / 32 * 698_142_976)
     assert many.embedding_bytes == 31 * 2 * 64 * 8192 * 2  # bf16, both views
     assert many.collectives == 110
+    assert many.seconds["loss"] == pytest.approx(2e-4 * 32)  # n rows against N columns
+    wide = costs.predict(measured(images=8192, num_dimensions=1024), 32, 400)
+    assert wide.seconds["loss"] == pytest.approx(2e-4)  # columns of C: 6 n D^2 on every rank
     on_the_wire = many.gradient_bytes / 50e9
     assert many.hidden == pytest.approx(0.9 * 0.013)
     assert many.seconds["gradients, exposed"] == pytest.approx(on_the_wire - 0.9 * 0.013)
@@ -162,14 +173,38 @@ def test_the_suite_runs_part_by_part_at_toy_sizes(small_beton, tmp_path):
     done = subprocess.run(
         [*map(str, command), "--parts", "correctness", "loss", "loader"],
         cwd=tmp_path, capture_output=True, text=True,
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + (out / "suite.log").read_text()
     found = json.loads((out / "suite.json").read_text())["parts"]
     assert set(found) == {"correctness", "loss", "loader"}
-    assert found["loss"]["result"]["D = 512, gram"]["ms"] > 0
-    assert found["loader"]["result"]["1 threads"]["efficiency"] == 1
+    (losses,) = found["loss"]["result"].values()
+    assert losses["D = 512, gram"]["ms"] > 0
+    assert found["loader"]["result"]["The native loader"]["1 threads"]["efficiency"] == 1
     assert "## The native loader" in (out / "performance.md").read_text()
-    if not torch.cuda.is_available():
-        assert found["correctness"]["status"] == "left out: no GPU"
+    assert found["correctness"]["status"] == "left out: no GPU"
+    assert not (out / "parts").exists()
     unknown = subprocess.run([*map(str, command), "--parts", "x"], capture_output=True, text=True)
     assert unknown.returncode == 2 and "--parts x: there is correctness" in unknown.stderr
+
+
+TOOLS = sorted(
+    path.name
+    for path in (ROOT / "tools").glob("*.py")
+    if "__main__" in path.read_text() and path.name != "suite_parts.py"
+)
+
+
+@pytest.mark.parametrize("name", TOOLS)
+def test_every_tool_starts_beside_a_file_called_profile(name, tmp_path):
+    if name == "launches.py":
+        pytest.skip("has no flags; test_optim runs it")
+    if name == "kernel_report.py":
+        pytest.importorskip("triton")
+    done = subprocess.run(
+        [sys.executable, ROOT / "tools" / name, "--help"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+    )
+    assert not done.stderr and name.removesuffix(".py") in done.stdout

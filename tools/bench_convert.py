@@ -11,11 +11,12 @@ decodes them once to find damage, with `--check quick` it looks at their structu
 alternate; compare ratios, not days.
 """
 
+import _checkout  # noqa: F401  # isort: skip
+
 import contextlib
 import os
 import platform
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -25,8 +26,6 @@ from pathlib import Path
 from typing import Annotated
 
 import tyro
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from pipelines.convert import Convert, convert
 from pipelines.flags import usable_cores

@@ -13,8 +13,9 @@ FFCV and native read the same `.beton`, made first. The first batches (start-up,
 are not timed; the contenders alternate. What counts is the ratio within one run.
 """
 
+import _checkout  # noqa: F401  # isort: skip
+
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -27,8 +28,6 @@ import numpy as np
 import simplejpeg
 import tyro
 from PIL import Image
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from pipelines.beton import BetonReader
 from pipelines.convert import Convert, convert

@@ -8,6 +8,8 @@ gives the peak resident memory of the command and of its workers together, as th
 into the other.
 """
 
+import _checkout  # noqa: F401  # isort: skip
+
 import io
 import subprocess
 import sys

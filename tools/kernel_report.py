@@ -6,6 +6,8 @@ Registers per thread, bytes of local memory (spilled registers) and of shared me
 cuobjdump see them. A kernel that spills is a defect: the exit status is then 1.
 """
 
+import _checkout  # noqa: F401  # isort: skip
+
 import re
 import subprocess
 import sys
@@ -15,8 +17,6 @@ from pathlib import Path
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from bt_fast import lars_triton
 from pipelines import augment_triton
@@ -66,6 +66,9 @@ def resources(kernel, capability: int) -> dict[str, int]:
 
 
 def main() -> int:
+    if len(sys.argv) > 2 or not all(argument.isdecimal() for argument in sys.argv[1:]):
+        print(__doc__)
+        return 2
     capability = int(sys.argv[1]) if len(sys.argv) > 1 else 90
     spilled = False
     for kernel in KERNELS:

@@ -8,14 +8,12 @@ views and allocations are none. Triton's kernels run in its interpreter. The ten
 because launches depend on their number and not on their sizes.
 """
 
+import _checkout  # noqa: F401  # isort: skip
+
 import os
-import sys
 from collections import Counter
-from pathlib import Path
 
 os.environ["TRITON_INTERPRET"] = "1"
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
@@ -80,15 +78,18 @@ def main() -> None:
     parameters = [torch.ones(shape, requires_grad=True) for shape in shapes]
     for p in parameters:
         p.grad = torch.ones_like(p)
-    groups = [
-        {"params": [p for p in parameters if p.ndim > 1]},
-        {"params": [p for p in parameters if p.ndim <= 1]},
-    ]
+
+    def groups() -> list[dict]:
+        return [
+            {"params": [p for p in parameters if p.ndim > 1]},
+            {"params": [p for p in parameters if p.ndim <= 1]},
+        ]
+
     print(f"one LARS step, ResNet-50 + projector of three layers, {len(parameters)} tensors")
     contenders = {
-        "plain loop": reference.Lars(groups, 0.1, weight_decay=1e-6),
-        "foreach (definition)": LARS(groups, 0.1, weight_decay=1e-6, fused=False),
-        "fused (on a GPU)": LARS(groups, 0.1, weight_decay=1e-6, fused=True),
+        "plain loop": reference.Lars(groups(), 0.1, weight_decay=1e-6),
+        "foreach (definition)": LARS(groups(), 0.1, weight_decay=1e-6, fused=False),
+        "fused (on a GPU)": LARS(groups(), 0.1, weight_decay=1e-6, fused=True),
     }
     for name, optimizer in contenders.items():
         counts = launches(optimizer)

@@ -13,6 +13,8 @@ A picture is a function of (seed, split, class, index) alone: asking for more pi
 of those already there. The bytes can differ between versions of Pillow, numpy and libjpeg.
 """
 
+import _checkout  # noqa: F401  # isort: skip
+
 import os
 import shutil
 import sys

@@ -4,24 +4,26 @@
     python tools/profile.py --data imagenet.beton --against reference
     python tools/profile.py --gpus 32 --link-gbps 400  predict the step of 32 ranks
 
-All flags of `bt-fast pretrain` apply; --batch-size is what one device does. Writes profile.json and
+The flags of `bt-fast pretrain` that shape a step apply; --batch-size is what one device does, by
+default 256 on a GPU and the work of eight 224 px images on a CPU. Writes profile.json and
 profile.png. Stages are timed alone and then together, so their sum is more than the whole by what
 overlaps.
 """
 
-import sys
-
-sys.path.pop(0)  # this folder, in which this file would hide the standard library's `profile`
+import _checkout  # noqa: F401  # isort: skip
 
 import dataclasses
+import importlib.util
+import math
+import os
+import signal
+import sys
 import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from rich.console import Console
 
@@ -45,6 +47,16 @@ class Profile(Config):
     trace: bool = False
     """Also write a Chrome trace of three steps."""
 
+    def __post_init__(self) -> None:
+        Config.__post_init__(self)
+        for name in ("link_gbps", "seconds"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"--{name.replace('_', '-')} must be positive")
+        if self.dry_run or self.resume is not None or self.run_dir is not None:
+            raise ValueError("--dry-run, --resume and --run-dir are for runs, not for profiles")
+        if self.resolution is not None:
+            raise ValueError("--resolution: profile one --size after the other")
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     try:
@@ -52,6 +64,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"profile.py: {error}", file=sys.stderr)
         return 2
+    except RuntimeError as error:
+        from bt_fast.perf import is_out_of_memory
+
+        if not is_out_of_memory(error):
+            raise
+        print(
+            "profile.py: not enough memory; choose a smaller --batch-size, --size or --projector",
+            file=sys.stderr,
+        )
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 128 + signal.SIGINT
 
 
 def parse(arguments: list[str]) -> Profile:
@@ -61,17 +86,19 @@ def parse(arguments: list[str]) -> Profile:
     recipe = RECIPES.get(value_of("--recipe", arguments) or "imagenet", Config)()
     values = {field.name: getattr(recipe, field.name) for field in dataclasses.fields(Config)}
     on_gpu = torch.cuda.is_available() and value_of("--device", arguments) != "cpu"
-    values["batch_size"] = min(recipe.batch_size, 256 if on_gpu else 8)
+    values["batch_size"] = min(recipe.batch_size, 256 if on_gpu else 8 * 224**2 // recipe.size**2)
     return parse_flags(Profile, "profile.py", arguments, default=Profile(**values))
 
 
 def profile(options: Profile) -> int:
-    from tools import profile_report, stages, synthetic, timing
+    from tools import profile_report, rivals, stages, synthetic, timing
 
     console = Console(soft_wrap=True, width=None if sys.stdout.isatty() else 110)
     out = options.out or Path("profiles") / time.strftime("%Y%m%d-%H%M%S")
     if (out / "profile.json").exists():
         raise ValueError(f"--out {out} holds a profile already; choose another folder")
+    if "kornia" in options.against and importlib.util.find_spec("kornia") is None:
+        raise ValueError("--against kornia: kornia is not installed; pip install kornia")
     with tempfile.TemporaryDirectory() as scratch:
         data, what = options.data, options.data.name
         if not data.exists() and data == Config().data:
@@ -80,6 +107,7 @@ def profile(options: Profile) -> int:
         names = [field.name for field in dataclasses.fields(Config)]
         config = Config(**{name: getattr(options, name) for name in names} | {"gpus": None})
         job = prepare(dataclasses.replace(config, data=data, probe_every=0), console)
+        out.mkdir(parents=True, exist_ok=True)
         report = profile_report.Report(job=job, data=what)
         console.print(f"profiling {report.title}", markup=False)
         performance = job.performance
@@ -94,15 +122,15 @@ def profile(options: Profile) -> int:
         report.step, report.step_without_data = stages.whole(job, 3 * options.seconds)
         report.memory = stages.peak_memory(job)
         for rival in options.against:
-            report.rivals[rival] = rival_stages(rival, job, options.seconds)
+            measure = getattr(rivals, f"{rival}_stages")
+            report.rivals[rival] = measure(job, options.seconds)
         if options.gpus is not None:
             report.predict(options.gpus, options.link_gbps)
-        out.mkdir(parents=True, exist_ok=True)
         if options.trace:
             stages.chrome_trace(job, out / "trace.json")
         report.print(console)
         report.write(out)
-    console.print(f"written: {out}/profile.json, {out}/profile.png", markup=False)
+    console.print(f"written: {out}: {', '.join(sorted(os.listdir(out)))}", markup=False)
     return 0
 
 
@@ -115,17 +143,6 @@ def prepare(config: Config, console: Console):
         console.print("compiling ...")
     rehearse(job)
     return job
-
-
-def rival_stages(rival: str, job, budget: float) -> dict[str, float]:
-    from tools import rivals
-
-    if rival == "reference":
-        return rivals.reference_stages(job, budget)
-    try:
-        return rivals.kornia_stages(job, budget)
-    except ImportError:
-        raise ValueError("--against kornia: kornia is not installed; pip install kornia") from None
 
 
 if __name__ == "__main__":

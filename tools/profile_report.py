@@ -82,6 +82,7 @@ class Report:
             backward=seconds["backward"],
             loss=seconds["loss"],
             optimizer=seconds["optimizer"],
+            embedding_itemsize=job.performance.view_dtype.itemsize,
             num_parameters=sum(p.numel() for p in job.model.parameters()),
             num_dimensions=job.config.projector[-1],
             num_norm_layers=costs.num_norm_layers(job.model),
@@ -111,7 +112,7 @@ class Report:
 
         def row(name: str, seconds: float, achieved: str = "", style: str = "") -> None:
             share = f"{100 * seconds / self.step:.1f} %"
-            rate = f"{self.rate(seconds):,.0f}"
+            rate = f"{self.rate(seconds):,.0f}" if name != "overlapped" else ""
             table.add_row(name, rate, f"{1e3 * seconds:.2f}", share, achieved, style=style)
 
         for name in IN_LOADER:
@@ -213,6 +214,13 @@ class Report:
 def verdict(report: Report) -> str:
     """One line: what limits the run, and which flag helps."""
     stages, step = report.stages, report.step
+    parts_alone = sum(stages[name].seconds for name in IN_STEP[2:])
+    if not 1 / 2 < parts_alone / report.step_without_data < 2:
+        return (
+            f"none: the parts of the step take {1e3 * parts_alone:.0f} ms alone, and"
+            f" {1e3 * report.step_without_data:.0f} ms together, so something else kept this"
+            " machine busy; run again"
+        )
     loader, compute = stages["loader"].seconds, report.step_without_data
     augment = stages["augment"].seconds + (stages["copy"].seconds if "copy" in stages else 0.0)
     on_gpu = report.job.performance.device.type == "cuda"
@@ -221,7 +229,8 @@ def verdict(report: Report) -> str:
     if feeding > compute:
         share = 100 * min(feeding / step, 1)
         if augment > loader:
-            return f"augmentation limits: {share:.0f} % of the step; take more cores or a GPU"
+            way_out = "a smaller --size" if on_gpu else "more cores, or a GPU"
+            return f"augmentation limits: {share:.0f} % of the step: {way_out}"
         return f"the loader limits, at {report.rate(loader):,.0f} images/s: {_for_loader(report)}"
     parts = {
         "the encoder": stages["forward"].seconds + stages["backward"].seconds,
@@ -271,6 +280,6 @@ def _for_compute(report: Report, part: str) -> str:
         return "a GPU, or a smaller --size or --encoder"
     if job.performance.compile == "off":
         return "--compile default"
-    if config.resolution is None and config.size >= 128:
+    if config.resolution is None and config.size >= 128 and config.size % 32 == 0:
         return f"--resolution {32 * round(config.size * 0.7 / 32)}:{config.size} saves a quarter"
     return "more GPUs"

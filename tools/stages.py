@@ -4,7 +4,6 @@ On a CPU a stage's time is what the clock says. On a GPU it is the time its kern
 the device busy; the host's share is timed apart, because it only counts where it is the longer one.
 """
 
-import os
 import resource
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -39,11 +38,12 @@ class Stage:
 
 
 def loader_stages(job: Job, budget: float) -> Iterator[Stage]:
-    """read, decode, crop, and the loader as a whole, by as many threads as the run has."""
+    """read, decode, crop, and the loader as a whole, by as many threads as the run has.
+
+    read is fetching the bytes, from the disk or its cache, and their checksum.
+    """
     n, cutter, device = job.config.batch_size, job.loader.cutter, torch.device("cpu")
     samples = next(job.loader.batches(0, 1)).samples
-    with open(job.reader.path, "rb") as file:
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # so that the disk is read
 
     def threaded(function, items) -> Callable[[], list]:
         def some(first: int) -> list:
@@ -81,7 +81,10 @@ def loader_stages(job: Job, budget: float) -> Iterator[Stage]:
 
 
 def loader_overhead(job: Job, budget: float) -> float:
-    """Seconds per image that one decoding thread spends on neither decoding nor cropping."""
+    """Seconds per image that one decoding thread spends on neither decoding nor cropping.
+
+    That is handing out tasks, the random boxes and keys, checksums excepted (paid once).
+    """
     config = job.config
     single = NativeLoader(
         job.reader, job.loader.crop, batch_size=config.batch_size, seed=config.seed, num_threads=1
@@ -100,17 +103,18 @@ def loader_overhead(job: Job, budget: float) -> float:
 
     single.cutter.decode = timed(single.cutter.decode)  # type: ignore[method-assign]
     original, loader.cut = loader.cut, timed(loader.cut)
+    batches = single.batches(0, 1 << 40)
     try:
-        count, started = 0, time.perf_counter()
-        for batch in single.batches(0, 1 << 40):
-            count += len(batch.samples)
-            if time.perf_counter() - started > budget:
-                break
-        seconds = time.perf_counter() - started
-        single.cutter.pool.shutdown(cancel_futures=True)
+        next(batches)  # the epoch's order, the first records
+        inside, count, started = 0.0, 0, time.perf_counter()
+        while count == 0 or time.perf_counter() - started < budget:
+            count += len(next(batches).samples)
+            seconds, within = time.perf_counter() - started, inside
     finally:
+        batches.close()  # type: ignore[attr-defined]
+        single.cutter.pool.shutdown(cancel_futures=True)
         loader.cut = original
-    return (seconds - inside) / count
+    return (seconds - within) / count
 
 
 def device_stages(job: Job, budget: float) -> Iterator[Stage]:
@@ -171,7 +175,7 @@ def device_stages(job: Job, budget: float) -> Iterator[Stage]:
 
     width = job.config.projector[-1]
     flop = costs.loss_flop(choose_method(n, width), n, width)
-    yield stage("loss", loss, flop=flop, ceiling="flops")
+    yield stage("loss", loss, flop=flop)  # in another precision than the ceiling's
 
     train.set_learning_rates(job, 0)
     guard = torch.zeros((), device=device)

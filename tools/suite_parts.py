@@ -3,18 +3,19 @@
 python tools/suite_parts.py NAME RESULT.json [DATA.beton]
 """
 
+import _checkout  # noqa: F401  # isort: skip
+
+import functools
 import json
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
-
-sys.path.pop(0)  # this folder, in which profile.py would hide the standard library's `profile`
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 import torch
 
-from bt_fast import perf
+from bt_fast import costs, perf
 from bt_fast.lars import LARS
 from bt_fast.loss import barlow_twins_loss
 from bt_fast.model import BarlowTwins
@@ -32,23 +33,32 @@ DEVICE = torch.device("cuda" if ON_GPU else "cpu")
 BUDGET = 0.7 if ON_GPU else 0.05
 
 
-def attempt(function) -> dict:
-    """What a function returns, or the reason why it did not."""
-    try:
-        return function()
-    except Exception as error:
-        return {"error": f"{type(error).__name__}: {error}"[:300]}
-    finally:
+class Results:
+    """{table: {row: figures}}, written after every row; what fails is a row with its reason."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.tables, self.num_failed = path, {}, 0
+
+    def measure(self, table: str, row: str, function: Callable[[], dict[str, float]]) -> dict:
+        try:
+            figures = function()
+        except Exception as error:
+            figures = {"error": f"{type(error).__name__}: {error}"[:300].replace("\n", " ")}
+            self.num_failed += 1
         if ON_GPU:
             torch.cuda.empty_cache()
+        print(f"{table}, {row}: {figures}", flush=True)
+        self.tables.setdefault(table, {})[row] = figures
+        self.path.write_text(json.dumps(self.tables))
+        return figures
 
 
-def kernels() -> dict:
-    """Augmentation and LARS: every way there is."""
-    result = {"augment": attempt(augmentations), "lars": attempt(optimizers)}
+def kernels(results: Results) -> None:
+    """Augmentation and LARS: every way there is, what counts most first."""
+    augmentations(results)
+    optimizers(results)
     if ON_GPU:
-        result["tiles"] = attempt(tiles)
-    return result
+        tiles(results)
 
 
 def batch_of_views() -> tuple[torch.Tensor, augment.Draw, int]:
@@ -60,95 +70,105 @@ def batch_of_views() -> tuple[torch.Tensor, augment.Draw, int]:
     return images.to(DEVICE), augment.join(*draws), n
 
 
-def augmentations() -> dict:
-    """us per view, of half view A and half view B."""
+def augmentations(results: Results) -> None:
     images, parameters, n = batch_of_views()
-    there = parameters.to(DEVICE)
-    compiled = torch.compile(augment.apply, dynamic=False)
-    dtype = torch.bfloat16
-    ways = {
-        "definition": lambda: augment.apply(images, parameters, dtype=dtype),
-        "definition, compiled": lambda: compiled(images, there, dtype=dtype),
-    }
-    if ON_GPU:
+
+    def per_view(way: Callable[[], object]) -> dict[str, float]:
+        seconds, host = seconds_per_call(way, DEVICE, BUDGET)
+        return {"us per view": 1e6 * seconds / n, "host us per view": 1e6 * host / n}
+
+    def fused() -> dict[str, float]:
         from pipelines import augment_triton
 
-        ways["fused"] = lambda: augment_triton.apply(images, parameters, dtype=dtype)
-    result = {}
-    for name, way in ways.items():
-        seconds, host = seconds_per_call(way, DEVICE, BUDGET)
-        result[name] = {"us_per_view": 1e6 * seconds / n, "host_us_per_view": 1e6 * host / n}
-    return result
+        return per_view(lambda: augment_triton.apply(images, parameters, dtype=torch.bfloat16))
+
+    def compiled() -> dict[str, float]:
+        there, function = parameters.to(DEVICE), torch.compile(augment.apply, dynamic=False)
+        return per_view(lambda: function(images, there, dtype=torch.bfloat16))
+
+    title = f"Augmentation, {n} views of {images.shape[1]} px, half of them view A"
+    if ON_GPU:
+        results.measure(title, "fused", fused)
+    results.measure(
+        title,
+        "definition",
+        lambda: per_view(lambda: augment.apply(images, parameters, dtype=torch.bfloat16)),
+    )
+    results.measure(title, "definition, compiled", compiled)
 
 
-def tiles() -> dict:
-    """us per view of the fused kernels at other tile sizes and numbers of warps."""
+def tiles(results: Results) -> None:
+    """The fused kernels at other tile sizes and numbers of warps."""
     from pipelines import augment_triton
 
     images, parameters, n = batch_of_views()
-    result = {}
     for tile, warps in ((64, 4), (64, 8), (64, 16), (32, 4), (32, 2), (128, 8), (128, 16)):
         augment_triton.TILE, augment_triton.INNER = tile, tile - 2 * augment_triton.REACH
         augment_triton.NUM_WARPS = warps
 
-        def way() -> dict:
+        def way() -> dict[str, float]:
             seconds, _ = seconds_per_call(
                 lambda: augment_triton.apply(images, parameters, dtype=torch.bfloat16),
                 DEVICE,
                 BUDGET / 2,
             )
-            return {"us_per_view": 1e6 * seconds / n}
+            return {"us per view": 1e6 * seconds / n}
 
-        result[f"tile {tile}, {warps} warps"] = attempt(way)
-    return result
+        results.measure("The fused augmentation otherwise", f"tile {tile}, {warps} warps", way)
 
 
-def optimizers() -> dict:
-    """ms and kernel launches of one LARS step of ResNet-50 and its projector."""
+def optimizers(results: Results) -> None:
+    """One LARS step of ResNet-50 and its projector."""
     projector = (8192, 8192, 8192) if ON_GPU else (64, 64, 64)
     model = BarlowTwins("resnet50", projector).to(DEVICE).to(memory_format=torch.channels_last)
     parameters = list(model.parameters())
     for p in parameters:
         p.grad = torch.randn_like(p)
-    groups = [
-        {"params": [p for p in parameters if p.ndim > 1]},
-        {"params": [p for p in parameters if p.ndim <= 1]},
-    ]
+
+    def groups() -> list[dict]:
+        return [
+            {"params": [p for p in parameters if p.ndim > 1]},
+            {"params": [p for p in parameters if p.ndim <= 1]},
+        ]
+
     ways = {
-        "plain loop": reference.Lars(groups, 1e-6, weight_decay=1e-6),
-        "foreach": LARS(groups, 1e-6, weight_decay=1e-6, fused=False),
+        "foreach": lambda: LARS(groups(), 1e-6, weight_decay=1e-6, fused=False),
+        "plain loop": lambda: reference.Lars(groups(), 1e-6, weight_decay=1e-6),
     }
     if ON_GPU:
-        ways["fused"] = LARS(groups, 1e-6, weight_decay=1e-6, fused=True)
-    result = {}
-    num_bytes = 28 * sum(p.numel() for p in parameters)
-    for name, optimizer in ways.items():
-        seconds, host = seconds_per_call(optimizer.step, DEVICE, BUDGET)
-        launches = 0
-        if ON_GPU:
-            activities = [torch.profiler.ProfilerActivity.CUDA]
-            with torch.profiler.profile(activities=activities) as profile:
-                optimizer.step()
-                torch.cuda.synchronize()
-            events = [event for event in profile.events() if "Mem" not in event.name]
-            launches = sum(event.device_type.name == "CUDA" for event in events)
-        result[name] = {
-            "ms": 1e3 * seconds,
-            "host_ms": 1e3 * host,
-            "launches": launches,
-            "GB_per_s": num_bytes / seconds / 1e9,
-        }
-    return result
+        ways = {"fused": lambda: LARS(groups(), 1e-6, weight_decay=1e-6, fused=True)} | ways
+    num_bytes = costs.lars_bytes(sum(p.numel() for p in parameters))
+    for name, make in ways.items():
+
+        def step_of(make=make) -> dict[str, float]:
+            optimizer = make()
+            seconds, host = seconds_per_call(optimizer.step, DEVICE, BUDGET)
+            figures = {"ms": 1e3 * seconds, "host ms": 1e3 * host}
+            return figures | {"GB/s": num_bytes / seconds / 1e9, "launches": launches(optimizer)}
+
+        results.measure("LARS, ResNet-50 and its projector", name, step_of)
 
 
-def loss() -> dict:
-    """ms and peak memory of the objective and its gradient at N = 2048, dense and Gram."""
+def launches(optimizer: torch.optim.Optimizer) -> int:
+    """Kernels that one step launches, copies left out; 0 without a GPU."""
+    if not ON_GPU:
+        return 0
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        optimizer.step()
+        torch.cuda.synchronize()
+    return sum(
+        event.device_type == torch.autograd.DeviceType.CUDA and "Mem" not in event.name
+        for event in profile.events()
+    )
+
+
+def loss(results: Results) -> None:
+    """The objective and its gradient, dense and Gram: time and peak memory."""
     n = 2048 if ON_GPU else 64
-    result = {}
     for d in (8192, 16_384, 65_536) if ON_GPU else (256, 512):
-        for method in ("dense", "gram"):
+        for method in ("gram", "dense"):
 
-            def way(d=d, method=method) -> dict:
+            def way(d=d, method=method) -> dict[str, float]:
                 z = [torch.randn(n, d, device=DEVICE, requires_grad=True) for _ in range(2)]
                 if ON_GPU:
                     torch.cuda.reset_peak_memory_stats()
@@ -160,45 +180,45 @@ def loss() -> dict:
 
                 seconds, _ = seconds_per_call(step, DEVICE, BUDGET)
                 peak = torch.cuda.max_memory_allocated() - before if ON_GPU else 0
-                return {"ms": 1e3 * seconds, "peak_GB": peak / 1e9}
+                return {"ms": 1e3 * seconds, "peak GB": peak / 1e9}
 
-            result[f"D = {d}, {method}"] = attempt(way)
-    return result
+            results.measure(f"The loss and its gradient, N = {n}", f"D = {d}, {method}", way)
 
 
-def loader(data: Path | None) -> dict:
-    """Images/s of the native loader at 1, 2, 4 ... threads, and how far from linear."""
-    cores, result = usable_cores(), {}
+def loader(results: Results, data: Path | None) -> None:
+    """The native loader at 1, 2, 4 ... threads, and how far from linear."""
     with tempfile.TemporaryDirectory() as scratch:
-        path = data or synthetic.images(Path(scratch), 512)
-        reader = BetonReader(path)
+        reader = BetonReader(data or synthetic.images(Path(scratch), 512))
         n = min(256, len(reader))
-        for threads in [t for t in (1, 2, 4, 8, 16, 32) if t <= cores]:
-            native = NativeLoader(
-                reader, RandomResizedCrop(), batch_size=n, num_threads=threads, pin_memory=ON_GPU
-            )
-            batches = native.batches(0, 1 << 40)
-            cpu = torch.device("cpu")
-            rate = images_per_second(batches, n, cpu, 5.0 if ON_GPU else 0.5)
-            batches.close()  # type: ignore[attr-defined]
-            native.cutter.pool.shutdown(cancel_futures=True)
-            first = result.get("1 threads", {"images_per_s": rate})["images_per_s"]
-            result[f"{threads} threads"] = {
-                "images_per_s": rate,
-                "efficiency": rate / (first * threads),
-            }
-    return result
+        alone: list[float] = []  # the rate of one thread
+        for threads in [t for t in (1, 2, 4, 8, 16, 32) if t <= usable_cores()]:
+
+            def way(threads=threads, alone=alone) -> dict[str, float]:
+                native = NativeLoader(
+                    reader,
+                    RandomResizedCrop(),
+                    batch_size=n,
+                    num_threads=threads,
+                    pin_memory=ON_GPU,
+                )
+                batches, cpu = native.batches(0, 1 << 40), torch.device("cpu")
+                rate = images_per_second(batches, n, cpu, 5.0 if ON_GPU else 0.5)
+                batches.close()  # type: ignore[attr-defined]
+                native.cutter.pool.shutdown(cancel_futures=True)
+                alone.append(rate)
+                return {"images/s": rate, "efficiency": rate / (alone[0] * threads)}
+
+            results.measure("The native loader", f"{threads} threads", way)
 
 
-def main() -> None:
-    name, out = sys.argv[1], Path(sys.argv[2])
+def main() -> int:
+    name, results = sys.argv[1], Results(Path(sys.argv[2]))
     data = Path(sys.argv[3]) if len(sys.argv) > 3 else None
     perf.apply()
-    parts = {"kernels": kernels, "loss": loss, "loader": lambda: loader(data)}
-    result = parts[name]()
-    print(json.dumps(result, indent=1))
-    out.write_text(json.dumps(result))
+    parts = {"kernels": kernels, "loss": loss, "loader": functools.partial(loader, data=data)}
+    parts[name](results)
+    return min(results.num_failed, 1)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,5 +1,6 @@
 """Timing on a CPU or a GPU, and what the machine reaches at best."""
 
+import itertools
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ import torch
 
 from bt_fast.perf import synchronise
 
-_SLEEP_CYCLES = 50_000_000  # some 30 ms of a GPU's clock
+_CLOCK = 2_000_000_000  # cycles per second of a GPU, or a few more
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -33,47 +34,58 @@ def seconds_of_parts(
     functions: Sequence[Callable[[], object]], device: torch.device, budget: float
 ) -> list[tuple[float, float]]:
     """`seconds_per_call` of functions that run one after the other, for each of them."""
-    on_gpu = device.type == "cuda"
-    busy: list[list[float]] = [[] for _ in functions]
-    host: list[list[float]] = [[] for _ in functions]
-    deadline, turn = 0.0, -2  # two turns to warm up
-    while turn < 3 or (time.perf_counter() < deadline and turn < 100):
-        if turn == 0:
+    turns = [[0.0] * len(functions) for _ in range(2)]
+    host: list[list[float]] = []
+    deadline = 0.0
+    while len(host) < 5 or (time.perf_counter() < deadline and len(host) < 100):
+        if len(host) == len(turns):  # after two turns to warm up
             deadline = time.perf_counter() + budget
         synchronise(device)
+        host.append([_seconds(function) for function in functions])
+    host = host[len(turns) :]
+    medians = [median(part) for part in zip(*host, strict=True)]
+    if device.type != "cuda":
+        return [(seconds, 0.0) for seconds in medians]
+
+    # On the device: it first waits until the host has said all it has to say, so that it is never
+    # idle between two kernels. (The host says at most about a thousand things ahead.)
+    ahead = round(1.5 * sum(medians) * _CLOCK) + _CLOCK // 100
+    busy = []
+    for _ in range(max(3, min(len(host), 20))):
         marks = [torch.cuda.Event(enable_timing=True) for _ in range(len(functions) + 1)]
-        if on_gpu:  # let the device wait until the host is ahead, so that it is never idle
-            torch.cuda._sleep(_SLEEP_CYCLES)
-            marks[0].record()
-        for part, function in enumerate(functions):
-            started = time.perf_counter()
-            function()
-            seconds = time.perf_counter() - started
-            if on_gpu:
-                marks[part + 1].record()
-            if turn >= 0:
-                host[part].append(seconds)
-                busy[part].append(seconds)
         synchronise(device)
-        if on_gpu and turn >= 0:
-            for part in range(len(functions)):
-                busy[part][-1] = marks[part].elapsed_time(marks[part + 1]) / 1e3
-        turn += 1
-    return [(median(b), median(h) if on_gpu else 0.0) for b, h in zip(busy, host, strict=True)]
+        torch.cuda._sleep(ahead)
+        marks[0].record()
+        for function, mark in zip(functions, marks[1:], strict=True):
+            function()
+            mark.record()
+        synchronise(device)
+        busy.append([a.elapsed_time(b) / 1e3 for a, b in itertools.pairwise(marks)])
+    on_device = [median(part) for part in zip(*busy, strict=True)]
+    return list(zip(on_device, medians, strict=True))
+
+
+def _seconds(function: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    function()
+    return time.perf_counter() - started
 
 
 def images_per_second(batches: Iterable, n: int, device: torch.device, budget: float) -> float:
-    """Of an iterator of batches of n images, after its first three."""
+    """Of an iterator of batches of n images, after its first three: the median of five spells."""
     batches = iter(batches)
     for _ in islice(batches, 3):
         pass
-    synchronise(device)
-    count, started = 0, time.perf_counter()
-    while count < 2 or time.perf_counter() - started < budget:
-        next(batches)
-        count += 1
-    synchronise(device)
-    return count * n / (time.perf_counter() - started)
+    rates = []
+    for _ in range(5):
+        synchronise(device)
+        count, started = 0, time.perf_counter()
+        while count < 2 or time.perf_counter() - started < budget / 5:
+            next(batches)
+            count += 1
+        synchronise(device)
+        rates.append(count * n / (time.perf_counter() - started))
+    return median(rates)
 
 
 def measure_ceilings(device: torch.device, dtype: torch.dtype, budget: float) -> Ceilings:
