@@ -214,7 +214,8 @@ class Report:
 def verdict(report: Report) -> str:
     """One line: what limits the run, and which flag helps."""
     stages, step = report.stages, report.step
-    parts_alone = sum(stages[name].seconds for name in IN_STEP[2:])
+    host = sum(stage.host for stage in stages.values())
+    parts_alone = max(sum(stages[name].seconds for name in IN_STEP[2:]), host)
     if not 1 / 2 < parts_alone / report.step_without_data < 2:
         return (
             f"none: the parts of the step take {1e3 * parts_alone:.0f} ms alone, and"
@@ -238,7 +239,6 @@ def verdict(report: Report) -> str:
         "the optimizer": stages["optimizer"].seconds,
     }
     name = max(parts, key=lambda part: parts[part])
-    host = sum(stage.host for stage in stages.values())
     if on_gpu and host > sum(parts.values()):
         return (
             f"the host limits: it needs {1e3 * host:.1f} ms to launch what the GPU does in"
