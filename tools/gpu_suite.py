@@ -34,7 +34,7 @@ PARTS = {
     "correctness": 200,
     "profile": 240,
     "kernels": 90,
-    "loss": 40,
+    "loss": 90,
     "loader": 60,
     "reduce-overhead": 150,
     "deterministic": 120,
@@ -164,6 +164,11 @@ def command_of(name: str, options: Suite, out: Path) -> list[str] | None:
         elif on_gpu:
             command += ["--compile", name]
         return command
+    if name == "loss":
+        toy = (
+            [] if on_gpu else ["--samples", "64", "--dimensions", "256", "512", "--seconds", "0.05"]
+        )
+        return [python, "tools/bench_loss.py", "--out", str(out / "result.json"), *toy]
     command = [python, "tools/suite_parts.py", name, str(out / "result.json")]
     if options.data is not None:
         command.append(str(options.data.resolve()))

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from itertools import repeat
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -23,6 +24,8 @@ from pipelines import loader
 from pipelines.crop import cut, random_boxes
 from pipelines.loader import IMAGES_PER_TASK, NativeLoader
 from tools.timing import images_per_second, seconds_of_parts, seconds_per_call
+
+_IMAGES_FOR_THREADS = 64
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,8 +45,12 @@ def loader_stages(job: Job, budget: float) -> Iterator[Stage]:
 
     read is fetching the bytes, from the disk or its cache, and their checksum.
     """
-    n, cutter, device = job.config.batch_size, job.loader.cutter, torch.device("cpu")
-    samples = next(job.loader.batches(0, 1)).samples
+    n, cutter, cpu = job.config.batch_size, job.loader.cutter, torch.device("cpu")
+    # Enough images to share them evenly among threads; times are brought to a batch.
+    num_batches = -(-_IMAGES_FOR_THREADS // n)
+    batches = list(job.loader.batches(0, num_batches))
+    samples = np.concatenate([batch.samples for batch in batches])
+    keys = [np.concatenate([batch.keys[view] for batch in batches]) for view in range(2)]
 
     def threaded(function, items) -> Callable[[], list]:
         def some(first: int) -> list:
@@ -52,31 +59,29 @@ def loader_stages(job: Job, budget: float) -> Iterator[Stage]:
         tasks = range(0, len(items), IMAGES_PER_TASK)
         return lambda: [result for part in cutter.pool.map(some, tasks) for result in part]
 
-    started = time.perf_counter()
-    some = range(min(len(job.reader), 20 * n))
-    threaded(job.reader.checksum_ok, some)()
-    seconds = (time.perf_counter() - started) * n / len(some)
-    num_bytes = sum(len(job.reader.image(i)) for i in some) * n / len(some)
-    yield Stage(name="read", seconds=seconds, bytes=num_bytes)
+    def seconds(function, items) -> float:
+        return seconds_per_call(threaded(function, items), cpu, budget)[0] / num_batches
 
-    seconds, _ = seconds_per_call(threaded(cutter.decode, samples), device, budget)
-    yield Stage(name="decode", seconds=seconds)
+    some = range(min(len(job.reader), 20 * n))
+    started = time.perf_counter()
+    threaded(job.reader.checksum_ok, some)()
+    per_image = (time.perf_counter() - started) / len(some)
+    num_bytes = sum(len(job.reader.image(i)) for i in some) * n / len(some)
+    yield Stage(name="read", seconds=per_image * n, bytes=num_bytes)
+    yield Stage(name="decode", seconds=seconds(cutter.decode, samples))
 
     images = threaded(cutter.decode, samples)()
-    keys = next(job.loader.batches(0, 1)).keys
     sizes = job.loader.sizes[samples].T
     boxes = [random_boxes(job.loader.crop, key, *sizes) for key in keys]
     side = job.config.size
-    crops = torch.empty((2, n, side, side, 3), dtype=torch.uint8)
+    crops = torch.empty((2, len(samples), side, side, 3), dtype=torch.uint8)
 
     def crop(row: int) -> None:
         for view in range(2):
             cut(images[row], boxes[view][row], out=crops[view, row])
 
-    seconds, _ = seconds_per_call(threaded(crop, range(n)), device, budget)
-    yield Stage(name="crop", seconds=seconds)
-
-    rate = images_per_second(job.loader.batches(0, 1 << 40), n, device, 2 * budget)
+    yield Stage(name="crop", seconds=seconds(crop, range(len(samples))))
+    rate = images_per_second(job.loader.batches(0, 1 << 40), n, cpu, 2 * budget)
     yield Stage(name="loader", seconds=n / rate)
 
 

@@ -1,4 +1,4 @@
-"""The parts of `gpu_suite.py` that are benchmarks of single rooms: kernels, loss, loader.
+"""The parts of `gpu_suite.py` that are benchmarks of single rooms: kernels and loader.
 
 python tools/suite_parts.py NAME RESULT.json [DATA.beton]
 """
@@ -17,7 +17,6 @@ import torch
 
 from bt_fast import costs, perf
 from bt_fast.lars import LARS
-from bt_fast.loss import barlow_twins_loss
 from bt_fast.model import BarlowTwins
 from pipelines import augment
 from pipelines.beton import BetonReader
@@ -162,29 +161,6 @@ def launches(optimizer: torch.optim.Optimizer) -> int:
     )
 
 
-def loss(results: Results) -> None:
-    """The objective and its gradient, dense and Gram: time and peak memory."""
-    n = 2048 if ON_GPU else 64
-    for d in (8192, 16_384, 65_536) if ON_GPU else (256, 512):
-        for method in ("gram", "dense"):
-
-            def way(d=d, method=method) -> dict[str, float]:
-                z = [torch.randn(n, d, device=DEVICE, requires_grad=True) for _ in range(2)]
-                if ON_GPU:
-                    torch.cuda.reset_peak_memory_stats()
-                    before = torch.cuda.memory_allocated()
-
-                def step() -> None:
-                    z[0].grad = z[1].grad = None
-                    barlow_twins_loss(*z, method=method).backward()
-
-                seconds, _ = seconds_per_call(step, DEVICE, BUDGET)
-                peak = torch.cuda.max_memory_allocated() - before if ON_GPU else 0
-                return {"ms": 1e3 * seconds, "peak GB": peak / 1e9}
-
-            results.measure(f"The loss and its gradient, N = {n}", f"D = {d}, {method}", way)
-
-
 def loader(results: Results, data: Path | None) -> None:
     """The native loader at 1, 2, 4 ... threads, and how far from linear."""
     with tempfile.TemporaryDirectory() as scratch:
@@ -215,7 +191,7 @@ def main() -> int:
     name, results = sys.argv[1], Results(Path(sys.argv[2]))
     data = Path(sys.argv[3]) if len(sys.argv) > 3 else None
     perf.apply()
-    parts = {"kernels": kernels, "loss": loss, "loader": functools.partial(loader, data=data)}
+    parts = {"kernels": kernels, "loader": functools.partial(loader, data=data)}
     parts[name](results)
     return min(results.num_failed, 1)
 

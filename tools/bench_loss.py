@@ -1,0 +1,104 @@
+"""The objective and its gradient, dense against Gram: time and peak memory in one run.
+
+    python tools/bench_loss.py
+    python tools/bench_loss.py --samples 512 --dimensions 16384
+
+Every case runs in a process of its own. Memory is what the case needs beyond its embeddings. A
+dense case that would not fit is left out, with what it would need.
+"""
+
+import _checkout  # noqa: F401  # isort: skip
+
+import json
+import multiprocessing
+import resource
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from bt_fast import perf
+from bt_fast.loss import barlow_twins_loss
+from pipelines.flags import parse_flags
+from tools.timing import seconds_per_call
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Benchmark:
+    """Compare the forms of the loss."""
+
+    samples: int = 2048
+    """N, the batch."""
+    dimensions: tuple[int, ...] = (8192, 16_384, 65_536)
+    """D, the last width of the projector."""
+    seconds: float = 1.0
+    """Time for each measurement."""
+    out: Path | None = None
+    """Also write the figures to this JSON file."""
+
+
+def measure(n: int, d: int, method: str, budget: float) -> dict[str, float | str]:
+    """One case, on the GPU if there is one."""
+    on_gpu = torch.cuda.is_available()
+    device = torch.device("cuda" if on_gpu else "cpu")
+    needed = 4.5 * 4 * d * d if method == "dense" else 0  # C, its square, its gradient, ...
+    if needed > available_memory(on_gpu):
+        return {"error": f"needs about {needed / 1e9:.0f} GB"}
+    perf.apply()
+    z = [torch.randn(n, d, device=device, requires_grad=True) for _ in range(2)]
+    before = peak_memory(on_gpu)
+
+    def step() -> None:
+        z[0].grad = z[1].grad = None
+        barlow_twins_loss(*z, method=method).backward()
+
+    seconds, _ = seconds_per_call(step, device, budget)
+    return {"ms": 1e3 * seconds, "peak GB": (peak_memory(on_gpu) - before) / 1e9}
+
+
+def peak_memory(on_gpu: bool) -> int:
+    """Bytes, of this process so far."""
+    if on_gpu:
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def available_memory(on_gpu: bool) -> int:
+    """Bytes."""
+    if on_gpu:
+        return torch.cuda.mem_get_info()[0]
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable")) * 1024
+
+
+def main() -> int:
+    try:
+        options = parse_flags(Benchmark, "bench_loss.py", None)
+    except ValueError as error:
+        print(f"bench_loss.py: {error}", file=sys.stderr)
+        return 2
+    title = f"The loss and its gradient, N = {options.samples}"
+    results: dict[str, dict] = {title: {}}
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, spawn, max_tasks_per_child=1) as process:
+        for d in options.dimensions:
+            for method in ("gram", "dense"):
+                arguments = options.samples, d, method, options.seconds
+                try:
+                    figures = process.submit(measure, *arguments).result()
+                except Exception as error:
+                    figures = {"error": f"{type(error).__name__}: {error}"[:300]}
+                results[title][f"D = {d}, {method}"] = figures
+                told = (
+                    figures.get("error") or f"{figures['ms']:.1f} ms, {figures['peak GB']:.2f} GB"
+                )
+                print(f"N = {options.samples}, D = {d}, {method:>5}: {told}", flush=True)
+                if options.out is not None:
+                    options.out.write_text(json.dumps(results))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
