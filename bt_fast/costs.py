@@ -19,6 +19,8 @@ from torch import nn
 
 from bt_fast.loss import choose_method
 
+RANKS_PER_MACHINE = 8
+INSIDE_BYTES_PER_S = 300e9  # a rank to its neighbour within a machine, over NVLink
 COLLECTIVE_LATENCY = 30e-6  # seconds, of a collective that carries next to nothing
 _OVERLAPPED = 0.9  # of the backward pass can hide the gradients' all-reduce
 
@@ -56,6 +58,7 @@ class Measured:
     backward: float  # the backward part of that
     loss: float  # the objective and its gradient
     embedding_itemsize: int  # bytes of one value of an embedding
+    gradient_itemsize: int = 4  # bytes of one value of a gradient as it is sent
     optimizer: float
     num_parameters: int
     num_dimensions: int
@@ -78,14 +81,20 @@ class Prediction:
 
 
 def predict(measured: Measured, world_size: int, link_gbps: float) -> Prediction:
-    """The step of W ranks that each do what was measured and share a link of their own.
+    """The step of W ranks that each do what was measured.
+
+    A ring through all ranks leaves a machine once, and there are as many rings as network cards,
+    one per rank: so what a rank sends goes at the rate of all of a machine's cards together, or at
+    that of NVLink where it is slower or the run stays on one machine.
 
     Args:
-        link_gbps: what one rank sends to others, 10^9 bits per second.
+        link_gbps: of the network card of one rank, 10^9 bits per second.
     """
     w, n, d = world_size, measured.images, measured.num_dimensions
-    rate = link_gbps * 1e9 / 8  # bytes per second
-    gradient_bytes = 2 * (w - 1) / w * 4 * measured.num_parameters
+    rate = INSIDE_BYTES_PER_S
+    if w > RANKS_PER_MACHINE:
+        rate = min(rate, RANKS_PER_MACHINE * link_gbps * 1e9 / 8)
+    gradient_bytes = 2 * (w - 1) / w * measured.gradient_itemsize * measured.num_parameters
     embedding_bytes = (w - 1) * 2 * n * d * measured.embedding_itemsize
     collectives = 2 * measured.num_norm_layers if w > 1 else 0
     hidden = min(gradient_bytes / rate, _OVERLAPPED * measured.backward)

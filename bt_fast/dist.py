@@ -75,8 +75,33 @@ def join(device: torch.device, timeout: float) -> World:
         # gloo carries what lives on the CPU: stop requests, and everything of CPU ranks.
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         bound = device if device.type == "cuda" else None
-        dist.init_process_group(backend, timeout=timedelta(seconds=timeout), device_id=bound)
+        dist.init_process_group(
+            backend,
+            store=_meeting_place(world, timedelta(seconds=timeout)),
+            rank=world.rank,
+            world_size=world.size,
+            timeout=timedelta(seconds=timeout),
+            device_id=bound,
+        )
     return world
+
+
+def _meeting_place(world: World, timeout: timedelta) -> dist.Store:
+    """Where ranks tell each other their addresses: torchrun's own store, or one of the first rank.
+
+    torchrun's outlives a restart, so every start has keys of its own: those of the ranks that died
+    would be answered by nobody.
+    """
+    at_torchruns = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    store = dist.TCPStore(
+        os.environ["MASTER_ADDR"],
+        int(os.environ["MASTER_PORT"]),
+        world.size,
+        is_master=world.is_first and not at_torchruns,
+        timeout=timeout,
+    )
+    start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return dist.PrefixStore(f"bt-fast/start {start}", store)
 
 
 def leave() -> None:

@@ -1,10 +1,12 @@
 """Everything a run is made of, built from its configuration, tried out, and described."""
 
 import functools
+import inspect
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
@@ -105,11 +107,11 @@ def data_parallel(model: BarlowTwins, settings: Config, world: World) -> torch.n
     """The model, its gradients averaged over ranks in buckets while the backward pass goes on."""
     if world.size == 1:
         return model
-    parallel = DistributedDataParallel(
-        model,
-        broadcast_buffers=False,  # batch statistics are alike on every rank already
-        gradient_as_bucket_view=True,
-    )
+    # Batch statistics are alike on every rank already. (The flag was renamed in torch 2.14.)
+    names = inspect.signature(DistributedDataParallel).parameters
+    sync = "forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers"
+    options: dict[str, Any] = {sync: False, "gradient_as_bucket_view": True}
+    parallel = DistributedDataParallel(model, **options)
     if settings.compress_gradients:
         parallel.register_comm_hook(world.group, bf16_compress_hook)
     return parallel

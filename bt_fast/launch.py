@@ -18,10 +18,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from rich.console import Console
 
 from bt_fast import dist
 from bt_fast.config import Config
 from bt_fast.job import open_data
+from bt_fast.log import summary_table
+from bt_fast.plan import plan
 from bt_fast.run_directory import choose_path
 from bt_fast.train import pretrain
 
@@ -36,13 +39,17 @@ def launch(settings: Config, arguments: Sequence[str]) -> int:
         return run_rank(settings)
     num_here = torch.cuda.device_count() if settings.device != "cpu" else 0
     wanted = settings.gpus or max(num_here, 1)
+    if settings.dry_run and (wanted > 1 or not settings.data.exists()):
+        rows = {"recipe": settings.recipe} | plan(settings, wanted)
+        Console(soft_wrap=True).print(summary_table("bt-fast pretrain, the plan", rows))
+        return 0
     if wanted == 1:
         return pretrain(settings)
+    if settings.device != "cpu" and wanted > num_here:
+        print(elsewhere(arguments, wanted, num_here), file=sys.stderr)
+        return 2
     check(settings, wanted)
-    if settings.device == "cpu" or wanted <= num_here:
-        return start_here(settings, arguments, wanted)
-    print(elsewhere(arguments, wanted, num_here), file=sys.stderr)
-    return 2
+    return start_here(settings, arguments, wanted)
 
 
 def check(settings: Config, wanted: int) -> None:

@@ -16,11 +16,13 @@ from safetensors.torch import load_file
 
 from bt_fast import loss, norm, train
 from bt_fast.cli import main, parse_pretrain
+from bt_fast.config import Config
 from bt_fast.dist import Traffic, World
 from bt_fast.feed import feed
 from bt_fast.job import build
 from bt_fast.launch import elsewhere, first_host
 from bt_fast.model import BarlowTwins
+from bt_fast.plan import count
 from bt_fast.signals import EXIT_STOPPED
 
 TINY = [
@@ -292,3 +294,35 @@ def test_slurms_host_lists():
     assert first_host("gpu[03-05,9],x") == "gpu03"
     assert first_host("gpu7") == "gpu7"
     assert first_host("a,b[1-2]") == "a"
+
+
+def test_32_gpus_elsewhere_needs_no_data(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["pretrain", "--gpus", "32"]) == 2
+    error = capsys.readouterr().err
+    assert "type this on each of 32 machines" in error and "--gpus 32" in error
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_plan_of_any_number_of_ranks(tmp_path, monkeypatch, capsys, small_beton):
+    monkeypatch.chdir(tmp_path)
+    assert main(["pretrain", "--gpus", "32", "--dry-run"]) == 0
+    output = capsys.readouterr().out
+    for part in (
+        "32, each 64 of 2048 images", "assuming ImageNet-1k", "1281167 images", "1000 epochs x 625",
+        "gram form over 2048 x 8192", "gradients 1,353 MB, embeddings 65.0 MB", "not measured",
+    ):  # fmt: skip
+        assert part in " ".join(output.replace("│", " ").split()), part
+    flags = ["--recipe", "demo", "--data", str(small_beton), "--batch-size", "16", "--gpus", "4"]
+    assert main(["pretrain", "--dry-run", *flags]) == 0
+    assert "4, each 4 of 16 images" in capsys.readouterr().out
+    assert main(["pretrain", "--dry-run", "--gpus", "7"]) == 2
+    assert "does not divide by 7 ranks" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_plan_counts_what_the_paper_says():
+    parameters, layers, flop, saved = count(Config())
+    assert parameters == 174_535_744 and layers == 55
+    assert flop / 2 == pytest.approx(3 * 2 * (4.09e9 + 0.151e9), rel=0.03)  # a view, both ways
+    assert 60e6 < saved < 120e6

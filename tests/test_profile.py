@@ -144,17 +144,21 @@ def test_one_rank_is_predicted_as_it_was_measured():
 
 
 def test_the_prediction_counts_bytes_and_what_the_backward_pass_hides():
-    many = costs.predict(measured(), 32, 400)
+    many = costs.predict(measured(), 32, 50)  # eight cards of a machine: 50 GB/s
     assert many.gradient_bytes == pytest.approx(2 * 31 / 32 * 698_142_976)
     assert many.embedding_bytes == 31 * 2 * 64 * 8192 * 2  # bf16, both views
     assert many.collectives == 110
     assert many.seconds["loss"] == pytest.approx(2e-4 * 32)  # n rows against N columns
-    wide = costs.predict(measured(images=8192, num_dimensions=1024), 32, 400)
+    wide = costs.predict(measured(images=8192, num_dimensions=1024), 32, 50)
     assert wide.seconds["loss"] == pytest.approx(2e-4)  # columns of C: 6 n D^2 on every rank
     on_the_wire = many.gradient_bytes / 50e9
     assert many.hidden == pytest.approx(0.9 * 0.013)
     assert many.seconds["gradients, exposed"] == pytest.approx(on_the_wire - 0.9 * 0.013)
     assert costs.predict(measured(), 32, 40_000).seconds["gradients, exposed"] == 0
+    halved = costs.predict(measured(gradient_itemsize=2), 32, 50)
+    assert halved.gradient_bytes == pytest.approx(many.gradient_bytes / 2)
+    near = [costs.predict(measured(), 8, gbps).step for gbps in (10, 400)]
+    assert near[0] == near[1]  # on one machine no network card counts
     assert many.images_per_s == pytest.approx(32 * 64 / many.step)
 
 

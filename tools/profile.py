@@ -39,7 +39,7 @@ class Profile(Config):
     against: tuple[Literal["reference", "kornia"], ...] = ()
     """Also time the released code's way of each stage, or kornia's augmentation."""
     link_gbps: float = 400.0
-    """With --gpus: what one rank can send to the others, 10^9 bits per second."""
+    """With --gpus: of the network card of one rank, 10^9 bits per second."""
     seconds: float = 1.0
     """Time for each measurement."""
     out: Path | None = None

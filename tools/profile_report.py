@@ -83,6 +83,7 @@ class Report:
             loss=seconds["loss"],
             optimizer=seconds["optimizer"],
             embedding_itemsize=job.performance.view_dtype.itemsize,
+            gradient_itemsize=2 if job.config.compress_gradients else 4,
             num_parameters=sum(p.numel() for p in job.model.parameters()),
             num_dimensions=job.config.projector[-1],
             num_norm_layers=costs.num_norm_layers(job.model),
