@@ -199,6 +199,18 @@ def copy_from_first(tensors: Iterable[torch.Tensor], group: Group) -> None:
             dist.broadcast(tensor, src=0, group=group)
 
 
+def require_same_weights(model: torch.nn.Module, group: Group) -> None:
+    """Raise RuntimeError, naming the ranks, unless every rank has the first one's weights, bit for
+    bit: a sum over each tensor's bits tells."""
+    if group is None:
+        return
+    sums = [p.detach().view(torch.int32).sum(dtype=torch.int64) for p in model.parameters()]
+    everyones = all_gather(torch.stack(sums), group)  # [W, num_parameters]
+    others = (everyones != everyones[0]).any(1).nonzero().flatten().tolist()
+    if others:
+        raise RuntimeError(f"the weights of ranks {others} are no longer those of rank 0")
+
+
 def wait_for_all(group: Group) -> None:
     """Return when every rank has called this."""
     if group is not None:

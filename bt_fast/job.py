@@ -17,7 +17,7 @@ from bt_fast.config import Config
 from bt_fast.dist import ALONE, World
 from bt_fast.evaluate.knn import KnnData, choose_data
 from bt_fast.feed import LEAD
-from bt_fast.lars import LARS
+from bt_fast.lars import LARS, parameter_groups
 from bt_fast.log import duration
 from bt_fast.loss import correlation_terms
 from bt_fast.model import BarlowTwins, flatten_batch_statistics
@@ -76,8 +76,6 @@ def build(settings: Config, world: World = ALONE) -> Job:
     model = BarlowTwins(settings.encoder, settings.projector, small_images=settings.small_images)
     perf.prepare(model, performance)
     norm.over_ranks(model, world.subgroup(settings.bn_group))
-    matrices = [p for p in model.parameters() if p.ndim > 1]
-    vectors = [p for p in model.parameters() if p.ndim <= 1]
     return Job(
         config=settings,
         world=world,
@@ -92,9 +90,7 @@ def build(settings: Config, world: World = ALONE) -> Job:
         objective=performance.compiled(functools.partial(correlation_terms, group=world.group)),
         statistics=flatten_batch_statistics(model),
         optimizer=LARS(
-            [{"params": matrices}, {"params": vectors}],
-            lr=0.0,
-            weight_decay=settings.weight_decay,
+            parameter_groups(model.parameters()), lr=0.0, weight_decay=settings.weight_decay
         ),
         last_step=min(
             settings.epochs * loader.steps_per_epoch,

@@ -20,6 +20,15 @@ from typing import Any
 import torch
 
 
+def parameter_groups(parameters: Iterable[torch.nn.Parameter | torch.Tensor]) -> list[dict]:
+    """[matrices, biases and norm parameters]: the reference gives them rates of their own."""
+    every = list(parameters)
+    return [
+        {"params": [p for p in every if p.ndim > 1]},
+        {"params": [p for p in every if p.ndim <= 1]},
+    ]
+
+
 class LARS(torch.optim.Optimizer):
     """Layer-wise adaptive rate scaling; parameter groups may differ in every hyper-parameter.
 

@@ -15,7 +15,15 @@ from rich.console import Console
 
 from bt_fast import checkpoint, pictures
 from bt_fast.config import Config
-from bt_fast.dist import ALONE, Vote, World, copy_from_first, from_first, wait_for_all
+from bt_fast.dist import (
+    ALONE,
+    Vote,
+    World,
+    copy_from_first,
+    from_first,
+    require_same_weights,
+    wait_for_all,
+)
 from bt_fast.evaluate.knn import evaluate_knn
 from bt_fast.feed import feed
 from bt_fast.job import Job, build, describe, rehearse
@@ -121,9 +129,11 @@ def train(job: Job, run: RunDirectory | None, log: RunLog, stop: StopFlag, step:
             report_skipped(log, step, num_skipped, num_steps, skipped_in_a_row)
             logged_step, clock = step, Clock(settle)
             skipped.zero_()
-        if run and (step % save_every == 0 or is_last or stopping):
+        if step % save_every == 0 or is_last or stopping:
             with clock.paused():
-                save(job, run, step)
+                require_same_weights(job.model, job.world.group)
+                if run:
+                    save(job, run, step)
         if stopping and not is_last:
             return EXIT_STOPPED
         if run and probe_is_due(job, step):

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from bt_fast import loss, norm, train
 from bt_fast.cli import main, parse_pretrain
 from bt_fast.config import Config
-from bt_fast.dist import Traffic, World
+from bt_fast.dist import Traffic, World, require_same_weights
 from bt_fast.feed import feed
 from bt_fast.job import build
 from bt_fast.launch import elsewhere, first_host
@@ -173,6 +173,26 @@ def test_collectives_of_a_step_of_the_papers_model():
     """55 batch norms, two each; three of the loss. (SyncBN as shipped and two calls: 224.)"""
     calls = run_ranks(2, collectives_of_the_papers_model)[0]
     assert calls == {"all_gather": 55 + 1, "all_reduce": 55 + 2}
+
+
+def weights_that_differ(world: World, differ: bool) -> str:
+    layer = torch.nn.Linear(3, 3)
+    torch.nn.init.ones_(layer.weight)
+    torch.nn.init.zeros_(layer.bias)
+    if differ and world.rank == 1:
+        with torch.no_grad():
+            layer.bias[2] = 1e-30
+    try:
+        require_same_weights(layer, world.group)
+    except RuntimeError as error:
+        return str(error)
+    return ""
+
+
+def test_a_rank_whose_weights_differ_is_named():
+    assert run_ranks(2, weights_that_differ, False) == ["", ""]
+    for told in run_ranks(2, weights_that_differ, True):
+        assert "the weights of ranks [1] are no longer those of rank 0" in told
 
 
 def newest(folder) -> dict[str, torch.Tensor]:

@@ -18,7 +18,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from bt_fast import lars_triton
-from bt_fast.lars import LARS
+from bt_fast.lars import LARS, parameter_groups
 from bt_fast.model import BarlowTwins
 from tools import reference
 
@@ -79,17 +79,13 @@ def main() -> None:
     for p in parameters:
         p.grad = torch.ones_like(p)
 
-    def groups() -> list[dict]:
-        return [
-            {"params": [p for p in parameters if p.ndim > 1]},
-            {"params": [p for p in parameters if p.ndim <= 1]},
-        ]
-
     print(f"one LARS step, ResNet-50 + projector of three layers, {len(parameters)} tensors")
     contenders = {
-        "plain loop": reference.Lars(groups(), 0.1, weight_decay=1e-6),
-        "foreach (definition)": LARS(groups(), 0.1, weight_decay=1e-6, fused=False),
-        "fused (on a GPU)": LARS(groups(), 0.1, weight_decay=1e-6, fused=True),
+        "plain loop": reference.Lars(parameter_groups(parameters), 0.1, weight_decay=1e-6),
+        "foreach (definition)": LARS(
+            parameter_groups(parameters), 0.1, weight_decay=1e-6, fused=False
+        ),
+        "fused (on a GPU)": LARS(parameter_groups(parameters), 0.1, weight_decay=1e-6, fused=True),
     }
     for name, optimizer in contenders.items():
         counts = launches(optimizer)

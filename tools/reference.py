@@ -15,6 +15,7 @@ import torch
 from PIL import Image, ImageFilter, ImageOps
 from torch import nn
 
+from bt_fast.lars import parameter_groups
 from bt_fast.model import build_projector, feature_width
 from pipelines.augment import IMAGENET_MEAN, IMAGENET_STD, VIEW_A, VIEW_B, Branch
 from pipelines.beton import BetonReader
@@ -132,9 +133,8 @@ class Step:
         self.norm = nn.BatchNorm1d(projector[-1], affine=False).to(device)
         self.amp = torch.autocast(device.type, torch.float16, enabled=device.type == "cuda")
         self.scaler = torch.amp.GradScaler(device.type, enabled=device.type == "cuda")
-        matrices = [p for p in self.model.parameters() if p.ndim != 1]
-        vectors = [p for p in self.model.parameters() if p.ndim == 1]
-        self.optimizer = Lars([{"params": matrices}, {"params": vectors}], 0.0, weight_decay=1e-6)
+        groups = parameter_groups(self.model.parameters())
+        self.optimizer = Lars(groups, 0.0, weight_decay=1e-6)
 
     def forward(self, view_a: torch.Tensor, view_b: torch.Tensor):
         """-> z_a, z_b [n, D]."""

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from bt_fast import costs, perf
-from bt_fast.lars import LARS
+from bt_fast.lars import LARS, parameter_groups
 from bt_fast.model import BarlowTwins
 from pipelines import augment
 from pipelines.beton import BetonReader
@@ -124,18 +124,14 @@ def optimizers(results: Results) -> None:
     for p in parameters:
         p.grad = torch.randn_like(p)
 
-    def groups() -> list[dict]:
-        return [
-            {"params": [p for p in parameters if p.ndim > 1]},
-            {"params": [p for p in parameters if p.ndim <= 1]},
-        ]
-
     ways = {
-        "foreach": lambda: LARS(groups(), 1e-6, weight_decay=1e-6, fused=False),
-        "plain loop": lambda: reference.Lars(groups(), 1e-6, weight_decay=1e-6),
+        "foreach": lambda: LARS(parameter_groups(parameters), 1e-6, weight_decay=1e-6, fused=False),
+        "plain loop": lambda: reference.Lars(parameter_groups(parameters), 1e-6, weight_decay=1e-6),
     }
     if ON_GPU:
-        ways = {"fused": lambda: LARS(groups(), 1e-6, weight_decay=1e-6, fused=True)} | ways
+        ways = {
+            "fused": lambda: LARS(parameter_groups(parameters), 1e-6, weight_decay=1e-6, fused=True)
+        } | ways
     num_bytes = costs.lars_bytes(sum(p.numel() for p in parameters))
     for name, make in ways.items():
 
