@@ -1,4 +1,4 @@
-"""One run on two hosts: network namespaces that only a cable (veth) connects. Needs root and `ip`."""
+"""One run on two hosts: network namespaces that only a cable (veth) connects."""
 
 import os
 import shutil
