@@ -143,3 +143,15 @@ def test_decoding_threads_do_not_change_the_main_threads_parallelism(reader):
     before = torch.get_num_threads()
     list(loader_of(reader, num_threads=2).batches(0, 2))
     assert torch.get_num_threads() == before
+
+
+def test_ranks_that_change_in_number_see_every_sample_once(small_beton):
+    """Two steps of an epoch on four ranks, the other two on two."""
+    reader, seen = BetonReader(small_beton), []
+    for world_size, steps in ((4, (0, 2)), (2, (2, 4))):
+        for rank in range(world_size):
+            loader = NativeLoader(
+                reader, RandomResizedCrop(size=16), batch_size=16, rank=rank, world_size=world_size
+            )
+            seen += [batch.samples for batch in loader.batches(*steps)]
+    assert sorted(np.concatenate(seen)) == list(range(64))
