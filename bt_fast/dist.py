@@ -6,6 +6,7 @@ public calls, which a compiler can trace. A group of None stands for this proces
 """
 
 import os
+import time
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -86,6 +87,19 @@ def join(device: torch.device, timeout: float) -> World:
     return world
 
 
+def silent_ranks(world: World, wait: float = 5.0) -> list[int]:
+    """After a collective has failed: which ranks do not say, within `wait` seconds, that they are
+    there. All others must ask too."""
+    if _stores:
+        _stores[-1].set(f"here/{world.rank}", "")
+        time.sleep(wait)
+        return [r for r in range(world.size) if not _stores[-1].check([f"here/{r}"])]
+    return []
+
+
+_stores: list[dist.Store] = []
+
+
 def _meeting_place(world: World, timeout: timedelta) -> dist.Store:
     """Where ranks tell each other their addresses: torchrun's own store, or one of the first rank.
 
@@ -101,7 +115,8 @@ def _meeting_place(world: World, timeout: timedelta) -> dist.Store:
         timeout=timeout,
     )
     start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    return dist.PrefixStore(f"bt-fast/start {start}", store)
+    _stores.append(dist.PrefixStore(f"bt-fast/start {start}", store))
+    return _stores[-1]
 
 
 def leave() -> None:

@@ -87,6 +87,15 @@ def run_rank(settings: Config) -> int:
     world = dist.join(device, settings.patience)
     try:
         status = pretrain(settings, world)
+    except RuntimeError as error:
+        if world.size > 1:
+            silent = dist.silent_ranks(world)
+            told = f"; ranks {silent} do not answer" if silent else ""
+            reason = str(error).strip().partition("\n")[0]
+            print(f"bt-fast pretrain: rank {world.rank} stops: {reason}{told}", file=sys.stderr)
+            sys.stderr.flush()
+            os._exit(1)  # what hangs would hang the way out too
+        raise
     finally:
         dist.leave()
     if _STATUS in os.environ:  # torchrun would take a stop for a failure, and start again

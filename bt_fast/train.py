@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from bt_fast import checkpoint, pictures
+from bt_fast import checkpoint, faults, pictures
 from bt_fast.config import Config
 from bt_fast.dist import (
     ALONE,
@@ -103,7 +103,7 @@ def train(job: Job, run: RunDirectory | None, log: RunLog, stop: StopFlag, step:
 
         # One update.
         rates = set_learning_rates(job, step)
-        invariance, redundancy, applied = update(job, views)
+        invariance, redundancy, applied = update(job, faults.inject(views, step, job.world))
         skipped += ~applied
         step += 1
         stopping = vote.ask(stop.requested)  # by any rank, and the same on all

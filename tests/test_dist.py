@@ -1,29 +1,16 @@
 """Any number of ranks: the loss, batch norm and whole updates against one process."""
 
-import json
-import os
-import signal
-import subprocess
-import sys
-import time
-from pathlib import Path
-
 import pytest
 import torch
 from conftest import write_beton
 from ranks import run_ranks
-from safetensors.torch import load_file
 
 from bt_fast import loss, norm, train
-from bt_fast.cli import main, parse_pretrain
-from bt_fast.config import Config
+from bt_fast.cli import parse_pretrain
 from bt_fast.dist import Traffic, World, require_same_weights
 from bt_fast.feed import feed
 from bt_fast.job import build
-from bt_fast.launch import elsewhere, first_host
 from bt_fast.model import BarlowTwins
-from bt_fast.plan import count
-from bt_fast.signals import EXIT_STOPPED
 
 TINY = [
     "--recipe=demo", "--device=cpu", "--precision=fp32", "--encoder=resnet18", "--size=32",
@@ -193,156 +180,3 @@ def test_a_rank_whose_weights_differ_is_named():
     assert run_ranks(2, weights_that_differ, False) == ["", ""]
     for told in run_ranks(2, weights_that_differ, True):
         assert "the weights of ranks [1] are no longer those of rank 0" in told
-
-
-def newest(folder) -> dict[str, torch.Tensor]:
-    path = max((folder / "checkpoints").glob("step-????????"))
-    return load_file(path / "model.safetensors") | {
-        f"momentum {name}": value
-        for name, value in load_file(path / "optimizer.safetensors").items()
-    }
-
-
-@pytest.fixture(scope="module")
-def two_ranks(small_beton, tmp_path_factory):
-    """An uninterrupted run of 12 steps on two ranks."""
-    folder = tmp_path_factory.mktemp("runs") / "two"
-    done = start("--data", small_beton, "--run-dir", folder, "--gpus", 2)
-    output, _ = done.communicate(timeout=300)
-    assert done.returncode == 0, output
-    assert output.count("step 12/12") == 1 and "8 on each of 2 ranks" in output
-    return folder
-
-
-def start(*flags) -> subprocess.Popen:
-    return subprocess.Popen(
-        [sys.executable, "-m", "bt_fast.cli", "pretrain", *TINY, *map(str, flags)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-
-
-def test_one_command_trains_on_two_ranks_as_one_process_does(two_ranks, small_beton, tmp_path):
-    flags = ["--data", str(small_beton), "--run-dir", str(tmp_path / "one"), "--gpus", "1"]
-    assert main(["pretrain", *TINY, *flags]) == 0
-    losses = [
-        [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        for folder in (two_ranks, tmp_path / "one")
-    ]
-    assert len(losses[0]) == 12 and losses[0] == pytest.approx(losses[1], rel=2e-3)
-
-
-def wait_for(process, path) -> None:
-    deadline = time.monotonic() + 120
-    while not path.exists():
-        assert process.poll() is None, process.stdout.read()
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
-def ranks_of(process) -> list[int]:
-    """Process numbers of the ranks that a launching process started."""
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-    return [int(number) for number in children.read_text().split()]
-
-
-def test_a_killed_rank_is_started_again_from_the_newest_checkpoint(
-    two_ranks, small_beton, tmp_path
-):
-    folder = tmp_path / "run"
-    process = start("--data", small_beton, "--run-dir", folder, "--gpus", 2, "--save-every", 1)
-    wait_for(process, folder / "checkpoints" / "step-00000003")
-    os.kill(ranks_of(process)[-1], signal.SIGKILL)
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, output
-    assert "resuming" in output
-    wanted, ours = newest(two_ranks), newest(folder)
-    assert all(torch.equal(ours[name], wanted[name]) for name in wanted)
-
-
-def test_a_signal_to_any_rank_stops_all_at_the_same_step(two_ranks, small_beton, tmp_path):
-    folder = tmp_path / "run"
-    process = start("--data", small_beton, "--run-dir", folder, "--gpus", 2, "--save-every", 1)
-    wait_for(process, folder / "checkpoints" / "step-00000003")
-    os.kill(ranks_of(process)[-1], signal.SIGUSR1)
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == EXIT_STOPPED, output
-    assert f"bt-fast pretrain --resume {folder}" in output
-    again = subprocess.run(
-        [sys.executable, "-m", "bt_fast.cli", "pretrain", "--resume", folder, "--gpus", "2"],
-        capture_output=True, text=True,
-    )  # fmt: skip
-    assert again.returncode == 0, again.stdout + again.stderr
-    wanted, ours = newest(two_ranks), newest(folder)
-    assert all(torch.equal(ours[name], wanted[name]) for name in wanted)
-
-
-@pytest.mark.parametrize(
-    "flags,message",
-    [
-        (["--gpus", "3"], "--batch-size 16 does not divide by 3 ranks"),
-        (["--gpus", "16"], "is less than 2 for each of 16 ranks"),
-        (["--gpus", "2", "--data", "nowhere.beton"], "--data nowhere.beton does not exist"),
-    ],
-)
-def test_what_cannot_be_launched_is_one_line(small_beton, tmp_path, capsys, flags, message):
-    arguments = ["pretrain", *TINY, "--data", str(small_beton), "--run-dir", str(tmp_path / "r")]
-    assert main([*arguments, *flags]) == 2
-    error = capsys.readouterr().err
-    assert message in error and error.count("\n") == 1
-    assert not (tmp_path / "r").exists()
-
-
-def test_another_number_of_ranks_than_torchruns_is_refused(small_beton, capsys, monkeypatch):
-    for name, value in (("RANK", 0), ("WORLD_SIZE", 4), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 4)):
-        monkeypatch.setenv(name, str(value))
-    assert main(["pretrain", *TINY, "--data", str(small_beton), "--gpus", "2"]) == 2
-    assert "--gpus 2, but 4 ranks were started" in capsys.readouterr().err
-
-
-def test_more_gpus_than_a_machine_has_is_told_how(small_beton, capsys, monkeypatch):
-    monkeypatch.setattr("torch.cuda.device_count", lambda: 8)
-    flags = ["--data", str(small_beton), "--gpus", "32", "--batch-size", "64"]
-    assert main(["pretrain", *flags, "--device=auto"]) == 2
-    error = capsys.readouterr().err
-    assert "torchrun --nnodes 4 --nproc-per-node 8" in error and "each of 4 machines" in error
-    assert "--nnodes 2" in elsewhere(["--gpus", "9"], 9, 8)
-
-
-def test_slurms_host_lists():
-    assert first_host("gpu[03-05,9],x") == "gpu03"
-    assert first_host("gpu7") == "gpu7"
-    assert first_host("a,b[1-2]") == "a"
-
-
-def test_32_gpus_elsewhere_needs_no_data(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    assert main(["pretrain", "--gpus", "32"]) == 2
-    error = capsys.readouterr().err
-    assert "type this on each of 32 machines" in error and "--gpus 32" in error
-    assert not list(tmp_path.iterdir())
-
-
-def test_the_plan_of_any_number_of_ranks(tmp_path, monkeypatch, capsys, small_beton):
-    monkeypatch.chdir(tmp_path)
-    assert main(["pretrain", "--gpus", "32", "--dry-run"]) == 0
-    output = capsys.readouterr().out
-    for part in (
-        "32, each 64 of 2048 images", "assuming ImageNet-1k", "1281167 images", "1000 epochs x 625",
-        "gram form over 2048 x 8192", "gradients 1,353 MB, embeddings 65.0 MB", "not measured",
-    ):  # fmt: skip
-        assert part in " ".join(output.replace("│", " ").split()), part
-    flags = ["--recipe", "demo", "--data", str(small_beton), "--batch-size", "16", "--gpus", "4"]
-    assert main(["pretrain", "--dry-run", *flags]) == 0
-    assert "4, each 4 of 16 images" in capsys.readouterr().out
-    assert main(["pretrain", "--dry-run", "--gpus", "7"]) == 2
-    assert "does not divide by 7 ranks" in capsys.readouterr().err
-    assert not list(tmp_path.iterdir())
-
-
-def test_the_plan_counts_what_the_paper_says():
-    parameters, layers, flop, saved = count(Config())
-    assert parameters == 174_535_744 and layers == 55
-    assert flop / 2 == pytest.approx(3 * 2 * (4.09e9 + 0.151e9), rel=0.03)  # a view, both ways
-    assert 60e6 < saved < 120e6
