@@ -53,11 +53,11 @@ def _compute_dtype(z: torch.Tensor) -> torch.dtype:
 
 
 def _standardise(z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """[N, D] -> (each column to mean 0 and variance 1, its 1 / deviation [D])."""
+    """[N, D] -> (each column to mean 0 and variance 1, its 1 / deviation [D]); may overwrite z."""
     z = z.to(_compute_dtype(z))
-    centred = z - z.mean(0)
-    inverse = torch.rsqrt(centred.square().mean(0) + EPS)
-    return centred.mul_(inverse), inverse
+    variance, mean = torch.var_mean(z, 0, correction=0)
+    inverse = torch.rsqrt(variance + EPS)
+    return z.sub_(mean).mul_(inverse), inverse
 
 
 class _Rows(torch.autograd.Function):
