@@ -27,6 +27,7 @@ from bt_fast.log import summary_table
 from bt_fast.plan import plan
 from bt_fast.run_directory import choose_path
 from bt_fast.train import pretrain
+from pipelines.loader import require_full_batches
 
 MAX_RESTARTS = 3
 _STATUS = "BT_FAST_STATUS"  # file for the ranks' exit status, set by whoever starts them here
@@ -55,13 +56,7 @@ def launch(settings: Config, arguments: Sequence[str]) -> int:
 def check(settings: Config, wanted: int) -> None:
     """What every rank would complain about, said once."""
     reader = open_data(settings.data, "--data")
-    if settings.batch_size % wanted:
-        raise ValueError(f"--batch-size {settings.batch_size} does not divide by {wanted} ranks")
-    if settings.batch_size > len(reader):
-        raise ValueError(
-            f"--batch-size {settings.batch_size} is more than the {len(reader)} images of"
-            f" {settings.data}; a batch is always full, so choose a smaller one"
-        )
+    require_full_batches(settings.batch_size, wanted, len(reader), settings.data)
     if settings.batch_size < 2 * wanted:
         raise ValueError(
             f"--batch-size {settings.batch_size} is less than 2 for each of {wanted} ranks"

@@ -14,6 +14,7 @@ from bt_fast.log import duration
 from bt_fast.loss import choose_method
 from bt_fast.model import BarlowTwins
 from pipelines.beton import BetonReader
+from pipelines.loader import require_full_batches
 
 IMAGENET_IMAGES = 1_281_167
 # Of one GPU: ResNet-50 at 5,000 views/s (24.3 GFLOP each), the aim for an H200.
@@ -27,18 +28,13 @@ _SOME = 2  # images whose cost is counted
 
 def plan(settings: Config, world_size: int) -> dict[str, str]:
     """The rows of the table that `--dry-run` prints. Raises ValueError for an unequal share."""
-    if settings.batch_size % world_size:
-        raise ValueError(
-            f"--batch-size {settings.batch_size} does not divide by {world_size} ranks"
-        )
     share = settings.batch_size // world_size
     if settings.data.exists():
         num_images, data = len(BetonReader(settings.data)), str(settings.data)
     else:
         num_images = IMAGENET_IMAGES
         data = f"{settings.data} does not exist yet; assuming ImageNet-1k"
-    if settings.batch_size > num_images:
-        raise ValueError(f"--batch-size {settings.batch_size} is more than the {num_images} images")
+    require_full_batches(settings.batch_size, world_size, num_images, settings.data)
     steps_per_epoch = num_images // settings.batch_size
     steps = settings.epochs * steps_per_epoch
     last_step = min(steps, settings.max_steps if settings.max_steps is not None else steps)

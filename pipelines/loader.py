@@ -16,6 +16,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import simplejpeg
@@ -71,13 +72,7 @@ class NativeLoader:
         cache_bytes: int = 0,
         size_of: Callable[[int], int] | None = None,
     ) -> None:
-        if batch_size < 1 or batch_size % world_size:
-            raise ValueError(f"--batch-size {batch_size} does not divide by {world_size} ranks")
-        if batch_size > len(reader):
-            raise ValueError(
-                f"--batch-size {batch_size} is more than the {len(reader)} images of {reader.path};"
-                " a batch is always full, so choose a smaller one"
-            )
+        require_full_batches(batch_size, world_size, len(reader), reader.path)
         self.reader = reader
         self.sizes = reader.sizes  # int64 [N, 2]
         self.crop = crop
@@ -111,6 +106,19 @@ class NativeLoader:
         for crops in self.cutter.cut(requests()):
             step, samples, keys = waiting.popleft()
             yield Batch(step=step, samples=samples, keys=(keys[0], keys[1]), views=crops)
+
+
+def require_full_batches(
+    batch_size: int, world_size: int, num_images: int, path: str | Path
+) -> None:
+    """Raise ValueError unless the ranks can share a batch and there are images for one."""
+    if batch_size < 1 or batch_size % world_size:
+        raise ValueError(f"--batch-size {batch_size} does not divide by {world_size} ranks")
+    if batch_size > num_images:
+        raise ValueError(
+            f"--batch-size {batch_size} is more than the {num_images} images of {path};"
+            " a batch is always full, so choose a smaller one"
+        )
 
 
 class CropCutter:
