@@ -66,22 +66,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     }
     for name, command in commands.items():
         if tuple(arguments[: len(name)]) == name:
-            try:
-                return command(arguments[len(name) :])
-            except (ValueError, OSError) as error:
-                print(f"bt-fast {' '.join(name)}: {error}", file=sys.stderr)
-                return 2
-            except RuntimeError as error:
-                from bt_fast.perf import is_out_of_memory
-
-                if not is_out_of_memory(error):
-                    raise
-                advice = "choose a smaller --batch-size, --size or --projector"
-                print(f"bt-fast {' '.join(name)}: not enough memory; {advice}", file=sys.stderr)
-                return 2
-            except KeyboardInterrupt:
-                print("interrupted", file=sys.stderr)
-                return 128 + signal.SIGINT
+            run = partial(command, arguments[len(name) :])
+            return in_one_line(f"bt-fast {' '.join(name)}", run)
     if arguments == ["--version"]:
         print(__version__)
         return 0
@@ -94,6 +80,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
         file=sys.stderr,
     )
     return 2
+
+
+def in_one_line(program: str, command: Callable[[], int]) -> int:
+    """Run a command; what a user can do wrong becomes one line and an exit status."""
+    try:
+        return command()
+    except (ValueError, OSError) as error:
+        print(f"{program}: {error}", file=sys.stderr)
+        return 2
+    except RuntimeError as error:
+        from bt_fast.perf import is_out_of_memory
+
+        if not is_out_of_memory(error):
+            raise
+        advice = "choose a smaller --batch-size, --size or --projector"
+        print(f"{program}: not enough memory; {advice}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 128 + signal.SIGINT
 
 
 def _pretrain(arguments: list[str]) -> int:

@@ -129,6 +129,10 @@ def size_of(group: Group) -> int:
     return 1 if group is None else group.size()
 
 
+def rank_in(group: Group) -> int:
+    return 0 if group is None else group.rank()
+
+
 class Traffic:
     """Counts collectives and the bytes one rank sends, while it is entered.
 

@@ -31,7 +31,7 @@ columns (N large, or anything that needs the elements of C): rank r owns D / W c
 
 import torch
 
-from bt_fast.dist import Group, all_gather, all_sum, exchange, size_of, sum_parts
+from bt_fast.dist import Group, all_gather, all_sum, exchange, rank_in, size_of, sum_parts
 
 EPS = 1e-5
 
@@ -64,7 +64,7 @@ class _Rows(torch.autograd.Function):
     @staticmethod
     def forward(ctx, z_a, z_b, group):
         n, width = z_a.shape
-        rank = 0 if group is None else group.rank()
+        rank = rank_in(group)
         whole = all_gather(torch.stack([z_a, z_b]), group)  # [W, 2, n, D]
         a, inverse_a = _standardise(whole[:, 0].reshape(-1, width))
         b, inverse_b = _standardise(whole[:, 1].reshape(-1, width))
@@ -98,7 +98,7 @@ class _Columns(torch.autograd.Function):
     @staticmethod
     def forward(ctx, z_a, z_b, group):
         ctx.group, ctx.dtype, ctx.width = group, z_a.dtype, z_a.shape[1]
-        rank = 0 if group is None else group.rank()
+        rank = rank_in(group)
         z = _to_columns(torch.stack([z_a, z_b]), group)  # [2, N, D / W]
         (a, inverse_a), (b, inverse_b) = _standardise(z[0]), _standardise(z[1])
         num_samples, share = a.shape

@@ -16,7 +16,6 @@ import dataclasses
 import importlib.util
 import math
 import os
-import signal
 import sys
 import tempfile
 import time
@@ -27,6 +26,7 @@ from typing import Literal
 
 from rich.console import Console
 
+from bt_fast.cli import in_one_line
 from bt_fast.config import Config
 from bt_fast.recipes import RECIPES
 from pipelines.flags import parse_flags, value_of
@@ -59,24 +59,8 @@ class Profile(Config):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    try:
-        return profile(parse(list(sys.argv[1:] if arguments is None else arguments)))
-    except (ValueError, OSError) as error:
-        print(f"profile.py: {error}", file=sys.stderr)
-        return 2
-    except RuntimeError as error:
-        from bt_fast.perf import is_out_of_memory
-
-        if not is_out_of_memory(error):
-            raise
-        print(
-            "profile.py: not enough memory; choose a smaller --batch-size, --size or --projector",
-            file=sys.stderr,
-        )
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 128 + signal.SIGINT
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    return in_one_line("profile.py", lambda: profile(parse(arguments)))
 
 
 def parse(arguments: list[str]) -> Profile:
