@@ -78,6 +78,19 @@ def write_beton(path: Path, count: int, num_classes: int = 4, sizes=((40, 56), (
     return path
 
 
+def write_photo_beton(path: Path, count: int, side: int = 96) -> Path:
+    """A small .beton of `photographs`, at most `side` pixels wide or high, without classes."""
+    from pipelines.beton_writer import BetonWriter
+
+    with BetonWriter(path, num_samples=count, class_names=["photograph"]) as writer:
+        for index, picture in enumerate(photographs(count)):
+            picture.thumbnail((side, side))
+            data = jpeg_bytes(picture)
+            writer.add(data, picture.height, picture.width, 0, f"{index:03d}.jpg")
+        writer.finalize()
+    return path
+
+
 def with_torchs_batch_norm(model):
     """A copy of a model that takes one view a call, as the released code's does."""
     from torch import nn
