@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from conftest import drawn_picture
+from sample_voc import write_devkit
 
 from bt_fast.cli import main
 from bt_fast.evaluate import voc
@@ -65,29 +65,7 @@ def test_no_positive_is_an_error():
 
 @pytest.fixture(scope="module")
 def devkit(tmp_path_factory):
-    """24 + 18 pictures; "red" is in every second one as a red square, "blue" likewise."""
-    root = tmp_path_factory.mktemp("voc") / "VOCdevkit" / "VOC2007"
-    (root / "ImageSets" / "Main").mkdir(parents=True)
-    (root / "JPEGImages").mkdir()
-    number = 0
-    for part, count in (("trainval", 24), ("test", 18)):
-        lines = {"red": [], "blue": []}
-        for index in range(count):
-            picture = drawn_picture(number, 60, 48)
-            red, blue = index % 2 == 0, index % 4 < 2
-            if red:
-                picture.paste((230, 10, 10), (0, 0, 30, 48))
-            if blue:
-                picture.paste((10, 10, 230), (30, 0, 60, 48))
-            picture.save(root / "JPEGImages" / f"{number:06d}.jpg")
-            difficult = index == 5
-            lines["red"].append(f"{number:06d} {0 if difficult else 2 * red - 1:2d}")
-            lines["blue"].append(f"{number:06d} {2 * blue - 1:2d}")
-            number += 1
-        for name, rows in lines.items():
-            file = root / "ImageSets" / "Main" / f"{name}_{part}.txt"
-            file.write_text("\n".join(rows) + "\n")
-    return root.parents[1]
+    return write_devkit(tmp_path_factory.mktemp("voc")).parent
 
 
 def test_the_layout_is_read_as_it_is(devkit):

@@ -1,0 +1,181 @@
+"""Every command in the documentation runs, on small stand-ins for the files it names.
+
+A block that cannot run here says why in the line above it: <!-- not run: a cluster -->. Training
+and evaluation commands get flags of a tiny model behind their own, so that all that is written is
+read and checked, and the run takes seconds.
+"""
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import write_beton
+from sample_imagenet import write_folder
+from sample_voc import write_devkit
+
+from bt_fast.cli import main as bt_fast
+from pipelines.convert import main as bt_convert
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
+REASONS = {"a cluster", "detectron2", "Docker"}
+
+TINY_RUN = shlex.split(
+    "--device cpu --precision fp32 --encoder resnet18 --projector 32 16 --size 32 --batch-size 8"
+    " --epochs 2 --warmup-epochs 1 --max-steps 2 --workers 1 --probe-every 0"
+)
+TINY_EVAL = shlex.split("--device cpu --precision fp32 --workers 1")
+TINY_TOOL = {
+    "profile.py": [*TINY_RUN, "--seconds", "0.02"],
+    "gpu_suite.py": ["--parts", "loss"],
+    "bench_loss.py": shlex.split("--samples 16 --dimensions 32 --seconds 0.05"),
+    "bench_scale.py": shlex.split("--few 40 --many 80 --classes 4 --workers 1"),
+    "launches.py": [],
+    "kernel_report.py": [],
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """A fenced block of a page."""
+
+    page: str
+    line: int
+    language: str
+    not_run: str | None  # why
+    lines: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        return f"{self.page}:{self.line}"
+
+    def commands(self) -> list[str]:
+        """What follows the prompts, a trailing backslash joining lines."""
+        found: list[str] = []
+        for line in self.lines:
+            if line.startswith("$ "):
+                found.append(line[2:])
+            elif found and found[-1].endswith("\\"):
+                found[-1] = found[-1][:-1] + line.strip()
+        return found
+
+
+def blocks_of(page: Path) -> list[Block]:
+    blocks: list[Block] = []
+    inside, before = None, ""
+    for number, line in enumerate(page.read_text().splitlines(), 1):
+        if not line.startswith("```"):
+            if inside:
+                inside.lines.append(line)
+            before = line
+        elif inside:
+            inside = None
+        else:
+            why = re.fullmatch(r"<!-- not run: (.*) -->", before)
+            inside = Block(page.name, number, line[3:].strip(), why and why[1])
+            blocks.append(inside)
+    return blocks
+
+
+BLOCKS = [block for page in PAGES for block in blocks_of(page)]
+
+
+@pytest.fixture(scope="module")
+def stand_ins(tmp_path_factory, labelled_run) -> Path:
+    """Files and folders by the names the documentation uses."""
+    folder = tmp_path_factory.mktemp("stand-ins")
+    write_folder(folder / "imagenet")
+    for name in ("photos", "images", "cifar10"):
+        (folder / name).symlink_to(folder / "imagenet")
+    write_devkit(folder)
+    write_beton(folder / "out.beton", 40)
+    write_beton(folder / "out.val.beton", 16)
+    for name in ("cifar10", "photos"):
+        shutil.copy(folder / "out.beton", folder / f"{name}.beton")
+    (folder / "demo").mkdir()
+    shutil.copy(folder / "out.beton", folder / "demo" / "out.beton")
+    (folder / "parts").mkdir()
+    for shard in (2, 3, 4):
+        flags = ["--shard", f"{shard}/4", "--workers", "1"]
+        assert bt_convert([f"{folder}/imagenet", f"{folder}/parts/{shard}.beton", *flags]) == 0
+    shutil.copytree(labelled_run, folder / "RUN")
+    return folder
+
+
+@pytest.fixture
+def sandbox(stand_ins, tmp_path, monkeypatch) -> Path:
+    shutil.copytree(stand_ins, tmp_path / "sandbox", symlinks=True)
+    monkeypatch.chdir(tmp_path / "sandbox")
+    return tmp_path / "sandbox"
+
+
+@pytest.mark.parametrize("block", [b for b in BLOCKS if b.language == "console"], ids=str)
+def test_the_commands_run(block, sandbox, capsys):
+    if block.not_run:
+        pytest.skip(f"needs {block.not_run}")
+    assert block.commands(), "a block of the console has prompts"
+    for command in block.commands():
+        status = run(shlex.split(command, comments=True))
+        told = capsys.readouterr()
+        assert status == 0, f"{command}\n{told.out}\n{told.err}"
+
+
+def run(words: list[str]) -> int:
+    """Run a command of the documentation in the current folder; returns its exit status."""
+    words = [re.sub(r"^runs/\S*", "RUN", word) for word in words]
+    program, *arguments = words
+    if program == "bt-convert":
+        if "--verify" not in arguments:
+            remove(Path(arguments[1]))
+            remove(Path(arguments[1]).with_suffix(".val.beton"))
+        return bt_convert([*arguments, "--workers", "1"])
+    if program == "bt-fast" and arguments[0] == "pretrain":
+        if "--resume" in arguments:  # shape and length are the run's
+            return bt_fast([*arguments, "--device", "cpu", "--workers", "1"])
+        return bt_fast([*arguments, *TINY_RUN])
+    if program == "bt-fast" and arguments[0] == "eval":
+        return bt_fast([*arguments, *TINY_EVAL])
+    if program == "bt-fast":
+        return bt_fast(arguments)
+    if program == "python" and arguments[0].startswith("tools/"):
+        name = Path(arguments[0]).name
+        command = [sys.executable, ROOT / arguments[0], *arguments[1:], *TINY_TOOL[name]]
+        return subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "0"}).returncode
+    if program == "make":  # CI makes these for real
+        return subprocess.run(["make", "-n", *arguments], cwd=ROOT, capture_output=True).returncode
+    if program == "source":
+        return 0
+    raise AssertionError(f"no test knows how to run {program}")
+
+
+def remove(path: Path) -> None:
+    """What an example writes anew."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+@pytest.mark.parametrize("block", [b for b in BLOCKS if b.language == "python"], ids=str)
+def test_the_programs_run(block, sandbox):
+    source = re.sub(r'"runs/[^"]*"', '"RUN"', "\n".join(block.lines))
+    exec(compile(source, str(block), "exec"), {"images": torch.randn(2, 3, 64, 64)})
+
+
+def test_commands_stand_in_console_blocks_and_reasons_are_known():
+    for block in BLOCKS:
+        if block.language != "console":
+            assert not block.commands(), block
+        assert block.not_run in {None, *REASONS}, block
+
+
+def test_links_between_pages_lead_somewhere():
+    for page in PAGES:
+        for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
+            assert (page.parent / target).exists(), f"{page.name}: {target}"
