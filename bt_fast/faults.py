@@ -14,7 +14,7 @@ from typing import Literal, get_args
 
 import torch
 
-from bt_fast.dist import World
+from bt_fast.dist import World, restarts
 
 VARIABLE = "BT_FAST_FAULT"
 Kind = Literal["exit", "exception", "kill", "hang", "nan"]
@@ -23,7 +23,7 @@ Kind = Literal["exit", "exception", "kill", "hang", "nan"]
 def inject(views: torch.Tensor, step: int, world: World) -> torch.Tensor:
     """Let the fault happen if this is its rank and step; returns the views to train on."""
     asked = os.environ.get(VARIABLE)
-    if asked is None or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
+    if asked is None or restarts():
         return views
     rank, at, kind = _parse(asked)
     if (rank, at) != (world.rank, step):

@@ -16,9 +16,10 @@ from bt_fast import faults
 from bt_fast.cli import main
 from bt_fast.config import Config
 from bt_fast.dist import World
-from bt_fast.launch import elsewhere, first_host
+from bt_fast.launch import elsewhere
 from bt_fast.plan import count
 from bt_fast.signals import EXIT_STOPPED
+from bt_fast.slurm import first_host
 
 TINY = [
     "--recipe=demo", "--device=cpu", "--precision=fp32", "--encoder=resnet18", "--size=32",
