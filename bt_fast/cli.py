@@ -31,6 +31,10 @@ _MAY_CHANGE = {
     "resume",
     "dry_run",
     "gpus",
+    "slurm",
+    "gpus_per_node",
+    "time_limit",
+    "slurm_args",
     "patience",
     "device",
     "compile",
@@ -90,12 +94,11 @@ def in_one_line(program: str, command: Callable[[], int]) -> int:
         print(f"{program}: {error}", file=sys.stderr)
         return 2
     except RuntimeError as error:
-        from bt_fast.perf import is_out_of_memory
+        from bt_fast.perf import OUT_OF_MEMORY, is_out_of_memory
 
         if not is_out_of_memory(error):
             raise
-        advice = "choose a smaller --batch-size, --size or --projector"
-        print(f"{program}: not enough memory; {advice}", file=sys.stderr)
+        print(f"{program}: {OUT_OF_MEMORY}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -103,9 +106,12 @@ def in_one_line(program: str, command: Callable[[], int]) -> int:
 
 
 def _pretrain(arguments: list[str]) -> int:
-    from bt_fast.launch import launch
+    from bt_fast.signals import StopFlag
 
-    return launch(parse_pretrain(arguments), arguments)
+    with StopFlag() as stop:  # before torch is imported, which takes a while
+        from bt_fast.launch import launch
+
+        return launch(parse_pretrain(arguments), arguments, stop)
 
 
 def parse_pretrain(arguments: list[str]):

@@ -43,6 +43,15 @@ class Config:
     gpus: int | None = None
     """Number of ranks, on all machines together; with --device cpu they are processes. Default:
     all GPUs of this machine, or one CPU process."""
+    slurm: str | None = None
+    """Submit the run to this partition of a Slurm cluster; --dry-run shows the job."""
+    gpus_per_node: int = 8
+    """With --slurm: GPUs of each of its nodes; with --device cpu, processes."""
+    time_limit: str | None = None
+    """With --slurm: of one job, as Slurm writes it (1-12:00:00). The run saves before and goes on
+    in the next. Default: the partition's."""
+    slurm_args: str = ""
+    """With --slurm: more flags for sbatch, as in "--account=vision --qos=high"."""
     bn_group: int = 0
     """Ranks whose samples batch norm normalises together, in a row; 0 = all, as in the paper."""
     compress_gradients: bool = False
@@ -130,7 +139,15 @@ class Config:
         for name, value in dataclasses.asdict(self).items():
             finite = not isinstance(value, float) or math.isfinite(value)
             _require(finite, name, value, "must be finite")
-        for name in ("epochs", "batch_size", "size", "log_every", "keep", "probe_images"):
+        for name in (
+            "epochs",
+            "batch_size",
+            "size",
+            "gpus_per_node",
+            "log_every",
+            "keep",
+            "probe_images",
+        ):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "must be at least 1")
         for name in ("gpus", "max_steps", "workers"):
             value = getattr(self, name)

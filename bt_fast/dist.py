@@ -66,6 +66,15 @@ def described() -> World:
     return World(rank=rank, size=size, local_rank=local_rank, local_size=local_size)
 
 
+RESTARTS = "BT_FAST_RESTARTS"  # set where bt-fast itself starts ranks (start.py)
+
+
+def restarts() -> int:
+    """How often this run's ranks were started before: by torchrun, Slurm's requeue, or bt-fast."""
+    counts = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT", RESTARTS)
+    return sum(int(os.environ.get(name, "0")) for name in counts)
+
+
 def join(device: torch.device, timeout: float) -> World:
     """Meet the other ranks, as torchrun's environment describes them.
 
@@ -90,32 +99,34 @@ def join(device: torch.device, timeout: float) -> World:
 def silent_ranks(world: World, wait: float = 5.0) -> list[int]:
     """After a collective has failed: which ranks do not say, within `wait` seconds, that they are
     there. All others must ask too."""
-    if _stores:
+    if not _stores:
+        return []
+    try:
         _stores[-1].set(f"here/{world.rank}", "")
         time.sleep(wait)
         return [r for r in range(world.size) if not _stores[-1].check([f"here/{r}"])]
-    return []
+    except RuntimeError:
+        return [0]  # with whose machine the store is gone
 
 
 _stores: list[dist.Store] = []
 
 
 def _meeting_place(world: World, timeout: timedelta) -> dist.Store:
-    """Where ranks tell each other their addresses: torchrun's own store, or one of the first rank.
+    """Where ranks tell each other their addresses: the launcher's store, or one of the first rank.
 
-    torchrun's outlives a restart, so every start has keys of its own: those of the ranks that died
-    would be answered by nobody.
+    A launcher's outlives a restart, so every start has keys of its own: those of the ranks that
+    died would be answered by nobody.
     """
-    at_torchruns = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    at_launchers = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     store = dist.TCPStore(
         os.environ["MASTER_ADDR"],
         int(os.environ["MASTER_PORT"]),
         world.size,
-        is_master=world.is_first and not at_torchruns,
+        is_master=world.is_first and not at_launchers,
         timeout=timeout,
     )
-    start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    _stores.append(dist.PrefixStore(f"bt-fast/start {start}", store))
+    _stores.append(dist.PrefixStore(f"bt-fast/start {restarts()}", store))
     return _stores[-1]
 
 
@@ -228,6 +239,11 @@ def require_same_weights(model: torch.nn.Module, group: Group) -> None:
     others = (everyones != everyones[0]).any(1).nonzero().flatten().tolist()
     if others:
         raise RuntimeError(f"the weights of ranks {others} are no longer those of rank 0")
+
+
+def any_wish(wish: bool, group: Group) -> bool:
+    """Whether any rank wishes it; the same on every rank."""
+    return bool(all_sum(torch.tensor([int(wish)]), group))
 
 
 def wait_for_all(group: Group) -> None:

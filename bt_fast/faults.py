@@ -4,7 +4,7 @@
 
 exit        the process ends with status 1        exception   an error that nobody expects
 kill        SIGKILL                               hang        it goes on doing nothing
-nan         one step's views are not numbers
+nan         one step's views are not numbers      memory      there is not enough
 """
 
 import os
@@ -14,16 +14,16 @@ from typing import Literal, get_args
 
 import torch
 
-from bt_fast.dist import World
+from bt_fast.dist import World, restarts
 
 VARIABLE = "BT_FAST_FAULT"
-Kind = Literal["exit", "exception", "kill", "hang", "nan"]
+Kind = Literal["exit", "exception", "kill", "hang", "nan", "memory"]
 
 
 def inject(views: torch.Tensor, step: int, world: World) -> torch.Tensor:
     """Let the fault happen if this is its rank and step; returns the views to train on."""
     asked = os.environ.get(VARIABLE)
-    if asked is None or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
+    if asked is None or restarts():
         return views
     rank, at, kind = _parse(asked)
     if (rank, at) != (world.rank, step):
@@ -33,6 +33,8 @@ def inject(views: torch.Tensor, step: int, world: World) -> torch.Tensor:
         os._exit(1)
     if kind == "exception":
         raise RuntimeError(f"injected by {VARIABLE}={asked}")
+    if kind == "memory":
+        raise torch.OutOfMemoryError(f"injected by {VARIABLE}={asked}")
     if kind == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
     while kind == "hang":

@@ -102,6 +102,9 @@ def prepare(model: torch.nn.Module, performance: Performance) -> None:
     model.to(performance.device).to(memory_format=torch.channels_last)
 
 
+OUT_OF_MEMORY = "not enough memory; choose a smaller --batch-size, --size or --projector"
+
+
 def is_out_of_memory(error: RuntimeError) -> bool:
     """The CPU's allocator raises a plain RuntimeError."""
     return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)

@@ -9,6 +9,7 @@ runs/cifar10-20260101-120000/
   tensorboard/         the same for TensorBoard
   checkpoints/         see checkpoint.py
   encoder.safetensors  the trained encoder, torchvision's names
+  slurm.sbatch         the job of --slurm; slurm.log is its output
 """
 
 import fcntl
@@ -54,15 +55,20 @@ class RunDirectory:
         with atomic_file(self.path / name, overwrite=True) as file:
             file.write(text.encode())
 
-    def record_start(self, settings: Config, performance: Performance) -> None:
-        """Write config.json, and append this start's versions and hardware to environment.json."""
+    def record_settings(self, settings: Config) -> None:
+        """Write config.json, with which the run can be continued from any folder."""
         saved = replace(
             settings,
             resume=None,
-            data=settings.data.resolve(),  # so that the run can be continued from any folder
+            slurm=None,  # what is submitted runs where it is continued
+            data=settings.data.resolve(),
             val_data=settings.val_data and settings.val_data.resolve(),
         )
         self.write("config.json", config.to_json(saved))
+
+    def record_start(self, settings: Config, performance: Performance) -> None:
+        """Write config.json, and append this start's versions and hardware to environment.json."""
+        self.record_settings(settings)
         path = self.path / "environment.json"
         starts = json.loads(path.read_text()) if path.exists() else []
         starts.append(environment(performance))

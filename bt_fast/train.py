@@ -13,17 +13,9 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from bt_fast import checkpoint, faults, pictures
+from bt_fast import checkpoint, dist, faults, pictures
 from bt_fast.config import Config
-from bt_fast.dist import (
-    ALONE,
-    Vote,
-    World,
-    copy_from_first,
-    from_first,
-    require_same_weights,
-    wait_for_all,
-)
+from bt_fast.dist import ALONE, Vote, World, copy_from_first, from_first
 from bt_fast.evaluate.knn import evaluate_knn
 from bt_fast.feed import feed
 from bt_fast.job import Job, build, describe, rehearse
@@ -37,7 +29,7 @@ from bt_fast.signals import EXIT_STOPPED, StopFlag
 MAX_SKIPPED = 10  # updates skipped in a row before a run gives up
 
 
-def pretrain(settings: Config, world: World = ALONE) -> int:
+def pretrain(settings: Config, stop: StopFlag, world: World = ALONE) -> int:
     """Train as configured, as one of the ranks; returns the exit status (0, or EXIT_STOPPED).
 
     The first rank writes the run directory and prints; what it decides the others are told.
@@ -51,18 +43,21 @@ def pretrain(settings: Config, world: World = ALONE) -> int:
     console.print(summary_table("bt-fast pretrain", describe(job, seconds_per_step)))
     if settings.dry_run:
         return 0
+    if dist.any_wish(stop.requested, world.group):
+        console.print("stopped before the first step")
+        return EXIT_STOPPED
+    stop.training = True
     with contextlib.ExitStack() as stack:
         run = stack.enter_context(RunDirectory(path)) if world.is_first else None
         step = resume(job, run, console)
         log = stack.enter_context(RunLog(console, path if run else None, step, job.last_step))
-        stop = stack.enter_context(StopFlag())
         log.say(f"run directory: {path}")
         if run:
             run.record_start(settings, job.performance)
         status = train(job, run, log, stop, step)
         if run:
             finish(job, run, log, status)
-        wait_for_all(world.group)
+        dist.wait_for_all(world.group)
     return status
 
 
@@ -131,7 +126,7 @@ def train(job: Job, run: RunDirectory | None, log: RunLog, stop: StopFlag, step:
             skipped.zero_()
         if step % save_every == 0 or is_last or stopping:
             with clock.paused():
-                require_same_weights(job.model, job.world.group)
+                dist.require_same_weights(job.model, job.world.group)
                 if run:
                     save(job, run, step)
         if stopping and not is_last:

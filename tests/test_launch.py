@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from bt_fast import faults
 from bt_fast.cli import main
 from bt_fast.config import Config
 from bt_fast.dist import World
-from bt_fast.launch import elsewhere, first_host
+from bt_fast.launch import elsewhere
 from bt_fast.plan import count
 from bt_fast.signals import EXIT_STOPPED
 
@@ -95,19 +96,61 @@ def test_a_killed_rank_is_started_again_from_the_newest_checkpoint(
 
 def test_a_signal_to_any_rank_stops_all_at_the_same_step(two_ranks, small_beton, tmp_path):
     folder = tmp_path / "run"
-    process = start("--data", small_beton, "--run-dir", folder, "--gpus", 2, "--save-every", 1)
+    flags = ["--data", small_beton, "--run-dir", folder, "--save-every", 1]
+    for step, rank, number in ((3, 1, signal.SIGTERM), (7, 0, signal.SIGUSR2)):
+        process = start(*flags, "--gpus", 2)
+        wait_for(process, folder / "checkpoints" / f"step-{step:08}")
+        os.kill(ranks_of(process)[rank], number)
+        output, _ = process.communicate(timeout=300)
+        assert process.returncode == EXIT_STOPPED, output
+        assert f"bt-fast pretrain --resume {folder}" in output
+        flags = ["--resume", folder]
+    again = start(*flags, "--gpus", 2)
+    output, _ = again.communicate(timeout=300)
+    assert again.returncode == 0, output
+    wanted, ours = newest(two_ranks), newest(folder)
+    assert all(torch.equal(ours[name], wanted[name]) for name in wanted)
+
+
+def test_a_stop_asked_for_before_the_first_step_leaves_nothing(small_beton, tmp_path):
+    process = start("--data", small_beton, "--run-dir", tmp_path / "run")
+    catches = 1 << (signal.SIGUSR1 - 1)
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        status = Path(f"/proc/{process.pid}/status").read_text()
+        if int(re.search(r"SigCgt:\s*(\w+)", status)[1], 16) & catches:
+            break
+        time.sleep(0.01)
+    process.send_signal(signal.SIGUSR1)  # while torch is being imported
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == EXIT_STOPPED, output
+    assert "stopped before the first step" in output and not (tmp_path / "run").exists()
+
+
+def test_torchrun_does_not_start_again_what_was_asked_to_stop(small_beton, tmp_path):
+    folder, status = tmp_path / "run", tmp_path / "status"
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
+    torchrun += ["--max-restarts=3", "--standalone", "-m", "bt_fast.cli", "pretrain", *TINY]
+    torchrun += ["--data", small_beton, "--run-dir", folder, "--save-every=1"]
+    process = subprocess.Popen(
+        list(map(str, torchrun)), env={**os.environ, "BT_FAST_STATUS": str(status)},
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
     wait_for(process, folder / "checkpoints" / "step-00000003")
     os.kill(ranks_of(process)[-1], signal.SIGUSR1)
     output, _ = process.communicate(timeout=300)
-    assert process.returncode == EXIT_STOPPED, output
-    assert f"bt-fast pretrain --resume {folder}" in output
-    again = subprocess.run(
-        [sys.executable, "-m", "bt_fast.cli", "pretrain", "--resume", folder, "--gpus", "2"],
-        capture_output=True, text=True,
-    )  # fmt: skip
-    assert again.returncode == 0, again.stdout + again.stderr
-    wanted, ours = newest(two_ranks), newest(folder)
-    assert all(torch.equal(ours[name], wanted[name]) for name in wanted)
+    assert process.returncode == 0, output
+    assert int(status.read_text()) == EXIT_STOPPED
+    assert "stopped; continue with" in output and "resuming" not in output
+
+
+def test_a_restart_with_the_same_flags_goes_on(small_beton, tmp_path, capsys, monkeypatch):
+    flags = ["pretrain", *TINY, "--data", str(small_beton), "--run-dir", str(tmp_path / "run")]
+    assert main([*flags, "--max-steps", "2", "--save-every", "1"]) == 0
+    assert main(flags) == 2  # another run
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    assert main([*flags, "--max-steps", "3"]) == 0
+    assert "at step 2 of 3" in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.parametrize(
@@ -140,12 +183,6 @@ def test_more_gpus_than_a_machine_has_is_told_how(small_beton, capsys, monkeypat
     error = capsys.readouterr().err
     assert "torchrun --nnodes 4 --nproc-per-node 8" in error and "each of 4 machines" in error
     assert "--nnodes 2" in elsewhere(["--gpus", "9"], 9, 8)
-
-
-def test_slurms_host_lists():
-    assert first_host("gpu[03-05,9],x") == "gpu03"
-    assert first_host("gpu7") == "gpu7"
-    assert first_host("a,b[1-2]") == "a"
 
 
 def test_32_gpus_elsewhere_needs_no_data(tmp_path, monkeypatch, capsys):
@@ -196,6 +233,17 @@ def test_a_run_survives_a_fault_of_one_rank(two_ranks, small_beton, tmp_path, ki
         assert "ranks [1] do not answer" in output
     wanted, ours = newest(two_ranks), newest(folder)
     assert all(torch.equal(ours[name], wanted[name]) for name in wanted)
+
+
+def test_a_rank_without_memory_is_not_started_again(small_beton, tmp_path):
+    flags = [*TINY, "--data", small_beton, "--run-dir", tmp_path / "run", "--gpus", 2]
+    done = subprocess.run(
+        [sys.executable, "-m", "bt_fast.cli", "pretrain", *map(str, flags)],
+        env={**os.environ, "BT_FAST_FAULT": "1:5:memory"}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert "rank 1 stops: not enough memory; choose a smaller --batch-size" in done.stderr
+    assert "again" not in done.stderr
 
 
 def test_a_rank_without_numbers_skips_the_update_on_all(small_beton, tmp_path):

@@ -1,0 +1,92 @@
+"""Starting ranks and seeing them through, with ranks that do one thing only."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from bt_fast import dist, start
+from bt_fast.signals import EXIT_STOPPED, StopFlag
+
+
+@pytest.fixture
+def ranks(tmp_path, monkeypatch):
+    """Runs two ranks of some Python; each appends "RANK/RESTARTS" to a file when it starts."""
+    monkeypatch.setenv(dist.RESTARTS, "0")
+    monkeypatch.setattr(start, "_LAST_WORDS", 1.0)
+    started = tmp_path / "started"
+
+    def run(program: str, how=start.here, *arguments) -> tuple[int, list[str]]:
+        text = (
+            "import os, signal, sys, time\n"
+            "rank, restarts = int(os.environ.get('RANK', 0)), int(os.environ['BT_FAST_RESTARTS'])\n"
+            f"open({str(started)!r}, 'a').write(f'{{rank}}/{{restarts}} ')\n{program}"
+        )
+        monkeypatch.setattr(start, "_rank_command", lambda _: [sys.executable, "-c", text])
+        with StopFlag() as stop:
+            status = how(*(arguments or ([], 2)), stop)
+        return status, sorted(started.read_text().split())
+
+    return run
+
+
+def test_ranks_that_end_well_are_started_once(ranks):
+    program = "assert os.environ['WORLD_SIZE'] == '2' and os.environ['LOCAL_RANK'] == str(rank)"
+    assert ranks(program) == (0, ["0/0", "1/0"])
+
+
+def test_all_start_again_when_one_dies_and_the_other_does_not_notice(ranks, capfd):
+    program = "if restarts == 0: time.sleep(60) if rank == 0 else os.kill(os.getpid(), 9)"
+    began = time.monotonic()
+    assert ranks(program) == (0, ["0/0", "0/1", "1/0", "1/1"])
+    assert time.monotonic() - began < 30
+    assert "rank 1 ended with SIGKILL; all start again" in capfd.readouterr().err
+
+
+def test_what_a_rank_refuses_is_not_tried_again(ranks):
+    assert ranks("sys.exit(2 if rank else 0)") == (2, ["0/0", "1/0"])
+
+
+def test_a_run_that_keeps_failing_ends(ranks):
+    with pytest.raises(ValueError, match="rank 0 ended with exit status 3, and so did 3 restarts"):
+        ranks("sys.exit(0 if rank else 3)")
+
+
+STOPS = "signal.signal(signal.SIGUSR2, lambda *_: sys.exit(75)); time.sleep(60); sys.exit(1)"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT])
+def test_a_signal_is_passed_on(ranks, number):
+    threading.Timer(2.0, os.kill, (os.getpid(), number)).start()
+    assert ranks(STOPS) == (EXIT_STOPPED, ["0/0", "1/0"])
+
+
+def test_another_launcher_is_one_process(ranks):
+    program = "assert sys.argv[1:] == []; sys.exit(75 if restarts else 137)"
+    status, started = ranks(program, start.under, ["env", "A=1"], [])
+    assert (status, started) == (EXIT_STOPPED, ["0/0", "0/1"])
+
+
+def test_a_stop_before_the_first_start_starts_nothing(monkeypatch):
+    monkeypatch.setattr(subprocess, "Popen", None)
+    with StopFlag() as stop:
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert start.here([], 2, stop) == EXIT_STOPPED
+
+
+def test_ctrl_c_interrupts_until_there_is_something_to_save():
+    with StopFlag() as stop:
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(5)
+        stop.training = True
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.01)
+        assert stop.requested
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(5)
