@@ -25,7 +25,7 @@ from bt_fast.config import Config
 from bt_fast.job import open_data
 from bt_fast.log import summary_table
 from bt_fast.plan import plan
-from bt_fast.run_directory import choose_path
+from bt_fast.run_directory import RunDirectory, make
 from bt_fast.train import pretrain
 from pipelines.loader import require_full_batches
 
@@ -61,6 +61,8 @@ def check(settings: Config, wanted: int) -> None:
         raise ValueError(
             f"--batch-size {settings.batch_size} is less than 2 for each of {wanted} ranks"
         )
+    if settings.resume is not None:
+        RunDirectory(settings.resume).close()
 
 
 def run_rank(settings: Config) -> int:
@@ -108,7 +110,7 @@ def start_here(settings: Config, arguments: Sequence[str], wanted: int) -> int:
 
     arguments = list(arguments)
     if settings.resume is None:  # a name that outlives a restart
-        arguments += ["--run-dir", str(choose_path(settings))]
+        arguments += ["--run-dir", str(make(settings))]
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
