@@ -103,7 +103,7 @@ def live(command: list[str], run: Path, log: Path, kill_after: float, how: signa
             if life.seconds_to_first_step is not None and now - sampled >= 1:
                 sample(process.pid, life)
                 sampled = now
-            time.sleep(min(0.05, max(kill_after - now, 0.001)))
+            time.sleep(min(0.1, max(kill_after - now, 0.001)))
         life.status, life.seconds = process.wait(), time.monotonic() - started
         output.seek(0)
         life.output = output.read()
