@@ -6,6 +6,7 @@ nothing more does not end a run.
 """
 
 import contextlib
+import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -82,9 +83,14 @@ class RunLog:
         for name, file, _ in self._files:
             with self.can_do_without(f"the end of {name}"):
                 file.close()
+        try:
+            self.console.file.flush()
+        except OSError:  # the interpreter would try again at its end, and exit with 120
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.console.file.fileno())
 
     def say(self, text: str, *, style: str | None = None) -> None:
-        with contextlib.suppress(OSError):  # nobody reads, or a full disk keeps, what is printed
+        # A full disk may keep what is printed; when nobody reads it, rich would end the program.
+        with contextlib.suppress(OSError, SystemExit):
             self.console.print(text, style=style, highlight=False, markup=False)
 
     def warn(self, text: str) -> None:

@@ -195,16 +195,11 @@ class Builder:
         user = ["--userspec", self.user, "--groups", self.user.partition(":")[2] or "0"]
         enter = f'cd {shlex.quote(self.folder)} && exec "$@"'
         pairs = [f"{name}={value}" for name, value in variables.items()]
-        chroot = [
-            shutil.which("chroot") or "chroot",
-            *user,
-            str(root),
-            "/bin/sh",
-            "-c",
-            enter,
-            "sh",
+        program = shutil.which("chroot") or "chroot"
+        return [
+            *["env", "-i", *pairs, program, *user, str(root)],
+            *["/bin/sh", "-c", enter, "sh", *command],
         ]
-        return ["env", "-i", *pairs, *chroot, *command]
 
     def mount(self, where: Path, *options: str) -> None:
         subprocess.run(["mount", *options, str(where)], check=True)
