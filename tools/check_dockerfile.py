@@ -11,7 +11,6 @@ user, as process 1, in its folder. SIGTERM then has to reach a training run. Nee
 
 import _checkout  # noqa: F401  # isort: skip
 
-import fnmatch
 import json
 import os
 import shlex
@@ -21,15 +20,15 @@ import stat
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from bt_fast.cli import in_one_line
 from bt_fast.signals import EXIT_STOPPED
 from pipelines.flags import parse_flags
+from tools.dockerfile import Stage, context, copied, parse
 
 ROOT = Path(__file__).parents[1]
-IGNORED_FOLDERS = {".git", ".venv", "__pycache__"}  # not even looked at
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,67 +43,6 @@ class Check:
     """Folders of this machine that steps may read, such as a local index of wheels."""
     log: Path = Path("check_dockerfile.log")
     """What the steps print."""
-
-
-@dataclass(kw_only=True, slots=True)
-class Stage:
-    """One FROM and what follows, or an image that a FROM builds upon."""
-
-    name: str
-    base: str
-    steps: list[tuple[str, str]] = field(default_factory=list)  # (instruction, its text)
-
-    def last(self, instruction: str) -> str:
-        """The text of the last such instruction; '' if there is none."""
-        return next((text for name, text in reversed(self.steps) if name == instruction), "")
-
-
-def parse(text: str) -> list[Stage]:
-    """The stages of a Dockerfile. Raises ValueError for what this does not know."""
-    lines = [line for line in text.splitlines() if not line.lstrip().startswith("#")]
-    stages: list[Stage] = []
-    for line in "\n".join(lines).replace("\\\n", " ").splitlines():
-        instruction, _, rest = line.strip().partition(" ")
-        if not instruction:
-            continue
-        if instruction == "FROM":
-            base, _, name = rest.partition(" AS ")
-            stages.append(Stage(name=name or str(len(stages)), base=base))
-        elif instruction in ("RUN", "COPY", "ENV", "WORKDIR", "USER", "ENTRYPOINT", "CMD"):
-            stages[-1].steps.append((instruction, rest.strip()))
-        else:
-            raise ValueError(f"Dockerfile: {instruction} is not known here")
-    return stages
-
-
-def copied(text: str) -> tuple[str | None, list[str], str]:
-    """COPY's (stage of --from, sources, destination)."""
-    words = text.split()
-    stage = words.pop(0).removeprefix("--from=") if words[0].startswith("--from=") else None
-    return stage, words[:-1], words[-1]
-
-
-def context(folder: Path) -> list[PurePosixPath]:
-    """The files of the build context: those that .dockerignore leaves."""
-    lines = (folder / ".dockerignore").read_text().splitlines()
-    patterns = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
-    found = []
-    for parent, folders, files in os.walk(folder):
-        folders[:] = [name for name in folders if name not in IGNORED_FOLDERS]
-        found += [PurePosixPath(os.path.relpath(Path(parent, file), folder)) for file in files]
-    return sorted(path for path in found if not ignored(path, patterns))
-
-
-def ignored(path: PurePosixPath, patterns: list[str]) -> bool:
-    """The last pattern that matches a file or a folder it is in decides; ! takes it back."""
-    names = [path, *list(path.parents)[:-1]]
-    verdict = False
-    for pattern in patterns:
-        plain = pattern.removeprefix("!").removeprefix("**/")
-        anywhere = "**/" in pattern
-        if any(fnmatch.fnmatch(name.name if anywhere else str(name), plain) for name in names):
-            verdict = not pattern.startswith("!")
-    return verdict
 
 
 class Builder:
