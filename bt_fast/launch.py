@@ -25,7 +25,7 @@ from bt_fast.config import Config
 from bt_fast.job import open_data
 from bt_fast.log import summary_table
 from bt_fast.plan import plan
-from bt_fast.run_directory import RunDirectory, make
+from bt_fast.run_directory import RunDirectory, make_folder
 from bt_fast.train import pretrain
 from pipelines.loader import require_full_batches
 
@@ -110,7 +110,7 @@ def start_here(settings: Config, arguments: Sequence[str], wanted: int) -> int:
 
     arguments = list(arguments)
     if settings.resume is None:  # a name that outlives a restart
-        arguments += ["--run-dir", str(make(settings))]
+        arguments += ["--run-dir", str(make_folder(settings))]
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,

@@ -181,7 +181,7 @@ def choose_path(settings: Config) -> Path:
     return path
 
 
-def make(settings: Config) -> Path:
+def make_folder(settings: Config) -> Path:
     """Make the folder that `choose_path` chooses; a name of the clock's is ours alone."""
     while True:
         path = choose_path(settings)

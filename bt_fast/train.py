@@ -29,7 +29,7 @@ from bt_fast.log import Clock, RunLog, reason, summary_table
 from bt_fast.model import BarlowTwins
 from bt_fast.perf import synchronise
 from bt_fast.probe import learned, probe, probe_is_due, probed
-from bt_fast.run_directory import RunDirectory, choose_path, make
+from bt_fast.run_directory import RunDirectory, choose_path, make_folder
 from bt_fast.schedule import learning_rate
 from bt_fast.signals import EXIT_STOPPED, EXIT_UNSAVED, StopFlag
 
@@ -52,7 +52,7 @@ def pretrain(settings: Config, world: World = ALONE) -> int:
     if settings.dry_run:
         return 0
     with contextlib.ExitStack() as stack:
-        run = stack.enter_context(RunDirectory(make(settings))) if world.is_first else None
+        run = stack.enter_context(RunDirectory(make_folder(settings))) if world.is_first else None
         step = resume(job, run, console)
         if run:
             run.record_start(settings, job.performance)

@@ -68,6 +68,16 @@ def test_a_full_disk_ends_a_run_that_is_to_stop(small_beton, tmp_path, capsys):
         assert saved_steps(disk / "run") == ["step-00000004"]
 
 
+def test_a_full_disk_stops_all_ranks(small_beton, tmp_path):
+    with mounted(tmp_path / "disk", "size=150m") as disk:
+        flags = ("--data", small_beton, "--run-dir", disk / "run", "--save-every", 4, "--gpus", 2)
+        process = start(*flags, "--probe-every", 0, "--if-save-fails", "stop")
+        output, _ = process.communicate(timeout=300)
+        assert process.returncode == EXIT_UNSAVED, output
+        assert "not everything was saved at step 10 of 12" in output and "resuming" not in output
+        assert saved_steps(disk / "run") == ["step-00000004"]
+
+
 def test_a_folder_that_turns_read_only_keeps_its_checkpoints(
     small_beton, finished, tmp_path, monkeypatch, capsys
 ):

@@ -30,7 +30,7 @@ def release(tmp_path_factory) -> Path:
     for name in ("bt_fast", "pipelines", "tests", "tools", "docs"):
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns(*MADE))
     for path in ROOT.iterdir():
-        if path.is_file():
+        if path.is_file() and path.suffix != ".beton":
             shutil.copy(path, source)
     command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", out, source]
     done = subprocess.run(command, capture_output=True, text=True)

@@ -20,7 +20,7 @@ def test_runs_of_one_second_have_folders_of_their_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(time, "strftime", lambda _: "20260101-120000")
     with ThreadPoolExecutor(8) as pool:
-        folders = list(pool.map(run_directory.make, [Config()] * 24))
+        folders = list(pool.map(run_directory.make_folder, [Config()] * 24))
     assert len({str(folder) for folder in folders}) == 24
     assert {path.name for path in (tmp_path / "runs").iterdir()} == {
         "imagenet-20260101-120000",

@@ -1,12 +1,13 @@
 """Run the Dockerfile's steps without Docker: each stage in a root of its own, by chroot.
 
     debootstrap --variant=minbase --include=ca-certificates bookworm ROOT   # as root
-    python tools/check_dockerfile.py --root ROOT --scratch FOLDER
+    unshare --mount python tools/check_dockerfile.py --root ROOT --scratch FOLDER
 
 ROOT stands for the image that FROM names. Stages are layers over it (overlayfs), files come from
 what .dockerignore lets through, and the entry point is started as the image would start it: as its
 user, as process 1, in its folder. SIGTERM then has to reach a training run. Needs root and about
-25 GB in FOLDER, which is removed at the end; what the steps print goes to check_dockerfile.log.
+20 GB in FOLDER, which is removed at the end; what the steps print goes to check_dockerfile.log.
+(unshare: whatever happens, nothing stays mounted.)
 """
 
 import _checkout  # noqa: F401  # isort: skip
