@@ -6,14 +6,16 @@ BIN := .venv/bin
 READY := .venv/.ready
 FFCV := .venv/.ffcv
 
-.PHONY: help demo test lint bench clean
+.PHONY: help demo test lint coverage bench dist clean
 
 help:
-	@echo "make demo    convert drawn pictures, pretrain on them, probe the result (minutes, CPU)"
-	@echo "make test    run the tests"
-	@echo "make lint    ruff and mypy"
-	@echo "make bench   converter and loader against their rivals; DATA=folder of images"
-	@echo "make clean   remove what the demo made"
+	@echo "make demo      convert drawn pictures, pretrain on them, probe the result (minutes, CPU)"
+	@echo "make test      run the tests"
+	@echo "make lint      ruff and mypy"
+	@echo "make coverage  run the tests and say which lines they do not reach"
+	@echo "make bench     converter and loader against their rivals; DATA=folder of images"
+	@echo "make dist      wheel and source archive of a release, in dist/"
+	@echo "make clean     remove what the other targets made, but not .venv/"
 
 demo: demo/out.beton
 	$(BIN)/bt-fast pretrain --recipe demo --data demo/out.beton
@@ -26,13 +28,23 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+coverage: $(FFCV)
+	$(BIN)/coverage erase
+	$(BIN)/coverage run -m pytest
+	$(BIN)/coverage combine --quiet
+	$(BIN)/coverage report --skip-covered --show-missing
+
 bench: $(FFCV)
-	@test -n "$(DATA)" || (echo "make bench DATA=folder/of/class/folders" >&2; exit 2)
+	@test -n "$(DATA)" || (echo "make bench     DATA=folder/of/class/folders" >&2; exit 2)
 	$(BIN)/python tools/bench_convert.py $(DATA)
 	$(BIN)/python tools/bench_loader.py $(DATA)
 
+dist: $(READY)
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation --outdir dist .
+
 clean:
-	rm -rf demo
+	rm -rf demo dist build *.egg-info .coverage .coverage.*
 
 demo/out.beton: demo/images
 	$(BIN)/bt-convert demo/images demo/out.beton --overwrite

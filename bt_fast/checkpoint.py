@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from pipelines.atomic import sync
@@ -100,11 +101,18 @@ def save(
 
 
 def write_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
-    """Write a safetensors file: on the CPU, row-major, readable for whom new files are."""
+    """Write a safetensors file: on the CPU, row-major, readable for whom new files are.
+
+    It appears whole or not at all. Raises OSError if the disk does not take it.
+    """
     plain = {
         name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()
     }
-    save_file(plain, path)  # makes it readable for the owner alone
+    try:
+        save_file(plain, path)  # makes it readable for the owner alone
+    except SafetensorError as error:
+        what = str(error).removeprefix("Error while serializing: ").removeprefix("I/O error: ")
+        raise OSError(f"{path.name}: {what}") from None
     mask = os.umask(0)
     os.umask(mask)
     path.chmod(0o666 & ~mask)

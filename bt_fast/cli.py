@@ -48,6 +48,7 @@ _MAY_CHANGE = {
     "log_every",
     "save_every",
     "keep",
+    "if_save_fails",
 }
 
 # `bt-fast eval NAME`: its room, its options and what runs it; imported when it is asked for.

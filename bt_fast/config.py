@@ -134,6 +134,9 @@ class Config:
     """Steps between checkpoints; 0 = at the end of every epoch."""
     keep: int = 2
     """Checkpoints to keep, the newest ones."""
+    if_save_fails: Literal["go-on", "stop"] = "go-on"
+    """When the disk does not take a checkpoint: train on and try again at the next, or stop. Those
+    before it stay in either case."""
 
     def __post_init__(self) -> None:
         for name, value in dataclasses.asdict(self).items():

@@ -24,7 +24,7 @@ from bt_fast.config import Config
 from bt_fast.job import open_data
 from bt_fast.log import summary_table
 from bt_fast.plan import plan
-from bt_fast.run_directory import choose_path
+from bt_fast.run_directory import RunDirectory, choose_path, make_folder
 from bt_fast.signals import EXIT_STOPPED, StopFlag
 from bt_fast.train import pretrain
 from pipelines.loader import require_full_batches
@@ -55,7 +55,7 @@ def launch(settings: Config, arguments: Sequence[str], stop: StopFlag) -> int:
         return 2
     check(settings, wanted)
     if settings.resume is None:  # a name that outlives a restart
-        arguments = [*arguments, "--run-dir", str(choose_path(settings))]
+        arguments = [*arguments, "--run-dir", str(make_folder(settings))]
     if launcher:
         return start.under(launcher, arguments, stop)
     return start.here(arguments, wanted, stop)
@@ -92,6 +92,8 @@ def check(settings: Config, wanted: int) -> None:
         raise ValueError(
             f"--batch-size {settings.batch_size} is less than 2 for each of {wanted} ranks"
         )
+    if settings.resume is not None:
+        RunDirectory(settings.resume).close()
 
 
 def run_rank(settings: Config, stop: StopFlag) -> int:

@@ -1,12 +1,12 @@
 """What a person sees of a run, and what it leaves to read: console, metrics.jsonl, TensorBoard.
 
 On a terminal a live line shows progress; elsewhere plain lines appear, at most one in five
-seconds. Every record goes to metrics.jsonl and TensorBoard.
+seconds. Every record goes to metrics.jsonl and TensorBoard. A disk or a terminal that takes
+nothing more does not end a run.
 """
 
 import contextlib
-import json
-import math
+import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,7 +14,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Column, Table
-from torch.utils.tensorboard import SummaryWriter
+
+from bt_fast.records import RecordFile, metrics_line, open_events, open_metrics, tensorboard_events
 
 _PLAIN_INTERVAL = 5.0  # seconds between plain lines
 
@@ -50,10 +51,13 @@ class RunLog:
         self.console = console
         self.first_step, self.last_step = first_step, last_step
         self.started = time.perf_counter()
-        self._file = self._tensorboard = None
+        self._failed: set[str] = set()
+        self._files: list[tuple[str, RecordFile, Callable[[str, dict], bytes]]] = []
         if folder is not None:
-            self._file = open(folder / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115
-            self._tensorboard = SummaryWriter(folder / "tensorboard", purge_step=first_step + 1)
+            self._files = [
+                ("metrics.jsonl", open_metrics(folder), metrics_line),
+                ("tensorboard", open_events(folder, first_step), tensorboard_events),
+            ]
         self._last_plain = 0.0
         self._progress = Progress(
             TextColumn("epoch {task.fields[epoch]:.2f}"),
@@ -74,17 +78,33 @@ class RunLog:
         self._progress.start()
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *exception) -> None:
         self._progress.stop()
-        if self._file is not None and self._tensorboard is not None:
-            self._file.close()
-            self._tensorboard.close()
+        for name, file, _ in self._files:
+            with self.can_do_without(f"the end of {name}"):
+                file.close()
+        try:
+            self.console.file.flush()
+        except OSError:  # the interpreter would try again at its end, and exit with 120
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.console.file.fileno())
 
-    def say(self, text: str) -> None:
-        self.console.print(text, highlight=False, markup=False)
+    def say(self, text: str, *, style: str | None = None) -> None:
+        # A full disk may keep what is printed; when nobody reads it, rich would end the program.
+        with contextlib.suppress(OSError, SystemExit):
+            self.console.print(text, style=style, highlight=False, markup=False)
 
     def warn(self, text: str) -> None:
-        self.console.print(f"warning: {text}", style="yellow", highlight=False, markup=False)
+        self.say(f"warning: {text}", style="yellow")
+
+    @contextlib.contextmanager
+    def can_do_without(self, what: str) -> Iterator[None]:
+        """The disk may fail to take this: that is told the first time, and the run goes on."""
+        try:
+            yield
+        except OSError as error:
+            if what not in self._failed:
+                self._failed.add(what)
+                self.warn(f"{what} cannot be written: {reason(error)}; the run goes on")
 
     def training(self, record: dict) -> None:
         """One log line: loss and its parts, rates, speed. `record` holds Python numbers."""
@@ -125,14 +145,14 @@ class RunLog:
         self.say(f"kNN probe, {what}: {scores} ({duration(record['seconds'])})")
 
     def _record(self, kind: str, record: dict) -> None:
-        if self._file is None or self._tensorboard is None:
-            return
-        # JSON has no nan or infinity, which is what a skipped step's loss is.
-        finite = {name: value if math.isfinite(value) else None for name, value in record.items()}
-        self._file.write(json.dumps({"kind": kind, **finite}) + "\n")
-        for name, value in record.items():
-            if name not in ("step", "epoch"):
-                self._tensorboard.add_scalar(f"{kind}/{name}", value, record["step"])
+        for name, file, encode in self._files:
+            with self.can_do_without(name):
+                file.append(encode(kind, record))
+
+
+def reason(error: OSError) -> str:
+    """What an error of the disk says, without its number."""
+    return error.strerror or str(error)
 
 
 def summary_table(title: str, rows: dict[str, str]) -> Table:

@@ -8,8 +8,10 @@ matplotlib.use("Agg")  # files only: no display is needed or opened
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 
 from bt_fast.run_directory import read_metrics
+from pipelines.atomic import atomic_file
 from pipelines.augment import IMAGENET_MEAN, IMAGENET_STD
 
 
@@ -30,8 +32,7 @@ def contact_sheet(views: torch.Tensor, path: Path, count: int = 12) -> None:
             axis.set_xticks([])
             axis.set_yticks([])
         axes[row][0].set_ylabel(name)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    _write(figure, path, dpi=120)
 
 
 def _pixels(view: torch.Tensor) -> np.ndarray:
@@ -49,33 +50,42 @@ def curves(metrics: Path, path: Path) -> None:
     if not train:
         return
     epochs = [record["epoch"] for record in train]
-    figure, axes = plt.subplots(1, 4, figsize=(16, 3.6), layout="constrained")
+    panels = 4 if probe else 3
+    figure, axes = plt.subplots(1, panels, figsize=(4 * panels, 3.6), layout="constrained")
+    loss, rate, speed = axes[0], axes[-2], axes[-1]
 
-    axes[0].plot(epochs, [record["loss"] for record in train], label="loss")
-    axes[0].plot(epochs, [record["invariance"] for record in train], label="on-diagonal")
-    axes[0].set_yscale("log")
-    twin = axes[0].twinx()
+    loss.plot(epochs, [record["loss"] for record in train], label="loss")
+    loss.plot(epochs, [record["invariance"] for record in train], label="on-diagonal")
+    loss.set_yscale("log")
+    twin = loss.twinx()
     twin.plot(epochs, [record["redundancy"] for record in train], color="C2")
     twin.set_yscale("log")
     twin.set_ylabel("off-diagonal", color="C2")
-    axes[0].legend()
-    axes[0].set_title("Barlow Twins loss")
+    loss.legend()
+    loss.set_title("Barlow Twins loss")
 
     for name in sorted({key for record in probe for key in record if key.startswith("knn_")}):
         values = [100 * record[name] for record in probe]
         label = f"k = {name.removeprefix('knn_')}"
         axes[1].plot([record["epoch"] for record in probe], values, marker="o", label=label)
-    if probe:
         axes[1].legend()
-    axes[1].set_title("kNN accuracy, %")
+        axes[1].set_title("kNN accuracy, %")
 
-    axes[2].plot(epochs, [record["lr_weights"] for record in train])
-    axes[2].set_title("learning rate (weights)")
-    axes[3].plot(epochs, [record["images_per_s"] for record in train])
-    axes[3].set_ylim(bottom=0)
-    axes[3].set_title("images/s")
+    rate.plot(epochs, [record["lr_weights"] for record in train])
+    rate.set_title("learning rate (weights)")
+    speed.plot(epochs, [record["images_per_s"] for record in train])
+    speed.set_ylim(bottom=0)
+    speed.set_title("images/s")
     for axis in axes:
         axis.set_xlabel("epoch")
         axis.grid(alpha=0.3)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    _write(figure, path, dpi=110)
+
+
+def _write(figure: Figure, path: Path, dpi: int) -> None:
+    """As a PNG, whole or not at all."""
+    try:
+        with atomic_file(path, overwrite=True) as file:
+            figure.savefig(file, format="png", dpi=dpi)
+    finally:
+        plt.close(figure)

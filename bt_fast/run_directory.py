@@ -12,10 +12,14 @@ runs/cifar10-20260101-120000/
   slurm.sbatch         the job of --slurm; slurm.log is its output
 """
 
+import contextlib
 import fcntl
+import itertools
 import json
 import os
 import platform
+import re
+import socket
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -33,27 +37,51 @@ from pipelines.flags import usable_cores
 
 
 class RunDirectory:
-    """The folder `choose_path` chose, made if need be. Holds a lock while it is open.
+    """A folder, made if need be, that one process uses at a time: it holds a lock while open.
 
-    Raises ValueError if another process is using it.
+    The lock is the kernel's and ends with its process, however that ends; across machines it is
+    the file server's. The file .lock tells the others who has it. Where a file system knows no
+    locks, only a process of the same machine is noticed.
+    Raises ValueError if another process is using the folder.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.path.mkdir(parents=True, exist_ok=True)
-        self._lock = open(self.path / ".lock", "w")  # noqa: SIM115 (held until close)
+        self._lock = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
+        owner = os.pread(self._lock, 1000, 0).decode(errors="replace")
+        if self._is_taken(owner):
+            os.close(self._lock)
+            raise ValueError(
+                f"{self.path} is in use by {owner or 'another process'}; wait for it, or stop it"
+                " with SIGTERM"
+            )
+        self._sign(f"process {os.getpid()} on {socket.gethostname()}")
+        for leftover in self.path.glob("*.tmp-*"):  # of a process that was killed while writing
+            leftover.unlink(missing_ok=True)
+
+    def _is_taken(self, owner: str) -> bool:
+        """Lock the folder if nobody has it."""
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            self._lock.close()
-            raise ValueError(f"{self.path} is in use by another running process") from None
-        except OSError:
-            pass  # a file system without locks: the user minds what runs where
+            return True
+        except OSError:  # a file system without locks: go by what the owner wrote
+            return re.fullmatch(r"process \d+ on .+", owner) is not None and _lives_here(owner)
+        return False
+
+    def _sign(self, owner: str) -> None:
+        with contextlib.suppress(OSError):  # a full disk: the lock holds without a name
+            os.ftruncate(self._lock, 0)
+            os.pwrite(self._lock, owner.encode(), 0)
 
     def write(self, name: str, text: str) -> None:
         """Replace one of the run's small files as a whole."""
-        with atomic_file(self.path / name, overwrite=True) as file:
-            file.write(text.encode())
+        try:
+            with atomic_file(self.path / name, overwrite=True) as file:
+                file.write(text.encode())
+        except OSError as error:
+            raise OSError(f"{self.path / name}: {error.strerror or error}") from None
 
     def record_settings(self, settings: Config) -> None:
         """Write config.json, with which the run can be continued from any folder."""
@@ -81,13 +109,21 @@ class RunDirectory:
         self.write("metrics.jsonl", "".join(kept))
 
     def close(self) -> None:
-        self._lock.close()
+        self._sign("")
+        os.close(self._lock)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_) -> None:
         self.close()
+
+
+def _lives_here(owner: str) -> bool:
+    """Whether "process 12 on HOST" is another living process of this machine."""
+    _, number, _, host = owner.split(maxsplit=3)
+    alive = Path("/proc", number).exists()
+    return alive and host == socket.gethostname() and number != str(os.getpid())
 
 
 def read_metrics(path: Path) -> list[tuple[str, dict]]:
@@ -137,16 +173,40 @@ def _cpu_name() -> str:
 
 
 def choose_path(settings: Config) -> Path:
-    """The run's folder. Raises ValueError if a new run's is there already and not empty."""
+    """The run's folder. Raises ValueError if a new run's is there already and in use."""
     if settings.resume is not None:
         return settings.resume
-    named = f"{settings.recipe}-{time.strftime('%Y%m%d-%H%M%S')}"
-    path = settings.run_dir or Path("runs") / named
+    path = settings.run_dir or _unused(f"{settings.recipe}-{time.strftime('%Y%m%d-%H%M%S')}")
     nearest = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
     if not os.access(nearest, os.W_OK):
         raise ValueError(f"--run-dir {path}: no permission to write into {nearest}")
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+    if path.exists() and not (path.is_dir() and _is_vacant(path)):
         raise ValueError(
             f"--run-dir {path} is in use; continue it with --resume {path} or choose another folder"
         )
     return path
+
+
+def make_folder(settings: Config) -> Path:
+    """Make the folder that `choose_path` chooses; a name of the clock's is ours alone."""
+    while True:
+        path = choose_path(settings)
+        try:
+            path.mkdir(parents=True, exist_ok=bool(settings.resume or settings.run_dir))
+            return path
+        except FileExistsError:  # by a run that began in the same second
+            continue
+
+
+def _unused(name: str) -> Path:
+    """runs/NAME, or runs/NAME-2 and so on: a second can have two runs, and clocks are set back."""
+    names = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
+    return next(path for path in (Path("runs") / name for name in names) if not path.exists())
+
+
+def _is_vacant(path: Path) -> bool:
+    """Whether nothing is there but what a start leaves that is killed at once."""
+    return all(
+        entry.name == ".lock" or entry.name.startswith("config.json.tmp-")
+        for entry in path.iterdir()
+    )

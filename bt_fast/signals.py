@@ -1,8 +1,9 @@
-"""Signals that ask a run to stop, and the exit status that answers them."""
+"""Signals that ask a run to stop, and the exit statuses of one that did not end as planned."""
 
 import signal
 
 EXIT_STOPPED = 75  # EX_TEMPFAIL: stopped by a signal after saving; start again with --resume
+EXIT_UNSAVED = 74  # EX_IOERR: the disk did not take the last checkpoint, or the encoder
 
 # What Slurm and people send; NCCL may take USR1 for itself, so that USR2 is the surest.
 ASK_TO_STOP = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from torch.distributed import TCPStore
 
 from bt_fast import dist
-from bt_fast.signals import EXIT_STOPPED, StopFlag
+from bt_fast.signals import EXIT_STOPPED, EXIT_UNSAVED, StopFlag
 
 MAX_RESTARTS = 3
 EXIT_REFUSED = 2  # what a user can do wrong, and has been told
@@ -74,7 +74,7 @@ def _see_through(start: Callable[[], list[subprocess.Popen]], stop: StopFlag) ->
             failure = _wait(processes, stop)
         finally:
             _end(processes)
-        for status in (EXIT_REFUSED, EXIT_STOPPED):
+        for status in (EXIT_REFUSED, EXIT_STOPPED, EXIT_UNSAVED):
             if any(process.returncode == status for process in processes):
                 return status
         if failure is None:

@@ -7,7 +7,6 @@ device. Where a run stands is one number, the step; order and views follow from 
 
 import contextlib
 import functools
-import time
 from pathlib import Path
 
 import torch
@@ -16,26 +15,27 @@ from rich.console import Console
 from bt_fast import checkpoint, dist, faults, pictures
 from bt_fast.config import Config
 from bt_fast.dist import ALONE, Vote, World, copy_from_first, from_first
-from bt_fast.evaluate.knn import evaluate_knn
 from bt_fast.feed import feed
 from bt_fast.job import Job, build, describe, rehearse
-from bt_fast.log import Clock, RunLog, summary_table
+from bt_fast.log import Clock, RunLog, reason, summary_table
 from bt_fast.model import BarlowTwins
 from bt_fast.perf import synchronise
-from bt_fast.run_directory import RunDirectory, choose_path, read_metrics
+from bt_fast.probe import learned, probe, probe_is_due, probed
+from bt_fast.run_directory import RunDirectory, choose_path, make_folder
 from bt_fast.schedule import learning_rate
-from bt_fast.signals import EXIT_STOPPED, StopFlag
+from bt_fast.signals import EXIT_STOPPED, EXIT_UNSAVED, StopFlag
 
 MAX_SKIPPED = 10  # updates skipped in a row before a run gives up
 
 
 def pretrain(settings: Config, stop: StopFlag, world: World = ALONE) -> int:
-    """Train as configured, as one of the ranks; returns the exit status (0, or EXIT_STOPPED).
+    """Train as configured, as one of the ranks; returns the exit status (0, or one of `signals`).
 
     The first rank writes the run directory and prints; what it decides the others are told.
     """
     console = Console(soft_wrap=True, quiet=not world.is_first)
-    path = from_first(choose_path(settings) if world.is_first else None, world.group)
+    if world.is_first:
+        choose_path(settings)  # complains now, before minutes of preparation
     job = build(settings, world)
     if from_first(job.data_facts, world.group) != job.data_facts:
         raise ValueError(f"--data {settings.data} of rank {world.rank} is not that of rank 0")
@@ -48,32 +48,56 @@ def pretrain(settings: Config, stop: StopFlag, world: World = ALONE) -> int:
         return EXIT_STOPPED
     stop.training = True
     with contextlib.ExitStack() as stack:
-        run = stack.enter_context(RunDirectory(path)) if world.is_first else None
+        run = stack.enter_context(RunDirectory(make_folder(settings))) if world.is_first else None
         step = resume(job, run, console)
-        log = stack.enter_context(RunLog(console, path if run else None, step, job.last_step))
-        log.say(f"run directory: {path}")
         if run:
             run.record_start(settings, job.performance)
-        status = train(job, run, log, stop, step)
+        log = stack.enter_context(RunLog(console, run.path if run else None, step, job.last_step))
         if run:
-            finish(job, run, log, status)
+            log.say(f"run directory: {run.path}")
+        step, saved = train(job, run, log, stop, step)
+        status = 0 if step == job.last_step else EXIT_STOPPED
+        if run:
+            status = finish(job, run, log, step, saved)
         dist.wait_for_all(world.group)
     return status
 
 
-def finish(job: Job, run: RunDirectory, log: RunLog, status: int) -> None:
-    """Leave curves and encoder behind and say what was learned, or how to go on."""
+def finish(job: Job, run: RunDirectory, log: RunLog, step: int, saved: bool) -> int:
+    """Leave curves and encoder behind and say what was learned, or how to go on.
+
+    saved: whether the disk has taken the checkpoint of `step`. Returns the exit status.
+    """
     metrics = run.path / "metrics.jsonl"
-    pictures.curves(metrics, run.path / "curves.png")
-    if status == 0:
+    with log.can_do_without("curves.png"):
+        pictures.curves(metrics, run.path / "curves.png")
+    complete = step == job.last_step
+    if complete:
         log.say(learned(metrics))
-        log.say(f"done: {export_encoder(job.model, run.path)}")
-    else:
+        try:  # even without a checkpoint: it is smaller
+            log.say(f"done: {export_encoder(job.model, run.path)}")
+        except OSError as error:
+            log.warn(f"encoder.safetensors was not written: {reason(error)}")
+            saved = False
+    if not saved:
+        found, _ = checkpoint.newest(run.path)
+        newest = f"of step {found.step}" if found else "none"
+        log.say(
+            f"not everything was saved at step {step} of {job.last_step}; the newest checkpoint is"
+            f" {newest}. Make room, then: bt-fast pretrain --resume {run.path}"
+        )
+        return EXIT_UNSAVED
+    if not complete:
         log.say(f"stopped; continue with: bt-fast pretrain --resume {run.path}")
+        return EXIT_STOPPED
+    return 0
 
 
-def train(job: Job, run: RunDirectory | None, log: RunLog, stop: StopFlag, step: int) -> int:
-    """The loop. Returns 0 when the last step is done, EXIT_STOPPED after a signal to any rank.
+def train(
+    job: Job, run: RunDirectory | None, log: RunLog, stop: StopFlag, step: int
+) -> tuple[int, bool]:
+    """The loop. Returns (the step it got to, whether that was saved): the last step, or an earlier
+    one after a request to stop to any rank.
 
     run: the run directory, on the rank that has it.
     """
@@ -89,11 +113,12 @@ def train(job: Job, run: RunDirectory | None, log: RunLog, stop: StopFlag, step:
     logged_step, clock = step, Clock(settle)
     skipped = torch.zeros((), dtype=torch.int32, device=job.performance.device)
     skipped_in_a_row = 0
+    saved = True
     vote = Vote(job.world.group)
     batches = job.loader.batches(step, job.last_step)
     for views in feed(batches, (settings.view_a, settings.view_b), job.performance):
         if run and step == 0:
-            with clock.paused():
+            with clock.paused(), log.can_do_without("views.png"):
                 pictures.contact_sheet(views, run.path / "views.png")
 
         # One update.
@@ -101,7 +126,8 @@ def train(job: Job, run: RunDirectory | None, log: RunLog, stop: StopFlag, step:
         invariance, redundancy, applied = update(job, faults.inject(views, step, job.world))
         skipped += ~applied
         step += 1
-        stopping = vote.ask(stop.requested)  # by any rank, and the same on all
+        give_up = not saved and settings.if_save_fails == "stop"
+        stopping = vote.ask(stop.requested or give_up)  # by any rank, and the same on all
 
         # Once in a while: log, save, probe.
         is_last = step == job.last_step
@@ -128,13 +154,13 @@ def train(job: Job, run: RunDirectory | None, log: RunLog, stop: StopFlag, step:
             with clock.paused():
                 dist.require_same_weights(job.model, job.world.group)
                 if run:
-                    save(job, run, step)
+                    saved = save(job, run, log, step)
         if stopping and not is_last:
-            return EXIT_STOPPED
+            break
         if run and probe_is_due(job, step):
             with clock.paused():
                 probe(job, log, step)
-    return 0
+    return step, saved
 
 
 def update(job: Job, views: torch.Tensor):
@@ -194,41 +220,6 @@ def report_skipped(log: RunLog, step: int, skipped: int, steps: int, in_a_row: i
         )
 
 
-def probe_is_due(job: Job, step: int) -> bool:
-    """Before the first step, after the last, and every `probe_every` epochs."""
-    epoch, batch = divmod(step, job.loader.steps_per_epoch)
-    every = job.config.probe_every
-    return every > 0 and (step in (0, job.last_step) or (batch == 0 and epoch % every == 0))
-
-
-def probed(run: RunDirectory, step: int) -> bool:
-    records = read_metrics(run.path / "metrics.jsonl")
-    return any(r["kind"] == "probe" and r["step"] == step for _, r in records)
-
-
-def probe(job: Job, log: RunLog, step: int) -> None:
-    """kNN accuracy of the encoder as it is now."""
-    if job.knn_data is None:
-        return
-    started = time.perf_counter()
-    scores = evaluate_knn(
-        job.model.encoder,
-        job.knn_data,
-        job.performance,
-        size=job.config.size,
-        crop=job.config.probe_crop,
-        num_threads=job.num_threads,
-    )
-    log.probe(
-        {
-            "step": step,
-            "epoch": step / job.loader.steps_per_epoch,
-            **scores,
-            "seconds": time.perf_counter() - started,
-        }
-    )
-
-
 def resume(job: Job, run: RunDirectory | None, console: Console) -> int:
     """Restore the newest valid checkpoint of a resumed run -> the step to go on from.
 
@@ -260,31 +251,15 @@ def resume(job: Job, run: RunDirectory | None, console: Console) -> int:
     return step
 
 
-def save(job: Job, run: RunDirectory, step: int) -> None:
-    checkpoint.save(
-        run.path,
-        step,
-        job.model,
-        job.optimizer,
-        {"data": job.data_facts},
-        keep=job.config.keep,
-    )
-
-
-def learned(metrics: Path) -> str:
-    """One line: what the first and the last probe of a run found."""
-    records = [record for _, record in read_metrics(metrics) if record["kind"] == "probe"]
-    if len(records) < 2:
-        return "no kNN probes to compare"
-    scores = [
-        f"k={name.removeprefix('knn_')}: {100 * records[0][name]:.1f} % ->"
-        f" {100 * records[-1][name]:.1f} %"
-        for name in records[0]
-        if name.startswith("knn_")
-    ]
-    return f"kNN accuracy, epoch {records[0]['epoch']:g} -> {records[-1]['epoch']:g}: " + ", ".join(
-        scores
-    )
+def save(job: Job, run: RunDirectory, log: RunLog, step: int) -> bool:
+    """Write a checkpoint; returns whether the disk has taken it. Those before it stay if not."""
+    facts = {"data": job.data_facts}
+    try:
+        checkpoint.save(run.path, step, job.model, job.optimizer, facts, keep=job.config.keep)
+    except OSError as error:
+        log.warn(f"step {step} was not saved, and the checkpoints before it stay: {reason(error)}")
+        return False
+    return True
 
 
 def export_encoder(model: BarlowTwins, folder: Path) -> Path:

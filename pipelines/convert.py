@@ -25,6 +25,7 @@ from typing import Annotated, Literal
 
 import tyro
 
+from pipelines import __version__
 from pipelines.atomic import work_folder
 from pipelines.flags import parse_flags, usable_cores
 from pipelines.images import Check
@@ -102,6 +103,9 @@ class BrokenImages(ValueError):
 
 def main(argv: list[str] | None = None) -> int:
     """The `bt-convert` command; returns its exit code."""
+    if (sys.argv[1:] if argv is None else argv) == ["--version"]:
+        print(__version__)
+        return 0
     try:
         config = parse_flags(Convert, "bt-convert", argv, config=(tyro.conf.FlagCreatePairsOff,))
     except ValueError as error:

@@ -23,7 +23,7 @@ import simplejpeg
 import torch
 
 from pipelines.beton import BetonReader
-from pipelines.crop import RandomResizedCrop, center_boxes, cut, random_boxes
+from pipelines.crop import RandomResizedCrop, cut, random_boxes
 from pipelines.order import epoch_order, view_keys
 
 IMAGES_PER_TASK = 4  # few enough to share a batch evenly, enough to hide the cost of a task
@@ -224,29 +224,3 @@ class CropCutter:
 
     def _title(self, sample: int) -> str:
         return f"image {sample} ({self.reader.name(sample)}) of {self.reader.path}"
-
-
-def center_crops(
-    reader: BetonReader,
-    samples: np.ndarray,
-    *,
-    size: int,
-    share: float,
-    batch_size: int = 256,
-    num_threads: int = 2,
-    pin_memory: bool = False,
-) -> Iterator[torch.Tensor]:
-    """Central crops for evaluation, in the order of `samples`: uint8 [n, size, size, 3] each.
-
-    share: side of the crop as a part of the image's short side; 0.875 is "resize 256, crop 224".
-    """
-    boxes = center_boxes(share, *reader.sizes[samples].T)[:, None]  # [n, 1, 4]
-
-    def requests():
-        for start in range(0, len(samples), batch_size):
-            chosen = slice(start, start + batch_size)
-            yield samples[chosen], boxes[chosen], size
-
-    cutter = CropCutter(reader, num_threads, pin_memory=pin_memory)
-    for crops in cutter.cut(requests()):
-        yield crops[0]

@@ -5,7 +5,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TypeVar
 
@@ -94,7 +93,7 @@ class Report:
         """What the JSON file beside the result says of this split."""
         names = self.split.class_names
         return {
-            "bt_fast_version": _bt_fast_version(),
+            "bt_fast_version": pipelines.__version__,
             "split": self.name,
             **settings,
             "listing": self.listing.sha256,
@@ -166,10 +165,3 @@ def _line_progress(title: str, total: int) -> Callable[..., None]:
 class _Rate(ProgressColumn):
     def render(self, task) -> Text:
         return Text(f"{task.speed or 0:,.0f} images/s")
-
-
-def _bt_fast_version() -> str:
-    try:
-        return version("bt-fast")
-    except PackageNotFoundError:  # run from a checkout
-        return pipelines.__version__

@@ -151,3 +151,13 @@ def labelled_run(tmp_path_factory) -> Path:
     run = folder / "run"
     assert main(["pretrain", *flags, "--data", str(data), "--run-dir", str(run)]) == 0
     return run
+
+
+@pytest.fixture(scope="session")
+def finished(small_beton, tmp_path_factory) -> Path:
+    """An uninterrupted run of 12 steps: 3 epochs of 4."""
+    from runs import pretrain
+
+    folder = tmp_path_factory.mktemp("runs") / "finished"
+    assert pretrain("--data", small_beton, "--run-dir", folder, "--save-every", 1) == 0
+    return folder

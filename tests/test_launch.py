@@ -1,6 +1,5 @@
 """From one command to all ranks, and back from whatever happens to one of them."""
 
-import json
 import os
 import re
 import signal
@@ -11,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from runs import TINY, learned, metrics, pretrain, same, start, wait_for_step
 
 from bt_fast import faults
 from bt_fast.cli import main
@@ -21,57 +20,38 @@ from bt_fast.launch import elsewhere
 from bt_fast.plan import count
 from bt_fast.signals import EXIT_STOPPED
 
-TINY = [
-    "--recipe=demo", "--device=cpu", "--precision=fp32", "--encoder=resnet18", "--size=32",
-    "--batch-size=16", "--projector", "32", "32", "--epochs=3", "--warmup-epochs=1",
-    "--workers=1", "--probe-every=0", "--log-every=1", "--lr-weights=0.5",
+# Beside those of every tiny run: what makes ranks comparable.
+FLAGS = [
+    "--precision=fp32", "--workers=1", "--probe-every=0", "--log-every=1", "--lr-weights=0.5",
 ]  # fmt: skip
 
 
-def newest(folder) -> dict[str, torch.Tensor]:
-    path = max((folder / "checkpoints").glob("step-????????"))
-    return load_file(path / "model.safetensors") | {
-        f"momentum {name}": value
-        for name, value in load_file(path / "optimizer.safetensors").items()
-    }
+def start_two(data, folder, *flags, **options) -> subprocess.Popen:
+    shared = ["--data", data, "--run-dir", folder, "--gpus", 2]
+    return start(*FLAGS, *shared, *flags, **options)
+
+
+def with_fault(fault: str) -> dict[str, str]:
+    return {**os.environ, "BT_FAST_FAULT": fault}
 
 
 @pytest.fixture(scope="module")
 def two_ranks(small_beton, tmp_path_factory):
     """An uninterrupted run of 12 steps on two ranks."""
     folder = tmp_path_factory.mktemp("runs") / "two"
-    done = start("--data", small_beton, "--run-dir", folder, "--gpus", 2)
+    done = start_two(small_beton, folder)
     output, _ = done.communicate(timeout=300)
     assert done.returncode == 0, output
     assert output.count("step 12/12") == 1 and "8 on each of 2 ranks" in output
     return folder
 
 
-def start(*flags) -> subprocess.Popen:
-    return subprocess.Popen(
-        [sys.executable, "-m", "bt_fast.cli", "pretrain", *TINY, *map(str, flags)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-
-
 def test_one_command_trains_on_two_ranks_as_one_process_does(two_ranks, small_beton, tmp_path):
-    flags = ["--data", str(small_beton), "--run-dir", str(tmp_path / "one"), "--gpus", "1"]
-    assert main(["pretrain", *TINY, *flags]) == 0
+    assert pretrain(*FLAGS, "--data", small_beton, "--run-dir", tmp_path / "one", "--gpus", 1) == 0
     losses = [
-        [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        for folder in (two_ranks, tmp_path / "one")
+        [record["loss"] for record in metrics(folder)] for folder in (two_ranks, tmp_path / "one")
     ]
     assert len(losses[0]) == 12 and losses[0] == pytest.approx(losses[1], rel=2e-3)
-
-
-def wait_for(process, path) -> None:
-    deadline = time.monotonic() + 120
-    while not path.exists():
-        assert process.poll() is None, process.stdout.read()
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 def ranks_of(process) -> list[int]:
@@ -84,36 +64,33 @@ def test_a_killed_rank_is_started_again_from_the_newest_checkpoint(
     two_ranks, small_beton, tmp_path
 ):
     folder = tmp_path / "run"
-    process = start("--data", small_beton, "--run-dir", folder, "--gpus", 2, "--save-every", 1)
-    wait_for(process, folder / "checkpoints" / "step-00000003")
+    process = start_two(small_beton, folder, "--save-every", 1)
+    wait_for_step(process, folder, 3)
     os.kill(ranks_of(process)[-1], signal.SIGKILL)
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 0, output
     assert "resuming" in output
-    wanted, ours = newest(two_ranks), newest(folder)
-    assert all(torch.equal(ours[name], wanted[name]) for name in wanted)
+    assert same(learned(folder), learned(two_ranks))
 
 
 def test_a_signal_to_any_rank_stops_all_at_the_same_step(two_ranks, small_beton, tmp_path):
     folder = tmp_path / "run"
-    flags = ["--data", small_beton, "--run-dir", folder, "--save-every", 1]
+    flags = ["--save-every", 1]
+    process = start_two(small_beton, folder, *flags)
     for step, rank, number in ((3, 1, signal.SIGTERM), (7, 0, signal.SIGUSR2)):
-        process = start(*flags, "--gpus", 2)
-        wait_for(process, folder / "checkpoints" / f"step-{step:08}")
+        wait_for_step(process, folder, step)
         os.kill(ranks_of(process)[rank], number)
         output, _ = process.communicate(timeout=300)
         assert process.returncode == EXIT_STOPPED, output
         assert f"bt-fast pretrain --resume {folder}" in output
-        flags = ["--resume", folder]
-    again = start(*flags, "--gpus", 2)
-    output, _ = again.communicate(timeout=300)
-    assert again.returncode == 0, output
-    wanted, ours = newest(two_ranks), newest(folder)
-    assert all(torch.equal(ours[name], wanted[name]) for name in wanted)
+        process = start("--resume", folder, "--gpus", 2, tiny=False)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    assert same(learned(folder), learned(two_ranks))
 
 
 def test_a_stop_asked_for_before_the_first_step_leaves_nothing(small_beton, tmp_path):
-    process = start("--data", small_beton, "--run-dir", tmp_path / "run")
+    process = start(*FLAGS, "--data", small_beton, "--run-dir", tmp_path / "run")
     catches = 1 << (signal.SIGUSR1 - 1)
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
@@ -130,13 +107,13 @@ def test_a_stop_asked_for_before_the_first_step_leaves_nothing(small_beton, tmp_
 def test_torchrun_does_not_start_again_what_was_asked_to_stop(small_beton, tmp_path):
     folder, status = tmp_path / "run", tmp_path / "status"
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
-    torchrun += ["--max-restarts=3", "--standalone", "-m", "bt_fast.cli", "pretrain", *TINY]
-    torchrun += ["--data", small_beton, "--run-dir", folder, "--save-every=1"]
+    torchrun += ["--max-restarts=3", "--standalone", "-m", "bt_fast.cli", "pretrain"]
+    torchrun += [*TINY, *FLAGS, "--data", small_beton, "--run-dir", folder, "--save-every=1"]
     process = subprocess.Popen(
         list(map(str, torchrun)), env={**os.environ, "BT_FAST_STATUS": str(status)},
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
-    wait_for(process, folder / "checkpoints" / "step-00000003")
+    wait_for_step(process, folder, 3)
     os.kill(ranks_of(process)[-1], signal.SIGUSR1)
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 0, output
@@ -145,11 +122,11 @@ def test_torchrun_does_not_start_again_what_was_asked_to_stop(small_beton, tmp_p
 
 
 def test_a_restart_with_the_same_flags_goes_on(small_beton, tmp_path, capsys, monkeypatch):
-    flags = ["pretrain", *TINY, "--data", str(small_beton), "--run-dir", str(tmp_path / "run")]
-    assert main([*flags, "--max-steps", "2", "--save-every", "1"]) == 0
-    assert main(flags) == 2  # another run
+    flags = [*FLAGS, "--data", small_beton, "--run-dir", tmp_path / "run"]
+    assert pretrain(*flags, "--max-steps", 2, "--save-every", 1) == 0
+    assert pretrain(*flags) == 2  # another run
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
-    assert main([*flags, "--max-steps", "3"]) == 0
+    assert pretrain(*flags, "--max-steps", 3) == 0
     assert "at step 2 of 3" in " ".join(capsys.readouterr().out.split())
 
 
@@ -162,8 +139,8 @@ def test_a_restart_with_the_same_flags_goes_on(small_beton, tmp_path, capsys, mo
     ],
 )
 def test_what_cannot_be_launched_is_one_line(small_beton, tmp_path, capsys, flags, message):
-    arguments = ["pretrain", *TINY, "--data", str(small_beton), "--run-dir", str(tmp_path / "r")]
-    assert main([*arguments, *flags]) == 2
+    where = ["--data", small_beton, "--run-dir", tmp_path / "r"]
+    assert pretrain(*FLAGS, *where, *flags) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
     assert not (tmp_path / "r").exists()
@@ -172,7 +149,7 @@ def test_what_cannot_be_launched_is_one_line(small_beton, tmp_path, capsys, flag
 def test_another_number_of_ranks_than_torchruns_is_refused(small_beton, capsys, monkeypatch):
     for name, value in (("RANK", 0), ("WORLD_SIZE", 4), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 4)):
         monkeypatch.setenv(name, str(value))
-    assert main(["pretrain", *TINY, "--data", str(small_beton), "--gpus", "2"]) == 2
+    assert pretrain(*FLAGS, "--data", small_beton, "--gpus", 2) == 2
     assert "--gpus 2, but 4 ranks were started" in capsys.readouterr().err
 
 
@@ -220,42 +197,30 @@ def test_the_plan_counts_what_the_paper_says():
 @pytest.mark.parametrize("kind", ["exit", "exception", "kill", "hang"])
 def test_a_run_survives_a_fault_of_one_rank(two_ranks, small_beton, tmp_path, kind):
     folder = tmp_path / "run"
-    flags = [*TINY, "--data", small_beton, "--run-dir", folder, "--gpus", 2, "--save-every", 1]
-    done = subprocess.run(
-        [sys.executable, "-m", "bt_fast.cli", "pretrain", *map(str, flags), "--patience", "8"],
-        env={**os.environ, "BT_FAST_FAULT": f"1:5:{kind}"},
-        capture_output=True, text=True,
-    )  # fmt: skip
-    output = done.stdout + done.stderr
+    flags, fault = ("--save-every", 1, "--patience", 8), f"1:5:{kind}"
+    done = start_two(small_beton, folder, *flags, env=with_fault(fault))
+    output, _ = done.communicate(timeout=300)
     assert done.returncode == 0, output
     assert f"BT_FAST_FAULT=1:5:{kind}: now" in output and "resuming" in output
     if kind == "hang":
         assert "ranks [1] do not answer" in output
-    wanted, ours = newest(two_ranks), newest(folder)
-    assert all(torch.equal(ours[name], wanted[name]) for name in wanted)
+    assert same(learned(folder), learned(two_ranks))
 
 
 def test_a_rank_without_memory_is_not_started_again(small_beton, tmp_path):
-    flags = [*TINY, "--data", small_beton, "--run-dir", tmp_path / "run", "--gpus", 2]
-    done = subprocess.run(
-        [sys.executable, "-m", "bt_fast.cli", "pretrain", *map(str, flags)],
-        env={**os.environ, "BT_FAST_FAULT": "1:5:memory"}, capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 2, done.stdout + done.stderr
-    assert "rank 1 stops: not enough memory; choose a smaller --batch-size" in done.stderr
-    assert "again" not in done.stderr
+    process = start_two(small_beton, tmp_path / "run", env=with_fault("1:5:memory"))
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 2, output
+    assert "rank 1 stops: not enough memory; choose a smaller --batch-size" in output
+    assert "again" not in output
 
 
 def test_a_rank_without_numbers_skips_the_update_on_all(small_beton, tmp_path):
     folder = tmp_path / "run"
-    flags = [*TINY, "--data", small_beton, "--run-dir", folder, "--gpus", 2]
-    done = subprocess.run(
-        [sys.executable, "-m", "bt_fast.cli", "pretrain", *map(str, flags)],
-        env={**os.environ, "BT_FAST_FAULT": "1:5:nan"}, capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
-    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    assert [record["skipped"] for record in records] == [0] * 5 + [1] + [0] * 6
+    done = start_two(small_beton, folder, env=with_fault("1:5:nan"))
+    output, _ = done.communicate(timeout=300)
+    assert done.returncode == 0, output
+    assert [record["skipped"] for record in metrics(folder)] == [0] * 5 + [1] + [0] * 6
 
 
 def test_a_fault_that_is_none_is_refused(monkeypatch):

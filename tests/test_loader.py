@@ -9,7 +9,7 @@ import torch
 
 from pipelines.beton import BetonReader
 from pipelines.crop import RandomResizedCrop, cut, random_boxes
-from pipelines.loader import NativeLoader, center_crops
+from pipelines.loader import NativeLoader
 from pipelines.order import epoch_order, view_keys
 
 CROP = RandomResizedCrop(size=24)
@@ -87,13 +87,6 @@ def test_ranks_share_the_global_batch(reader, world_size):
     ]
     assert np.array_equal(np.concatenate([part.samples for part in parts]), whole.samples)
     assert torch.equal(torch.cat([part.views[1] for part in parts]), whole.views[1])
-
-
-def test_center_crops_keep_the_order_asked_for(reader):
-    samples = np.array([5, 0, 63, 5, 17])
-    crops = torch.cat(list(center_crops(reader, samples, size=16, share=1.0, batch_size=2)))
-    assert crops.shape == (5, 16, 16, 3)
-    assert torch.equal(crops[0], crops[3]) and not torch.equal(crops[0], crops[1])
 
 
 def damaged(path, copy, sample: int):

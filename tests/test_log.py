@@ -53,3 +53,17 @@ def test_a_torn_line_ends_the_metrics(tmp_path):
     path.write_text(json.dumps(RECORD) + "\n" + '{"step": 2, "lo')
     assert [record["step"] for _, record in read_metrics(path)] == [1]
     assert read_metrics(tmp_path / "none.jsonl") == []
+
+
+def test_tensorboard_reads_what_was_logged(tmp_path):
+    """Two starts of a run, the second from step 2 on: what the first said after it is forgotten."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for first, last, loss in ((0, 4, 8.0), (2, 6, 0.5)):
+        with RunLog(Console(quiet=True), tmp_path, first, last) as log:
+            for step in range(first + 1, last + 1):
+                log.training({**RECORD, "step": step, "loss": loss})
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert {"train/loss", "train/lr_biases", "train/skipped"} <= set(events.Tags()["scalars"])
+    read = [(event.step, event.value) for event in events.Scalars("train/loss")]
+    assert read == [(1, 8.0), (2, 8.0), (3, 0.5), (4, 0.5), (5, 0.5), (6, 0.5)]

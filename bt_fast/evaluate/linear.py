@@ -6,17 +6,14 @@ one, `--cached`, reads features once and trains a grid of classifiers on them: s
 
 from dataclasses import dataclass
 
-from rich.console import Console
-
 from bt_fast.evaluate.heads import Grid, fit_grid
-from bt_fast.evaluate.options import EvalOptions, Subject, labelled, open_pair, open_subject
-from bt_fast.evaluate.supervised import Protocol, train_classifier
+from bt_fast.evaluate.options import Subject, TrainedOptions, labelled, run_on_pair
+from bt_fast.evaluate.supervised import Protocol, accuracy_rows, train_classifier
 from bt_fast.evaluate.views import Images
-from bt_fast.log import summary_table
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class EvalLinear(EvalOptions):
+class EvalLinear(TrainedOptions):
     """Train a linear classifier on the frozen encoder and classify the held-out images."""
 
     cached: bool = False
@@ -26,26 +23,15 @@ class EvalLinear(EvalOptions):
     each: 0.5 GB per 128,000 images of a ResNet-50."""
     epochs: int = 100
     """Passes over the images (or their features)."""
-    batch_size: int = 256
-    """Images per step."""
     lr: float = 0.3
     """Learning rate, not scaled by the batch; cosine to 0. The grid has its own."""
     weight_decay: float = 1e-6
     """On weights and bias. The grid has its own."""
-    min_scale: float | None = None
-    """Smallest random crop, share of the image's area. Default: the run's; 0.08 for a file."""
-    seed: int = 0
-    """Of the classifier's start, the order and the crops."""
 
 
 def run_linear(options: EvalLinear) -> int:
     """Print the accuracies; returns the exit status."""
-    subject = open_subject(options)
-    train, val = open_pair(options, subject)
-    rows = {"encoder": subject.description, "data": f"{train.path}, {len(train)} images"}
-    rows |= measure_linear(options, subject, train, val)[1]
-    Console(soft_wrap=True).print(summary_table("bt-fast eval linear", rows))
-    return 0
+    return run_on_pair("linear", options, measure_linear)
 
 
 def measure_linear(
@@ -53,7 +39,7 @@ def measure_linear(
 ) -> tuple[float, dict[str, str]]:
     """(top-1, rows of the table) by the protocol of the options."""
     part, held_out = labelled(train), labelled(val)
-    min_scale = subject.min_scale if options.min_scale is None else options.min_scale
+    min_scale = options.smallest_crop(subject)
     protocol = Protocol(
         epochs=options.epochs,
         batch_size=options.batch_size,
@@ -73,10 +59,4 @@ def measure_linear(
         result = train_classifier(subject, "linear", part, held_out, protocol)
         how = f"full: lr {options.lr:g}, wd {options.weight_decay:g}, {options.epochs} epochs"
         chosen = {}
-    rows = {
-        "protocol": how,
-        **chosen,
-        f"top-1 of {len(held_out)}": f"{100 * result['top1']:.2f} %",
-        "top-5": f"{100 * result['top5']:.2f} %",
-    }
-    return result["top1"], rows
+    return result["top1"], {"protocol": how, **chosen, **accuracy_rows(result, held_out)}

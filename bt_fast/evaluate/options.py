@@ -1,25 +1,30 @@
 """What every evaluation needs: its common flags, the encoder, the images, a folder to keep."""
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import numpy as np
 import torch
 import tyro
+from rich.console import Console
 from torch import nn
 
 from bt_fast import perf
 from bt_fast.config import Config
 from bt_fast.evaluate.views import Images, Views
 from bt_fast.job import open_data, open_val
+from bt_fast.log import summary_table
 from bt_fast.model import build_encoder, feature_width
 from bt_fast.perf import Performance, Precision
 from bt_fast.run_directory import load_config
 from bt_fast.weights import fingerprint, read_pretrained
 from pipelines.flags import usable_cores
 from pipelines.image_files import open_folder
+
+Options = TypeVar("Options", bound="EvalOptions")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,6 +63,22 @@ class EvalOptions:
             raise ValueError(f"--crop must be in (0, 1], got {self.crop}")
         if not 0 <= self.cache_gb < 1e6:
             raise ValueError(f"--cache-gb must not be negative, got {self.cache_gb}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainedOptions(EvalOptions):
+    """Flags of evaluations that train on the run's own images."""
+
+    batch_size: int = 256
+    """Images per step."""
+    min_scale: float | None = None
+    """Smallest random crop, share of the image's area. Default: the run's; 0.08 for a file."""
+    seed: int = 0
+    """Of everything drawn: a part of the labels, the classifier's start, the order, the crops."""
+
+    def smallest_crop(self, subject: "Subject") -> float:
+        """`min_scale`, or the run's."""
+        return subject.min_scale if self.min_scale is None else self.min_scale
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -130,6 +151,21 @@ class Part:
         """Names the contents: the data set's checksums, and which samples."""
         own = self.images.sha256() or f"{len(self.images)} {self.images.labels.sum()}"
         return hashlib.sha256(own.encode() + self.samples.tobytes()).hexdigest()
+
+
+def run_on_pair(
+    name: str,
+    options: Options,
+    measure: Callable[[Options, Subject, Images, Images], tuple[float, dict[str, str]]],
+) -> int:
+    """`bt-fast eval NAME` on labelled images and held-out ones: print the rows that `measure`
+    returns beside the accuracy; returns the exit status."""
+    subject = open_subject(options)
+    train, val = open_pair(options, subject)
+    rows = {"encoder": subject.description, "data": f"{train.path}, {len(train)} images"}
+    rows |= measure(options, subject, train, val)[1]
+    Console(soft_wrap=True).print(summary_table(f"bt-fast eval {name}", rows))
+    return 0
 
 
 def open_subject(options: EvalOptions, *, projector: bool = False) -> Subject:

@@ -13,19 +13,17 @@ from pathlib import Path, PurePosixPath
 from typing import Literal
 
 import numpy as np
-from rich.console import Console
 
-from bt_fast.evaluate.options import EvalOptions, Part, Subject, labelled, open_pair, open_subject
-from bt_fast.evaluate.supervised import Protocol, train_classifier
+from bt_fast.evaluate.options import Part, Subject, TrainedOptions, labelled, run_on_pair
+from bt_fast.evaluate.supervised import Protocol, accuracy_rows, train_classifier
 from bt_fast.evaluate.views import Images
-from bt_fast.log import summary_table
 from pipelines.order import epoch_order
 
 _SUBSET_EPOCH = -3  # of `epoch_order`: an order that no training epoch has
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class EvalSemi(EvalOptions):
+class EvalSemi(TrainedOptions):
     """Fine-tune the encoder on a part of the labels and classify the held-out images."""
 
     percent: float = 10
@@ -36,26 +34,15 @@ class EvalSemi(EvalOptions):
     """The paper's rates (0.002 / 0.5, in steps) or its code's (0.005 / 0.5, cosine)."""
     epochs: int = 20
     """Passes over the subset; the paper's steps are after 60 % and 80 % of them."""
-    batch_size: int = 256
-    """Images per step."""
     lr_encoder: float | None = None
     """Learning rate of the encoder. Default: the protocol's."""
     lr_head: float = 0.5
     """Learning rate of the classifier."""
-    min_scale: float | None = None
-    """Smallest random crop, share of the image's area. Default: the run's; 0.08 for a file."""
-    seed: int = 0
-    """Of the subset, the classifier's start, the order and the crops."""
 
 
 def run_semi(options: EvalSemi) -> int:
     """Print the accuracies; returns the exit status."""
-    subject = open_subject(options)
-    train, val = open_pair(options, subject)
-    rows = {"encoder": subject.description, "data": f"{train.path}, {len(train)} images"}
-    rows |= measure_semi(options, subject, train, val)[1]
-    Console(soft_wrap=True).print(summary_table("bt-fast eval semi", rows))
-    return 0
+    return run_on_pair("semi", options, measure_semi)
 
 
 def measure_semi(
@@ -77,7 +64,7 @@ def measure_semi(
         lr_encoder=default_lr if options.lr_encoder is None else options.lr_encoder,
         drops=() if released else (round(0.6 * options.epochs), round(0.8 * options.epochs)),
         factor=0.2,
-        min_scale=subject.min_scale if options.min_scale is None else options.min_scale,
+        min_scale=options.smallest_crop(subject),
         seed=options.seed,
     )
     result = train_classifier(subject, "semi", part, held_out, protocol)
@@ -85,8 +72,7 @@ def measure_semi(
         "labels": f"{len(samples)} images, {which}",
         "protocol": f"{options.protocol}: encoder {protocol.lr_encoder:g},"
         f" classifier {protocol.lr_head:g}, {protocol.epochs} epochs",
-        f"top-1 of {len(held_out)}": f"{100 * result['top1']:.2f} %",
-        "top-5": f"{100 * result['top5']:.2f} %",
+        **accuracy_rows(result, held_out),
     }
 
 

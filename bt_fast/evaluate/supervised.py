@@ -91,6 +91,14 @@ def train_classifier(
         return folder.result() or _train(subject, folder, name, train, val, protocol)
 
 
+def accuracy_rows(result: dict[str, Any], held_out: Part) -> dict[str, str]:
+    """What a table says of a result of `train_classifier`."""
+    return {
+        f"top-1 of {len(held_out)}": f"{100 * result['top1']:.2f} %",
+        "top-5": f"{100 * result['top5']:.2f} %",
+    }
+
+
 def _train(
     subject: Subject, folder: EvalFolder, name: str, train: Part, val: Part, protocol: Protocol
 ) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from bt_fast.evaluate.layouts import inat18, places205
 from bt_fast.evaluate.options import EvalOptions, labelled, open_pair, open_subject
-from bt_fast.evaluate.supervised import Protocol, train_classifier
+from bt_fast.evaluate.supervised import Protocol, accuracy_rows, train_classifier
 from bt_fast.evaluate.voc import measure_voc
 from bt_fast.log import summary_table
 
@@ -83,6 +83,5 @@ def _classify(options: EvalTransfer, subject) -> dict[str, str]:
     return {
         "images": f"{len(part)}, {max(train.num_classes, val.num_classes)} classes",
         "protocol": f"lr {options.lr:g}, wd {options.weight_decay:g}, {epochs} epochs",
-        f"top-1 of {len(held_out)}": f"{100 * result['top1']:.2f} %",
-        "top-5": f"{100 * result['top5']:.2f} %",
+        **accuracy_rows(result, held_out),
     }

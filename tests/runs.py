@@ -1,0 +1,69 @@
+"""Seconds-long runs for the tests: started, waited for, and what they leave."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from bt_fast.cli import main
+
+# A small encoder on small views.
+TINY = [
+    "--recipe=demo", "--device=cpu", "--encoder=resnet18", "--size=32", "--batch-size=16",
+    "--projector", "32", "32", "--epochs=3", "--warmup-epochs=1", "--workers=2",
+    "--probe-every=2", "--log-every=2",
+]  # fmt: skip
+
+
+def pretrain(*flags) -> int:
+    """A tiny run in this process -> its exit status."""
+    return main(["pretrain", *TINY, *map(str, flags)])
+
+
+def start(*flags, tiny: bool = True, **options) -> subprocess.Popen:
+    """The same in a process of its own."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "bt_fast.cli", "pretrain", *TINY * tiny, *map(str, flags)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        **options,
+    )
+
+
+def wait_for_step(process: subprocess.Popen, folder: Path, step: int) -> None:
+    """Until the checkpoint of `step` is there, of a run that saves at every step."""
+    deadline = time.monotonic() + 120
+    while not (folder / "checkpoints" / f"step-{step:08d}").exists():
+        assert process.poll() is None, process.stdout.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def metrics(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def comparable(records: list[dict]) -> list[dict]:
+    """Without what a clock says."""
+    drop = ("images_per_s", "seconds")
+    return [{k: v for k, v in record.items() if k not in drop} for record in records]
+
+
+def learned(folder: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a run's newest checkpoint."""
+    newest = max((folder / "checkpoints").glob("step-????????"))
+    return {
+        f"{name}/{key}": value
+        for name in ("model", "optimizer")
+        for key, value in load_file(newest / f"{name}.safetensors").items()
+    }
+
+
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    """Bit for bit."""
+    return one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)

@@ -1,0 +1,227 @@
+"""Disks that fill up or turn read-only while a run trains, and clocks that are set back."""
+
+import contextlib
+import errno
+import itertools
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from runs import TINY, comparable, learned, metrics, pretrain, same, start, wait_for_step
+
+from bt_fast import checkpoint, pictures, train
+from bt_fast.cli import main
+from bt_fast.records import RecordFile
+from bt_fast.signals import EXIT_UNSAVED
+
+FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@contextlib.contextmanager
+def mounted(folder: Path, options: str):
+    """A file system in memory; skips where we may not mount one."""
+    folder.mkdir(exist_ok=True)
+    mount = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder]
+    if os.geteuid() or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("needs root and the right to mount a tmpfs")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+def saved_steps(folder: Path) -> list[str]:
+    return sorted(path.name for path in (folder / "checkpoints").iterdir())
+
+
+def test_a_full_disk_keeps_the_last_checkpoint_and_the_run_goes_on(
+    small_beton, finished, tmp_path, capsys
+):
+    with mounted(tmp_path / "disk", "size=150m") as disk:  # room for one checkpoint of 90 MB
+        folder = disk / "run"
+        flags = ("--data", small_beton, "--run-dir", folder, "--save-every", 4)
+        assert pretrain(*flags) == EXIT_UNSAVED
+        output = capsys.readouterr().out
+        assert saved_steps(folder) == ["step-00000004"]
+        assert output.count("warning") == 2 and "step 8 was not saved" in output
+        assert "No space left on device" in output
+        assert "the newest checkpoint is of step 4. Make room, then:" in output
+        assert comparable(metrics(folder)) == comparable(metrics(finished))
+        ours, theirs = (path / "encoder.safetensors" for path in (folder, finished))
+        assert ours.read_bytes() == theirs.read_bytes()  # there was room for this
+
+        subprocess.run(["mount", "-o", "remount,size=500m", disk], check=True)
+        assert main(["pretrain", "--resume", str(folder)]) == 0
+        assert "at step 4 of 12" in capsys.readouterr().out
+        assert same(learned(folder), learned(finished))
+        assert comparable(metrics(folder)) == comparable(metrics(finished))
+
+
+def test_a_full_disk_ends_a_run_that_is_to_stop(small_beton, tmp_path, capsys):
+    with mounted(tmp_path / "disk", "size=150m") as disk:
+        flags = ("--data", small_beton, "--run-dir", disk / "run", "--save-every", 4)
+        assert pretrain(*flags, "--if-save-fails", "stop") == EXIT_UNSAVED
+        assert "not everything was saved at step 9 of 12" in capsys.readouterr().out
+        assert saved_steps(disk / "run") == ["step-00000004"]
+
+
+def test_a_full_disk_stops_all_ranks(small_beton, tmp_path):
+    with mounted(tmp_path / "disk", "size=150m") as disk:
+        flags = ("--data", small_beton, "--run-dir", disk / "run", "--save-every", 4, "--gpus", 2)
+        process = start(*flags, "--probe-every", 0, "--if-save-fails", "stop")
+        output, _ = process.communicate(timeout=300)
+        assert process.returncode == EXIT_UNSAVED, output
+        assert "not everything was saved at step 10 of 12" in output and "resuming" not in output
+        assert saved_steps(disk / "run") == ["step-00000004"]
+
+
+def test_a_folder_that_turns_read_only_keeps_its_checkpoints(
+    small_beton, finished, tmp_path, monkeypatch, capsys
+):
+    folder, steps, real = tmp_path / "run", itertools.count(1), train.update
+    with contextlib.ExitStack() as stack:
+
+        def update(job, views):
+            if next(steps) == 6:
+                stack.enter_context(mounted(folder / "checkpoints", "ro"))
+            return real(job, views)
+
+        monkeypatch.setattr(train, "update", update)
+        flags = ("--data", small_beton, "--run-dir", folder, "--save-every", 4)
+        assert pretrain(*flags) == EXIT_UNSAVED
+    assert "step 8 was not saved" in (output := capsys.readouterr().out)
+    assert "Read-only file system" in output
+    assert saved_steps(folder) == ["step-00000004"]
+    assert main(["pretrain", "--resume", str(folder)]) == 0
+    assert same(learned(folder), learned(finished))
+
+
+def test_a_save_that_fails_once_is_made_up_for(
+    small_beton, finished, tmp_path, monkeypatch, capsys
+):
+    real = checkpoint.save
+
+    def save(folder, step, *arguments, **options):
+        if step == 8:
+            raise FULL
+        return real(folder, step, *arguments, **options)
+
+    monkeypatch.setattr(checkpoint, "save", save)
+    assert pretrain("--data", small_beton, "--run-dir", tmp_path / "run") == 0
+    assert saved_steps(tmp_path / "run") == ["step-00000004", "step-00000012"]
+    assert capsys.readouterr().out.count("was not saved") == 1
+    assert same(learned(tmp_path / "run"), learned(finished))
+
+
+def test_what_a_run_can_do_without_is_told_once(
+    small_beton, finished, tmp_path, monkeypatch, capsys
+):
+    """No line of the metrics for half a run, and no picture: nothing is lost but the pictures."""
+    real, calls = os.pwrite, itertools.count()
+
+    def pwrite(descriptor, data, offset):
+        if next(calls) < 14:
+            raise FULL
+        return real(descriptor, data, offset)
+
+    def no_file(*_, **__):
+        raise FULL
+
+    def after_opening(*arguments):
+        log = real_log(*arguments)
+        monkeypatch.setattr(os, "pwrite", pwrite)
+        return log
+
+    real_log = train.RunLog
+    monkeypatch.setattr(train, "RunLog", after_opening)
+    monkeypatch.setattr(pictures, "atomic_file", no_file)
+    folder = tmp_path / "run"
+    assert pretrain("--data", small_beton, "--run-dir", folder) == 0
+    output = capsys.readouterr().out
+    for name in ("metrics.jsonl", "tensorboard", "views.png", "curves.png"):
+        assert output.count(f"warning: {name} cannot be written: No space left") == 1
+        assert not (folder / name).exists() or not name.endswith("png")
+    assert comparable(metrics(folder)) == comparable(metrics(finished))
+
+
+def test_a_record_is_whole_or_waits(tmp_path, monkeypatch):
+    """A disk with room for so many bytes and no more, now and then."""
+    real, room = os.pwrite, [0]
+
+    def pwrite(descriptor, data, offset):
+        size = min(room[0], len(data))
+        if size == 0:
+            raise FULL
+        room[0] -= size
+        return real(descriptor, data[:size], offset)
+
+    monkeypatch.setattr(os, "pwrite", pwrite)
+    path = tmp_path / "records"
+    file, failures = RecordFile(path), 0
+    for number in range(60):
+        room[0] = (0, 3, 7, 1000)[number % 4] if 7 < number % 20 < 18 else 5
+        try:
+            file.append(f"record {number}\n".encode())
+        except OSError:
+            failures += 1
+        lines = path.read_text().splitlines()
+        assert lines == [f"record {index}" for index in range(len(lines))]
+    assert len(lines) < 60 and 10 < failures < 60
+    room[0] = 10_000
+    file.close()
+    assert path.read_text().splitlines()[-1] == "record 59"
+
+
+def test_records_that_are_lost_are_told(tmp_path, monkeypatch):
+    def pwrite(*_):
+        raise FULL
+
+    file = RecordFile(tmp_path / "records")
+    monkeypatch.setattr(os, "pwrite", pwrite)
+    for act in (lambda: file.append(b"x\n"), file.close):
+        with pytest.raises(OSError, match="No space"):
+            act()
+
+
+def test_a_run_goes_on_when_nobody_reads_what_it_prints(small_beton, tmp_path):
+    folder = tmp_path / "run"
+    process = start("--data", small_beton, "--run-dir", folder, "--save-every", 1)
+    wait_for_step(process, folder, 2)
+    process.stdout.close()
+    assert process.wait(timeout=120) == 0
+    assert (folder / "encoder.safetensors").exists()
+
+
+def test_output_on_a_full_disk_does_not_end_a_run(small_beton, tmp_path):
+    flags = ["--data", small_beton, "--run-dir", tmp_path / "run"]
+    code = (  # the disk fills up when training begins
+        "import os, sys\n"
+        "from bt_fast import cli, train\n"
+        "real = train.train\n"
+        "def full(*arguments):\n"
+        "    os.dup2(os.open('/dev/full', os.O_WRONLY), 1)\n"
+        "    return real(*arguments)\n"
+        "train.train = full\n"
+        "sys.exit(cli.main(sys.argv[1:]))\n"
+    )
+    command = [sys.executable, "-c", code, "pretrain", *TINY, *map(str, flags)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0 and not done.stderr
+    assert (tmp_path / "run" / "encoder.safetensors").exists()
+
+
+def test_a_clock_that_is_set_back_changes_nothing(
+    small_beton, finished, tmp_path, monkeypatch, capsys
+):
+    hours = itertools.count()
+    monkeypatch.setattr(time, "time", lambda: 2e9 - 3600 * next(hours))
+    monkeypatch.setattr(time, "time_ns", lambda: int(1e9 * time.time()))
+    folder = tmp_path / "run"
+    assert pretrain("--data", small_beton, "--run-dir", folder) == 0
+    for record in metrics(folder):
+        assert 0 < record.get("images_per_s", 1) < 1e6 and 0 < record.get("seconds", 1) < 600
+    assert next(hours) > 3 and " h " not in capsys.readouterr().out
+    assert same(learned(folder), learned(finished))

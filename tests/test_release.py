@@ -1,0 +1,119 @@
+"""What a release holds, and that it runs where the checkout is not."""
+
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tarfile
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from pipelines import __version__
+
+ROOT = Path(__file__).parents[1]
+MADE = ("__pycache__", "*.egg-info", "*.py[cod]")
+
+
+@pytest.fixture(scope="module")
+def release(tmp_path_factory) -> Path:
+    """The folder with wheel and source archive, built from a copy without the network."""
+    pytest.importorskip("build", reason="a release is built with PyPA's build")
+    setuptools = pytest.importorskip("setuptools")
+    if int(setuptools.__version__.partition(".")[0]) < 77:
+        pytest.skip(f"needs setuptools 77 or newer, not {setuptools.__version__}")
+    source, out = tmp_path_factory.mktemp("source") / "bt", tmp_path_factory.mktemp("dist")
+    source.mkdir()
+    for name in ("bt_fast", "pipelines", "tests", "tools", "docs"):
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns(*MADE))
+    for path in ROOT.iterdir():
+        if path.is_file() and path.suffix != ".beton":
+            shutil.copy(path, source)
+    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", out, source]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return out
+
+
+def test_the_wheel_holds_the_packages_and_nothing_else(release):
+    (wheel,) = release.glob("*.whl")
+    assert wheel.name == f"bt_fast-{__version__}-py3-none-any.whl"
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+    meta = f"bt_fast-{__version__}.dist-info"
+    assert {name.partition("/")[0] for name in names} == {"bt_fast", "pipelines", meta}
+    assert f"{meta}/licenses/LICENSE" in names
+    kept = {
+        str(path.relative_to(ROOT))
+        for package in ("bt_fast", "pipelines")
+        for path in (ROOT / package).rglob("*")
+        if path.suffix in (".py", ".yaml")
+    }
+    assert {name for name in names if not name.startswith(meta)} == kept
+
+
+def test_the_source_archive_can_be_worked_on(release):
+    (archive,) = release.glob("*.tar.gz")
+    with tarfile.open(archive) as opened:
+        names = {name.partition("/")[2] for name in opened.getnames()}
+    for name in ("Makefile", "constraints.txt", "CHANGELOG.md", "Dockerfile", "LICENSE"):
+        assert name in names
+    assert {f"tests/{path.name}" for path in (ROOT / "tests").glob("*.py")} <= names
+    assert "tools/make_demo_images.py" in names
+    assert not [name for name in names if name.endswith(".pyc")]
+
+
+@pytest.fixture(scope="module")
+def installed(release, tmp_path_factory) -> Path:
+    """The bin folder of an environment with the wheel; dependencies are this one's."""
+    folder = tmp_path_factory.mktemp("installed")
+    venv.create(folder, with_pip=False)
+    bin_folder = folder / "bin"
+    (wheel,) = release.glob("*.whl")
+    pip = [sys.executable, "-m", "pip", "--python", bin_folder / "python", "install"]
+    done = subprocess.run(
+        [*pip, "--quiet", "--no-deps", "--no-index", wheel], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    (site,) = folder.glob("lib/python*/site-packages")
+    others = {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}
+    others |= {path for path in sys.path if path.endswith("site-packages")}
+    (site / "dependencies.pth").write_text("\n".join(sorted(others)))
+    return bin_folder
+
+
+def run(bin_folder: Path, elsewhere: Path, *command: str) -> str:
+    """A command of the installed wheel, outside the checkout -> what it prints."""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
+    done = subprocess.run(
+        [bin_folder / command[0], *command[1:]],
+        capture_output=True, text=True, cwd=elsewhere, env=environment,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert not done.stderr
+    return done.stdout
+
+
+def test_the_wheel_is_what_runs(installed, tmp_path):
+    code = "import bt_fast, pipelines; print(bt_fast.__file__, pipelines.__file__, sep='\\n')"
+    for line in run(installed, tmp_path, "python", "-c", code).splitlines():
+        assert Path(line).is_relative_to(installed.parent)
+
+
+@pytest.mark.parametrize(
+    "command,wanted",
+    [
+        ("bt-fast --version", __version__),
+        ("bt-convert --version", __version__),
+        ("bt-fast --help", "eval linear"),
+        ("bt-convert --help", "--max-side"),
+        ("bt-fast pretrain --help", "--if-save-fails"),
+        ("bt-fast pretrain --dry-run --gpus 32", "32, each 64 of 2048 images"),
+    ],
+)
+def test_commands_run_outside_the_checkout(installed, tmp_path, command, wanted):
+    assert wanted in run(installed, tmp_path, *command.split())
+    assert not list(tmp_path.iterdir())
