@@ -4,11 +4,11 @@
       step-00000626/
         model.safetensors        parameters and batch statistics
         optimizer.safetensors    momentum, by parameter name
-        state.json               step, facts, and each file's size and SHA-256; written last
+        state.json               step, facts, size and SHA-256 of each file; its own; written last
 
 A checkpoint is written into a temporary folder, flushed to the disk and renamed. One whose files
 do not match its state.json is not valid and is passed over on resume, by name. Only safetensors
-and JSON are read back: a checkpoint cannot run code.
+and JSON are read back: a checkpoint cannot run code, whoever made it.
 
 Nothing random needs saving: order and views are functions of the step (`pipelines.order`).
 """
@@ -17,6 +17,7 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from safetensors.torch import load_file, save_file
 from pipelines.atomic import sync
 
 _FILES = ("model.safetensors", "optimizer.safetensors")
+_OF_FORGED_JSON = (LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,16 +41,19 @@ class Checkpoint:
     facts: dict[str, Any]
 
     def restore(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        """Copy the tensors into a model and optimizer of the same shape, in place."""
-        saved = load_file(self.folder / "model.safetensors")
-        _copy(saved, dict(model.state_dict()), self.folder)
-        momentum = load_file(self.folder / "optimizer.safetensors")
-        for name, parameter in model.named_parameters():
-            if name in momentum:
-                buffer = torch.empty_like(parameter).copy_(momentum.pop(name))
-                optimizer.state[parameter]["momentum"] = buffer
-        if momentum:
-            raise ValueError(f"{self.folder} belongs to another model: it has {min(momentum)}")
+        """Copy the tensors into a model and optimizer of the same shape, in place.
+
+        Raises ValueError if they do not fit, or the files are no safetensors.
+        """
+        weights, momentum = (_load(self.folder / name) for name in _FILES)
+        parameters = dict(model.named_parameters())
+        _require_same(weights, model.state_dict(), self.folder)
+        _require_same(momentum, {name: parameters.get(name) for name in momentum}, self.folder)
+        for name, tensor in model.state_dict().items():
+            tensor.copy_(weights[name])
+        for name, tensor in momentum.items():
+            buffer = torch.empty_like(parameters[name]).copy_(tensor)
+            optimizer.state[parameters[name]]["momentum"] = buffer
 
 
 def save(
@@ -83,9 +88,10 @@ def save(
             write_tensors(tensors, path)
             files[name] = {"size": path.stat().st_size, "sha256": _sha256(path)}
             sync(path)
-        state = temporary / "state.json"
-        state.write_text(json.dumps({"step": step, "facts": facts, "files": files}, indent=2))
-        sync(state)
+        state = {"step": step, "facts": facts, "files": files}
+        text = json.dumps({**state, "sha256": _sha256_of_state(state)}, indent=2)
+        (temporary / "state.json").write_text(text)
+        sync(temporary / "state.json")
         sync(temporary)
         if final.exists():  # a step saved twice, after a resume: the newer one is as good
             shutil.rmtree(final)
@@ -127,13 +133,18 @@ def newest(folder: Path, *, set_aside: bool = False) -> tuple[Checkpoint | None,
     for candidate in _folders(folder):
         try:
             state = json.loads((candidate / "state.json").read_text())
+            # Early checkpoints have no hash of state.json itself.
+            if state.keys() != {"step", "facts", "files"} and (
+                state.pop("sha256") != _sha256_of_state(state)
+            ):
+                raise ValueError("state.json is not as it was saved")
             for name in _FILES:
                 facts = state["files"][name]
                 path = candidate / name
                 if path.stat().st_size != facts["size"] or _sha256(path) != facts["sha256"]:
                     raise ValueError(f"{name} is not as it was saved")
             return Checkpoint(candidate, int(state["step"]), dict(state["facts"])), problems
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, *_OF_FORGED_JSON) as error:
             problems.append(f"{candidate.name}: {error}")
             if set_aside:
                 damaged = candidate.with_suffix(".damaged")
@@ -152,17 +163,35 @@ def _folders(folder: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name.removeprefix("step-")), reverse=True)
 
 
-def _copy(saved: dict, current: dict, source: Path) -> None:
-    """Copy saved tensors over the current ones; both must have the same names and shapes."""
+def _load(file: Path) -> dict[str, torch.Tensor]:
+    try:
+        return load_file(file)
+    except SafetensorError as error:
+        raise ValueError(f"{file} cannot be read: {error}") from None
+
+
+def _require_same(saved: Mapping, current: Mapping, source: Path) -> None:
+    """Raise ValueError unless both have the same names, shapes and dtypes."""
     for name in sorted(saved.keys() ^ current.keys()):
         raise ValueError(f"{source} belongs to another model: only one of the two has {name}")
-    for name, tensor in current.items():
-        if tensor.shape != saved[name].shape:
+    for name, here in current.items():
+        there = saved[name]
+        if here is None:
+            raise ValueError(f"{source} belongs to another model: it has {name}")
+        if (there.shape, there.dtype) != (here.shape, here.dtype):
             raise ValueError(
-                f"{source} belongs to another model: {name} is {list(saved[name].shape)} there"
-                f" and {list(tensor.shape)} here"
+                f"{source} belongs to another model: {name} is {_kind(there)} there and"
+                f" {_kind(here)} here"
             )
-        tensor.copy_(saved[name])
+
+
+def _kind(tensor: torch.Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
+
+
+def _sha256_of_state(state: dict[str, Any]) -> str:
+    """Of what state.json says beside this, however it is spaced and ordered."""
+    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
 
 
 def _sha256(path: Path) -> str:

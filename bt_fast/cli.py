@@ -20,6 +20,7 @@ Barlow Twins pretraining as fast as the hardware allows.
   eval semi      fine-tuning on 1 or 10 percent of the labels
   eval transfer  other data sets: Places-205, iNaturalist 2018, VOC07, any image folder
   export         write a trained encoder for torchvision, timm, detectron2 or ONNX
+  doctor         look at this machine: what is here, how fast it is, what to fix
 
 bt-fast COMMAND --help lists a command's options. bt-convert makes a .beton from an image folder.
 """
@@ -68,6 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         ("pretrain",): _pretrain,
         **{("eval", name): partial(_eval, name) for name in _EVALUATIONS},
         ("export",): _export,
+        ("doctor",): _doctor,
     }
     for name, command in commands.items():
         if tuple(arguments[: len(name)]) == name:
@@ -157,6 +159,13 @@ def _export(arguments: list[str]) -> int:
     from pipelines.flags import parse_flags
 
     return run_export(parse_flags(Export, "bt-fast export", arguments))
+
+
+def _doctor(arguments: list[str]) -> int:
+    from bt_fast.doctor import Doctor, run_doctor
+    from pipelines.flags import parse_flags
+
+    return run_doctor(parse_flags(Doctor, "bt-fast doctor", arguments))
 
 
 if __name__ == "__main__":

@@ -235,10 +235,10 @@ def resume(job: Job, run: RunDirectory | None, console: Console) -> int:
                 f"warning: checkpoint passed over: {problem}", style="yellow", markup=False
             )
         if found is not None:
-            if found.facts["data"] != job.data_facts:
+            if found.facts.get("data") != job.data_facts:
                 raise ValueError(
                     f"--data {job.config.data} is not what this run was trained on:"
-                    f" {job.data_facts} now, {found.facts['data']} then"
+                    f" {job.data_facts} now, {found.facts.get('data')} then"
                 )
             found.restore(job.model, job.optimizer)
             step = found.step

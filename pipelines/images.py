@@ -10,6 +10,7 @@ import re
 import stat
 import struct
 import warnings
+import zlib
 from dataclasses import dataclass
 from typing import Literal
 
@@ -91,6 +92,8 @@ def prepare(data: bytes, max_side: int, check: Check = "full") -> Prepared:
     except ValueError as error:  # what libjpeg-turbo refuses or warns of
         if LOST_DATA.search(str(error)):
             raise UnreadableImage(str(error)) from None
+        if not _has_end(data):  # libjpeg tells its first warning only, and Pillow none
+            raise UnreadableImage(f"{error}; and premature end of JPEG file") from None
         return _reencode(data, max_side, str(error))
 
 
@@ -127,6 +130,17 @@ def _jpeg_frame(data: bytes) -> tuple[tuple[int, int], int, int, int]:
     raise ValueError("JPEG without a frame header")
 
 
+def _has_end(data: bytes) -> bool:
+    """Is there an end marker behind the first scan? Skips odd bytes between segments as libjpeg."""
+    position = 2
+    while 0 <= (position := data.find(b"\xff", position)) < len(data) - 3:
+        marker, length = data[position + 1], int.from_bytes(data[position + 2 : position + 4])
+        if marker == 0xDA:
+            return data.find(b"\xff\xd9", position) >= 0
+        position += 1 if marker in (0, 0xFF) else 2 + length
+    return False
+
+
 def _looks_whole(data: bytes) -> bool:
     """One scan, nothing but stuffed bytes and restarts in it, the end marker behind it."""
     position, marker = 2, 0
@@ -150,6 +164,8 @@ def _reencode(data: bytes, max_side: int, why: str | None = None) -> Prepared:
             warnings.simplefilter("ignore")
             image = Image.open(io.BytesIO(data), formats=FORMATS)
             _check_size(image.height, image.width)
+            if image.format == "PNG":
+                _check_png(data)
             pixels = np.asarray(_to_rgb(image))
             return _encode(pixels, max_side, f"reencoded ({why or image.format})")
     except UnreadableImage:
@@ -158,6 +174,28 @@ def _reencode(data: bytes, max_side: int, why: str | None = None) -> Prepared:
         raise UnreadableImage(why or "not an image") from None
     except Exception as error:  # Pillow's decoders raise nearly anything on damaged files
         raise UnreadableImage(str(error) or type(error).__name__) from None
+
+
+def _check_png(data: bytes) -> None:
+    """Compare the checksums of the chunks that make the picture, which Pillow does not do for all.
+
+    Damaged compressed data may decode to as many bytes as are needed, and nobody notices.
+    """
+    position = len(b"\x89PNG\r\n\x1a\n")
+    while position < len(data):
+        length, kind = (
+            int.from_bytes(data[position : position + 4]),
+            data[position + 4 : position + 8],
+        )
+        end = position + 12 + length
+        if end > len(data):
+            raise UnreadableImage("truncated PNG")
+        stored = int.from_bytes(data[end - 4 : end])
+        if kind[:1].isupper() and zlib.crc32(memoryview(data)[position + 4 : end - 4]) != stored:
+            raise UnreadableImage("a damaged PNG (checksum mismatch)")
+        if kind == b"IEND":
+            return
+        position = end
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -209,15 +209,17 @@ class CropCutter:
         if self.reader.is_raw(sample):
             pixels = np.array(data).reshape(height, width, 3)
         else:
-            try:
-                pixels = simplejpeg.decode_jpeg(data, "RGB", fastdct=False, fastupsample=False)
+            try:  # the header first: it may claim more than there is memory
+                found = simplejpeg.decode_jpeg_header(data)[:2]
+                if found == (height, width):
+                    pixels = simplejpeg.decode_jpeg(data, "RGB", fastdct=False, fastupsample=False)
             except ValueError as error:
                 raise ValueError(
                     f"{self._title(sample)} does not decode ({error}); convert the data again"
                 ) from None
-            if pixels.shape[:2] != (height, width):
+            if found != (height, width):
                 raise ValueError(
-                    f"{self._title(sample)} is {pixels.shape[1]}x{pixels.shape[0]} but was"
+                    f"{self._title(sample)} is {found[1]}x{found[0]} but was"
                     f" recorded as {width}x{height}; convert the data again"
                 )
         return torch.from_numpy(pixels).permute(2, 0, 1)

@@ -10,6 +10,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
+try:
+    from hypothesis import settings
+except ModuleNotFoundError:  # where only the tests of GPUs run
+    pass
+else:  # the same examples everywhere, however slow the machine; nothing is kept on the disk
+    settings.register_profile("bt-fast", derandomize=True, deadline=None, max_examples=50)
+    settings.load_profile("bt-fast")
+
 SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
 IMAGENET_SAMPLE = SHARED_DATA / "imagenet-sample-500.tar"
 

@@ -38,9 +38,11 @@ BROKEN = {
     "b/truncated.jpg": "Premature end",
     "b/overwritten.jpg": "premature end of data segment",
     "b/no end.jpg": "Premature end",
+    "b/no end, odd bytes.jpg": "premature end",
     "b/empty.jpg": "empty file",
     "b/text.jpg": "not an image",
     "b/truncated.png": "truncated",
+    "b/damaged.png": "checksum",
     "b/bomb.png": "13000 x 13000 pixels",
     "b/bomb.jpg": "65000 x 65000 pixels",
     "b/scans.jpg": "scans",
@@ -65,6 +67,14 @@ def png_bomb(width: int, height: int) -> bytes:
         struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
         for kind, body in chunks
     )
+
+
+def damaged_png() -> bytes:
+    """Its compressed data was replaced, and decodes; only its checksum tells."""
+    whole, other = (saved(Image.new("L", (8, 8), shade), "PNG") for shade in (10, 200))
+    assert len(whole) == len(other)
+    start, end = whole.index(b"IDAT"), whole.index(b"IEND") - 8  # up to the checksum
+    return whole[:start] + other[start:end] + whole[end:]
 
 
 def make_hostile_folder(root: Path) -> None:
@@ -103,9 +113,11 @@ def make_hostile_folder(root: Path) -> None:
         "b/truncated.jpg": plain[: len(plain) * 2 // 3],
         "b/overwritten.jpg": plain[:middle] + bytes(500) + plain[middle + 500 :],
         "b/no end.jpg": plain[:-2],
+        "b/no end, odd bytes.jpg": plain[:scan] + b"odd" + plain[scan:middle],
         "b/empty.jpg": b"",
         "b/text.jpg": b"<html>404 Not Found</html>",
         "b/truncated.png": saved(picture, "PNG")[:-3000],
+        "b/damaged.png": damaged_png(),
         "b/bomb.png": png_bomb(13000, 13000),
         "b/bomb.jpg": plain[: frame + 5] + struct.pack(">HH", 65000, 65000) + plain[frame + 9 :],
         "b/scans.jpg": plain[:-2] + b"\xff\xda\0\x08\x01\x01\0\0\x3f\0" * 600 + plain[-2:],

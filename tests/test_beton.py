@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 import simplejpeg
 from conftest import drawn_picture, jpeg_bytes
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from sample_beton import CLASSES, NUM_IMAGES, PAGE_SIZE, write_sample
 
@@ -36,6 +38,43 @@ def test_round_trip(tmp_path):
     for method in (reader.image, reader.label, reader.size, reader.name, reader.checksum_ok):
         with pytest.raises(IndexError):
             method(NUM_IMAGES)
+
+
+NAMES = st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=30)
+RECORDS = st.lists(
+    st.tuples(
+        st.binary(min_size=1, max_size=3000), st.integers(1, 9000), st.integers(1, 9000), NAMES
+    ),
+    min_size=1,
+    max_size=25,
+)
+
+
+@settings(max_examples=25)
+@given(
+    records=RECORDS,
+    class_names=st.lists(NAMES, max_size=5),
+    spare=st.integers(0, 3),
+    data=st.data(),
+)
+def test_anything_written_is_read_back(tmp_path_factory, records, class_names, spare, data):
+    """Bytes, sizes, names and labels of any kind; fewer images than announced."""
+    path = tmp_path_factory.mktemp("any") / "out.beton"
+    last = len(class_names) - 1
+    label = st.integers(0, last) if class_names else st.just(-1)
+    labels = [data.draw(label) for _ in records]
+    options = {"num_samples": len(records) + spare, "page_size": 2 << 20}
+    with BetonWriter(path, class_names=class_names, **options) as writer:
+        for (content, height, width, name), number in zip(records, labels, strict=True):
+            writer.add(content, height, width, number, name)
+        digest = writer.sha256()
+    reader = BetonReader(path)
+    assert (len(reader), reader.class_names) == (len(records), class_names)
+    assert reader.labels.tolist() == labels and reader.sha256() == digest
+    for index, (content, height, width, name) in enumerate(records):
+        assert reader.image(index).tobytes() == content
+        assert (reader.size(index), reader.name(index)) == ((height, width), name)
+        assert reader.checksum_ok(index) and not reader.is_raw(index)
 
 
 def test_the_same_calls_give_the_same_bytes(tmp_path):

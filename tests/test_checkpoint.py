@@ -1,10 +1,14 @@
 """Checkpoints: exact, whole or absent, and passed over when damaged."""
 
+import hashlib
+import itertools
 import json
 import os
+import re
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from bt_fast import checkpoint
 from bt_fast.lars import LARS
@@ -57,15 +61,19 @@ def test_the_newest_ones_are_kept(tmp_path):
     "file,damage",
     [
         ("model.safetensors", lambda data: data[:-1]),
-        ("model.safetensors", lambda data: data[:5000] + b"\x01" + data[5001:]),
+        ("model.safetensors", lambda data: data[:-9] + bytes([data[-9] ^ 1]) + data[-8:]),
         ("optimizer.safetensors", lambda data: b""),
         ("state.json", lambda data: data[: len(data) // 2]),
         ("state.json", lambda data: b"[]"),
+        ("state.json", lambda data: data.replace(b'"step": 2', b'"step": 3')),
+        ("state.json", lambda data: data.replace(b'"note": "x"', b'"note": "y"')),
+        ("state.json", lambda data: data.replace(b'"sha256": "', b'"sha257": "')),
+        ("state.json", lambda data: b"[" * 100_000),
         ("state.json", None),
     ],
 )
 def test_a_damaged_checkpoint_is_passed_over_by_name(tmp_path, file, damage):
-    state = trained()
+    state = small_model()
     save(tmp_path, 1, *state)
     path = save(tmp_path, 2, *state) / file
     path.unlink() if damage is None else path.write_bytes(damage(path.read_bytes()))
@@ -100,6 +108,69 @@ def test_another_models_checkpoint_is_refused(tmp_path):
     other = BarlowTwins("resnet18", (8, 16))
     with pytest.raises(ValueError, match="another model"):
         checkpoint.newest(tmp_path)[0].restore(other, LARS(other.parameters(), 0.1))
+
+
+def small_model():
+    """As `trained`, in no time."""
+    model = torch.nn.Sequential(torch.nn.Linear(5, 4), torch.nn.BatchNorm1d(4))
+    optimizer = LARS(model.parameters(), 0.1)
+    model(torch.randn(4, 5)).square().sum().backward()
+    optimizer.step()
+    return model, optimizer
+
+
+def forge(folder, **changes) -> None:
+    """Change state.json, its hash included: damage does not do this, malice may."""
+    state = json.loads((folder / "state.json").read_text()) | changes
+    del state["sha256"]
+    state["sha256"] = checkpoint._sha256_of_state(state)
+    (folder / "state.json").write_text(json.dumps(state))
+
+
+def test_a_forged_checkpoint_is_passed_over_or_refused(tmp_path):
+    """With hashes that fit: facts of other types, broadcast shapes, dtypes, a lying header."""
+    state = small_model()
+    folder = save(tmp_path, 3, *state)
+    text = (folder / "state.json").read_text()
+    whole = json.loads(text)
+    for changes in ({"step": float("inf")}, {"step": None}, {"files": []}, {"facts": 3}):
+        forge(folder, **changes)
+        found, problems = checkpoint.newest(tmp_path)
+        assert found is None and problems[0].startswith("step-00000003: ")
+        (folder / "state.json").write_text(text)
+    for name, (tensor, message) in itertools.product(
+        checkpoint._FILES,
+        (
+            (torch.zeros(1), "is float32 [1] there and float32 [4, 5] here"),
+            (torch.zeros(4, 5, dtype=torch.float64), "is float64 [4, 5] there"),
+            (None, "cannot be read"),
+        ),
+    ):
+        original = (folder / name).read_bytes()
+        if tensor is None:
+            (folder / name).write_bytes(b"\xff" * 7 + b"\x7f{}")  # a header of 2 ** 63 bytes
+        else:
+            save_file(load_file(folder / name) | {"0.weight": tensor}, folder / name)
+        content = (folder / name).read_bytes()
+        fitting = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+        forge(folder, files=whole["files"] | {name: fitting})
+        found, problems = checkpoint.newest(tmp_path)
+        assert not problems
+        with pytest.raises(ValueError, match=re.escape(message)):
+            found.restore(*state)
+        (folder / name).write_bytes(original)
+
+
+def test_checkpoints_from_before_state_json_had_a_hash_are_read(tmp_path):
+    source, target = small_model(), small_model()
+    file = save(tmp_path, 7, *source) / "state.json"
+    state = json.loads(file.read_text())
+    del state["sha256"]
+    file.write_text(json.dumps(state))
+    found, problems = checkpoint.newest(tmp_path)
+    assert found.step == 7 and not problems
+    found.restore(*target)
+    assert same(source, target)
 
 
 def test_state_is_json_that_a_person_can_read(tmp_path):

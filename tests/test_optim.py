@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from bt_fast.lars import LARS
-from bt_fast.schedule import learning_rate
+from bt_fast.schedule import FLOOR, learning_rate
 
 ROOT = Path(__file__).parents[1]
 
@@ -192,3 +194,34 @@ def test_parameters_without_gradient_are_left_alone():
 def test_negative_hyper_parameters_are_refused(name):
     with pytest.raises(ValueError, match=name):
         LARS([torch.zeros(2, 2)], 0.1, **{name: -1.0})
+
+
+@given(
+    steps_per_epoch=st.integers(1, 40),
+    epochs=st.integers(1, 60),
+    warmup_epochs=st.one_of(st.integers(0, 59), st.floats(0, 59)),
+    batch_size=st.integers(2, 8192),
+    base_lr=st.floats(1e-6, 10),
+)
+def test_any_schedule_rises_evenly_to_its_peak_then_falls_to_a_thousandth(
+    steps_per_epoch, epochs, warmup_epochs, batch_size, base_lr
+):
+    warmup_epochs = min(warmup_epochs, epochs - 1)  # what a run is given is shorter than the run
+    run = {
+        "steps_per_epoch": steps_per_epoch,
+        "epochs": epochs,
+        "batch_size": batch_size,
+        "base_lr": base_lr,
+        "warmup_epochs": warmup_epochs,
+    }
+    peak, warmup = base_lr * batch_size / 256, warmup_epochs * steps_per_epoch
+    steps = epochs * steps_per_epoch
+    rates = [learning_rate(step, **run) for step in range(steps + 3)]
+    rising = rates[: math.ceil(warmup)]
+    assert rising == pytest.approx([peak * step / warmup for step in range(len(rising))])
+    falling = rates[math.ceil(warmup) :]
+    assert falling == sorted(falling, reverse=True)
+    assert min(rates) >= 0 and max(rates) <= peak * (1 + 1e-12)
+    if warmup == int(warmup):
+        assert falling[0] == pytest.approx(peak)
+    assert rates[steps:] == pytest.approx([peak * FLOOR] * 3)  # also after the end

@@ -2,8 +2,13 @@
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from pipelines.order import epoch_order, uniforms, view_keys
+
+SEEDS = st.integers(-(2**63) + 1, 2**63 - 1)  # those that --seed takes
+EPOCHS = st.integers(0, 10**6)
 
 
 @pytest.mark.parametrize("num_samples", [0, 1, 2, 7, 1000, 4099])
@@ -64,3 +69,37 @@ def test_draws_are_uniform_and_streams_independent():
 def test_a_negative_count_is_refused():
     with pytest.raises(ValueError, match="num_samples"):
         epoch_order(-1, 0, 0)
+
+
+@given(num_samples=st.integers(0, 3000), seed=SEEDS, epoch=EPOCHS)
+def test_any_order_is_a_permutation_that_repeats(num_samples, seed, epoch):
+    order = epoch_order(num_samples, seed, epoch)
+    assert np.array_equal(np.sort(order), np.arange(num_samples))
+    assert np.array_equal(order, epoch_order(num_samples, seed, epoch))
+
+
+@given(
+    samples=st.lists(st.integers(0, 2**62), min_size=1, max_size=40, unique=True),
+    seed=SEEDS,
+    epoch=EPOCHS,
+    data=st.data(),
+)
+def test_keys_are_of_the_sample_and_never_collide(samples, seed, epoch, data):
+    views = [view_keys(np.array(samples), seed=seed, epoch=epoch, view=view) for view in (0, 1)]
+    assert len(np.unique(np.concatenate(views))) == 2 * len(samples)
+    chosen = data.draw(st.permutations(range(len(samples))))
+    shuffled = view_keys(np.array(samples)[chosen], seed=seed, epoch=epoch, view=1)
+    assert np.array_equal(shuffled, views[1][chosen])
+
+
+@given(
+    keys=st.lists(st.integers(0, 2**64 - 1), min_size=1, max_size=20),
+    stream=st.integers(0, 1000),
+    count=st.integers(0, 30),
+)
+def test_draws_lie_in_the_unit_interval_and_a_longer_row_begins_alike(keys, stream, count):
+    keys = np.array(keys, np.uint64)
+    draws = uniforms(keys, stream, count)
+    assert draws.shape == (len(keys), count)
+    assert ((draws >= 0) & (draws < 1)).all()
+    assert np.array_equal(uniforms(keys, stream, count + 5)[:, :count], draws)

@@ -1,0 +1,300 @@
+"""`bt-fast doctor`: one screen on this machine, and what to fix before a long run.
+
+Works without a GPU, without data and offline, in a few seconds. Nothing is imported above that a
+broken installation may lack. Rates are measured, on an image made here and on --data's file.
+"""
+
+import itertools
+import json
+import os
+import platform
+import resource
+import shutil
+import sys
+import textwrap
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from bt_fast import __version__
+from pipelines.atomic import atomic_file
+
+if TYPE_CHECKING:
+    from bt_fast.config import Config
+
+BATCHES_AHEAD = 4  # of the native loader: one in use, three in the making
+MIN_SHARED_MEMORY = 1 << 30  # what NCCL's manual asks containers to be started with
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Doctor:
+    """Look at this machine: what bt-fast finds, how fast it decodes and reads, what to fix."""
+
+    recipe: str = "imagenet"
+    """Recipe whose memory and disk space are counted."""
+    data: Path = Path("out.beton")
+    """File whose disk is measured, if it is there."""
+    run_dir: Path = Path("runs")
+    """Where runs are to be written."""
+    json: Path | None = None
+    """Also write everything into this file."""
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One line of the screen."""
+
+    name: str
+    value: str
+    problem: str = ""  # empty: all is well
+    fix: str = ""  # a command, or what to do
+    broken: bool = False  # bt-fast cannot run like this
+
+
+def run_doctor(options: Doctor) -> int:
+    """Print the screen; returns 0, or 1 if something is broken."""
+    if options.json is not None and options.json.exists():
+        raise ValueError(f"--json {options.json} exists; remove it or choose another name")
+    rows = []
+    print(f"bt-fast {__version__} doctor\n")
+    for row in diagnose(options):
+        print(_wrapped(f"  {row.name:<16}{row.value}"), flush=True)
+        rows.append(row)
+    troubled = [row for row in rows if row.problem]
+    broken = any(row.broken for row in rows)
+    if troubled:
+        print("\nTo fix:")
+    for row in troubled:
+        print(f"  {row.name}{' (BROKEN)' if row.broken else ''}: {row.problem}\n      {row.fix}")
+    print("\n" + ("bt-fast cannot run as it should here" if broken else "bt-fast can run here"))
+    if options.json is not None:
+        content = {"bt_fast": __version__, "can_run": not broken, "rows": list(map(asdict, rows))}
+        with atomic_file(options.json) as file:
+            file.write((json.dumps(content, indent=2) + "\n").encode())
+    return int(broken)
+
+
+def _wrapped(line: str) -> str:
+    width = max(shutil.get_terminal_size((100, 24)).columns - 1, 60)
+    return textwrap.fill(line, width, subsequent_indent=18 * " ", break_on_hyphens=False)
+
+
+def diagnose(options: Doctor) -> Iterator[Row]:
+    """The rows, in the order of the screen; only the packages' where one of these is missing."""
+    yield Row("Python", f"{platform.python_version()}, {sys.executable}")
+    packages = required_packages()
+    yield packages
+    yield optional_packages()
+    if packages.broken:
+        return
+    try:
+        import torch
+
+        from bt_fast import perf
+        from bt_fast.recipes import RECIPES
+    except (ImportError, OSError) as error:  # installed, but not whole
+        problem = f"a package does not load: {error}"
+        yield Row("loading", "fails", problem, "pip install --force-reinstall bt-fast", broken=True)
+        return
+    if options.recipe not in RECIPES:
+        raise ValueError(f"--recipe {options.recipe} is not one of {', '.join(RECIPES)}")
+    settings = RECIPES[options.recipe]()
+    performance = perf.choose("auto", "auto", "auto")
+    num_gpus = torch.cuda.device_count()
+    yield from gpus()
+    if performance.device.type == "cuda":
+        yield compiler()
+    yield cores()
+    yield decoding()
+    yield from data(options.data, settings.num_threads())
+    yield memory(settings)
+    yield from limits(num_gpus)
+    yield disk_space(options.run_dir, settings)
+    ranks = max(num_gpus, 1)
+    yield Row(
+        "pretrain takes",
+        f"{ranks} x {performance.device.type}, {performance.precision}, torch.compile"
+        f" {performance.compile}, native loader, {settings.num_threads(ranks)} decoding threads"
+        + (" each" if ranks > 1 else ""),
+    )
+
+
+def required_packages() -> Row:
+    """Versions of what must be there."""
+    from bt_fast import packages
+
+    value = packages.described([needed.name for needed in packages.requirements()[""]])
+    unmet = packages.unmet()
+    problem = f"missing or too old: {', '.join(unmet)}" if unmet else ""
+    fix = f"pip install {' '.join(map(repr, unmet))}"
+    return Row("packages", value, problem, fix, broken=bool(unmet))
+
+
+def optional_packages() -> Row:
+    """Versions of what may be there, and how to get the others."""
+    from bt_fast import packages
+
+    extras = {e: [r.name for r in needed] for e, needed in packages.requirements().items()}
+    del extras[""], extras["dev"]
+    others = [extra for extra, names in extras.items() if not all(map(packages.version, names))]
+    here = packages.described([*itertools.chain(*extras.values()), "webdataset"])  # reads shards
+    rest = f"; more with pip install 'bt-fast[{','.join(others)}]'" if others else ""
+    return Row("optional", here + rest)
+
+
+def gpus() -> Iterator[Row]:
+    """Cards, driver and NCCL, and whether each card answers."""
+    import torch
+
+    from bt_fast import machine
+
+    driver = machine.nvidia_driver()
+    built = f"torch built for CUDA {torch.version.cuda}" if torch.version.cuda else "torch for CPUs"
+    value = f"{f'driver {driver}' if driver else 'no NVIDIA driver'}, {built}"
+    if not torch.cuda.is_available():
+        if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
+            yield Row("GPU", f"hidden by CUDA_VISIBLE_DEVICES; {value}")
+        elif driver is None:
+            yield Row("GPU", f"none; {value}")
+        else:
+            fix = "install a newer driver, or the torch that fits it: https://pytorch.org"
+            yield Row("GPU", value, "torch cannot use a GPU with this driver", fix, broken=True)
+        return
+    cards = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+    value = f"{len(cards)} x {cards[0].name}, {cards[0].total_memory / 1e9:.0f} GB; {value}"
+    try:
+        for index in range(len(cards)):
+            torch.ones(8, device=f"cuda:{index}").sum().item()
+        yield Row("GPU", value)
+    except RuntimeError as error:
+        reason = str(error).partition("\n")[0]
+        fix = "nvidia-smi shows who holds it and what ails it; CUDA_VISIBLE_DEVICES picks others"
+        yield Row("GPU", value, f"it does not compute: {reason}", fix, broken=True)
+    if len(cards) > 1:
+        have = torch.distributed.is_available() and torch.distributed.is_nccl_available()
+        value = ".".join(map(str, torch.cuda.nccl.version())) if have else "missing"
+        problem = "" if have else "without it GPUs cannot work together"
+        yield Row("NCCL", value, problem, "pip install --force-reinstall torch", broken=not have)
+
+
+def compiler() -> Row:
+    """Triton and torch.compile build a small C file for what they start on a GPU."""
+    from bt_fast import machine
+
+    found, header = machine.c_compiler()
+    problem = "" if found and header else "kernels cannot be built without it and Python.h"
+    fix = "apt install gcc python3-dev"
+    return Row("C compiler", found or "none", problem, fix, broken=found is None)
+
+
+def cores() -> Row:
+    """Cores this process may use, and the quota a container may put on them."""
+    from bt_fast import machine
+    from pipelines.flags import usable_cores
+
+    usable, granted = usable_cores(), machine.granted_cores()
+    value = f"{usable} usable of {os.cpu_count()}"
+    if granted is None or granted >= usable:
+        return Row("CPU cores", value)
+    value += f", with the time of {granted:g}"
+    problem = "bt-fast would start more threads than this container may run at once"
+    return Row("CPU cores", value, problem, f"bt-fast pretrain --workers {max(int(granted), 1)}")
+
+
+def decoding() -> Row:
+    """As the loader does it."""
+    from bt_fast import machine
+
+    rate, num_bytes = machine.decode_rate()
+    what = f"a JPEG of {num_bytes // 1000} kB, two views"
+    return Row("decoding", f"{rate:,.0f} images/s per core ({what})")
+
+
+def data(path: Path, num_threads: int) -> Iterator[Row]:
+    """Is --data sound as far as its tables tell, and how fast does its disk deliver?"""
+    from bt_fast import machine
+    from pipelines.beton import BetonError, BetonReader
+
+    make = f"bt-convert IMAGE_FOLDER {path}"
+    if not path.exists():
+        yield Row("data", f"{path} does not exist yet; made with: {make}")
+        return
+    try:
+        num_images = len(BetonReader(path))
+    except BetonError as error:
+        yield Row("data", str(path), str(error), f"{make} --overwrite", True)
+        return
+    num_bytes = path.stat().st_size
+    yield Row("data", f"{path}: {num_images:,} images, {num_bytes / 1e9:.2f} GB")
+    rate, from_disk = machine.read_rate(path, num_threads)
+    where = "past the page cache" if from_disk else "perhaps from memory: no direct reads here"
+    value = f"{rate / 1e6:,.0f} MB/s, {rate / num_bytes * num_images:,.0f} images/s ({where})"
+    yield Row("disk", value if rate else "not measured: the file is too small")
+
+
+def memory(settings: "Config") -> Row:
+    """What is free, against what the loader takes; page-locked where there is a GPU."""
+    from bt_fast import machine
+
+    free = machine.free_memory()
+    need = BATCHES_AHEAD * 2 * settings.batch_size * settings.size**2 * 3
+    value = f"{free / 1e9:.1f} GB free; batches on their way take {need / 1e9:.1f} GB"
+    if need < free / 2:
+        return Row("memory", value + ", page-locked for GPUs")
+    problem = f"batches of {settings.batch_size} x 2 views take most of it"
+    return Row("memory", value, problem, "bt-fast pretrain --batch-size N, or more machines")
+
+
+def limits(num_gpus: int) -> Iterator[Row]:
+    """What the system grants this process: locked memory, shared memory, open files."""
+    locked = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
+    unlimited = locked == resource.RLIM_INFINITY
+    value = "unlimited" if unlimited else f"{locked / 1e6:.1f} MB"
+    yield Row(
+        "locked memory",
+        f"{value} (counts for InfiniBand between machines; CUDA's own is not limited)",
+        "NCCL cannot register its buffers with InfiniBand"
+        if num_gpus > 1 and not unlimited
+        else "",
+        "ulimit -l unlimited; of a container: docker run --ulimit memlock=-1",
+    )
+    shared = shutil.disk_usage("/dev/shm") if Path("/dev/shm").is_dir() else None
+    small = num_gpus > 1 and (shared is None or shared.free < MIN_SHARED_MEMORY)
+    yield Row(
+        "shared memory",
+        f"{shared.free / 1e9:.1f} GB free" if shared else "none",
+        "NCCL passes data between GPUs through it" if small else "",
+        "docker run --shm-size 8g; else: mount -o remount,size=8G /dev/shm",
+    )
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    few = 0 <= soft < 1024
+    yield Row(
+        "open files",
+        "unlimited" if soft < 0 else f"{soft:,}",
+        "workers and ranks need more" if few else "",
+        f"ulimit -n {min(hard, 65536) if hard > 0 else 65536}",
+    )
+
+
+def disk_space(run_dir: Path, settings: "Config") -> Row:
+    """Room for the checkpoints that are kept and the one being written."""
+    import torch
+
+    from bt_fast.model import BarlowTwins
+
+    with torch.device("meta"):
+        model = BarlowTwins(
+            settings.encoder, settings.projector, small_images=settings.small_images
+        )
+    need = (settings.keep + 1) * 8 * sum(p.numel() for p in model.parameters())
+    place = next(folder for folder in (run_dir, *run_dir.absolute().parents) if folder.exists())
+    free = shutil.disk_usage(place).free
+    value = (
+        f"{free / 1e9:.1f} GB free at {run_dir}; recipe {settings.recipe} keeps {need / 1e9:.1f} GB"
+    )
+    if not os.access(place, os.W_OK):
+        problem = f"no permission to write into {place}"
+        return Row("run directory", value, problem, "choose another with --run-dir", True)
+    full = "too little for its checkpoints" if free < need else ""
+    return Row("run directory", value, full, "free some space, or --run-dir elsewhere", bool(full))
