@@ -51,12 +51,9 @@ def curves(metrics: Path, path: Path) -> None:
     epochs = [record["epoch"] for record in train]
     figure, axes = plt.subplots(1, 4, figsize=(16, 3.6), layout="constrained")
 
-    axes[0].plot(epochs, [record["loss"] for record in train], label="loss")
-    axes[0].plot(epochs, [record["invariance"] for record in train], label="on-diagonal")
-    axes[0].set_yscale("log")
+    _terms(axes[0], train, {"loss": "loss", "invariance": "on-diagonal"})
     twin = axes[0].twinx()
-    twin.plot(epochs, [record["redundancy"] for record in train], color="C2")
-    twin.set_yscale("log")
+    _terms(twin, train, {"redundancy": "off-diagonal"}, color="C2")
     twin.set_ylabel("off-diagonal", color="C2")
     axes[0].legend()
     axes[0].set_title("Barlow Twins loss")
@@ -79,3 +76,12 @@ def curves(metrics: Path, path: Path) -> None:
         axis.grid(alpha=0.3)
     figure.savefig(path, dpi=110)
     plt.close(figure)
+
+
+def _terms(axis, train: list[dict], labels: dict[str, str], **style) -> None:
+    """Of the loss, on a logarithmic axis, unless they have been 0 or less, as logarithms may be."""
+    lines = {name: [record[name] for record in train] for name in labels}
+    for name, values in lines.items():
+        axis.plot([record["epoch"] for record in train], values, label=labels[name], **style)
+    if all(value is None or value > 0 for values in lines.values() for value in values):
+        axis.set_yscale("log")
