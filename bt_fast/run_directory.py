@@ -54,8 +54,8 @@ class RunDirectory:
         with atomic_file(self.path / name, overwrite=True) as file:
             file.write(text.encode())
 
-    def record_start(self, settings: Config, performance: Performance) -> None:
-        """Write config.json, and append this start's versions and hardware to environment.json."""
+    def write_config(self, settings: Config) -> None:
+        """Write config.json, with which the run can be resumed."""
         saved = replace(
             settings,
             resume=None,
@@ -63,6 +63,10 @@ class RunDirectory:
             val_data=settings.val_data and settings.val_data.resolve(),
         )
         self.write("config.json", config.to_json(saved))
+
+    def record_start(self, settings: Config, performance: Performance) -> None:
+        """Write config.json, and append this start's versions and hardware to environment.json."""
+        self.write_config(settings)
         path = self.path / "environment.json"
         starts = json.loads(path.read_text()) if path.exists() else []
         starts.append(environment(performance))
