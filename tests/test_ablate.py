@@ -139,6 +139,15 @@ def test_what_cannot_be_run_is_one_line(arguments, message, tmp_path, monkeypatc
     assert not any(tmp_path.iterdir())
 
 
+def test_the_linear_protocol_asks_for_held_out_images_before_anything_runs(
+    small_beton, tmp_path, monkeypatch, capsys
+):
+    flags = ["--linear", "--out", tmp_path / "out", "--", *TINY, "--data", small_beton]
+    assert here(monkeypatch, "table5", *flags) == 2
+    assert "--linear needs held-out images" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_folder_of_somebody_else_is_left_alone(data, tmp_path, monkeypatch, capsys):
     theirs = tmp_path / "out" / "imax-seed0"
     theirs.mkdir(parents=True)

@@ -30,7 +30,7 @@ from bt_fast.ablations import ABLATIONS, GRIDS
 from bt_fast.config import Config
 from bt_fast.evaluate.linear import EvalLinear, measure_linear
 from bt_fast.evaluate.options import open_pair, open_subject
-from bt_fast.job import open_data
+from bt_fast.job import open_data, open_val
 from bt_fast.log import duration
 from bt_fast.run_directory import RunDirectory, load_config, read_metrics
 from bt_fast.signals import EXIT_STOPPED, StopFlag
@@ -110,9 +110,11 @@ def run(options: Options, flags: list[str]) -> int:
         if cell.figures() is None:
             failed.append(cell.title)
             continue
-        if options.linear and "linear" not in (figures or {}):
+        missing = options.linear and "linear" not in (figures or {})
+        if missing:
             measure(cell)
-        report(options, cells, flags)
+        if missing or figures is None:
+            report(options, cells, flags)
     ablate_report.show(report(options, cells, flags))
     if failed:
         say(f"not finished: {'; '.join(failed)}. The same command tries again", file=sys.stderr)
@@ -142,7 +144,13 @@ def grid(options: Options, flags: list[str]) -> list[Cell]:
         for seed in dict.fromkeys(options.seeds)
         for name in dict.fromkeys(names)
     ]
-    open_data(cells[0].config.data, "--data")
+    config = cells[0].config
+    open_data(config.data, "--data")
+    if options.linear and open_val(config.data, config.val_data) is None:
+        raise ValueError(
+            f"--linear needs held-out images: none are beside {config.data}; name them with"
+            " --val-data, after --"
+        )
     for cell in cells:
         check(cell)
     return cells
