@@ -118,31 +118,41 @@ def _pretrain(arguments: list[str]) -> int:
 
 
 def parse_pretrain(arguments: list[str]):
-    """Flags -> Config. The defaults are the recipe's, or the resumed run's."""
+    """Flags -> Config. The defaults are the recipe's under its ablation, or the resumed run's."""
     from pathlib import Path
 
+    from bt_fast.ablations import ablate
     from bt_fast.config import Config
     from bt_fast.recipes import RECIPES
     from bt_fast.run_directory import load_config
     from pipelines.flags import parse_flags, value_of
 
-    resume, recipe = value_of("--resume", arguments), value_of("--recipe", arguments)
+    resume, recipe, ablation = (
+        value_of(flag, arguments) for flag in ("--resume", "--recipe", "--ablation")
+    )
     saved = load_config(Path(resume), "--resume") if resume is not None else None
     default = saved if saved is not None else RECIPES.get(recipe or "imagenet", Config)()
+    if saved is None and ablation is not None:
+        default = ablate(default, ablation)
     config = parse_flags(Config, "bt-fast pretrain", arguments, default=default)
     if saved is not None:
-        changed = [
-            f"--{field.name.replace('_', '-')}"
-            for field in dataclasses.fields(Config)
-            if field.name not in _MAY_CHANGE
-            and getattr(config, field.name) != getattr(saved, field.name)
-        ]
+        changed = learns_otherwise(config, saved)
         if changed:
             raise ValueError(
                 f"{' '.join(changed)} cannot change when a run is resumed, because what it learns"
                 " would differ; leave it out or start a new run"
             )
     return config
+
+
+def learns_otherwise(config, saved) -> list[str]:
+    """The flags by which two configurations learn something else."""
+    return [
+        f"--{field.name.replace('_', '-')}"
+        for field in dataclasses.fields(config)
+        if field.name not in _MAY_CHANGE
+        and getattr(config, field.name) != getattr(saved, field.name)
+    ]
 
 
 def _eval(name: str, arguments: list[str]) -> int:

@@ -1,6 +1,7 @@
 """The configuration of a run: its fields, what they may be, and how it is saved with the run.
 
-Precedence is one sentence: the recipe's values (`recipes`), then flags.
+Precedence is one sentence: the recipe's values (`recipes`), changed by the ablation if there is one
+(`ablations`), then flags.
 """
 
 import dataclasses
@@ -10,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+from bt_fast.loss_variants import Objective
 from bt_fast.model import Encoder
 from bt_fast.perf import Compile, Precision
 from pipelines.augment import VIEW_A, VIEW_B, Branch
@@ -25,6 +27,8 @@ class Config:
     # What and where
     recipe: RecipeName = "imagenet"
     """Named set of defaults for everything below."""
+    ablation: str | None = None
+    """One of the paper's changes to the recipe, by its name in docs/ablations.md."""
     data: Path = Path("out.beton")
     """Training images, made by bt-convert."""
     val_data: Path | None = None
@@ -105,8 +109,18 @@ class Config:
     """The CIFAR stem: 3x3 convolution of stride 1, no max-pool."""
     projector: tuple[int, ...] = (8192, 8192, 8192)
     """Widths of the projector's layers."""
+    projector_norm: bool = True
+    """Batch norm between them."""
+    predictor: bool = False
+    """Two more layers of the last width, for view A only."""
+    stop_gradient: bool = False
+    """Let no gradient through view B."""
 
     # Objective and optimizer
+    objective: Objective = "barlow-twins"
+    """What is minimised; the others are variants the paper compares with."""
+    temperature: float = 0.1
+    """Of the objective cross-entropy."""
     lambd: float = 5e-3
     """Weight of the redundancy term (paper: 5e-3; released code: 5.1e-3)."""
     lr_weights: float = 0.2
@@ -165,7 +179,7 @@ class Config:
         ):
             _require(getattr(self, name) >= 0, name, getattr(self, name), "must not be negative")
         _require(self.bn_group >= 0, "bn_group", self.bn_group, "must not be negative")
-        for name in ("lr_weights", "lr_biases", "grad_scale", "patience"):
+        for name in ("lr_weights", "lr_biases", "grad_scale", "patience", "temperature"):
             _require(getattr(self, name) > 0, name, getattr(self, name), "must be positive")
         for name in ("min_scale", "probe_crop"):
             value = getattr(self, name)
@@ -207,6 +221,11 @@ class Config:
         share = min(epoch / (self.epochs - 1), 1) if self.epochs > 1 else 1
         exact = low + (high - low) * share
         return 32 * math.floor(exact / 32 + 0.5)
+
+    @property
+    def title(self) -> str:
+        """The recipe, and what was changed in it."""
+        return self.recipe + (f", {self.ablation}" if self.ablation else "")
 
     @property
     def effective_warmup_epochs(self) -> float:

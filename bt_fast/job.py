@@ -19,7 +19,7 @@ from bt_fast.evaluate.knn import KnnData, choose_data
 from bt_fast.feed import LEAD
 from bt_fast.lars import LARS, parameter_groups
 from bt_fast.log import duration
-from bt_fast.loss import correlation_terms
+from bt_fast.loss_variants import objective_terms
 from bt_fast.model import BarlowTwins, flatten_batch_statistics
 from bt_fast.perf import Performance
 from pipelines.beton import BetonReader
@@ -73,7 +73,7 @@ def build(settings: Config, world: World = ALONE) -> Job:
     )
 
     torch.manual_seed(settings.seed)  # the initialisation; drawn on the CPU, alike everywhere
-    model = BarlowTwins(settings.encoder, settings.projector, small_images=settings.small_images)
+    model = build_model(settings)
     perf.prepare(model, performance)
     norm.over_ranks(model, world.subgroup(settings.bn_group))
     return Job(
@@ -87,7 +87,14 @@ def build(settings: Config, world: World = ALONE) -> Job:
         knn_data=choose_data(reader, val, settings.seed, settings.probe_images),
         model=model,
         embed=performance.compiled(data_parallel(model, settings, world)),
-        objective=performance.compiled(functools.partial(correlation_terms, group=world.group)),
+        objective=performance.compiled(
+            functools.partial(
+                objective_terms,
+                settings.objective,
+                temperature=settings.temperature,
+                group=world.group,
+            )
+        ),
         statistics=flatten_batch_statistics(model),
         optimizer=LARS(
             parameter_groups(model.parameters()), lr=0.0, weight_decay=settings.weight_decay
@@ -96,6 +103,18 @@ def build(settings: Config, world: World = ALONE) -> Job:
             settings.epochs * loader.steps_per_epoch,
             settings.max_steps if settings.max_steps is not None else 2**62,
         ),
+    )
+
+
+def build_model(settings: Config) -> BarlowTwins:
+    """The configured networks, initialised by torch's generator."""
+    return BarlowTwins(
+        settings.encoder,
+        settings.projector,
+        small_images=settings.small_images,
+        projector_norm=settings.projector_norm,
+        predictor=settings.predictor,
+        stop_gradient=settings.stop_gradient,
     )
 
 
@@ -197,12 +216,14 @@ def describe(job: Job, seconds_per_step: dict[int, float]) -> dict[str, str]:
     projector = "-".join(map(str, settings.projector))
     seconds = expected_seconds(job, seconds_per_step)
     return {
-        "recipe": settings.recipe,
+        "recipe": settings.title,
         "data": f"{len(job.reader)} images, {job.reader.num_classes} classes in {settings.data}",
         "views": f"2 x {settings.resolution or settings.size} px,"
         f" crops from {settings.min_scale:g} of the area",
         "model": f"{settings.encoder} ({parameters[0]:.1f} M) +"
-        f" projector {projector} ({parameters[1]:.1f} M)",
+        f" projector {projector} ({parameters[1]:.1f} M)"
+        + (f" + predictor ({parameters[2]:.1f} M)" if settings.predictor else ""),
+        "objective": settings.objective + f", lambda {settings.lambd:g}",
         "batch": f"{settings.batch_size} images"
         + (
             f", {settings.batch_size // job.world.size} on each of {job.world.size} ranks"

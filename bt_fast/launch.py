@@ -43,7 +43,7 @@ def launch(settings: Config, arguments: Sequence[str], stop: StopFlag) -> int:
     num_here = torch.cuda.device_count() if settings.device != "cpu" else 0
     wanted = settings.gpus or max(num_here, 1)
     if settings.dry_run and (wanted > 1 or not settings.data.exists()):
-        rows = {"recipe": settings.recipe} | plan(settings, wanted)
+        rows = {"recipe": settings.title} | plan(settings, wanted)
         Console(soft_wrap=True).print(summary_table("bt-fast pretrain, the plan", rows))
         return 0
     on_gpus = settings.device != "cpu"

@@ -62,6 +62,19 @@ def choose_method(num_samples: int, num_dimensions: int, world_size: int = 1) ->
     return "dense" if world_size == 1 else "columns"
 
 
+def require_pairs(z_a: torch.Tensor, z_b: torch.Tensor, group: Group) -> int:
+    """N, the samples of all ranks. Raises ValueError for what are not two views' embeddings."""
+    if z_a.ndim != 2 or z_a.shape != z_b.shape or z_a.dtype != z_b.dtype:
+        raise ValueError(
+            "z_a and z_b must be [n, D] and alike,"
+            f" got {z_a.dtype} {list(z_a.shape)} and {z_b.dtype} {list(z_b.shape)}"
+        )
+    num_samples = len(z_a) * size_of(group)
+    if num_samples < 2:
+        raise ValueError("the loss needs at least two samples: it normalises over the batch")
+    return num_samples
+
+
 def correlation_terms(
     z_a: torch.Tensor, z_b: torch.Tensor, *, group: Group = None, method: Method = "auto"
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -78,15 +91,8 @@ def correlation_terms(
     Raises:
         ValueError: shapes that differ, fewer than two samples, an unknown method.
     """
-    if z_a.ndim != 2 or z_a.shape != z_b.shape or z_a.dtype != z_b.dtype:
-        raise ValueError(
-            "z_a and z_b must be [n, D] and alike,"
-            f" got {z_a.dtype} {list(z_a.shape)} and {z_b.dtype} {list(z_b.shape)}"
-        )
-    world_size = size_of(group)
-    num_samples, num_dimensions = len(z_a) * world_size, z_a.shape[1]
-    if num_samples < 2:
-        raise ValueError("the loss needs at least two samples: it normalises over the batch")
+    num_samples = require_pairs(z_a, z_b, group)
+    world_size, num_dimensions = size_of(group), z_a.shape[1]
     if method == "auto":
         method = choose_method(num_samples, num_dimensions, world_size)
     if method == "dense" and world_size > 1:
@@ -99,7 +105,7 @@ def correlation_terms(
             return loss_sharded.columns(z_a, z_b, group)
         if method != "dense":
             raise ValueError(f"method must be auto, dense, gram or columns, got {method!r}")
-        z_a, z_b = (z if z.dtype == torch.float64 else z.float() for z in (z_a, z_b))
+        z_a, z_b = (z.to(loss_sharded.compute_dtype(z)) for z in (z_a, z_b))
         correlation = standardise(z_a).T @ standardise(z_b) / num_samples  # [D, D]
         diagonal = correlation.diagonal()
         invariance = (1 - diagonal).square().sum()

@@ -48,13 +48,14 @@ def columns(
     return _Columns.apply(z_a, z_b, group)
 
 
-def _compute_dtype(z: torch.Tensor) -> torch.dtype:
+def compute_dtype(z: torch.Tensor) -> torch.dtype:
+    """In which the loss of such embeddings is computed: float32 or better."""
     return torch.float64 if z.dtype == torch.float64 else torch.float32
 
 
 def _standardise(z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """[N, D] -> (each column to mean 0 and variance 1, its 1 / deviation [D]); may overwrite z."""
-    z = z.to(_compute_dtype(z))
+    z = z.to(compute_dtype(z))
     variance, mean = torch.var_mean(z, 0, correction=0)
     inverse = torch.rsqrt(variance + EPS)
     return z.sub_(mean).mul_(inverse), inverse

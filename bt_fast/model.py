@@ -4,6 +4,9 @@ The encoder is a torchvision ResNet without its classifier, the last norm of eve
 branch initialised to zero, as in the reference. The projector is linear layers without bias,
 batch norm and ReLU between them. The normalisation of the embeddings belongs to the loss. In
 training both views of a batch go through in one call; batch norm keeps them apart (`norm`).
+
+The paper's networks are twins. Its Table 6 makes them differ: a predictor for view A (two linear
+layers as wide as the embedding, batch norm and ReLU between them), no gradient through view B.
 """
 
 import itertools
@@ -21,21 +24,41 @@ Encoder = Literal["resnet18", "resnet34", "resnet50", "resnet101", "resnet152", 
 class BarlowTwins(nn.Module):
     """views [2 n, 3, H, W], view A first -> embeddings [2 n, D], in the same order."""
 
-    def __init__(self, encoder: str, projector: tuple[int, ...], *, small_images: bool = False):
+    def __init__(
+        self,
+        encoder: str,
+        projector: tuple[int, ...],
+        *,
+        small_images: bool = False,
+        projector_norm: bool = True,
+        predictor: bool = False,
+        stop_gradient: bool = False,
+    ):
         """
         Args:
             encoder: one of `Encoder`.
             projector: widths of the projector's layers; the last is D.
             small_images: the CIFAR stem: 3x3 convolution of stride 1, no max-pool.
+            projector_norm: batch norm between the projector's layers.
+            predictor, stop_gradient: see the module. In training mode only.
         """
         super().__init__()
         self.encoder = build_encoder(
             encoder, small_images=small_images, norm_layer=norm.BatchNorm2d
         )
-        self.projector = build_projector((feature_width(self.encoder), *projector))
+        widths = (feature_width(self.encoder), *projector)
+        self.projector = build_projector(widths, batch_norm=projector_norm)
+        self.predictor = build_projector((widths[-1],) * 3) if predictor else None
+        self.stop_gradient = stop_gradient
 
     def forward(self, views: torch.Tensor) -> torch.Tensor:
-        return self.projector(self.encoder(views))
+        z = self.projector(self.encoder(views))
+        if not self.training or (self.predictor is None and not self.stop_gradient):
+            return z
+        z_a, z_b = z.chunk(2)
+        if self.predictor is not None:  # its batch norm expects both views; that of B is dropped
+            z_a = self.predictor(z).chunk(2)[0]
+        return torch.cat([z_a, z_b.detach() if self.stop_gradient else z_b])
 
 
 def build_encoder(
@@ -63,12 +86,14 @@ def feature_width(encoder: Any) -> int:
     return last_convolution.out_channels
 
 
-def build_projector(widths: tuple[int, ...]) -> nn.Sequential:
-    """Linear layers through the given widths, with BN and ReLU after all but the last."""
+def build_projector(widths: tuple[int, ...], *, batch_norm: bool = True) -> nn.Sequential:
+    """Linear layers through the given widths, with BN (if so) and ReLU after all but the last."""
     layers: list[nn.Module] = []
     pairs = list(itertools.pairwise(widths))
     for fan_in, fan_out in pairs[:-1]:
-        layers += [nn.Linear(fan_in, fan_out, bias=False), norm.BatchNorm1d(fan_out), nn.ReLU(True)]
+        layers.append(nn.Linear(fan_in, fan_out, bias=False))
+        layers += [norm.BatchNorm1d(fan_out)] if batch_norm else []
+        layers.append(nn.ReLU(True))
     layers.append(nn.Linear(*pairs[-1], bias=False))
     return nn.Sequential(*layers)
 

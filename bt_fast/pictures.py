@@ -54,12 +54,9 @@ def curves(metrics: Path, path: Path) -> None:
     figure, axes = plt.subplots(1, panels, figsize=(4 * panels, 3.6), layout="constrained")
     loss, rate, speed = axes[0], axes[-2], axes[-1]
 
-    loss.plot(epochs, [record["loss"] for record in train], label="loss")
-    loss.plot(epochs, [record["invariance"] for record in train], label="on-diagonal")
-    loss.set_yscale("log")
+    _terms(loss, train, {"loss": "loss", "invariance": "on-diagonal"})
     twin = loss.twinx()
-    twin.plot(epochs, [record["redundancy"] for record in train], color="C2")
-    twin.set_yscale("log")
+    _terms(twin, train, {"redundancy": "off-diagonal"}, color="C2")
     twin.set_ylabel("off-diagonal", color="C2")
     loss.legend()
     loss.set_title("Barlow Twins loss")
@@ -80,6 +77,15 @@ def curves(metrics: Path, path: Path) -> None:
         axis.set_xlabel("epoch")
         axis.grid(alpha=0.3)
     _write(figure, path, dpi=110)
+
+
+def _terms(axis, train: list[dict], labels: dict[str, str], **style) -> None:
+    """Of the loss, on a logarithmic axis, unless they have been 0 or less, as logarithms may be."""
+    lines = {name: [record[name] for record in train] for name in labels}
+    for name, values in lines.items():
+        axis.plot([record["epoch"] for record in train], values, label=labels[name], **style)
+    if all(value is None or value > 0 for values in lines.values() for value in values):
+        axis.set_yscale("log")
 
 
 def _write(figure: Figure, path: Path, dpi: int) -> None:

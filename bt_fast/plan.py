@@ -10,9 +10,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bt_fast import costs
 from bt_fast.config import Config
+from bt_fast.job import build_model
 from bt_fast.log import duration
 from bt_fast.loss import choose_method
-from bt_fast.model import BarlowTwins
 from pipelines.beton import BetonReader
 from pipelines.loader import require_full_batches
 
@@ -68,7 +68,8 @@ def plan(settings: Config, world_size: int) -> dict[str, str]:
         + (f", stopping after {last_step}" if last_step < steps else ""),
         "memory per rank": f"{(state + share * saved) / 1e9:.1f} GB: {state / 1e9:.1f} GB of"
         f" weights, gradients and momentum, {share * saved / 1e9:.1f} GB for the backward pass",
-        "loss": f"{method} form over {settings.batch_size} x {width}",
+        "loss": f"{method} form over {settings.batch_size} x {width}"
+        + ("" if settings.objective == "barlow-twins" else f" assumed for {settings.objective}"),
         "sent per rank and step": f"gradients {prediction.gradient_bytes / 1e6:,.0f} MB,"
         f" embeddings {prediction.embedding_bytes / 1e6:,.1f} MB,"
         f" {prediction.collectives} small collectives of batch norm",
@@ -88,9 +89,7 @@ def count(settings: Config) -> tuple[int, int, float, float]:
     """
     storages: dict[int, int] = {}
     with torch.device("meta"):
-        model = BarlowTwins(
-            settings.encoder, settings.projector, small_images=settings.small_images
-        )
+        model = build_model(settings)
         weights = {p.untyped_storage()._cdata for p in model.parameters()}
         views = torch.empty(2 * _SOME, 3, settings.size, settings.size)
 

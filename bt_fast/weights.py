@@ -184,7 +184,8 @@ def _projector(weights: Tensors, file: Path) -> nn.Sequential:
     """The projector whose linear layers have these shapes, filled."""
     linear = [value for _, value in sorted(weights.items(), key=_layer) if value.ndim == 2]
     widths = tuple([linear[0].shape[1]] + [value.shape[0] for value in linear]) if linear else ()
-    projector = build_projector(widths) if len(widths) > 1 else None
+    batch_norm = any(name.endswith("running_mean") for name in weights)
+    projector = build_projector(widths, batch_norm=batch_norm) if len(widths) > 1 else None
     if projector is None or _shapes(projector.state_dict()) != _shapes(weights):
         raise ValueError(f"{file} holds a projector of another kind than the paper's")
     _fill(projector, weights)
