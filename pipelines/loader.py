@@ -36,7 +36,7 @@ class Batch:
     step: int
     samples: np.ndarray  # int64 [n]: their numbers in the file
     keys: tuple[np.ndarray, np.ndarray]  # uint64 [n] each: what the views' augmentation draws from
-    views: torch.Tensor  # uint8 [2, n, size, size, 3] on the CPU; view A first
+    views: torch.Tensor  # uint8 [2, n, size, size, 3], view A first; on the CPU or the GPU trained on
 
 
 class NativeLoader:
@@ -88,13 +88,8 @@ class NativeLoader:
         waiting: deque[tuple] = deque()  # step, samples and keys of the batches being cut
 
         def requests():
-            order, order_epoch = np.empty(0, np.int64), -1
-            for step in range(first_step, last_step):
-                epoch, batch = divmod(step, self.steps_per_epoch)
-                if epoch != order_epoch:
-                    order, order_epoch = epoch_order(len(self.reader), self.seed, epoch), epoch
-                start = batch * self.batch_size
-                samples = order[start : start + self.batch_size][self.share]
+            for step, samples in self.shares(first_step, last_step):
+                epoch = step // self.steps_per_epoch
                 sizes = self.sizes[samples].T  # [2, n]: heights, widths
                 keys = [
                     view_keys(samples, seed=self.seed, epoch=epoch, view=view) for view in (0, 1)
@@ -106,6 +101,23 @@ class NativeLoader:
         for crops in self.cutter.cut(requests()):
             step, samples, keys = waiting.popleft()
             yield Batch(step=step, samples=samples, keys=(keys[0], keys[1]), views=crops)
+
+    def shares(self, first_step: int, last_step: int) -> Iterator[tuple[int, np.ndarray]]:
+        """(step, this rank's samples int64 [n]) of every step."""
+        order, order_epoch = np.empty(0, np.int64), -1
+        for step in range(first_step, last_step):
+            epoch, batch = divmod(step, self.steps_per_epoch)
+            if epoch != order_epoch:
+                order, order_epoch = epoch_order(len(self.reader), self.seed, epoch), epoch
+            start = batch * self.batch_size
+            yield step, order[start : start + self.batch_size][self.share]
+
+    def state(self, step: int) -> str:
+        """What a checkpoint after `step` steps keeps of this loader: here the step says it all."""
+        return ""
+
+    def restore(self, state: str) -> None:
+        """Take what `state` gave, before `batches` begins at that step."""
 
 
 def require_full_batches(
@@ -197,13 +209,7 @@ class CropCutter:
 
     def decode(self, sample: int) -> torch.Tensor:
         """One record -> uint8 [3, H, W], channels-last in memory."""
-        if not self.checked[sample]:
-            if not self.reader.checksum_ok(sample):
-                raise ValueError(
-                    f"{self._title(sample)} is not what was converted (its checksum differs);"
-                    " convert the data again"
-                )
-            self.checked[sample] = True
+        self.check(sample)
         height, width = self.reader.size(sample)
         data = self.reader.image(sample)
         if self.reader.is_raw(sample):
@@ -213,16 +219,27 @@ class CropCutter:
                 pixels = simplejpeg.decode_jpeg(data, "RGB", fastdct=False, fastupsample=False)
             except ValueError as error:
                 raise ValueError(
-                    f"{self._title(sample)} does not decode ({error}); convert the data again"
+                    f"{self.title(sample)} does not decode ({error}); convert the data again"
                 ) from None
             if pixels.shape[:2] != (height, width):
                 raise ValueError(
-                    f"{self._title(sample)} is {pixels.shape[1]}x{pixels.shape[0]} but was"
+                    f"{self.title(sample)} is {pixels.shape[1]}x{pixels.shape[0]} but was"
                     f" recorded as {width}x{height}; convert the data again"
                 )
         return torch.from_numpy(pixels).permute(2, 0, 1)
 
-    def _title(self, sample: int) -> str:
+    def check(self, sample: int) -> None:
+        """Raise ValueError unless a record's checksum is right; computed once."""
+        if not self.checked[sample]:
+            if not self.reader.checksum_ok(sample):
+                raise ValueError(
+                    f"{self.title(sample)} is not what was converted (its checksum differs);"
+                    " convert the data again"
+                )
+            self.checked[sample] = True
+
+    def title(self, sample: int) -> str:
+        """An image's number, name and file, for messages."""
         return f"image {sample} ({self.reader.name(sample)}) of {self.reader.path}"
 
 
