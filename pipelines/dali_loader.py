@@ -11,7 +11,7 @@ is first read: by its checksum, or by the native decoder in a file that has none
 """
 
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from importlib.util import find_spec
 
 import numpy as np
@@ -35,8 +35,10 @@ class DaliLoader(NativeLoader):
 
     Args:
         device: where the views are made and stay.
-        Others: as NativeLoader; there is no cache.
+        Others: as NativeLoader's; there is no cache.
     """
+
+    cutter: "DaliCutter"
 
     def __init__(
         self,
@@ -72,6 +74,8 @@ class DaliCutter(CropCutter):
         super().__init__(reader, num_threads, prefetch)
         self.num_images, self.num_threads, self.device = num_images, num_threads, device
         self.has_checksums = reader.place(0)[2] is not None
+        # Where a batch's bytes come from, if another reader than ours has them already.
+        self.source: Callable[[], list[np.ndarray]] | None = None
 
     def cut(self, requests: Iterable[tuple[np.ndarray, np.ndarray, int]]) -> Iterator[torch.Tensor]:
         """For each (samples int64[n], boxes int64[n, 2, 4], size): uint8 [2, n, size, size, 3]."""
@@ -107,11 +111,14 @@ class DaliCutter(CropCutter):
     def encoded(self, samples: np.ndarray) -> list[np.ndarray]:
         """The samples as files that DALI decodes, uint8 [bytes] each, checked if read first."""
 
-        def some(first: int) -> list[np.ndarray]:
-            return [self._file(int(s)) for s in samples[first : first + IMAGES_PER_TASK]]
+        def check_some(first: int) -> None:
+            for sample in samples[first : first + IMAGES_PER_TASK]:
+                self.check(int(sample))
 
-        parts = self.pool.map(some, range(0, len(samples), IMAGES_PER_TASK))
-        return [file for part in parts for file in part]
+        deque(self.pool.map(check_some, range(0, len(samples), IMAGES_PER_TASK)), maxlen=0)
+        if self.source is not None:
+            return self.source()
+        return [self._file(int(sample)) for sample in samples]
 
     def check(self, sample: int) -> None:
         """As CropCutter's; without a checksum the record must decode without a warning."""
@@ -121,7 +128,6 @@ class DaliCutter(CropCutter):
                 self.decode(sample)
 
     def _file(self, sample: int) -> np.ndarray:
-        self.check(sample)
         data = self.reader.image(sample)
         if not self.reader.is_raw(sample):
             return data
@@ -141,9 +147,16 @@ class DaliCutter(CropCutter):
                 self.decode(int(sample))
             except ValueError as known:
                 return known
-        lines = [line.strip() for line in str(error).splitlines()]
-        said = next((line for line in lines if "fail" in line.lower()), lines[0])
-        return ValueError(f"DALI stopped ({said}) and the native decoder would not: --loader native")
+        return ValueError(
+            f"DALI does not decode what the native loader does ({in_short(error)}); take"
+            " --loader native"
+        )
+
+
+def in_short(error: RuntimeError) -> str:
+    """What DALI says between a traceback of its own and advice about the pipeline object."""
+    lines = str(error).partition("encountered:")[2].split("\n") or [str(error)]
+    return next((line.strip() for line in lines if line.strip()), str(error).split("\n")[0])
 
 
 def _pipeline(
