@@ -56,7 +56,7 @@ class DaliLoader(NativeLoader):
             raise ValueError(f"--loader dali needs NVIDIA DALI: {INSTALL}, or --loader native")
         settings.pop("pin_memory", None)  # what is on the GPU already needs none
         super().__init__(reader, crop, **settings)
-        num_images = self.share.stop - self.share.start
+        num_images = self.steps.share.stop - self.steps.share.start
         self.cutter = DaliCutter(reader, num_images, num_threads, prefetch, device)
 
 

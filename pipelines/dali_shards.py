@@ -20,7 +20,7 @@ import base64
 import json
 import tempfile
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -29,10 +29,12 @@ from pipelines.crop import RandomResizedCrop
 from pipelines.dali_loader import DaliLoader, in_short
 from pipelines.order import epoch_order, view_keys
 from pipelines.shard_reader import ShardReader
+from pipelines.steps import Steps
 
 SHUFFLED = 16_384  # images in a rank's buffer
 MAX_BLOCKS = 8_192  # of the data: DALI maps each into memory, and a process has 65,530 maps
 MIN_BLOCK = 64  # images: 7 MB of ImageNet in a row
+READ_AHEAD = 3  # batches
 KEPT_STATES = 64  # of the last steps; more than batches are on their way to the encoder
 _READER = 3  # in the place of a view's number (0 and 1 pretraining's, 2 evaluation's)
 
@@ -40,49 +42,74 @@ _READER = 3  # in the place of a view's number (0 and 1 pretraining's, 2 evaluat
 class ShardLoader(DaliLoader):
     """DaliLoader's batches from a folder of web shards."""
 
+    steps: "ShardSteps"
+
     def __init__(
         self,
         reader: ShardReader,
         crop: RandomResizedCrop,
         *,
+        batch_size: int,
+        seed: int = 0,
         rank: int = 0,
         world_size: int = 1,
+        size_of: Callable[[int], int] | None = None,
         **settings,
     ) -> None:
-        super().__init__(reader, crop, rank=rank, world_size=world_size, **settings)  # type: ignore[arg-type]
-        self.rank, self.world_size = rank, world_size
+        shared = {"batch_size": batch_size, "rank": rank, "world_size": world_size}
+        super().__init__(reader, crop, **shared, **settings)  # type: ignore[arg-type]
+        self.steps = ShardSteps(reader, crop, **shared, seed=seed, size_of=size_of)
+        self.cutter.source = self.steps.drawn.popleft
+
+    def state(self, step: int) -> str:
+        """DALI's state of the reader after `step` steps, and where it fits."""
+        return self.steps.state(step)
+
+    def restore(self, state: str) -> None:
+        """Begin with it, if it fits."""
+        self.steps.restore(state)
+
+
+class ShardSteps(Steps):
+    """Steps in the order in which DALI's reader draws the images.
+
+    Attributes: `drawn`, the bytes of the images of every step that was handed out.
+    """
+
+    def __init__(self, reader: ShardReader, crop, *, rank: int, world_size: int, **settings):
+        super().__init__(reader, crop, rank=rank, world_size=world_size, **settings)
+        self.reader, self.rank, self.world_size = reader, rank, world_size
+        self.drawn: deque[list[np.ndarray]] = deque()
         self._scratch = tempfile.TemporaryDirectory(prefix="bt-fast-")
         self._blocks = list(_write_blocks(reader, Path(self._scratch.name)))
         self._states: deque[tuple[int, str]] = deque(maxlen=KEPT_STATES)  # (step, what DALI saved)
-        self._drawn: deque[list[np.ndarray]] = deque()  # images read, not yet asked for by `cut`
-        self.cutter.source = self._drawn.popleft
 
-    def shares(self, first_step: int, last_step: int) -> Iterator[tuple[int, np.ndarray]]:
+    def samples(self, first_step: int, last_step: int) -> Iterator[tuple[int, np.ndarray]]:
         """(step, this rank's samples int64 [n]) of every step, as DALI reads them."""
-        self._drawn.clear()  # of a loop that was left early
+        self.drawn.clear()  # of a loop that was left early
         saved = dict(self._states).get(first_step)
         step = first_step
         while step < last_step:
-            epoch, passed = divmod(step, self.steps_per_epoch)
+            epoch, passed = divmod(step, self.per_epoch)
             pipeline = self._open(epoch, saved)
             for _ in range(0 if saved else passed):
                 self._read(pipeline)
             saved = None
-            for step in range(step, min(last_step, (epoch + 1) * self.steps_per_epoch)):
+            for step in range(step, min(last_step, (epoch + 1) * self.per_epoch)):
                 images = self._read(pipeline)
                 files = [image.source_info().rpartition(":")[2] for image in images]
-                self._drawn.append([np.asarray(image) for image in images])
+                self.drawn.append([np.asarray(image) for image in images])
                 self._states.append((step + 1, base64.b64encode(pipeline.checkpoint()).decode()))
                 yield step, np.array([int(file.partition(".")[0]) for file in files])
             step += 1
 
     def state(self, step: int) -> str:
-        """DALI's state of the reader after `step` steps, and where it fits."""
+        """See ShardLoader; empty at the start of an epoch, where nothing was read."""
         saved = dict(self._states).get(step)
-        return json.dumps([*self._fits(), step, saved]) if step % self.steps_per_epoch else ""
+        return json.dumps([*self._fits(), step, saved]) if step % self.per_epoch else ""
 
     def restore(self, state: str) -> None:
-        """Keep a state for `batches` to begin with, if it fits."""
+        """See ShardLoader."""
         *fits, step, saved = json.loads(state) if state else (None, 0, None)
         if saved and fits == self._fits():
             self._states.append((step, saved))
@@ -110,7 +137,7 @@ class ShardLoader(DaliLoader):
             batch_size=self.share.stop - self.share.start,
             num_threads=1,
             device_id=None,
-            prefetch_queue_depth=self.cutter.prefetch,
+            prefetch_queue_depth=READ_AHEAD,
             enable_checkpointing=True,
             checkpoint=base64.b64decode(saved) if saved else None,
         )
