@@ -22,12 +22,12 @@ from rich.console import Console
 
 from bt_fast import dist
 from bt_fast.config import Config
-from bt_fast.job import open_data
 from bt_fast.log import summary_table
 from bt_fast.plan import plan
 from bt_fast.run_directory import choose_path
 from bt_fast.train import pretrain
 from pipelines.loader import require_full_batches
+from pipelines.loaders import open_data
 
 MAX_RESTARTS = 3
 _STATUS = "BT_FAST_STATUS"  # file for the ranks' exit status, set by whoever starts them here

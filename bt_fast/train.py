@@ -21,6 +21,7 @@ from bt_fast.dist import (
     World,
     copy_from_first,
     from_first,
+    of_all,
     require_same_weights,
     wait_for_all,
 )
@@ -58,7 +59,7 @@ def pretrain(settings: Config, world: World = ALONE) -> int:
         stop = stack.enter_context(StopFlag())
         log.say(f"run directory: {path}")
         if run:
-            run.record_start(settings, job.performance)
+            run.record_start(job.config, job.performance)
         status = train(job, run, log, stop, step)
         if run:
             finish(job, run, log, status)
@@ -132,8 +133,7 @@ def train(job: Job, run: RunDirectory | None, log: RunLog, stop: StopFlag, step:
         if step % save_every == 0 or is_last or stopping:
             with clock.paused():
                 require_same_weights(job.model, job.world.group)
-                if run:
-                    save(job, run, step)
+                save(job, run, step)
         if stopping and not is_last:
             return EXIT_STOPPED
         if run and probe_is_due(job, step):
@@ -241,7 +241,7 @@ def resume(job: Job, run: RunDirectory | None, console: Console) -> int:
     """
     if job.config.resume is None:
         return 0
-    step = 0
+    step, readers = 0, []
     if run:
         found, problems = checkpoint.newest(run.path, set_aside=True)
         for problem in problems:
@@ -255,25 +255,24 @@ def resume(job: Job, run: RunDirectory | None, console: Console) -> int:
                     f" {job.data_facts} now, {found.facts['data']} then"
                 )
             found.restore(job.model, job.optimizer)
-            step = found.step
+            step, readers = found.step, found.facts.get("readers", [])
         run.truncate_metrics(step)
         (run.path / "encoder.safetensors").unlink(missing_ok=True)  # of an earlier, shorter end
-    step = from_first(step, job.world.group)
+    step, readers = from_first((step, readers), job.world.group)
+    if len(readers) == job.world.size:
+        job.loader.steps.restore(readers[job.world.rank])
     momenta = [job.optimizer.momentum(p) for p in job.model.parameters()]
     copy_from_first([*job.model.state_dict().values(), *momenta], job.world.group)
     console.print(f"resuming {job.config.resume} at step {step} of {job.last_step}", markup=False)
     return step
 
 
-def save(job: Job, run: RunDirectory, step: int) -> None:
-    checkpoint.save(
-        run.path,
-        step,
-        job.model,
-        job.optimizer,
-        {"data": job.data_facts},
-        keep=job.config.keep,
-    )
+def save(job: Job, run: RunDirectory | None, step: int) -> None:
+    """All ranks call it: where each one's reader stands is in the checkpoint, too."""
+    readers = of_all(job.loader.steps.state(step), job.world.group)
+    if run:
+        facts = {"data": job.data_facts, "readers": readers}
+        checkpoint.save(run.path, step, job.model, job.optimizer, facts, keep=job.config.keep)
 
 
 def learned(metrics: Path) -> str:

@@ -19,7 +19,7 @@ import torch
 
 from pipelines.beton import BetonReader
 from pipelines.crop import RandomResizedCrop
-from pipelines.loader import IMAGES_PER_TASK, CropCutter, NativeLoader
+from pipelines.loader import CropCutter, NativeLoader
 
 CPU = torch.device("cpu")
 INSTALL = "pip install 'bt-fast[dali]'"
@@ -111,11 +111,8 @@ class DaliCutter(CropCutter):
     def encoded(self, samples: np.ndarray) -> list[np.ndarray]:
         """The samples as files that DALI decodes, uint8 [bytes] each, checked if read first."""
 
-        def check_some(first: int) -> None:
-            for sample in samples[first : first + IMAGES_PER_TASK]:
-                self.check(int(sample))
-
-        deque(self.pool.map(check_some, range(0, len(samples), IMAGES_PER_TASK)), maxlen=0)
+        for _ in self.pool.map(self.check, samples[~self.checked[samples]].tolist()):
+            pass
         if self.source is not None:
             return self.source()
         return [self._file(int(sample)) for sample in samples]
@@ -153,7 +150,7 @@ class DaliCutter(CropCutter):
         )
 
 
-def in_short(error: RuntimeError) -> str:
+def in_short(error: Exception) -> str:
     """What DALI says between a traceback of its own and advice about the pipeline object."""
     lines = str(error).partition("encountered:")[2].split("\n") or [str(error)]
     return next((line.strip() for line in lines if line.strip()), str(error).split("\n")[0])

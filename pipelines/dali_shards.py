@@ -42,8 +42,6 @@ _READER = 3  # in the place of a view's number (0 and 1 pretraining's, 2 evaluat
 class ShardLoader(DaliLoader):
     """DaliLoader's batches from a folder of web shards."""
 
-    steps: "ShardSteps"
-
     def __init__(
         self,
         reader: ShardReader,
@@ -58,16 +56,8 @@ class ShardLoader(DaliLoader):
     ) -> None:
         shared = {"batch_size": batch_size, "rank": rank, "world_size": world_size}
         super().__init__(reader, crop, **shared, **settings)  # type: ignore[arg-type]
-        self.steps = ShardSteps(reader, crop, **shared, seed=seed, size_of=size_of)
-        self.cutter.source = self.steps.drawn.popleft
-
-    def state(self, step: int) -> str:
-        """DALI's state of the reader after `step` steps, and where it fits."""
-        return self.steps.state(step)
-
-    def restore(self, state: str) -> None:
-        """Begin with it, if it fits."""
-        self.steps.restore(state)
+        steps = ShardSteps(reader, crop, **shared, seed=seed, size_of=size_of)
+        self.steps, self.cutter.source = steps, steps.drawn.popleft
 
 
 class ShardSteps(Steps):
@@ -77,7 +67,8 @@ class ShardSteps(Steps):
     """
 
     def __init__(self, reader: ShardReader, crop, *, rank: int, world_size: int, **settings):
-        super().__init__(reader, crop, rank=rank, world_size=world_size, **settings)
+        settings |= {"rank": rank, "world_size": world_size}
+        super().__init__(reader, crop, **settings)  # type: ignore[arg-type]
         self.reader, self.rank, self.world_size = reader, rank, world_size
         self.drawn: deque[list[np.ndarray]] = deque()
         self._scratch = tempfile.TemporaryDirectory(prefix="bt-fast-")
@@ -88,28 +79,26 @@ class ShardSteps(Steps):
         """(step, this rank's samples int64 [n]) of every step, as DALI reads them."""
         self.drawn.clear()  # of a loop that was left early
         saved = dict(self._states).get(first_step)
-        step = first_step
-        while step < last_step:
+        for step in range(first_step, last_step):
             epoch, passed = divmod(step, self.per_epoch)
-            pipeline = self._open(epoch, saved)
-            for _ in range(0 if saved else passed):
-                self._read(pipeline)
-            saved = None
-            for step in range(step, min(last_step, (epoch + 1) * self.per_epoch)):
-                images = self._read(pipeline)
-                files = [image.source_info().rpartition(":")[2] for image in images]
-                self.drawn.append([np.asarray(image) for image in images])
-                self._states.append((step + 1, base64.b64encode(pipeline.checkpoint()).decode()))
-                yield step, np.array([int(file.partition(".")[0]) for file in files])
-            step += 1
+            if step == first_step or passed == 0:
+                pipeline = self._open(epoch, saved)
+                for _ in range(0 if saved else passed):
+                    self._read(pipeline)
+                saved = None
+            images = self._read(pipeline)
+            files = [image.source_info().rpartition(":")[2] for image in images]
+            self.drawn.append([np.asarray(image) for image in images])
+            self._states.append((step + 1, base64.b64encode(pipeline.checkpoint()).decode()))
+            yield step, np.array([int(file.partition(".")[0]) for file in files])
 
     def state(self, step: int) -> str:
-        """See ShardLoader; empty at the start of an epoch, where nothing was read."""
+        """DALI's state of the reader, and where it fits; empty at the start of an epoch."""
         saved = dict(self._states).get(step)
         return json.dumps([*self._fits(), step, saved]) if step % self.per_epoch else ""
 
     def restore(self, state: str) -> None:
-        """See ShardLoader."""
+        """Begin with it, if it fits."""
         *fits, step, saved = json.loads(state) if state else (None, 0, None)
         if saved and fits == self._fits():
             self._states.append((step, saved))
@@ -166,7 +155,9 @@ def _write_blocks(reader: ShardReader, folder: Path) -> Iterator[tuple[str, str]
     ):
         for first in range(start, end, length):
             rows = enumerate(reader.places[first : min(first + length, end)].tolist(), first)
-            lines = [f"jpg {position} {size} {number:09}.jpg\n" for number, (position, size) in rows]
+            lines = [
+                f"jpg {position} {size} {number:09}.jpg\n" for number, (position, size) in rows
+            ]
             index = folder / f"{first}.idx"
             index.write_text(f"v1.2 {len(lines)}\n" + "".join(lines))
             yield str(archive), str(index)

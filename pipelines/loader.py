@@ -104,13 +104,6 @@ class NativeLoader:
         for crops in self.cutter.cut(requests()):
             yield Batch.of(waiting.popleft(), crops)
 
-    def state(self, step: int) -> str:
-        """What a checkpoint after `step` steps keeps of this loader: here the step says it all."""
-        return ""
-
-    def restore(self, state: str) -> None:
-        """Take what `state` gave, before `batches` begins at that step."""
-
 
 def require_full_batches(
     batch_size: int, world_size: int, num_images: int, path: str | Path

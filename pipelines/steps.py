@@ -76,3 +76,10 @@ class Steps:
                 order, order_epoch = epoch_order(self.num_images, self.seed, epoch), epoch
             start = batch * self.batch_size
             yield step, order[start : start + self.batch_size][self.share]
+
+    def state(self, step: int) -> str:
+        """What a checkpoint after `step` steps keeps: nothing, the step says it all."""
+        return ""
+
+    def restore(self, state: str) -> None:
+        """Take what `state` gave, before the requests begin at its step."""
