@@ -304,18 +304,17 @@ def test_a_damaged_image_of_a_shard_is_named(shards, tmp_path):
 # Runs
 
 
-def pretrain(*flags) -> int:
-    flags = [*TINY, "--loader=dali", "--probe-every=0", *map(str, flags)]
-    return main(["pretrain", *flags])
+def test_a_run_over_shards_resumes_exactly(shards, tmp_path, capsys):
+    def pretrain(name, steps) -> int:
+        flags = [*TINY, "--probe-every=0", "--data", str(shards), "--max-steps", str(steps)]
+        return main(["pretrain", *flags, "--run-dir", str(tmp_path / name)])
 
-
-def test_a_run_over_either_kind_resumes_exactly(data, tmp_path):
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    assert pretrain("--data", data.path, "--run-dir", whole, "--max-steps", 4) == 0
-    assert pretrain("--data", data.path, "--run-dir", parts, "--max-steps", 2) == 0
-    assert json.loads((parts / "config.json").read_text())["loader"] == "dali"
-    assert main(["pretrain", "--resume", str(parts), "--max-steps", "4"]) == 0
-    first, second = learned(whole), learned(parts)
+    assert pretrain("whole", 4) == 0
+    assert "dali, which reads web shards" in capsys.readouterr().out
+    assert pretrain("parts", 2) == 0
+    assert json.loads((tmp_path / "parts" / "config.json").read_text())["loader"] == "dali"
+    assert main(["pretrain", "--resume", str(tmp_path / "parts"), "--max-steps", "4"]) == 0
+    first, second = learned(tmp_path / "whole"), learned(tmp_path / "parts")
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 

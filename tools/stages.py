@@ -208,21 +208,20 @@ def whole(job: Job, budget: float) -> tuple[float, float]:
     """Seconds of a step: (with the loader, on views that are already on the device)."""
     n, device = job.config.batch_size, job.performance.device
     branches = job.config.view_a, job.config.view_b
-
-    def steps(batches: Iterable[torch.Tensor]) -> Iterator[None]:
-        for views in batches:
-            train.set_learning_rates(job, 0)
-            train.update(job, views)
-            yield
-
-    batches = job.loader.batches(0, 1 << 40)
-    with_loader = images_per_second(
-        steps(feed(batches, branches, job.performance)), n, device, budget
-    )
+    batches = feed(job.loader.batches(0, 1 << 40), branches, job.performance)
+    with_loader = images_per_second(steps(job, batches), n, device, budget)
     batch = next(job.loader.batches(0, 1))
     views = distort(batch, branches, job.performance)
-    without = images_per_second(steps(repeat(views)), n, device, budget)
+    without = images_per_second(steps(job, repeat(views)), n, device, budget)
     return n / with_loader, n / without
+
+
+def steps(job: Job, batches: Iterable[torch.Tensor]) -> Iterator[None]:
+    """Steps of training, on views as `feed` gives them."""
+    for views in batches:
+        train.set_learning_rates(job, 0)
+        train.update(job, views)
+        yield
 
 
 def peak_memory(job: Job) -> int:
