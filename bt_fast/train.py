@@ -259,8 +259,8 @@ def resume(job: Job, run: RunDirectory | None, console: Console) -> int:
         run.truncate_metrics(step)
         (run.path / "encoder.safetensors").unlink(missing_ok=True)  # of an earlier, shorter end
     step, readers = from_first((step, readers), job.world.group)
-    if len(readers) == job.world.size:
-        job.loader.steps.restore(readers[job.world.rank])
+    if warning := job.loader.steps.restore(readers):
+        console.print(f"warning: {warning}", style="yellow", markup=False)
     momenta = [job.optimizer.momentum(p) for p in job.model.parameters()]
     copy_from_first([*job.model.state_dict().values(), *momenta], job.world.group)
     console.print(f"resuming {job.config.resume} at step {step} of {job.last_step}", markup=False)

@@ -12,8 +12,8 @@ with an index of one block.
 Which image it drew DALI says by the name of its file, the image's number. Keys and boxes are thus
 those that the native loader gives to the same image in the same epoch.
 
-A checkpoint keeps DALI's own state of the reader. Where that does not fit (another number of ranks,
-another DALI), the epoch's part up to the step is read and passed over.
+A checkpoint keeps DALI's own state of the reader, of every rank. Without one that fits, the epoch's
+part before the step is read and passed over.
 """
 
 import base64
@@ -97,11 +97,22 @@ class ShardSteps(Steps):
         saved = dict(self._states).get(step)
         return json.dumps([*self._fits(), step, saved]) if step % self.per_epoch else ""
 
-    def restore(self, state: str) -> None:
-        """Begin with it, if it fits."""
-        *fits, step, saved = json.loads(state) if state else (None, 0, None)
-        if saved and fits == self._fits():
-            self._states.append((step, saved))
+    def restore(self, states: list[str]) -> str:
+        """Begin with this rank's, if they fit; else what is left of the epoch may be other images.
+
+        Another number of ranks orders an epoch otherwise, and another DALI may.
+        """
+        if not any(states):  # the end of an epoch
+            return ""
+        own = states[self.rank] if len(states) == self.world_size else ""
+        *fits, step, saved = json.loads(own) if own else (0, "")
+        if fits != self._fits() or not saved:
+            return (
+                "the run stopped in the middle of an epoch with another number of ranks or another"
+                " DALI: the rest of this epoch may repeat images and leave others out"
+            )
+        self._states.append((step, saved))
+        return ""
 
     def _read(self, pipeline):
         try:

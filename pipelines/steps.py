@@ -81,5 +81,6 @@ class Steps:
         """What a checkpoint after `step` steps keeps: nothing, the step says it all."""
         return ""
 
-    def restore(self, state: str) -> None:
-        """Take what `state` gave, before the requests begin at its step."""
+    def restore(self, states: list[str]) -> str:
+        """Go on from `state` of every rank, if need be; returns a warning where that cannot be."""
+        return ""

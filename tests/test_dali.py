@@ -216,7 +216,7 @@ def test_the_next_20_batches_after_a_resume(data, first, with_state):
 
     resumed = loader_of(data, num_threads=1, prefetch=1)
     if with_state:
-        resumed.steps.restore(state)
+        assert resumed.steps.restore([state]) == ""
     require_same(list(resumed.batches(first, first + 20)), expected)
 
 
@@ -229,13 +229,14 @@ def test_a_state_spares_reading_what_came_before(shards, monkeypatch):
         dali_shards.ShardSteps, "_read", lambda self, p: reads.append(1) or real(self, p)
     )
     resumed = loader_of(ShardReader(shards)).steps
-    resumed.restore(steps.state(3))
+    assert not resumed.restore([steps.state(3)])
     assert next(resumed.samples(3, 4))[0] == 3 and len(reads) == 1
-    for changes in ({"rank": 1, "world_size": 2}, {"world_size": 2}):  # a state of other ranks
+    for states in ([steps.state(3)], [steps.state(3)] * 2):  # of one rank, for two
         reads.clear()
-        other = loader_of(ShardReader(shards), **changes).steps
-        other.restore(steps.state(3))
+        other = loader_of(ShardReader(shards), rank=1, world_size=2).steps
+        assert "number of ranks" in other.restore(states)
         assert next(other.samples(3, 4))[0] == 3 and len(reads) == 4
+    assert not loader_of(ShardReader(shards)).steps.restore([steps.state(5)])  # an epoch's end
 
 
 def test_a_loop_left_early_can_be_started_again(data):
