@@ -5,6 +5,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 FFCV := .venv/.ffcv
+DALI := .venv/.dali
 
 .PHONY: help demo test lint coverage bench dist clean
 
@@ -20,7 +21,7 @@ help:
 demo: demo/out.beton
 	$(BIN)/bt-fast pretrain --recipe demo --data demo/out.beton
 
-test: $(FFCV)
+test: $(FFCV) $(DALI)
 	$(BIN)/python -m pytest
 
 lint: $(READY)
@@ -28,14 +29,14 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-coverage: $(FFCV)
+coverage: $(FFCV) $(DALI)
 	$(BIN)/coverage erase
 	$(BIN)/coverage run -m pytest
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report --skip-covered --show-missing
 
-bench: $(FFCV)
-	@test -n "$(DATA)" || (echo "make bench     DATA=folder/of/class/folders" >&2; exit 2)
+bench: $(FFCV) $(DALI)
+	@test -n "$(DATA)" || (echo "make bench DATA=folder/of/class/folders" >&2; exit 2)
 	$(BIN)/python tools/bench_convert.py $(DATA)
 	$(BIN)/python tools/bench_loader.py $(DATA)
 
@@ -62,4 +63,10 @@ $(READY): pyproject.toml constraints.txt
 # ffcv is optional: where it cannot be built, the tests that need it skip and say why.
 $(FFCV): $(READY)
 	@sh tools/install_ffcv.sh $(BIN)/python
+	@touch $@
+
+# So is DALI (300 MB to download, 0.7 GB on the disk).
+$(DALI): $(READY)
+	@$(BIN)/python -m pip install --quiet --constraint constraints.txt nvidia-dali-cuda130 \
+		|| echo "DALI could not be installed; its tests and benchmarks are skipped"
 	@touch $@

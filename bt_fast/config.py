@@ -30,7 +30,7 @@ class Config:
     ablation: str | None = None
     """One of the paper's changes to the recipe, by its name in docs/ablations.md."""
     data: Path = Path("out.beton")
-    """Training images, made by bt-convert."""
+    """Training images, made by bt-convert: a .beton, or a folder of web shards."""
     val_data: Path | None = None
     """Held-out images for the kNN probe. Default: out.val.beton beside out.beton if it exists,
     else a part of the training images."""
@@ -72,7 +72,8 @@ class Config:
     """On a GPU, repeat a run bit for bit: only such kernels, chosen by rule and not by trial. On a
     CPU that is always so."""
     loader: Literal["auto", "native", "ffcv", "dali"] = "auto"
-    """What reads the images."""
+    """What reads the images; auto takes DALI for web shards, else native or, on a GPU and if it is
+    installed, the faster of the two on these images. A resumed run keeps its own."""
     workers: int | None = None
     """Decoding threads per rank. Default: the usable cores, shared by the ranks of a machine."""
     cache_gb: float = 0.0

@@ -222,6 +222,14 @@ def from_first(value: Any, group: Group) -> Any:
     return values[0]
 
 
+def of_all(value: Any, group: Group) -> list[Any]:
+    """Every rank's value of any small picklable kind, in the ranks' order, on every rank."""
+    values = [value] * size_of(group)
+    if group is not None:
+        dist.all_gather_object(values, value, group=group)
+    return values
+
+
 def copy_from_first(tensors: Iterable[torch.Tensor], group: Group) -> None:
     """Overwrite tensors, alike on every rank, with the first rank's."""
     if group is not None:

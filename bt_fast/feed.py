@@ -6,7 +6,6 @@ event to wait for. What is left of them in a step is what they take from the enc
 The host may be two steps ahead of the GPU; more would not make it faster, only hold more batches.
 """
 
-import itertools
 from collections import deque
 from collections.abc import Iterable, Iterator
 
@@ -35,11 +34,15 @@ def feed(
     side = torch.cuda.Stream(performance.device)
     done: deque[torch.cuda.Event] = deque()  # of steps whose views were handed out
     ahead: deque[tuple[torch.Tensor, torch.cuda.Event]] = deque()
-    for batch in itertools.chain(batches, [None]):
-        if batch is not None:
-            with torch.cuda.stream(side):
+    made = iter(batches)
+    while True:
+        with torch.cuda.stream(side):  # also for what the loader itself does on the GPU
+            batch = next(made, None)
+            if batch is not None:
                 ahead.append((distort(batch, branches, performance), side.record_event()))
-        if len(ahead) == 2 or (batch is None and ahead):
+        if batch is None and not ahead:
+            return
+        if len(ahead) == 2 or batch is None:
             views, ready = ahead.popleft()
             encoder = torch.cuda.current_stream(performance.device)
             encoder.wait_event(ready)

@@ -4,8 +4,7 @@ import functools
 import inspect
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from bt_fast import norm, perf
 from bt_fast.config import Config
-from bt_fast.dist import ALONE, World
+from bt_fast.dist import ALONE, World, from_first
 from bt_fast.evaluate.knn import KnnData, choose_data
 from bt_fast.feed import LEAD
 from bt_fast.lars import LARS, parameter_groups
@@ -22,22 +21,22 @@ from bt_fast.log import duration
 from bt_fast.loss_variants import objective_terms
 from bt_fast.model import BarlowTwins, flatten_batch_statistics
 from bt_fast.perf import Performance
-from pipelines.beton import BetonReader
 from pipelines.crop import RandomResizedCrop
-from pipelines.loader import NativeLoader
+from pipelines.loaders import BATCH, Data, Loader, choose, open_data, open_loader, open_val
 
 
 @dataclass(kw_only=True, slots=True)
 class Job:
     """Everything a run is made of, built from its configuration."""
 
-    config: Config
+    config: Config  # the loader settled
     world: World
     performance: Performance
     num_threads: int  # that decode, of this rank
-    reader: BetonReader
+    reader: Data
     data_facts: dict[str, int | str | None]  # what a resumed run's order depends on
-    loader: NativeLoader
+    loader: Loader
+    loader_choice: str  # which it is, and why
     knn_data: KnnData | None
     model: BarlowTwins
     embed: Callable[[torch.Tensor], torch.Tensor]  # the model's forward pass, perhaps compiled
@@ -49,8 +48,6 @@ class Job:
 
 def build(settings: Config, world: World = ALONE) -> Job:
     """Everything but the run directory. Raises ValueError for what cannot be trained."""
-    if settings.loader not in ("auto", "native"):
-        raise ValueError(f"--loader {settings.loader} is not available yet; use native")
     performance = perf.choose(
         settings.device, settings.precision, settings.compile, world.local_rank
     )
@@ -59,18 +56,7 @@ def build(settings: Config, world: World = ALONE) -> Job:
     num_threads = settings.num_threads(world.local_size)
     reader = open_data(settings.data, "--data")
     val = open_val(settings.data, settings.val_data)
-    loader = NativeLoader(
-        reader,
-        RandomResizedCrop(size=settings.size, scale=(settings.min_scale, 1.0)),
-        batch_size=settings.batch_size,
-        seed=settings.seed,
-        rank=world.rank,
-        world_size=world.size,
-        num_threads=num_threads,
-        pin_memory=performance.device.type == "cuda",
-        cache_bytes=int(settings.cache_gb * 1e9),
-        size_of=settings.size_of,
-    )
+    loader, choice, settings = choose_loader(settings, world, reader, performance.device)
 
     torch.manual_seed(settings.seed)  # the initialisation; drawn on the CPU, alike everywhere
     model = build_model(settings)
@@ -84,6 +70,7 @@ def build(settings: Config, world: World = ALONE) -> Job:
         reader=reader,
         data_facts={"images": len(reader), "sha256": reader.sha256()},
         loader=loader,
+        loader_choice=choice,
         knn_data=choose_data(reader, val, settings.seed, settings.probe_images),
         model=model,
         embed=performance.compiled(data_parallel(model, settings, world)),
@@ -99,10 +86,7 @@ def build(settings: Config, world: World = ALONE) -> Job:
         optimizer=LARS(
             parameter_groups(model.parameters()), lr=0.0, weight_decay=settings.weight_decay
         ),
-        last_step=min(
-            settings.epochs * loader.steps_per_epoch,
-            settings.max_steps if settings.max_steps is not None else 2**62,
-        ),
+        last_step=last_step_of(settings, loader.steps_per_epoch),
     )
 
 
@@ -118,6 +102,48 @@ def build_model(settings: Config) -> BarlowTwins:
     )
 
 
+def choose_loader(
+    settings: Config, world: World, reader: Data, device: torch.device
+) -> tuple[Loader, str, Config]:
+    """This rank's loader, why it is that one, and the configuration that names it.
+
+    The first rank measures, if that is asked for, and tells the others.
+    """
+    make = functools.partial(
+        open_loader,
+        data=reader,
+        crop=RandomResizedCrop(size=settings.size, scale=(settings.min_scale, 1.0)),
+        device=device,
+        num_threads=settings.num_threads(world.local_size),
+        seed=settings.seed,
+    )
+    share = settings.batch_size // world.size
+    chosen = world.is_first and choose(
+        settings.loader,
+        reader,
+        settings.batch_size * last_step_of(settings, len(reader) // settings.batch_size),
+        functools.partial(make, batch_size=max(min(BATCH, share, len(reader)), 1)),
+        cache=settings.cache_gb > 0,
+        device=device,
+    )
+    name, why = from_first(chosen, world.group)
+    loader = make(
+        name,
+        batch_size=settings.batch_size,
+        rank=world.rank,
+        world_size=world.size,
+        cache_bytes=int(settings.cache_gb * 1e9),
+        size_of=settings.size_of,
+    )
+    return loader, why, replace(settings, loader=name)
+
+
+def last_step_of(settings: Config, steps_per_epoch: int) -> int:
+    """Of the run: the schedule's end, or --max-steps."""
+    end = settings.epochs * steps_per_epoch
+    return min(end, settings.max_steps if settings.max_steps is not None else end)
+
+
 def data_parallel(model: BarlowTwins, settings: Config, world: World) -> torch.nn.Module:
     """The model, its gradients averaged over ranks in buckets while the backward pass goes on."""
     if world.size == 1:
@@ -130,22 +156,6 @@ def data_parallel(model: BarlowTwins, settings: Config, world: World) -> torch.n
     if settings.compress_gradients:
         parallel.register_comm_hook(world.group, bf16_compress_hook)
     return parallel
-
-
-def open_data(path: Path, flag: str) -> BetonReader:
-    if not path.exists():
-        raise ValueError(
-            f"{flag} {path} does not exist; make it with: bt-convert IMAGE_FOLDER {path}"
-        )
-    return BetonReader(path)
-
-
-def open_val(data: Path, val_data: Path | None) -> BetonReader | None:
-    """The held-out images: the ones named, else what bt-convert left beside the training file."""
-    if val_data is not None:
-        return open_data(val_data, "--val-data")
-    beside = data.with_suffix(f".val{data.suffix}")
-    return BetonReader(beside) if beside.exists() else None
 
 
 def rehearse(job: Job) -> dict[int, float]:
@@ -235,6 +245,7 @@ def describe(job: Job, seconds_per_step: dict[int, float]) -> dict[str, str]:
         "device": f"{performance.device.type}, {performance.precision},"
         f" torch.compile {performance.compile},"
         f" {job.num_threads} decoding threads",
+        "loader": job.loader_choice,
         "kNN probe": job.knn_data.description if job.knn_data else "none (no classes)",
         "estimated time": f"{duration(seconds)}"
         f" ({settings.batch_size * job.last_step / seconds:.0f} images/s, without data and probes)",

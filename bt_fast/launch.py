@@ -21,13 +21,13 @@ from rich.console import Console
 
 from bt_fast import dist, perf, slurm, start
 from bt_fast.config import Config
-from bt_fast.job import open_data
 from bt_fast.log import summary_table
 from bt_fast.plan import plan
 from bt_fast.run_directory import RunDirectory, choose_path, make_folder
 from bt_fast.signals import EXIT_STOPPED, StopFlag
 from bt_fast.train import pretrain
 from pipelines.loader import require_full_batches
+from pipelines.loaders import open_data
 
 _STATUS = "BT_FAST_STATUS"  # a file for the exit status that torchrun does not pass on
 

@@ -13,8 +13,8 @@ from bt_fast.config import Config
 from bt_fast.job import build_model
 from bt_fast.log import duration
 from bt_fast.loss import choose_method
-from pipelines.beton import BetonReader
 from pipelines.loader import require_full_batches
+from pipelines.loaders import open_data
 
 IMAGENET_IMAGES = 1_281_167
 # Of one GPU: ResNet-50 at 5,000 views/s (24.3 GFLOP each), the aim for an H200.
@@ -30,7 +30,7 @@ def plan(settings: Config, world_size: int) -> dict[str, str]:
     """The rows of the table that `--dry-run` prints. Raises ValueError for an unequal share."""
     share = settings.batch_size // world_size
     if settings.data.exists():
-        num_images, data = len(BetonReader(settings.data)), str(settings.data)
+        num_images, data = len(open_data(settings.data, "--data")), str(settings.data)
     else:
         num_images = IMAGENET_IMAGES
         data = f"{settings.data} does not exist yet; assuming ImageNet-1k"

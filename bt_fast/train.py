@@ -51,7 +51,7 @@ def pretrain(settings: Config, stop: StopFlag, world: World = ALONE) -> int:
         run = stack.enter_context(RunDirectory(make_folder(settings))) if world.is_first else None
         step = resume(job, run, console)
         if run:
-            run.record_start(settings, job.performance)
+            run.record_start(job.config, job.performance)
         log = stack.enter_context(RunLog(console, run.path if run else None, step, job.last_step))
         if run:
             log.say(f"run directory: {run.path}")
@@ -153,8 +153,7 @@ def train(
         if step % save_every == 0 or is_last or stopping:
             with clock.paused():
                 dist.require_same_weights(job.model, job.world.group)
-                if run:
-                    saved = save(job, run, log, step)
+                saved = save(job, run, log, step)
         if stopping and not is_last:
             break
         if run and probe_is_due(job, step):
@@ -227,7 +226,7 @@ def resume(job: Job, run: RunDirectory | None, console: Console) -> int:
     """
     if job.config.resume is None:
         return 0
-    step = 0
+    step, readers = 0, []
     if run:
         found, problems = checkpoint.newest(run.path, set_aside=True)
         for problem in problems:
@@ -241,19 +240,27 @@ def resume(job: Job, run: RunDirectory | None, console: Console) -> int:
                     f" {job.data_facts} now, {found.facts.get('data')} then"
                 )
             found.restore(job.model, job.optimizer)
-            step = found.step
+            step, readers = found.step, found.facts.get("readers", [])
         run.truncate_metrics(step)
         (run.path / "encoder.safetensors").unlink(missing_ok=True)  # of an earlier, shorter end
-    step = from_first(step, job.world.group)
+    step, readers = from_first((step, readers), job.world.group)
+    if warning := job.loader.steps.restore(readers):
+        console.print(f"warning: {warning}", style="yellow", markup=False)
     momenta = [job.optimizer.momentum(p) for p in job.model.parameters()]
     copy_from_first([*job.model.state_dict().values(), *momenta], job.world.group)
     console.print(f"resuming {job.config.resume} at step {step} of {job.last_step}", markup=False)
     return step
 
 
-def save(job: Job, run: RunDirectory, log: RunLog, step: int) -> bool:
-    """Write a checkpoint; returns whether the disk has taken it. Those before it stay if not."""
-    facts = {"data": job.data_facts}
+def save(job: Job, run: RunDirectory | None, log: RunLog, step: int) -> bool:
+    """Write a checkpoint; returns whether the disk has taken it. Those before it stay if not.
+
+    All ranks call it: where each one's reader stands is in the checkpoint, too.
+    """
+    readers = dist.of_all(job.loader.steps.state(step), job.world.group)
+    if run is None:
+        return True
+    facts = {"data": job.data_facts, "readers": readers}
     try:
         checkpoint.save(run.path, step, job.model, job.optimizer, facts, keep=job.config.keep)
     except OSError as error:

@@ -42,8 +42,8 @@ class BetonError(ValueError):
 class BetonReader:
     """A memory-mapped `.beton`, validated as a whole when it is opened.
 
-    Attributes: `path`; `labels`, int64 [N], -1 = no class; `num_classes`; `class_names`, a list, or
-    None in a file that does not record them; `page_size`, bytes.
+    Attributes: `path`; `labels`, int64 [N], -1 = no class; `num_classes`; `class_names`, a list or
+    None; `page_size`, bytes; `fields`, their names; `image_field`, which of them has the images.
 
     Reads files of the stock DatasetWriter too: any order and names of fields, others than the
     image (named "image", else the first of its type) and the label ("label", else the first
@@ -131,17 +131,17 @@ class BetonReader:
 
         self._fields = self._view(HEADER.itemsize, FIELD, num_fields)
         type_ids = self._fields["type_id"].tolist()
-        names = [name.split(b"\0")[0] for name in self._fields["name"].tolist()]
+        self.fields = [name.split(b"\0")[0] for name in self._fields["name"].tolist()]  # bytes
         foreign = set(type_ids) - FIELD_RECORDS.keys()
         self._require(not foreign, f"unknown field types {foreign}: FFCV's own are 0 to 6")
-        self._image_field = _choose(b"image", RGB_IMAGE, names, type_ids)
-        self._label_field = _choose(b"label", INT, names, type_ids)
-        self._require(self._image_field >= 0, "it has no RGB image field")
+        self.image_field = _choose(b"image", RGB_IMAGE, self.fields, type_ids)
+        self._label_field = _choose(b"label", INT, self.fields, type_ids)
+        self._require(self.image_field >= 0, "it has no RGB image field")
 
         metadata_start = HEADER.itemsize + self._fields.nbytes
         record = metadata_dtype(type_ids)
         self._metadata = self._view(metadata_start, record, num_samples)
-        self._images = self._metadata[f"f{self._image_field}"]
+        self._images = self._metadata[f"f{self.image_field}"]
         self._data_start = metadata_start + self._metadata.nbytes
         count, rest = divmod(len(self._bytes) - self._tables_start, ALLOCATION.itemsize)
         self._require(rest == 0, "truncated, or its allocation table is damaged")
@@ -209,7 +209,7 @@ class BetonReader:
         self.class_names: list[str] | None = None
         self._checksums: np.ndarray | None = None
         self._names: Names | None = None
-        arguments = self._fields["arguments"][self._image_field].tobytes()
+        arguments = self._fields["arguments"][self.image_field].tobytes()
         if not any(arguments):
             return
         extras = np.frombuffer(arguments, EXTRAS, count=1)
@@ -225,7 +225,7 @@ class BetonReader:
         blob = self._view(start, np.dtype(np.uint8), num_bytes)
         tables = (self._metadata, blob, self._allocations)
         pieces = (piece for table in tables for piece in self._pieces(table))
-        crc = tables_crc(self._header, self._fields, self._image_field, pieces)
+        crc = tables_crc(self._header, self._fields, self.image_field, pieces)
         self._require(crc == extras["crc"][0], "its tables are damaged (checksum mismatch)")
         self._checksums = blob[:names_start].view("<u4")
         names = blob[names_start:classes_start]

@@ -49,9 +49,9 @@ class ImageFiles:
         return len(self._paths)
 
     @property
-    def sizes(self) -> "_Sizes":
+    def sizes(self) -> "Sizes":
         """sizes[samples] -> int64 [n, 2]: heights and widths, read from the files on demand."""
-        return _Sizes(self)
+        return Sizes(self)
 
     def size(self, index: int) -> tuple[int, int]:
         """(height, width) in pixels."""
@@ -96,11 +96,11 @@ class ImageFiles:
             raise ValueError(f"{path} cannot be read: {error}") from None
 
 
-class _Sizes:
-    """An array that is filled as it is read."""
+class Sizes:
+    """sizes[samples] -> int64 [n, 2] of images that are looked at when they are asked for."""
 
-    def __init__(self, files: ImageFiles) -> None:
-        self._files = files
+    def __init__(self, files) -> None:
+        self._files = files  # with a method size(index) -> (height, width)
 
     def __getitem__(self, samples: np.ndarray) -> np.ndarray:
         pairs = [self._files.size(index) for index in np.atleast_1d(samples).tolist()]

@@ -2,7 +2,8 @@
 
 A loader yields a `Batch` for every global step. Step s is batch s mod S of epoch s // S, S being
 the number of full batches in the epoch's order; rank r of W takes the r-th of W equal slices. So
-resuming is a start at another step, and nothing is read for the steps left out.
+resuming is a start at another step, and nothing is read for the steps left out. Samples, keys and
+boxes (`steps.py`) are the same in every loader; what differs is the filter that makes the pixels.
 
 The native loader needs no compiled extension of its own: the file is memory-mapped, threads
 decode each JPEG once (libjpeg-turbo) and cut both crops from it (torch's antialiased bicubic on
@@ -23,8 +24,8 @@ import simplejpeg
 import torch
 
 from pipelines.beton import BetonReader
-from pipelines.crop import RandomResizedCrop, cut, random_boxes
-from pipelines.order import epoch_order, view_keys
+from pipelines.crop import RandomResizedCrop, cut
+from pipelines.steps import Request, Steps
 
 IMAGES_PER_TASK = 4  # few enough to share a batch evenly, enough to hide the cost of a task
 
@@ -36,7 +37,12 @@ class Batch:
     step: int
     samples: np.ndarray  # int64 [n]: their numbers in the file
     keys: tuple[np.ndarray, np.ndarray]  # uint64 [n] each: what the views' augmentation draws from
-    views: torch.Tensor  # uint8 [2, n, size, size, 3] on the CPU; view A first
+    # uint8 [2, n, size, size, 3], view A first; the consumer's own, on the CPU or the GPU it is for
+    views: torch.Tensor
+
+    @classmethod
+    def of(cls, request: Request, views: torch.Tensor) -> "Batch":
+        return cls(step=request.step, samples=request.samples, keys=request.keys, views=views)
 
 
 class NativeLoader:
@@ -74,38 +80,29 @@ class NativeLoader:
     ) -> None:
         require_full_batches(batch_size, world_size, len(reader), reader.path)
         self.reader = reader
-        self.sizes = reader.sizes  # int64 [N, 2]
-        self.crop = crop
-        self.size_of = size_of or (lambda epoch: crop.size)
-        self.batch_size = batch_size
-        self.seed = seed
-        self.share = slice(batch_size // world_size * rank, batch_size // world_size * (rank + 1))
-        self.steps_per_epoch = len(reader) // batch_size
+        self.steps = Steps(
+            reader,
+            crop,
+            batch_size=batch_size,
+            seed=seed,
+            rank=rank,
+            world_size=world_size,
+            size_of=size_of,
+        )
+        self.steps_per_epoch = self.steps.per_epoch
         self.cutter = CropCutter(reader, num_threads, prefetch, pin_memory, cache_bytes)
 
     def batches(self, first_step: int, last_step: int) -> Iterator[Batch]:
         """This rank's batches of the global steps first_step .. last_step - 1."""
-        waiting: deque[tuple] = deque()  # step, samples and keys of the batches being cut
+        waiting: deque[Request] = deque()  # of the batches being cut
 
         def requests():
-            order, order_epoch = np.empty(0, np.int64), -1
-            for step in range(first_step, last_step):
-                epoch, batch = divmod(step, self.steps_per_epoch)
-                if epoch != order_epoch:
-                    order, order_epoch = epoch_order(len(self.reader), self.seed, epoch), epoch
-                start = batch * self.batch_size
-                samples = order[start : start + self.batch_size][self.share]
-                sizes = self.sizes[samples].T  # [2, n]: heights, widths
-                keys = [
-                    view_keys(samples, seed=self.seed, epoch=epoch, view=view) for view in (0, 1)
-                ]
-                boxes = [random_boxes(self.crop, key, *sizes) for key in keys]
-                waiting.append((step, samples, keys))
-                yield samples, np.stack(boxes, axis=1), self.size_of(epoch)
+            for request in self.steps.requests(first_step, last_step):
+                waiting.append(request)
+                yield request.samples, request.boxes, request.size
 
         for crops in self.cutter.cut(requests()):
-            step, samples, keys = waiting.popleft()
-            yield Batch(step=step, samples=samples, keys=(keys[0], keys[1]), views=crops)
+            yield Batch.of(waiting.popleft(), crops)
 
 
 def require_full_batches(
@@ -197,13 +194,7 @@ class CropCutter:
 
     def decode(self, sample: int) -> torch.Tensor:
         """One record -> uint8 [3, H, W], channels-last in memory."""
-        if not self.checked[sample]:
-            if not self.reader.checksum_ok(sample):
-                raise ValueError(
-                    f"{self._title(sample)} is not what was converted (its checksum differs);"
-                    " convert the data again"
-                )
-            self.checked[sample] = True
+        self.check(sample)
         height, width = self.reader.size(sample)
         data = self.reader.image(sample)
         if self.reader.is_raw(sample):
@@ -215,14 +206,25 @@ class CropCutter:
                     pixels = simplejpeg.decode_jpeg(data, "RGB", fastdct=False, fastupsample=False)
             except ValueError as error:
                 raise ValueError(
-                    f"{self._title(sample)} does not decode ({error}); convert the data again"
+                    f"{self.title(sample)} does not decode ({error}); convert the data again"
                 ) from None
             if found != (height, width):
                 raise ValueError(
-                    f"{self._title(sample)} is {found[1]}x{found[0]} but was"
+                    f"{self.title(sample)} is {found[1]}x{found[0]} but was"
                     f" recorded as {width}x{height}; convert the data again"
                 )
         return torch.from_numpy(pixels).permute(2, 0, 1)
 
-    def _title(self, sample: int) -> str:
+    def check(self, sample: int) -> None:
+        """Compare a record with its checksum, the first time it is asked for."""
+        if not self.checked[sample]:
+            if not self.reader.checksum_ok(sample):
+                raise ValueError(
+                    f"{self.title(sample)} is not what was converted (its checksum differs);"
+                    " convert the data again"
+                )
+            self.checked[sample] = True
+
+    def title(self, sample: int) -> str:
+        """An image's number, name and file, for messages."""
         return f"image {sample} ({self.reader.name(sample)}) of {self.reader.path}"

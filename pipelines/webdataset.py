@@ -1,12 +1,13 @@
 """Web shards: tar archives that the webdataset library, DALI and plain `tar` read.
 
-    shards/train-000000.tar     000000000.jpg 000000000.cls 000000001.jpg ... .names
+    shards/train-000000.tar     000000000.jpg 000000000.cls 000000001.jpg ... .names .crc32
     shards/train-000000.idx     DALI's index, so that its reader need not look for the samples
     shards/dataset.json         number of images, classes, shards with their counts and SHA-256
 
 A key is the number of the image in its split; `.cls` is its class as a decimal number, and is
 missing where there are no classes. `.names` holds the images' names in their source, each ended by
-NUL; readers pass over it, as over all that begins with a dot.
+NUL, and `.crc32` the checksums of the images' bytes, 4 bytes each, little-endian; readers pass over
+them, as over all that begins with a dot.
 
 An index is text (source: DALI 2.4.0, `wds2idx`): "v1.2" and the number of samples, then for each
 sample its components: extension, position of the bytes in the archive, their number, file name.
@@ -17,16 +18,20 @@ Archives are written in order and hold no times or users: the same images give t
 import hashlib
 import os
 import tarfile
+import zlib
 from array import array
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
 
+import numpy as np
+
 from pipelines.atomic import open_for_recovery
 
 DATASET = "dataset.json"
 NAMES = ".names"
+CHECKSUMS = ".crc32"
 BLOCK = 512  # of a tar archive: a header takes one, contents are padded to whole ones
 END = bytes(2 * BLOCK)
 MAX_IMAGES = 10_000  # per shard: bounds the memory that its index and its listing take
@@ -84,6 +89,7 @@ class ShardWriter:
         self._sizes.append(len(jpeg))
         self._labels.append(label)
         self._names += os.fsencode(name) + b"\0"
+        self._checksums.append(zlib.crc32(jpeg) if checksum is None else checksum)
         self._num_images += 1
 
     def recover(self, size: int) -> bytes:
@@ -127,7 +133,8 @@ class ShardWriter:
         """(number of the shard, position in it) of the next image if it has `size` bytes."""
         sample = _member_size(size) + (_member_size(1) if self._has_classes else 0)
         names = _member_size(len(self._names) + 1000)  # with room for one more
-        ends = self._position + sample + names + len(END)
+        checksums = _member_size(4 * len(self._sizes) + 4)
+        ends = self._position + sample + names + checksums + len(END)
         if self._sizes and (ends > self._max_bytes or len(self._sizes) == MAX_IMAGES):
             return len(self.shards) + 1, BLOCK
         return len(self.shards), self._position + BLOCK
@@ -138,10 +145,12 @@ class ShardWriter:
         self._position = 0
         self._first = self._num_images
         self._sizes, self._labels, self._names = array("Q"), array("l"), bytearray()
+        self._checksums = array("I")
 
     def _end(self) -> None:
         assert self._file is not None
         self._write_member(NAMES, self._names)
+        self._write_member(CHECKSUMS, np.asarray(self._checksums, "<u4").tobytes())
         self._write(END)
         self._file.truncate(self._position)
         self._file.flush()

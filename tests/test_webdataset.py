@@ -5,6 +5,7 @@ import io
 import json
 import shutil
 import tarfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -68,7 +69,9 @@ def test_plain_tar_finds_keys_images_and_classes(shards, beton):
         assert contents.pop(f"{index:09}.jpg") == beton.image(index).tobytes()
         assert int(contents.pop(f"{index:09}.cls")) == beton.label(index)
     assert contents.pop(".names").split(b"\0")[0] == b"cat/000.jpg"
-    assert not contents and len(names) == 2 * 41 + 1
+    checksums = [zlib.crc32(beton.image(index)) for index in range(len(beton))]
+    assert contents.pop(".crc32") == np.array(checksums, "<u4").tobytes()
+    assert not contents and len(names) == 2 * 41 + 2
 
 
 def test_shards_are_bounded_and_described(many):
@@ -176,7 +179,7 @@ def test_train_and_val_without_classes(tmp_path):
     names = [path.name for path in archives(tmp_path / "shards")]
     assert names == ["train-000000.tar", "val-000000.tar"]
     with tarfile.open(tmp_path / "shards" / "val-000000.tar") as archive:
-        assert archive.getnames() == ["000000000.jpg", "000000001.jpg", ".names"]
+        assert archive.getnames() == ["000000000.jpg", "000000001.jpg", ".names", ".crc32"]
     assert convert(tmp_path / "shards", tmp_path / "out.beton") == 0
     assert len(BetonReader(tmp_path / "out.val.beton")) == 2
     assert BetonReader(tmp_path / "out.beton").labels.tolist() == [-1, -1, -1]

@@ -1,4 +1,4 @@
-"""Two-view loading speed: bt-fast's native loader, stock FFCV, and the reference, in one run.
+"""Two-view loading speed: bt-fast's loaders, stock FFCV, and the reference, in one run.
 
     python tools/bench_loader.py imagenet-sample/train --workers 2
 
@@ -6,11 +6,12 @@
                 (its colours and blur run in these workers too; there is no other place for them)
     ffcv        stock FFCV with two image pipelines, random resized crops only: decodes twice
     native      bt-fast: decodes once, crops twice
+    dali        the same with DALI, on the GPU if there is one
     cached      the same with --cache-gb, once all images are decoded: what is left is cropping
 
 All give two views of 224 px per image, from the same images and with as many workers or threads.
-FFCV and native read the same `.beton`, made first. The first batches (start-up, FFCV's compilation)
-are not timed; the contenders alternate. What counts is the ratio within one run.
+All but the reference read the same `.beton`, made first. The first batches (start-up, FFCV's
+compilation) are not timed; the contenders alternate. What counts is the ratio within one run.
 """
 
 import _checkout  # noqa: F401  # isort: skip
@@ -26,12 +27,15 @@ from typing import Annotated
 
 import numpy as np
 import simplejpeg
+import torch
 import tyro
 from PIL import Image
 
+from pipelines import dali_loader
 from pipelines.beton import BetonReader
 from pipelines.convert import Convert, convert
 from pipelines.crop import RandomResizedCrop, random_boxes
+from pipelines.dali_loader import DaliLoader
 from pipelines.flags import usable_cores
 from pipelines.loader import NativeLoader
 from tools import reference
@@ -103,6 +107,15 @@ def cached(config: Benchmark, beton: Path) -> Iterator:
     return batches
 
 
+def dali(config: Benchmark, beton: Path) -> Iterator:
+    reader, crop = BetonReader(beton), RandomResizedCrop(size=config.size)
+    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    loader = DaliLoader(
+        reader, crop, batch_size=config.batch_size, num_threads=config.workers, device=device
+    )
+    return loader.batches(0, 1 << 40)
+
+
 def measure(batches: Iterator, config: Benchmark) -> float:
     """Images/s of an endless iterator of batches, after the first four."""
     for _ in islice(batches, 4):
@@ -134,6 +147,10 @@ def difference_from_pillow(config: Benchmark, beton: Path) -> tuple[float, float
 def main() -> None:
     config = tyro.cli(Benchmark, description=__doc__)
     contenders = {"reference": released, "ffcv": ffcv, "native": native, "cached": cached}
+    if dali_loader.is_installed():
+        contenders["dali"] = dali
+    else:
+        print("dali is left out: it is not installed")
     try:
         import ffcv as _  # noqa: F401
     except ImportError as error:

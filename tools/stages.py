@@ -21,7 +21,7 @@ from bt_fast.job import Job
 from bt_fast.loss import choose_method
 from bt_fast.perf import synchronise
 from pipelines import loader
-from pipelines.crop import cut, random_boxes
+from pipelines.crop import cut
 from pipelines.loader import IMAGES_PER_TASK, NativeLoader
 from tools.timing import images_per_second, seconds_of_parts, seconds_per_call
 
@@ -48,9 +48,9 @@ def loader_stages(job: Job, budget: float) -> Iterator[Stage]:
     n, cutter, cpu = job.config.batch_size, job.loader.cutter, torch.device("cpu")
     # Enough images to share them evenly among threads; times are brought to a batch.
     num_batches = -(-_IMAGES_FOR_THREADS // n)
-    batches = list(job.loader.batches(0, num_batches))
-    samples = np.concatenate([batch.samples for batch in batches])
-    keys = [np.concatenate([batch.keys[view] for batch in batches]) for view in range(2)]
+    requests = list(job.loader.steps.requests(0, num_batches))
+    samples = np.concatenate([request.samples for request in requests])
+    boxes = np.concatenate([request.boxes for request in requests])
 
     def threaded(function, items) -> Callable[[], list]:
         def some(first: int) -> list:
@@ -71,14 +71,12 @@ def loader_stages(job: Job, budget: float) -> Iterator[Stage]:
     yield Stage(name="decode", seconds=seconds(cutter.decode, samples))
 
     images = threaded(cutter.decode, samples)()
-    sizes = job.loader.sizes[samples].T
-    boxes = [random_boxes(job.loader.crop, key, *sizes) for key in keys]
     side = job.config.size
     crops = torch.empty((2, len(samples), side, side, 3), dtype=torch.uint8)
 
     def crop(row: int) -> None:
         for view in range(2):
-            cut(images[row], boxes[view][row], out=crops[view, row])
+            cut(images[row], boxes[row, view], out=crops[view, row])
 
     yield Stage(name="crop", seconds=seconds(crop, range(len(samples))))
     rate = images_per_second(job.loader.batches(0, 1 << 40), n, cpu, 2 * budget)
@@ -91,9 +89,8 @@ def loader_overhead(job: Job, budget: float) -> float:
     That is handing out tasks, the random boxes and keys, checksums excepted (paid once).
     """
     config = job.config
-    single = NativeLoader(
-        job.reader, job.loader.crop, batch_size=config.batch_size, seed=config.seed, num_threads=1
-    )
+    crop, n = job.loader.steps.crop, config.batch_size
+    single = NativeLoader(job.reader, crop, batch_size=n, seed=config.seed, num_threads=1)
     inside = 0.0
 
     def timed(function):
@@ -211,21 +208,20 @@ def whole(job: Job, budget: float) -> tuple[float, float]:
     """Seconds of a step: (with the loader, on views that are already on the device)."""
     n, device = job.config.batch_size, job.performance.device
     branches = job.config.view_a, job.config.view_b
-
-    def steps(batches: Iterable[torch.Tensor]) -> Iterator[None]:
-        for views in batches:
-            train.set_learning_rates(job, 0)
-            train.update(job, views)
-            yield
-
-    batches = job.loader.batches(0, 1 << 40)
-    with_loader = images_per_second(
-        steps(feed(batches, branches, job.performance)), n, device, budget
-    )
+    batches = feed(job.loader.batches(0, 1 << 40), branches, job.performance)
+    with_loader = images_per_second(steps(job, batches), n, device, budget)
     batch = next(job.loader.batches(0, 1))
     views = distort(batch, branches, job.performance)
-    without = images_per_second(steps(repeat(views)), n, device, budget)
+    without = images_per_second(steps(job, repeat(views)), n, device, budget)
     return n / with_loader, n / without
+
+
+def steps(job: Job, batches: Iterable[torch.Tensor]) -> Iterator[None]:
+    """Steps of training, on views as `feed` gives them."""
+    for views in batches:
+        train.set_learning_rates(job, 0)
+        train.update(job, views)
+        yield
 
 
 def peak_memory(job: Job) -> int:

@@ -9,13 +9,17 @@ import functools
 import json
 import sys
 import tempfile
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from bt_fast import costs, perf
+from bt_fast.cli import parse_pretrain
+from bt_fast.feed import feed
+from bt_fast.job import Job, build
 from bt_fast.lars import LARS, parameter_groups
 from bt_fast.model import BarlowTwins
 from pipelines import augment
@@ -25,6 +29,7 @@ from pipelines.flags import usable_cores
 from pipelines.loader import NativeLoader
 from pipelines.order import view_keys
 from tools import reference, synthetic
+from tools.stages import steps
 from tools.timing import images_per_second, seconds_per_call
 
 ON_GPU = torch.cuda.is_available()
@@ -183,11 +188,51 @@ def loader(results: Results, data: Path | None) -> None:
             results.measure("The native loader", f"{threads} threads", way)
 
 
+def dali(results: Results, data: Path | None) -> None:
+    """Loading and training with DALI and with native: rates, and the cores kept busy meanwhile."""
+    toy = ["--recipe=demo", "--size=32", "--batch-size=4", "--projector", "32", "32"]
+    flags = ["--batch-size=256"] if ON_GPU else [*toy, "--device=cpu"]
+    with tempfile.TemporaryDirectory() as scratch:
+        path = data or synthetic.images(Path(scratch), 512)
+        for name in ("native", "dali"):
+
+            def built(name=name) -> Job:
+                return build(parse_pretrain([*flags, "--data", str(path), "--loader", name]))
+
+            def loading(built=built) -> dict[str, float]:
+                job = built()
+                return busy(job, job.loader.batches(0, 1 << 40))
+
+            def training(built=built) -> dict[str, float]:
+                job = built()
+                branches = job.config.view_a, job.config.view_b
+                views = feed(job.loader.batches(0, 1 << 40), branches, job.performance)
+                return busy(job, steps(job, views))
+
+            results.measure("Both views from JPEGs, nothing else going on", name, loading)
+            results.measure("Training from JPEGs", name, training)
+
+
+def busy(job: Job, batches: Iterator) -> dict[str, float]:
+    """Images/s of an iterator of the job's batches, and CPU seconds a second meanwhile."""
+    next(batches)
+    wall, cpu = time.perf_counter(), time.process_time()
+    device = job.performance.device
+    rate = images_per_second(batches, job.config.batch_size, device, 8 * BUDGET)
+    cores = (time.process_time() - cpu) / (time.perf_counter() - wall)
+    batches.close()  # type: ignore[attr-defined]
+    return {"images/s": rate, "cores": cores, "images per core and s": rate / cores}
+
+
 def main() -> int:
     name, results = sys.argv[1], Results(Path(sys.argv[2]))
     data = Path(sys.argv[3]) if len(sys.argv) > 3 else None
     perf.apply()
-    parts = {"kernels": kernels, "loader": functools.partial(loader, data=data)}
+    parts = {
+        "kernels": kernels,
+        "loader": functools.partial(loader, data=data),
+        "dali": functools.partial(dali, data=data),
+    }
     parts[name](results)
     return min(results.num_failed, 1)
 

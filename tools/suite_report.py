@@ -57,7 +57,7 @@ def markdown(results: dict) -> str:
         lines += [f"{tests['tests']} tests of CUDA paths, failed: {failed}.", ""]
     if "result" in parts.get("profile", {}):
         lines += _profile(parts["profile"]["result"])
-    for name in ("kernels", "loss", "loader"):
+    for name in ("kernels", "loss", "loader", "dali"):
         for title, rows in parts.get(name, {}).get("result", {}).items():
             lines += _rows(title, rows)
     for name in ("reduce-overhead", "deterministic"):

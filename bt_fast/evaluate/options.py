@@ -15,7 +15,6 @@ from torch import nn
 from bt_fast import perf
 from bt_fast.config import Config
 from bt_fast.evaluate.views import Images, Views
-from bt_fast.job import open_data, open_val
 from bt_fast.log import summary_table
 from bt_fast.model import build_encoder, feature_width
 from bt_fast.perf import Performance, Precision
@@ -23,6 +22,8 @@ from bt_fast.run_directory import load_config
 from bt_fast.weights import fingerprint, read_pretrained
 from pipelines.flags import usable_cores
 from pipelines.image_files import open_folder
+from pipelines.loaders import open_data, open_val
+from pipelines.sources.shards import is_ours
 
 Options = TypeVar("Options", bound="EvalOptions")
 
@@ -238,6 +239,11 @@ def open_data_and_val(options: EvalOptions, subject: Subject) -> tuple[Images, I
 
 def open_images(path: Path, flag: str) -> tuple[Images, Images | None]:
     """A `.beton` or an image folder, and the held-out images beside it."""
+    if is_ours(path):
+        raise ValueError(
+            f"{flag} {path}: evaluations do not read web shards; bt-convert {path} out.beton,"
+            f" then {flag} out.beton"
+        )
     if path.is_dir():
         splits = open_folder(path)
         return splits["train"], splits.get("val")

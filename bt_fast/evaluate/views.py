@@ -23,13 +23,14 @@ SUPERVISED_VIEW = 2  # pretraining's views are 0 and 1
 
 
 class Images(Protocol):
-    """What BetonReader and ImageFiles have in common."""
+    """What BetonReader, ImageFiles and ShardReader have in common."""
 
     path: str
-    labels: np.ndarray
     num_classes: int
     class_names: list[str] | None
 
+    @property
+    def labels(self) -> np.ndarray: ...
     @property
     def sizes(self) -> Any: ...  # indexed by samples int64 [n] -> int64 [n, 2]: heights, widths
     def __len__(self) -> int: ...

@@ -51,17 +51,23 @@ def read_dataset(folder: Path) -> dict:
 def our_splits(folder: Path, dataset: dict) -> dict[str, Split]:
     """The splits of a `dataset.json`, whose shards must all be there in full length."""
     splits = {}
-    for name, content in dataset["splits"].items():
-        paths = [folder / shard["name"] for shard in content["shards"]]
-        for path, shard in zip(paths, content["shards"], strict=True):
-            size = path.stat().st_size if path.exists() else 0
-            if size != shard["num_bytes"]:
-                raise SourceError(
-                    f"{path} has {size} bytes, and {shard['num_bytes']} in {DATASET}: get it again"
-                )
-        splits[name] = _split(folder, paths, list(dataset["classes"]))
+    for name in dataset["splits"]:
+        splits[name] = _split(folder, our_archives(folder, dataset, name), [*dataset["classes"]])
         splits[name].max_side = 0
     return splits
+
+
+def our_archives(folder: Path, dataset: dict, split: str) -> list[Path]:
+    """The shards of a split. Raises SourceError for one that is missing or cut off."""
+    shards = dataset["splits"][split]["shards"]
+    paths = [folder / shard["name"] for shard in shards]
+    for path, shard in zip(paths, shards, strict=True):
+        size = path.stat().st_size if path.exists() else 0
+        if size != shard["num_bytes"]:
+            raise SourceError(
+                f"{path} has {size} bytes, and {shard['num_bytes']} in {DATASET}: get it again"
+            )
+    return paths
 
 
 def _split(root: Path, paths: list[Path], class_names: list[str]) -> Split:

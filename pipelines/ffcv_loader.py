@@ -1,0 +1,150 @@
+"""The ffcv loader: FFCV's own `Loader` with an operation of ours that decodes once and crops twice.
+
+Samples, keys, boxes, ranks and resuming are those of the native loader; the pixels are not. FFCV
+decodes with libjpeg-turbo's fast DCT and resizes with OpenCV's INTER_AREA, where the reference and
+native have the accurate DCT and Pillow's antialiased bicubic: on ImageNet's crops 1.9 grey levels
+in the mean. (Of these the filter alone is 1.4; stock FFCV has the same pixels.)
+
+What FFCV does here: it maps the file (its cache for the operating system: with a random order its
+own page cache would load the whole file), looks up records, compiles the operation with Numba, and
+runs it in Numba's threads from a thread of its own, `prefetch` batches ahead. What it does not:
+
+- order and boxes: its traversal orders list an epoch from its start, and its augmentations cannot
+  be seeded; so the work goes to its iterator step by step, as `Steps` has it.
+- damage: its decoders ignore libturbojpeg's return code, which ours collects. A record is compared
+  with its checksum, and its JPEG's size with the recorded one, when it is first read.
+- memory: it reuses its batches. Here crops go into new memory, so a batch is the consumer's to
+  keep; `prefetch` + 2 exist at a time beside those. No scratch for whole batches of images either.
+
+A start costs a few seconds more than native's: importing FFCV, listing the file's records in Python
+(5 s for ImageNet), and the first batch's compilation. Numba cannot keep that for the next start: it
+caches no function that calls into a library ("uses dynamic globals (such as ctypes pointers...)").
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from types import ModuleType
+
+import numpy as np
+import simplejpeg
+import torch
+
+from pipelines.beton import BetonReader
+from pipelines.crop import RandomResizedCrop
+from pipelines.loader import Batch, CropCutter, require_full_batches
+from pipelines.steps import Request, Steps
+
+
+class FfcvLoader:
+    """Random resized crops of a `.beton`, two per image, as `NativeLoader` with FFCV's pixels.
+
+    Args:
+        reader: the data, JPEGs and raw images in any mixture.
+        num_threads: decoding threads of this rank; at most Numba's, which are the usable cores.
+        cache_bytes: 0; FFCV keeps no decoded images.
+        others: as `NativeLoader`.
+    Raises:
+        ValueError: ffcv is missing; what it cannot do is asked for; else as `NativeLoader`.
+    """
+
+    def __init__(
+        self,
+        reader: BetonReader,
+        crop: RandomResizedCrop,
+        *,
+        batch_size: int,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        num_threads: int = 2,
+        prefetch: int = 3,
+        pin_memory: bool = False,
+        cache_bytes: int = 0,
+        size_of: Callable[[int], int] | None = None,
+    ) -> None:
+        require_full_batches(batch_size, world_size, len(reader), reader.path)
+        if cache_bytes:
+            raise ValueError("--cache-gb needs --loader native: FFCV keeps no decoded images")
+        self.ffcv = _import()
+        self.loader = self.ffcv.open_loader(reader, num_threads, max(prefetch, 1))
+        self.reader = reader
+        self.steps = Steps(
+            reader,
+            crop,
+            batch_size=batch_size,
+            seed=seed,
+            rank=rank,
+            world_size=world_size,
+            size_of=size_of,
+        )
+        self.steps_per_epoch = self.steps.per_epoch
+        self.num_threads = num_threads
+        self.pin_memory = pin_memory
+        self.cutter = CropCutter(reader, num_threads)  # has the last word on damaged records
+
+    def batches(self, first_step: int, last_step: int) -> Iterator[Batch]:
+        """This rank's batches of the global steps first_step .. last_step - 1."""
+        waiting: deque[tuple[Request, torch.Tensor]] = deque()  # of the batches being made
+
+        def work():
+            for request in self.steps.requests(first_step, last_step):
+                self._check_new(request.samples)
+                shape = (2, len(request.samples), request.size, request.size, 3)
+                views = torch.empty(shape, dtype=torch.uint8, pin_memory=self.pin_memory)
+                waiting.append((request, views))
+                yield self.ffcv.Work(request.samples, request.boxes, views.numpy())
+
+        stream = self.ffcv.Stream(self.loader, work())
+        try:
+            for (codes,) in stream:
+                request, views = waiting.popleft()
+                for sample in request.samples[codes != 0]:
+                    self._refuse(int(sample))
+                yield Batch.of(request, views)
+            if stream.error is not None:
+                raise stream.error
+        finally:
+            stream.stop()
+
+    def _check_new(self, samples: np.ndarray) -> None:
+        """Check the records that have not been read yet, in native's threads."""
+        new = samples[~self.cutter.checked[samples]]
+        for _ in self.cutter.pool.map(self._check, np.array_split(new, self.num_threads)):
+            pass
+
+    def _check(self, samples: np.ndarray) -> None:
+        for sample in samples.tolist():
+            self.cutter.check(sample)
+            if not self.reader.is_raw(sample) and not self._has_recorded_size(sample):
+                self._refuse(sample)
+
+    def _has_recorded_size(self, sample: int) -> bool:
+        """libffcv would scale a JPEG of another size, or leave part of the image unwritten."""
+        try:
+            header = simplejpeg.decode_jpeg_header(self.reader.image(sample))
+        except ValueError:
+            return False
+        return header[:2] == self.reader.size(sample)
+
+    def _refuse(self, sample: int) -> None:
+        self.cutter.decode(sample)  # says by name what is wrong with it
+        raise ValueError(
+            f"{self.cutter.title(sample)} does not decode with FFCV's libjpeg-turbo;"
+            " choose --loader native"
+        )
+
+
+def _import() -> ModuleType:
+    """pipelines.ffcv_stream; FFCV is optional, and importing it sets torch's threads to one."""
+    torch_threads = torch.get_num_threads()
+    try:
+        from pipelines import ffcv_stream
+    except ImportError as error:
+        raise ValueError(
+            f"--loader ffcv needs FFCV ({error}): install Debian's libopencv-dev,"
+            " libturbojpeg0-dev and pkg-config, then pip install 'bt-fast[ffcv]';"
+            " or choose --loader native"
+        ) from None
+    finally:
+        torch.set_num_threads(torch_threads)
+    return ffcv_stream

@@ -1,0 +1,96 @@
+"""Images of web shards by number: what a .beton of the same images says."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+from pipelines.beton import BetonReader
+from pipelines.convert import main
+from pipelines.listing import SourceError
+from pipelines.shard_reader import ShardReader
+
+
+@pytest.fixture(scope="module")
+def shards(small_beton, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("of-small") / "shards"
+    assert main([str(small_beton), str(folder), "--format=webdataset", "--workers=1"]) == 0
+    return folder
+
+
+def test_it_says_what_the_beton_says(small_beton, shards):
+    beton, reader = BetonReader(small_beton), ShardReader(shards)
+    assert len(reader) == len(beton) and reader.class_names == beton.class_names
+    assert np.array_equal(reader.labels, beton.labels)
+    assert np.array_equal(reader.sizes[np.arange(64)], beton.sizes)
+    for index in range(64):
+        assert np.array_equal(reader.image(index), beton.image(index))
+        assert reader.place(index)[2] == beton.place(index)[2] and reader.checksum_ok(index)
+    assert reader.name(7) == "000000007.jpg in train-000000.tar"
+
+
+def test_classes_are_read_of_some_images_from_everywhere(small_beton, shards, monkeypatch):
+    monkeypatch.setattr("pipelines.shard_reader.MAX_LABELS", 20)
+    labels = ShardReader(shards).labels
+    known = np.flatnonzero(labels >= 0)
+    assert len(known) == 20 and known.max() - known.min() > 32
+    assert np.array_equal(labels[known], BetonReader(small_beton).labels[known])
+
+
+def copy_of(shards, folder):
+    shutil.copytree(shards, folder)
+    return folder
+
+
+def test_a_flipped_bit_is_noticed(shards, tmp_path):
+    folder = copy_of(shards, tmp_path / "flipped")
+    position = ShardReader(folder).place(9)[0]
+    with open(folder / "train-000000.tar", "r+b") as file:
+        file.seek(position + 400)
+        byte = file.read(1)
+        file.seek(position + 400)
+        file.write(bytes([byte[0] ^ 1]))
+    reader = ShardReader(folder)
+    assert [index for index in range(64) if not reader.checksum_ok(index)] == [9]
+
+
+def test_shards_of_an_earlier_version_have_no_checksums(shards, tmp_path):
+    folder = copy_of(shards, tmp_path / "old")
+    content = (folder / "train-000000.tar").read_bytes()
+    (folder / "train-000000.tar").write_bytes(content.replace(b".crc32", b".other"))
+    assert ShardReader(folder).place(9)[2] is None
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda text: "",
+        lambda text: text.replace("v1.2", "v9.9"),
+        lambda text: text.replace(" 000000009.jpg", ""),
+        lambda text: text.replace("jpg 512 ", "jpg 512000000000 "),
+        lambda text: text.rpartition("jpg")[0],
+    ],
+)
+def test_a_damaged_index_is_refused(shards, tmp_path, damage):
+    folder = copy_of(shards, tmp_path / "damaged")
+    index = folder / "train-000000.idx"
+    index.write_text(damage(index.read_text()))
+    with pytest.raises(ValueError, match=r"train-000000.idx is missing or damaged") as caught:
+        ShardReader(folder)
+    assert "\n" not in str(caught.value)
+
+
+def test_what_is_not_ours_or_not_whole_is_refused(shards, tmp_path):
+    with pytest.raises(ValueError, match="bt-convert"):
+        ShardReader(tmp_path)
+    with pytest.raises(ValueError, match="has no val images"):
+        ShardReader(shards, "val")
+    folder = copy_of(shards, tmp_path / "short")
+    with open(folder / "train-000000.tar", "r+b") as file:
+        file.truncate(5000)
+    with pytest.raises(SourceError, match="5000 bytes"):
+        ShardReader(folder)
+    with pytest.raises(SourceError, match="damaged"):
+        (folder / "dataset.json").write_text(json.dumps({"format": "webdataset"}))
+        ShardReader(folder)
