@@ -161,7 +161,12 @@ def _eval(name: str, arguments: list[str]) -> int:
     room, options, function = _EVALUATIONS[name]
     module = importlib.import_module(f"bt_fast.evaluate.{room}")
     parsed = parse_flags(getattr(module, options), f"bt-fast eval {name}", arguments)
-    return getattr(module, function)(parsed)
+    run = getattr(module, function)
+    if not hasattr(parsed, "gpus"):
+        return run(parsed)
+    from bt_fast.evaluate.ranks import on_ranks
+
+    return on_ranks(name, parsed, arguments, run)
 
 
 def _export(arguments: list[str]) -> int:

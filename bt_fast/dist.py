@@ -109,6 +109,11 @@ def silent_ranks(world: World, wait: float = 5.0) -> list[int]:
         return [0]  # with whose machine the store is gone
 
 
+def is_first_to_say() -> bool:
+    """Whether no other rank has asked this: of many with the same complaint one is to say it."""
+    return not _stores or _stores[-1].add("said", 1) == 1
+
+
 _stores: list[dist.Store] = []
 
 

@@ -21,6 +21,7 @@ from rich.console import Console
 
 from bt_fast import dist, perf, slurm, start
 from bt_fast.config import Config
+from bt_fast.dist import World
 from bt_fast.log import summary_table
 from bt_fast.plan import plan
 from bt_fast.run_directory import RunDirectory, choose_path, make_folder
@@ -57,8 +58,8 @@ def launch(settings: Config, arguments: Sequence[str], stop: StopFlag) -> int:
     if settings.resume is None:  # a name that outlives a restart
         arguments = [*arguments, "--run-dir", str(make_folder(settings))]
     if launcher:
-        return start.under(launcher, arguments, stop)
-    return start.here(arguments, wanted, stop)
+        return start.under(launcher, ["pretrain", *arguments], stop)
+    return start.here(["pretrain", *arguments], wanted, stop)
 
 
 def submit(settings: Config, partition: str) -> int:
@@ -98,17 +99,7 @@ def check(settings: Config, wanted: int) -> None:
 
 def run_rank(settings: Config, stop: StopFlag) -> int:
     """Be one of the ranks that torchrun, srun or bt-fast itself started."""
-    world = dist.described()
-    if settings.gpus not in (None, world.size):
-        raise ValueError(
-            f"--gpus {settings.gpus}, but {world.size} ranks were started; leave --gpus out or"
-            " start as many"
-        )
-    on_gpu = settings.device != "cpu" and torch.cuda.is_available()
-    device = torch.device("cuda", world.local_rank) if on_gpu else torch.device("cpu")
-    if not on_gpu and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(torch.get_num_threads() // world.local_size, 1))
-    world = dist.join(device, settings.patience)
+    world = join(settings.device, settings.gpus, settings.patience)
     try:
         status = pretrain(settings, stop, world)
     except (RuntimeError, ValueError, OSError) as error:
@@ -131,6 +122,21 @@ def run_rank(settings: Config, stop: StopFlag) -> int:
     if world.is_first and _STATUS in os.environ:
         Path(os.environ[_STATUS]).write_text(f"{status}\n")
     return 0 if status == EXIT_STOPPED else status
+
+
+def join(device: str, gpus: int | None, patience: float) -> World:
+    """Meet the other ranks, with this rank's share of a CPU's threads. Raises ValueError if there
+    are not `gpus` of them."""
+    world = dist.described()
+    if gpus not in (None, world.size):
+        raise ValueError(
+            f"--gpus {gpus}, but {world.size} ranks were started; leave --gpus out or start as many"
+        )
+    on_gpu = device != "cpu" and torch.cuda.is_available()
+    where = torch.device("cuda", world.local_rank) if on_gpu else torch.device("cpu")
+    if not on_gpu and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(torch.get_num_threads() // world.local_size, 1))
+    return dist.join(where, patience)
 
 
 def elsewhere(arguments: Sequence[str], wanted: int, num_here: int) -> str:

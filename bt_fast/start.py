@@ -21,8 +21,8 @@ EXIT_REFUSED = 2  # what a user can do wrong, and has been told
 _LAST_WORDS = 10.0  # seconds in which ranks may say what they saw of the one that died
 
 
-def here(arguments: Sequence[str], world_size: int, stop: StopFlag) -> int:
-    """Run so many ranks on this machine; returns the exit status."""
+def here(command: Sequence[str], world_size: int, stop: StopFlag) -> int:
+    """Run `bt-fast COMMAND...` as so many ranks of this machine; returns the exit status."""
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     # As torchrun would say it.
     alike = {
@@ -36,7 +36,7 @@ def here(arguments: Sequence[str], world_size: int, stop: StopFlag) -> int:
     def start() -> list[subprocess.Popen]:
         return [
             subprocess.Popen(
-                _rank_command(arguments),
+                _rank_command(command),
                 env=os.environ | {name: str(value) for name, value in told.items()},
             )
             for told in ({**alike, "RANK": r, "LOCAL_RANK": r} for r in range(world_size))
@@ -45,18 +45,18 @@ def here(arguments: Sequence[str], world_size: int, stop: StopFlag) -> int:
     return _see_through(start, stop)
 
 
-def under(launcher: Sequence[str], arguments: Sequence[str], stop: StopFlag) -> int:
-    """Run the ranks as what the words of `launcher` (an srun) start; returns the exit status."""
+def under(launcher: Sequence[str], command: Sequence[str], stop: StopFlag) -> int:
+    """Run it as what the words of `launcher` (an srun) start; returns the exit status."""
 
     def start() -> list[subprocess.Popen]:
-        command = [*launcher, *_rank_command(arguments)]
-        return [subprocess.Popen(command, stdin=subprocess.DEVNULL)]
+        words = [*launcher, *_rank_command(command)]
+        return [subprocess.Popen(words, stdin=subprocess.DEVNULL)]
 
     return _see_through(start, stop)
 
 
-def _rank_command(arguments: Sequence[str]) -> list[str]:
-    return [sys.executable, "-m", "bt_fast.cli", "pretrain", *arguments]
+def _rank_command(command: Sequence[str]) -> list[str]:
+    return [sys.executable, "-m", "bt_fast.cli", *command]
 
 
 def _see_through(start: Callable[[], list[subprocess.Popen]], stop: StopFlag) -> int:
@@ -66,7 +66,7 @@ def _see_through(start: Callable[[], list[subprocess.Popen]], stop: StopFlag) ->
         if stop.requested:
             return EXIT_STOPPED
         if failure:
-            note = f"bt-fast pretrain: {failure}; all start again from the newest checkpoint"
+            note = f"bt-fast: {failure}; all start again from what was last saved"
             print(note, file=sys.stderr, flush=True)
         os.environ[dist.RESTARTS] = str(restart)
         processes = start()

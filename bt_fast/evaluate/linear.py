@@ -6,6 +6,7 @@ one, `--cached`, reads features once and trains a grid of classifiers on them: s
 
 from dataclasses import dataclass
 
+from bt_fast.dist import ALONE, World
 from bt_fast.evaluate.heads import Grid, fit_grid
 from bt_fast.evaluate.options import Subject, TrainedOptions, labelled, run_on_pair
 from bt_fast.evaluate.supervised import Protocol, accuracy_rows, train_classifier
@@ -16,6 +17,9 @@ from bt_fast.evaluate.views import Images
 class EvalLinear(TrainedOptions):
     """Train a linear classifier on the frozen encoder and classify the held-out images."""
 
+    gpus: int | None = None
+    """Number of ranks; with --device cpu they are processes. Default: all GPUs of this machine, or
+    one CPU process."""
     cached: bool = False
     """The quick protocol: read features once, train a grid of classifiers on them at once."""
     views: int = 4
@@ -28,10 +32,15 @@ class EvalLinear(TrainedOptions):
     weight_decay: float = 1e-6
     """On weights and bias. The grid has its own."""
 
+    @property
+    def alone(self) -> str | None:
+        """The flag because of which it runs in one process, see `ranks`."""
+        return "--cached" if self.cached else None
 
-def run_linear(options: EvalLinear) -> int:
+
+def run_linear(options: EvalLinear, world: World = ALONE) -> int:
     """Print the accuracies; returns the exit status."""
-    return run_on_pair("linear", options, measure_linear)
+    return run_on_pair("linear", options, measure_linear, world)
 
 
 def measure_linear(

@@ -14,6 +14,7 @@ from torch import nn
 
 from bt_fast import perf
 from bt_fast.config import Config
+from bt_fast.dist import ALONE, World
 from bt_fast.evaluate.views import Images, Views
 from bt_fast.log import summary_table
 from bt_fast.model import build_encoder, feature_width
@@ -49,15 +50,15 @@ class EvalOptions:
     precision: Precision = "auto"
     """Of the encoder; auto is bf16 where the hardware has it."""
     workers: int | None = None
-    """Decoding threads. Default: all usable cores."""
+    """Decoding threads of each rank. Default: its share of the usable cores."""
     cache_gb: float = 0.0
     """Memory for decoded images, GB."""
     out: Path | None = None
     """Folder for states and results. Default: RUN/eval, or FILE.d/eval."""
 
     def __post_init__(self) -> None:
-        for name in ("workers", "size"):
-            value = getattr(self, name)
+        for name in ("workers", "size", "gpus"):
+            value = getattr(self, name, None)
             if value is not None and value < 1:
                 raise ValueError(f"--{name} must be at least 1, got {value}")
         if self.crop is not None and not 0 < self.crop <= 1:
@@ -99,6 +100,7 @@ class Subject:
     num_threads: int
     cache_bytes: int
     folder: Path  # where evaluations of it are kept
+    world: World  # the ranks that share the work
 
     def facts(self, *parts: "Part") -> dict[str, Any]:
         """What decides a result beside the protocol, as JSON: the encoder, images, and how."""
@@ -158,10 +160,11 @@ def run_on_pair(
     name: str,
     options: Options,
     measure: Callable[[Options, Subject, Images, Images], tuple[float, dict[str, str]]],
+    world: World = ALONE,
 ) -> int:
     """`bt-fast eval NAME` on labelled images and held-out ones: print the rows that `measure`
     returns beside the accuracy; returns the exit status."""
-    subject = open_subject(options)
+    subject = open_subject(options, world=world)
     train, val = open_pair(options, subject)
     rows = {"encoder": subject.description, "data": f"{train.path}, {len(train)} images"}
     rows |= measure(options, subject, train, val)[1]
@@ -169,11 +172,11 @@ def run_on_pair(
     return 0
 
 
-def open_subject(options: EvalOptions, *, projector: bool = False) -> Subject:
+def open_subject(options: EvalOptions, *, projector: bool = False, world: World = ALONE) -> Subject:
     """Read the encoder, with its projector if asked, and settle defaults. Raises ValueError."""
     is_run = (options.run / "config.json").is_file()
     config = load_config(options.run, "RUN") if is_run else None
-    performance = perf.choose(options.device, options.precision, compile="off")
+    performance = perf.choose(options.device, options.precision, "off", world.local_rank)
     perf.apply()
     if config is not None and options.random:  # needs no weights: a run that has just begun
         name, small_images = config.encoder, config.small_images
@@ -203,9 +206,10 @@ def open_subject(options: EvalOptions, *, projector: bool = False) -> Subject:
         size=options.size or (config.size if config else 224),
         crop=options.crop or (config.probe_crop if config else 0.875),
         min_scale=config.min_scale if config else 0.08,
-        num_threads=options.workers or usable_cores(),
+        num_threads=options.workers or max(usable_cores() // world.local_size, 1),
         cache_bytes=int(options.cache_gb * 1e9),
         folder=options.out or own / "eval",
+        world=world,
     )
 
 

@@ -5,10 +5,14 @@ starts from N(0, 0.01) and 0, as in the released code. A frozen encoder stays in
 fine-tuned one trains with its batch norms. The last batch of an epoch may be smaller. Held-out
 images count once each.
 
+Over ranks, a frozen encoder only: each takes its slice of every batch and of the held-out images,
+and the classifier's gradients are summed, so that the result is that of one process up to rounding.
+
 State is saved at the end of every epoch. Order, views and rates are functions of the epoch, so a
 run that was interrupted ends with the weights of one that was not, bit for bit.
 """
 
+import contextlib
 import dataclasses
 import math
 from dataclasses import dataclass
@@ -19,7 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from bt_fast import perf
+from bt_fast import dist, perf
+from bt_fast.dist import ALONE, World
 from bt_fast.evaluate.options import Part, Subject
 from bt_fast.evaluate.state import EvalFolder
 from bt_fast.evaluate.views import Views
@@ -86,9 +91,18 @@ def train_classifier(
     at each tenth of the epochs. The subject's encoder changes if the protocol fine-tunes it.
     Raises ValueError if the loss is not finite.
     """
+    world = subject.world
+    if protocol.batch_size % world.size:
+        raise ValueError(
+            f"--batch-size {protocol.batch_size} does not divide by {world.size} ranks"
+        )
     facts = {**subject.facts(train, val), "protocol": dataclasses.asdict(protocol)}
-    with EvalFolder(subject.folder, name, facts) as folder:
-        return folder.result() or _train(subject, folder, name, train, val, protocol)
+    with contextlib.ExitStack() as stack:
+        folder = None
+        if world.is_first:
+            folder = stack.enter_context(EvalFolder(subject.folder, name, facts))
+        found = dist.from_first(folder and folder.result(), world.group)
+        return found or _train(subject, folder, name, train, val, protocol)
 
 
 def accuracy_rows(result: dict[str, Any], held_out: Part) -> dict[str, str]:
@@ -100,7 +114,12 @@ def accuracy_rows(result: dict[str, Any], held_out: Part) -> dict[str, str]:
 
 
 def _train(
-    subject: Subject, folder: EvalFolder, name: str, train: Part, val: Part, protocol: Protocol
+    subject: Subject,
+    folder: EvalFolder | None,
+    name: str,
+    train: Part,
+    val: Part,
+    protocol: Protocol,
 ) -> dict[str, Any]:
     num_classes = max(train.images.num_classes, val.images.num_classes)
     model = Classifier(subject.encoder, subject.width, num_classes, protocol.seed)
@@ -114,7 +133,7 @@ def _train(
     optimizer = torch.optim.SGD(groups, 0.0, _MOMENTUM, weight_decay=protocol.weight_decay)
 
     first, history = 0, []
-    saved = folder.load()
+    saved = dist.from_first(folder and folder.load(), subject.world.group)
     if saved is not None:
         tensors, state = saved
         first, history = state["epoch"], state["history"]
@@ -127,20 +146,30 @@ def _train(
             for group in optimizer.param_groups:
                 group["lr"] = group["base"] * protocol.share(epoch)
             trained.train()
-            _train_epoch(model, optimizer, train_views, train.samples, protocol, epoch, advance)
+            _train_epoch(
+                model,
+                optimizer,
+                train_views,
+                train.samples,
+                protocol,
+                epoch,
+                advance,
+                subject.world,
+            )
             trained.eval()
             if (epoch + 1) % report_every == 0 or epoch + 1 == protocol.epochs:
-                top1, top5 = accuracy(model, val_views, val.samples, subject.crop)
+                top1, top5 = accuracy(model, val_views, val.samples, subject.crop, subject.world)
                 history.append({"epoch": epoch + 1, "top1": top1, "top5": top5})
                 say(f"{name}: epoch {epoch + 1} of {protocol.epochs}, top-1 {100 * top1:.2f} %")
-            folder.save(_state(trained, optimizer), {"epoch": epoch + 1, "history": history})
-    last = {key: history[-1][key] for key in ("top1", "top5")}
+            if folder:
+                folder.save(_state(trained, optimizer), {"epoch": epoch + 1, "history": history})
+    result = {key: history[-1][key] for key in ("top1", "top5")} | {"history": history}
     learned = {
         key: value
         for key, value in model.state_dict().items()
         if protocol.lr_encoder or key.startswith("head.")
     }
-    return folder.finish({**last, "history": history}, learned)
+    return folder.finish(result, learned) if folder else result
 
 
 def _train_epoch(
@@ -151,9 +180,15 @@ def _train_epoch(
     protocol: Protocol,
     epoch: int,
     advance,
+    world: World,
 ) -> None:
-    """Every sample once, in the epoch's order. (A rank would take its slice of each batch.)"""
+    """Every sample once, in the epoch's order; each rank takes its slice of every batch."""
     order = samples[epoch_order(len(samples), protocol.seed, epoch)]
+    starts = range(0, len(order), protocol.batch_size)
+    sizes = [len(order[start : start + protocol.batch_size]) for start in starts]
+    order = np.concatenate(
+        [_share(order[start : start + protocol.batch_size], world) for start in starts]
+    )
     device = views.performance.device
     labels = torch.from_numpy(views.reader.labels[order]).to(device)
     total = torch.zeros((), device=device)
@@ -162,26 +197,48 @@ def _train_epoch(
         min_scale=protocol.min_scale,
         seed=protocol.seed,
         epoch=epoch,
-        batch_size=protocol.batch_size,
+        batch_size=protocol.batch_size // world.size,
     )
-    for images, targets in zip(batches, labels.split(protocol.batch_size), strict=True):
-        with views.performance.autocast():
-            logits = model(images)
-        loss = F.cross_entropy(logits.float(), targets)
-        loss.backward()
+    targets = iter(labels.split(protocol.batch_size // world.size))
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    for size in sizes:
+        for p in parameters:
+            p.grad = None
+        images = next(batches, None)
+        if images is not None:  # the epoch's last batch may have fewer images than there are ranks
+            with views.performance.autocast():
+                logits = model(images)
+            loss = F.cross_entropy(logits.float(), next(targets), reduction="sum") / size
+            loss.backward()
+            total += loss.detach()
+        _sum_gradients(parameters, world)
         optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        total += loss.detach()
-        advance(len(targets))
-    if not torch.isfinite(total):
+        advance(size)
+    if not torch.isfinite(dist.all_sum(total, world.group)):
         raise ValueError(f"the loss of epoch {epoch + 1} was not finite; lower the learning rates")
+
+
+def _share(samples: np.ndarray, world: World) -> np.ndarray:
+    """This rank's of them; the first ranks have one more where they do not divide."""
+    return np.array_split(samples, world.size)[world.rank]
+
+
+def _sum_gradients(parameters: list[nn.Parameter], world: World) -> None:
+    """Over ranks, each of which has had its part of the batch, or none of it."""
+    if world.group is None:
+        return
+    own = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    total = dist.all_sum(torch.cat([gradient.flatten() for gradient in own]), world.group)
+    for p, part in zip(parameters, total.split([p.numel() for p in parameters]), strict=True):
+        p.grad = part.view_as(p)
 
 
 @torch.no_grad()
 def accuracy(
-    model: nn.Module, views: Views, samples: np.ndarray, crop: float
+    model: nn.Module, views: Views, samples: np.ndarray, crop: float, world: World = ALONE
 ) -> tuple[float, float]:
     """(top-1, top-5) on central crops, every sample counted once. The model is in eval mode."""
+    num_samples, samples = len(samples), _share(samples, world)
     labels = torch.from_numpy(views.reader.labels[samples]).to(views.performance.device)
     correct = torch.zeros(2, dtype=torch.int64, device=labels.device)
     done = 0
@@ -192,7 +249,7 @@ def accuracy(
         hits = logits.topk(min(5, logits.shape[1]), dim=1).indices == targets
         correct += torch.stack([hits[:, :1].sum(), hits.sum()])
         done += len(logits)
-    top1, top5 = (correct / len(samples)).tolist()
+    top1, top5 = (dist.all_sum(correct, world.group) / num_samples).tolist()
     return top1, top5
 
 

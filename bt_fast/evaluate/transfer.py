@@ -10,6 +10,7 @@ from typing import Literal
 
 from rich.console import Console
 
+from bt_fast.dist import ALONE, World
 from bt_fast.evaluate.layouts import inat18, places205
 from bt_fast.evaluate.options import EvalOptions, labelled, open_pair, open_subject
 from bt_fast.evaluate.supervised import Protocol, accuracy_rows, train_classifier
@@ -25,6 +26,9 @@ class EvalTransfer(EvalOptions):
 
     dataset: Literal["places205", "inat18", "voc07", "folder"] = "folder"
     """What --data holds, in its published layout; folder: class folders, or a .beton."""
+    gpus: int | None = None
+    """Number of ranks; with --device cpu they are processes. Default: all GPUs of this machine, or
+    one CPU process."""
     epochs: int | None = None
     """Passes over the images. Default: 84 for inat18, else 14."""
     batch_size: int = 256
@@ -38,8 +42,13 @@ class EvalTransfer(EvalOptions):
     seed: int = 0
     """Of the classifier's start, the order and the crops."""
 
+    @property
+    def alone(self) -> str | None:
+        """The flag because of which it runs in one process, see `ranks`."""
+        return "--dataset voc07" if self.dataset == "voc07" else None
 
-def run_transfer(options: EvalTransfer) -> int:
+
+def run_transfer(options: EvalTransfer, world: World = ALONE) -> int:
     """Print the accuracies; returns the exit status."""
     if options.data is None:
         raise ValueError("--data is needed: the folder of the data set to transfer to")
@@ -47,7 +56,7 @@ def run_transfer(options: EvalTransfer) -> int:
         raise ValueError(f"--data {options.data} does not exist")
     if options.dataset != "folder" and options.val_data is not None:
         raise ValueError(f"--val-data: {options.dataset} has its own held-out images; leave it out")
-    subject = open_subject(options)
+    subject = open_subject(options, world=world)
     rows = {"encoder": subject.description, "data": f"{options.dataset}, {options.data}"}
     if options.dataset == "voc07":
         found = measure_voc(subject, options.data)

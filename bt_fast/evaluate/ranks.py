@@ -1,0 +1,68 @@
+"""Evaluations on several ranks: the same command on each of them, on its slice of every batch.
+
+The first rank prints and writes; the others work in silence. Started by bt-fast itself on one
+machine, or by torchrun or srun on several that share the folder of the results.
+"""
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Protocol, TypeVar
+
+import torch
+
+from bt_fast import dist, launch, slurm, start
+from bt_fast.dist import ALONE, World
+from bt_fast.signals import StopFlag
+
+_PATIENCE = 1800.0  # seconds; a rank may wait for the others' decoding, not for ever
+
+
+class Shared(Protocol):
+    """Options of an evaluation that several ranks share."""
+
+    @property
+    def device(self) -> str: ...
+    @property
+    def gpus(self) -> int | None: ...
+    @property
+    def alone(self) -> str | None:
+        """The flag because of which it runs in one process."""
+
+
+Options = TypeVar("Options", bound=Shared)
+
+
+def on_ranks(
+    name: str, options: Options, arguments: Sequence[str], run: Callable[[Options, World], int]
+) -> int:
+    """Run `bt-fast eval NAME` with these arguments on all ranks; returns the exit status."""
+    if options.alone is not None:
+        if (options.gpus or 1) > 1:
+            raise ValueError(f"{options.alone} runs in one process; leave --gpus out")
+        return run(options, ALONE)
+    slurm.adopt()
+    if "RANK" in os.environ:
+        return _as_rank(options, run)
+    num_here = torch.cuda.device_count() if options.device != "cpu" else 0
+    wanted = options.gpus or max(num_here, 1)
+    if options.device != "cpu" and wanted > max(num_here, 1):
+        raise ValueError(f"--gpus {wanted}, but this machine has {num_here}; torchrun starts more")
+    if wanted == 1:
+        return run(options, ALONE)
+    with StopFlag() as stop:
+        return start.here(["eval", name, *arguments], wanted, stop)
+
+
+def _as_rank(options: Options, run: Callable[[Options, World], int]) -> int:
+    world = launch.join(options.device, options.gpus, _PATIENCE)
+    if not world.is_first:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    try:
+        return run(options, world)
+    except (ValueError, OSError):
+        if not dist.is_first_to_say():
+            os._exit(start.EXIT_REFUSED)
+        raise
+    finally:
+        dist.leave()
