@@ -55,7 +55,7 @@ class Config:
     """With --slurm: of one job, as Slurm writes it (1-12:00:00). The run saves before and goes on
     in the next. Default: the partition's."""
     slurm_args: str = ""
-    """With --slurm: more flags for sbatch, as in "--account=vision --qos=high"."""
+    """With --slurm: more flags for sbatch, as in --slurm-args="--account=vision --qos=high"."""
     bn_group: int = 0
     """Ranks whose samples batch norm normalises together, in a row; 0 = all, as in the paper."""
     compress_gradients: bool = False

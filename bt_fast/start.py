@@ -90,8 +90,8 @@ def _wait(processes: list[subprocess.Popen], stop: StopFlag) -> str | None:
         ended = [process.poll() is not None for process in processes]
         for rank, process in enumerate(processes):
             if failure is None and process.returncode:
-                of_many = f"rank {rank}" if len(processes) > 1 else "srun"
-                failure = f"{of_many} ended with {_in_words(process.returncode)}"
+                who = f"rank {rank}" if len(processes) > 1 else "srun"
+                failure = f"{who} ended with {_in_words(process.returncode)}"
                 deadline = time.monotonic() + _LAST_WORDS
         if all(ended) or time.monotonic() > deadline:
             return failure
@@ -103,7 +103,7 @@ def _wait(processes: list[subprocess.Popen], stop: StopFlag) -> str | None:
 
 
 def _end(processes: list[subprocess.Popen]) -> None:
-    """What is still there, first with the signal that srun passes on to what it has started."""
+    """What is still there; with SIGTERM first, on which srun ends what it has started."""
     for process in processes:
         process.terminate()
     deadline = time.monotonic() + _LAST_WORDS

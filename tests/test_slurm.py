@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from bt_fast import slurm
 from bt_fast.cli import main, parse_pretrain
+from bt_fast.run_directory import load_config
 from bt_fast.slurm import first_host
 from tools.slurm_cluster import missing, slurm_cluster
 
@@ -88,6 +89,26 @@ def test_what_cannot_be_submitted_is_one_line(
     assert not (tmp_path / "r").exists()
 
 
+def test_a_run_is_submitted_and_submitted_again(small_beton, tmp_path, monkeypatch, capsys):
+    sbatch, folder = tmp_path / "bin" / "sbatch", tmp_path / "run"
+    sbatch.parent.mkdir()
+    sbatch.write_text(f"#!/bin/sh\nenv > {tmp_path}/environment\necho '7;cluster'\n")
+    sbatch.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{sbatch.parent}:{os.environ['PATH']}")
+    monkeypatch.setenv("SLURM_STEP_ID", "3")  # submitted from inside of a job
+    monkeypatch.setenv("SLURM_CONF", "/etc/slurm.conf")
+    flags = ["--data", os.path.relpath(small_beton), "--run-dir", str(folder)]
+    assert main(["pretrain", *TINY, *flags, *JOB]) == 0
+    assert f"submitted as job 7: {folder}/slurm.sbatch" in capsys.readouterr().out
+    saved = load_config(folder, "--resume")
+    assert saved.slurm is None and saved.data == small_beton and saved.gpus == 2
+    environment = (tmp_path / "environment").read_text()
+    assert "SLURM_CONF" in environment and "SLURM_STEP_ID" not in environment
+    assert main(["pretrain", "--resume", str(folder), "--slurm=debug", "--gpus=4"]) == 0
+    assert options((folder / "slurm.sbatch").read_text())["nodes"] == "4"
+    assert load_config(folder, "--resume").gpus == 4
+
+
 @pytest.mark.parametrize(
     "job,world_size,words",
     [
@@ -145,14 +166,15 @@ def job_facts(job: str) -> str:
 
 
 def wait(job: str, ready, log: Path) -> None:
-    """Until `ready`; fails when the job has ended, or after four minutes."""
+    """Until `ready`; fails when the job has ended before, or after four minutes."""
     deadline = time.monotonic() + 240
+    facts = job_facts(job)
     while not ready():
-        facts = job_facts(job)
         on_its_way = not re.search("JobState=(COMPLETED|FAILED|CANCELLED)", facts)
         told = facts + (log.read_text() if log.exists() else "")
         assert on_its_way and time.monotonic() < deadline, told
         time.sleep(0.1)
+        facts = job_facts(job)
 
 
 def test_a_requeued_run_ends_as_an_undisturbed_one(
@@ -180,7 +202,7 @@ def test_a_requeued_run_ends_as_an_undisturbed_one(
     wait(job, lambda: steps() >= 8, log)
     subprocess.run(["scancel", "--signal=USR1", job], check=True)
     wait(job, lambda: "Restarts=2" in job_facts(job), log)
-    wait(job, lambda: "done: " in log.read_text(), log)
+    wait(job, lambda: "JobState=COMPLETED" in job_facts(job), log)
 
     text = " ".join(log.read_text().split())
     begun = [int(step) for step in re.findall(r"resuming \S+ at step (\d+) of 16", text)]

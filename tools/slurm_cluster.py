@@ -25,8 +25,8 @@ SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
 CredType=cred/munge
-# A requeued job waits until credentials of its former start have expired.
-AuthInfo=socket={folder}/munge.socket,cred_expire=4
+# A requeued job waits until credentials of its former start expire: 5 s is the least.
+AuthInfo=socket={folder}/munge.socket,cred_expire=5
 SchedulerType=sched/builtin
 SchedulerParameters=sched_interval=1
 StateSaveLocation={folder}
@@ -34,6 +34,7 @@ SlurmdSpoolDir={folder}/%n
 SlurmctldPidFile={folder}/slurmctld.pid
 SlurmdPidFile={folder}/%n.pid
 ProctrackType=proctrack/linuxproc
+KillWait=60
 TaskPlugin=task/none
 SwitchType=switch/none
 MpiDefault=none
