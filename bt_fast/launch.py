@@ -61,6 +61,7 @@ def check(settings: Config, wanted: int) -> None:
         raise ValueError(
             f"--batch-size {settings.batch_size} is less than 2 for each of {wanted} ranks"
         )
+    dist.require_equal_groups(wanted, settings.bn_group)
 
 
 def run_rank(settings: Config) -> int:
