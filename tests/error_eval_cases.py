@@ -12,7 +12,7 @@ from bt_fast.weights import Pretrained
 KNN, LINEAR = (f"eval {name} {{run}} --device cpu --workers 1" for name in ("knn", "linear"))
 TRANSFER, SEMI = (f"eval {name} {{run}} --device cpu --workers 1" for name in ("transfer", "semi"))
 
-DIVERGE = " --epochs 1 --batch-size 16 --lr 1e38 --out eval"
+DIVERGE = " --epochs 1 --batch-size 16 --lr 1e29 --out eval"
 
 
 def weights(place: Place, content: object) -> None:
@@ -98,7 +98,8 @@ EVALUATING = [
     Case("--cache-gb must not be negative", KNN + " --cache-gb=-1"),
     Case("--views must be at least 1", LINEAR + " --cached --views 0"),
     Case("--min-scale must be in (0, 1]", LINEAR + " --min-scale 2"),
-    Case("learning rates and weight decay must not", LINEAR + " --lr=-1"),
+    Case("learning rates and weight decay must lie", LINEAR + " --lr=-1"),
+    Case("learning rates and weight decay must lie", LINEAR + " --lr=1e300"),
     Case("--percent must be in", SEMI + " --percent 0"),
     Case("--data is needed: a file of weights", "eval knn {run}/encoder.safetensors"),
     Case("--data is needed: the folder", TRANSFER),
@@ -167,7 +168,7 @@ EVALUATING = [
     ),
     Case(
         "the loss of epoch … was not finite",
-        LINEAR + " --epochs 1 --batch-size 16 --lr 1e38 --out eval",
+        LINEAR + " --epochs 1 --batch-size 16 --lr 1e29 --out eval",
     ),
     Case(
         "… is damaged (…); delete it", LINEAR.replace("{run}", "run") + " --epochs 1", damaged_state
