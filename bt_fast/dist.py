@@ -46,12 +46,17 @@ class World:
             return None
         if size in (0, self.size):
             return self.group
-        if self.size % size:
-            raise ValueError(f"--bn-group {size} does not divide {self.size} ranks")
+        require_equal_groups(self.size, size)
         groups = [
             dist.new_group(list(range(first, first + size))) for first in range(0, self.size, size)
         ]
         return cast(Group, groups[self.rank // size])
+
+
+def require_equal_groups(num_ranks: int, size: int) -> None:
+    """Raise ValueError unless ranks form groups of `size`; 0 = one group."""
+    if size and num_ranks % size:
+        raise ValueError(f"--bn-group {size} does not divide {num_ranks} ranks")
 
 
 ALONE = World(rank=0, size=1, local_rank=0, local_size=1)

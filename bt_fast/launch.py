@@ -95,6 +95,7 @@ def check(settings: Config, wanted: int) -> None:
         )
     if settings.resume is not None:
         RunDirectory(settings.resume).close()
+    dist.require_equal_groups(wanted, settings.bn_group)
 
 
 def run_rank(settings: Config, stop: StopFlag) -> int:

@@ -131,6 +131,8 @@ def main(argv: list[str] | None = None) -> int:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         advice = "; free some space or choose another folder for OUT" if full else ""
         return _fail(f"cannot write {config.out}: {error}{advice}; {kept}", 1)
+    except ValueError as error:  # of contents that no room foresaw, such as bytes that are no text
+        return _fail(f"SOURCE {config.source} cannot be read: {error}", 2)
 
 
 def convert(config: Convert) -> list[Path]:

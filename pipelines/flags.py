@@ -65,5 +65,6 @@ def _one_line(framed: str) -> str:
     if not parts:
         return framed.strip()
     message = parts[0].removeprefix("Error parsing ").rstrip(".")
+    message = re.sub(r"^\w+: (?=--)", "", message)  # the name of a dataclass says nothing to users
     suggested = re.search(r"Perhaps you meant:\s+(--[\w.-]+)", " ".join(parts[1:]))
     return f"{message}; perhaps you meant {suggested[1]}" if suggested else message

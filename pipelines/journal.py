@@ -34,7 +34,10 @@ class Journal:
             self._file.truncate()
             self._file.write(json.dumps(settings).encode() + b"\n")
             return
-        before = json.loads(line)
+        try:
+            before = dict(json.loads(line))
+        except (ValueError, TypeError):
+            raise OtherSettings("its journal is damaged") from None
         changed = [
             "other images" if key == "images" else f"{key} was {before.get(key)}"
             for key, value in settings.items()

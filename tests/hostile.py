@@ -45,7 +45,7 @@ BROKEN = {
     "b/damaged.png": "checksum",
     "b/bomb.png": "13000 x 13000 pixels",
     "b/bomb.jpg": "65000 x 65000 pixels",
-    "b/scans.jpg": "scans",
+    "b/scans.jpg": "more than 500 scans",
     "b/float.tiff": "white is unknown",
     "b/dangling.jpg": "No such file",
     "b/pipe.jpg": "not a regular file",
@@ -83,6 +83,7 @@ def make_hostile_folder(root: Path) -> None:
         (root / folder).mkdir(parents=True)
     picture = drawn_picture(0)
     grey, plain = picture.convert("L"), jpeg_bytes(picture)
+    progressive = saved(picture, "JPEG", progressive=True)
     large = picture.resize((900, 300))
     frame = plain.index(b"\xff\xc0")
     scan = plain.index(b"\xff\xda")
@@ -91,7 +92,7 @@ def make_hostile_folder(root: Path) -> None:
     files = {
         "a/plain.jpg": plain,
         "a/grey.jpg": jpeg_bytes(grey),
-        "a/progressive.JPEG": saved(picture, "JPEG", progressive=True),
+        "a/progressive.JPEG": progressive,
         "a/trailing.jpg": plain + b"a film that the camera appended" * 9,
         "a/broken exif.jpg": saved(picture, "JPEG", exif=b"Exif\0\0MM\0*\xff\xff\xff\xff broken"),
         "a/large.jpg": jpeg_bytes(large),
@@ -120,7 +121,7 @@ def make_hostile_folder(root: Path) -> None:
         "b/damaged.png": damaged_png(),
         "b/bomb.png": png_bomb(13000, 13000),
         "b/bomb.jpg": plain[: frame + 5] + struct.pack(">HH", 65000, 65000) + plain[frame + 9 :],
-        "b/scans.jpg": plain[:-2] + b"\xff\xda\0\x08\x01\x01\0\0\x3f\0" * 600 + plain[-2:],
+        "b/scans.jpg": progressive[:-2] + b"\xff\xda\0\x08\x01\x01\0\0\x3f\0" * 600 + plain[-2:],
         "b/float.tiff": saved(Image.fromarray(ramp.astype(np.float32)), "TIFF"),
         "b/notes.txt": b"ignored: not named like an image",
         "a/._plain.jpg": b"ignored: what macOS leaves behind",

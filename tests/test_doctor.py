@@ -145,3 +145,39 @@ def test_json_holds_the_same_and_replaces_nothing(tmp_path, capsys):
     before = file.read_bytes()
     assert main(["doctor", "--json", str(file)]) == 2
     assert "remove it" in capsys.readouterr().err and file.read_bytes() == before
+
+
+def test_cards_that_do_not_answer_are_broken_and_those_that_do_are_not(monkeypatch):
+    card = namedtuple("card", "name total_memory")("NVIDIA H200", 150e9)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: card)
+    monkeypatch.setattr(torch.cuda.nccl, "version", lambda: (2, 30, 7))
+    monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: True)
+    ones = torch.ones
+    monkeypatch.setattr(torch, "ones", lambda count, device: ones(count))
+    gpu, nccl = doctor.gpus()
+    assert gpu.value.startswith("2 x NVIDIA H200, 150 GB") and not gpu.problem
+    assert nccl.value == "2.30.7" and not nccl.problem
+
+    def fail(count, device):
+        raise RuntimeError("CUDA error: uncorrectable ECC error encountered\nmore")
+
+    monkeypatch.setattr(torch, "ones", fail)
+    monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: False)
+    gpu, nccl = doctor.gpus()
+    assert gpu.broken and gpu.problem.endswith("ECC error encountered") and nccl.broken
+
+
+def test_kernels_need_a_compiler(monkeypatch):
+    assert doctor.compiler().broken == (machine.c_compiler()[0] is None)
+    monkeypatch.setattr(machine, "c_compiler", lambda: (None, None))
+    assert doctor.compiler().broken and "gcc" in doctor.compiler().fix
+    monkeypatch.setattr(machine, "c_compiler", lambda: ("/usr/bin/cc", None))
+    assert doctor.compiler().problem and not doctor.compiler().broken
+
+
+def test_a_package_that_does_not_load_is_broken(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "bt_fast.recipes", None)  # importing it raises ImportError
+    assert main(["doctor"]) == 1
+    assert "does not load" in capsys.readouterr().out

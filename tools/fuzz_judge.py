@@ -16,7 +16,7 @@ _TELLING += [2**62, 2**63 - 1, 2**63, 2**64 - 1, 4096, 2 << 20, 65500, 65535]
 
 
 def mutate(data: bytes, generator: np.random.Generator) -> tuple[bytes, bool]:
-    """(one to three mutations of the bytes, is the end cut off?)"""
+    """(one to three mutations of the bytes, is its end missing?)"""
     changed = bytearray(data)
     used = np.flatnonzero(np.frombuffer(data, np.uint8))  # most of a page is padding
     is_cut = False
@@ -52,7 +52,7 @@ def mutate(data: bytes, generator: np.random.Generator) -> tuple[bytes, bool]:
                     changed[where:where] = generator.bytes(length)
                 elif len(changed) > length:
                     del changed[where : where + length]
-    return bytes(changed), is_cut
+    return bytes(changed), is_cut and len(changed) < len(data)
 
 
 def judge(kind, number: int, seed: int) -> tuple[Verdict, str, bytes]:

@@ -54,8 +54,8 @@ class Protocol:
                 flag = f"--{name.replace('_', '-')}"
                 raise ValueError(f"{flag} must be at least 1, got {getattr(self, name)}")
         rates = (self.lr_head, self.lr_encoder, self.weight_decay)
-        if not all(0 <= rate < math.inf for rate in rates):
-            raise ValueError(f"learning rates and weight decay must not be negative, got {rates}")
+        if not all(0 <= rate < 1e30 for rate in rates):  # as float32
+            raise ValueError(f"learning rates and weight decay must lie in [0, 1e30), got {rates}")
         if not 0 < self.min_scale <= 1:
             raise ValueError(f"--min-scale must be in (0, 1], got {self.min_scale}")
 

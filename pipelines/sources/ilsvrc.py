@@ -37,14 +37,16 @@ def find_splits(source: Path, labels: Path | None = None) -> dict[str, Split]:
         train, val = source / TRAIN, source / VAL
     else:
         is_train = _holds_archives(source)
+        if is_train and labels is not None:
+            raise SourceError(
+                f"--labels {labels}: {source} has the classes of its images in itself"
+            )
         train, val = (source if is_train else None), (None if is_train else source)
     splits = {}
     class_names = None
     if train is not None and train.exists():
         splits["train"] = _train(train)
         class_names = splits["train"].class_names
-    elif labels is not None and val is None:
-        raise SourceError(f"--labels {labels}: {source} has the classes of its images in itself")
     if val is not None and val.exists():
         splits["val" if class_names else "train"] = _val(val, labels, class_names)
     return splits

@@ -1,0 +1,113 @@
+"""docs/errors.md as a list, and command lines that must end in one of its messages."""
+
+import dataclasses
+import os
+import re
+import shlex
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import write_beton
+from hostile import make_folder
+
+from bt_fast import cli
+from pipelines import convert
+
+DOCUMENT = Path(__file__).parents[1] / "docs" / "errors.md"
+ENTRIES = re.findall(r"^\| `(.+?)` \|", DOCUMENT.read_text(), re.M)
+_LISTED = ("Broken: ", "Damaged: ")  # lines that may stand before the last
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """The folder a case runs in, and what it may need."""
+
+    path: Path
+    data: Path  # a sound .beton of 64 images, 4 classes, nothing beside it
+    run: Path  # a finished run
+    monkeypatch: pytest.MonkeyPatch
+
+    def patch(self, name: str, value: object) -> None:
+        self.monkeypatch.setattr(name, value)
+
+    def without(self, *modules: str) -> None:
+        """As if they were not installed."""
+        for module in modules:
+            self.monkeypatch.setitem(__import__("sys").modules, module, None)
+
+    def write(self, name: str, content: bytes | str) -> Path:
+        """A file, in the place of one that may be linked to elsewhere."""
+        path = self.path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.unlink(missing_ok=True)
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+        return path
+
+    def images(self, name: str = "images", **classes: int) -> Path:
+        return make_folder(self.path / name, classes or {"a": 2, "b": 2})
+
+    def copy_run(self) -> Path:
+        """run/, whose files are links: `write` replaces them."""
+        shutil.copytree(self.run, self.path / "run", copy_function=os.link)
+        return self.path / "run"
+
+    def beton(self, name: str, count: int = 8, num_classes: int = 2) -> Path:
+        return write_beton(self.path / name, count, num_classes)
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A command line that ends in a message of the list."""
+
+    entry: str  # the beginning of the message in the list, or all of it
+    command: str  # {data}, {run}: of Place
+    prepare: Callable[[Place], object] = lambda place: None
+    status: int = 2
+    needs: str = ""  # a package
+
+    @property
+    def message(self) -> str:
+        """The whole entry."""
+        if self.entry in ENTRIES:
+            return self.entry
+        (found,) = [entry for entry in ENTRIES if entry.startswith(self.entry)]
+        return found
+
+
+def matches(entry: str, text: str) -> bool:
+    """Is the text what the entry announces, with something for each "…"?"""
+    return re.fullmatch(".+".join(map(re.escape, entry.split("…"))), text, re.S) is not None
+
+
+def run_case(case: Case, place: Place, capsys) -> None:
+    """Run the command in this process; its stderr must be what the list says, and no more."""
+    if case.needs:
+        pytest.importorskip(case.needs, reason=f"{case.needs} is not installed")
+    place.monkeypatch.chdir(place.path)
+    kept = case.prepare(place)
+    arguments = shlex.split(case.command.format(data=place.data, run=place.run))
+    try:
+        if arguments[0] == "bt-convert":
+            status = convert.main(
+                arguments[1:] + ["--workers", "1"] * ("--workers" not in arguments)
+            )
+        else:
+            status = cli.main(arguments)
+    except SystemExit as stop:
+        status = stop.code
+    error = capsys.readouterr().err
+    del kept  # what a preparation holds, such as a lock, it holds until here
+    assert status == case.status, error
+    if case.message.startswith(_LISTED):
+        assert any(matches(case.message, line) for line in error.splitlines()), error
+        return
+    lines = [line for line in error.splitlines() if not line.startswith(_LISTED)]
+    text = re.sub(
+        r"^bt-(fast|convert)( (pretrain|export|doctor|eval \w+))?: ", "", "\n".join(lines)
+    )
+    if not case.message.endswith("--help"):
+        text = re.sub(r"; see bt-\w+( \w+)* --help$", "", text)
+    assert matches(case.message, text), error
+    assert len(lines) == 1 + case.message.startswith("--gpus …, but this machine has")
