@@ -124,7 +124,7 @@ def run(options: Options, flags: list[str]) -> int:
 def grid(options: Options, flags: list[str]) -> list[Cell]:
     """Every run, all of one seed first. Raises ValueError for what cannot be run or continued."""
     for flag in flags:
-        if flag.partition("=")[0] in _CHOSEN_HERE:
+        if flag.partition("=")[0].replace("_", "-") in _CHOSEN_HERE:
             raise ValueError(f"{flag} after -- is chosen by ablate.py for every run; leave it out")
     names = []
     for name in options.names:
