@@ -107,6 +107,7 @@ def choose(
         dali = rate(measure("dali"))
     except (ValueError, RuntimeError, OSError, ImportError) as error:
         return "native", f"native (dali cannot: {dali_loader.in_short(error)})"
+    dali_loader.release_memory()
     chosen: Name = "dali" if dali > WORTH_CHANGING * native else "native"
     return chosen, f"{chosen} (one rank alone, images/s: native {native:,.0f}, dali {dali:,.0f})"
 
