@@ -126,7 +126,6 @@ class DaliCutter(CropCutter):
 
     def encoded(self, samples: np.ndarray) -> list[np.ndarray]:
         """The samples as files that DALI decodes, uint8 [bytes] each, checked if read first."""
-
         for _ in self.pool.map(self.check, samples[~self.checked[samples]].tolist()):
             pass
         if self.source is not None:
