@@ -1,6 +1,7 @@
 """The DALI loader: native's samples, keys and boxes; resuming from its state; damaged data."""
 
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -30,8 +31,8 @@ from pipelines.shard_reader import ShardReader
 
 pytest.importorskip("nvidia.dali", reason="DALI is not installed")
 
-from pipelines import dali_shards
-from pipelines.dali_loader import DaliLoader
+from pipelines import dali_shards, loaders
+from pipelines.dali_loader import CPU, DaliLoader
 from pipelines.dali_shards import ShardLoader
 
 CROP = RandomResizedCrop(size=24)
@@ -303,6 +304,22 @@ def test_a_damaged_image_of_a_shard_is_named(shards, tmp_path):
 
 
 # Runs
+
+
+def test_auto_measures_both(reader, monkeypatch):
+    monkeypatch.setattr(loaders, "SECONDS", 0.2)
+    name, why = loaders.choose(
+        "auto",
+        reader,
+        10**8,
+        lambda name: loaders.open_loader(name, reader, CROP, device=CPU, batch_size=12),
+        cache=False,
+        device=torch.device("cuda", 0),
+    )
+    found = re.fullmatch(r"(\w+) \(one rank alone, images/s: native ([\d,]+), dali ([\d,]+)\)", why)
+    native, dali = (int(found[place].replace(",", "")) for place in (2, 3))
+    assert native > 0 and dali > 0
+    assert name == found[1] == ("dali" if dali > 1.1 * native else "native")
 
 
 def test_a_run_over_shards_resumes_exactly(shards, tmp_path, capsys):

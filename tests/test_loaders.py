@@ -73,13 +73,15 @@ def test_a_dali_that_fails_is_not_chosen(reader, monkeypatch):
     assert name == "native" and why == "native (dali cannot: no decoder)"
 
 
-def test_the_rate_is_that_of_the_loader():
+def test_the_rate_is_that_of_the_loader(monkeypatch):
+    monkeypatch.setattr(loaders, "SECONDS", 0.3)
+
     def batches(first, last):
         for _ in range(first, last):
             time.sleep(0.01)
             yield SimpleNamespace(samples=np.zeros(8))
 
-    found = rate(SimpleNamespace(batches=batches), seconds=0.3)
+    found = rate(SimpleNamespace(batches=batches))
     assert 200 < found < 800
 
 
