@@ -30,6 +30,13 @@ def is_installed() -> bool:
     return find_spec("nvidia") is not None and find_spec("nvidia.dali") is not None
 
 
+def release_memory() -> None:
+    """Give back what DALI keeps on the GPU for pipelines that are gone."""
+    from nvidia.dali import backend
+
+    backend.ReleaseUnusedMemory()
+
+
 class DaliLoader(NativeLoader):
     """The native loader's batches, made by DALI.
 
@@ -52,8 +59,12 @@ class DaliLoader(NativeLoader):
     ) -> None:
         if settings.pop("cache_bytes", 0):
             raise ValueError("--cache-gb is the native loader's: leave it out, or --loader native")
-        if not is_installed():
-            raise ValueError(f"--loader dali needs NVIDIA DALI: {INSTALL}, or --loader native")
+        try:
+            import nvidia.dali  # noqa: F401
+        except ImportError as error:
+            raise ValueError(
+                f"--loader dali needs NVIDIA DALI ({error}): {INSTALL}, or --loader native"
+            ) from None
         settings.pop("pin_memory", None)  # what is on the GPU already needs none
         super().__init__(reader, crop, **settings)
         num_images = self.steps.share.stop - self.steps.share.start
@@ -88,9 +99,14 @@ class DaliCutter(CropCutter):
                 sides = np.full((len(samples), 2), size, np.float32)
                 yield encoded, boxes.astype(np.int32), sides
 
-        pipeline = _pipeline(
-            inputs(), self.num_images, self.num_threads, self.prefetch, self.device
-        )
+        try:
+            pipeline = _pipeline(
+                inputs(), self.num_images, self.num_threads, self.prefetch, self.device
+            )
+        except RuntimeError as error:
+            raise ValueError(
+                f"--loader dali: DALI does not start here ({in_short(error)}); take --loader native"
+            ) from None
         busy: deque[tuple] = deque()  # DALI's outputs while the GPU copies them
         while True:
             try:
@@ -110,7 +126,6 @@ class DaliCutter(CropCutter):
 
     def encoded(self, samples: np.ndarray) -> list[np.ndarray]:
         """The samples as files that DALI decodes, uint8 [bytes] each, checked if read first."""
-
         for _ in self.pool.map(self.check, samples[~self.checked[samples]].tolist()):
             pass
         if self.source is not None:

@@ -114,12 +114,17 @@ class ShardSteps(Steps):
         self._states.append((step, saved))
         return ""
 
-    def _read(self, pipeline):
-        try:
-            (images,) = pipeline.run()
-        except RuntimeError as error:
-            raise ValueError(f"{self.reader.path}: DALI stopped: {in_short(error)}") from None
+    def _read(self, pipeline) -> list:
+        (images,) = self._done(pipeline.run)
         return list(images)
+
+    def _done(self, call: Callable):
+        """What DALI answers. Raises ValueError for its errors, in one line."""
+        try:
+            return call()
+        except RuntimeError as error:
+            message = f"{self.reader.path}: DALI does not read it: {in_short(error)}"
+            raise ValueError(message) from None
 
     def _fits(self) -> list:
         import nvidia.dali
@@ -154,7 +159,7 @@ class ShardSteps(Steps):
                 num_shards=self.world_size,
             )
             pipeline.set_outputs(images)
-        pipeline.build()
+        self._done(pipeline.build)
         return pipeline
 
 

@@ -3,7 +3,7 @@
 Samples, keys, boxes, ranks and resuming are those of the native loader; the pixels are not. FFCV
 decodes with libjpeg-turbo's fast DCT and resizes with OpenCV's INTER_AREA, where the reference and
 native have the accurate DCT and Pillow's antialiased bicubic: on ImageNet's crops 1.9 grey levels
-in the mean. (Of these the filter alone is 1.4; stock FFCV has the same pixels.)
+in the mean, of which 1.4 would stay with the accurate DCT. Stock FFCV has the same pixels.
 
 What FFCV does here: it maps the file (its cache for the operating system: with a random order its
 own page cache would load the whole file), looks up records, compiles the operation with Numba, and

@@ -16,7 +16,7 @@ from ffcv.loader import Loader
 from ffcv.loader.epoch_iterator import EpochIterator
 from ffcv.pipeline import Compiler, PipelineSpec
 from ffcv.pipeline.operation import Operation
-from numba.core import config as numba_config
+from numba import config as numba_config
 
 from pipelines.beton import BetonReader
 from pipelines.beton_layout import JPEG
@@ -115,7 +115,7 @@ class Stream(EpochIterator):
 
 def open_loader(reader: BetonReader, num_threads: int, batches_ahead: int) -> Loader:
     """FFCV's loader of a file's images, for `Stream`. Raises ValueError for too many threads."""
-    most = numba_config.NUMBA_NUM_THREADS
+    most = numba_config.NUMBA_NUM_THREADS  # type: ignore[attr-defined]
     if num_threads > most:
         raise ValueError(
             f"--workers {num_threads} is more than the {most} threads Numba starts here;"

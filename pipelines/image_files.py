@@ -102,6 +102,9 @@ class Sizes:
     def __init__(self, files) -> None:
         self._files = files  # with a method size(index) -> (height, width)
 
+    def __len__(self) -> int:
+        return len(self._files)
+
     def __getitem__(self, samples: np.ndarray) -> np.ndarray:
         pairs = [self._files.size(index) for index in np.atleast_1d(samples).tolist()]
         return np.array(pairs, np.int64).reshape(-1, 2)

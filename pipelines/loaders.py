@@ -107,17 +107,18 @@ def choose(
         dali = rate(measure("dali"))
     except (ValueError, RuntimeError, OSError, ImportError) as error:
         return "native", f"native (dali cannot: {dali_loader.in_short(error)})"
+    dali_loader.release_memory()
     chosen: Name = "dali" if dali > WORTH_CHANGING * native else "native"
     return chosen, f"{chosen} (one rank alone, images/s: native {native:,.0f}, dali {dali:,.0f})"
 
 
-def rate(loader: Loader, seconds: float = SECONDS) -> float:
+def rate(loader: Loader) -> float:
     """Images/s of a loader that nothing waits for, after its first two batches."""
     batches = loader.batches(0, 1 << 40)
     for _ in islice(batches, 2):
         pass
     count, started = 0, time.perf_counter()
-    while count == 0 or time.perf_counter() - started < seconds:
+    while count == 0 or time.perf_counter() - started < SECONDS:
         count += len(next(batches).samples)
     elapsed = time.perf_counter() - started
     batches.close()  # type: ignore[attr-defined]

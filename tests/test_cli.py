@@ -25,7 +25,7 @@ from bt_fast.recipes import RECIPES
         (["--projector", "64", "0"], "--projector needs positive widths"),
         (["--gpus", "0"], "--gpus must be at least 1"),
         (["--gpus", "32", "--batch-size", "48"], "does not divide by 32 ranks"),
-        (["--loader", "dali"], "--loader dali"),
+        (["--loader", "dali", "--cache-gb", "1"], "--cache-gb is the native loader's"),
         (["--resume", "nowhere"], "--resume nowhere: no run is there"),
         (["--view-a.sigma", "0.1", "5"], "sigma"),
         (["--view-a.blur", "7"], "blur is a probability"),

@@ -12,7 +12,7 @@ import tempfile
 import numpy as np
 import pytest
 import torch
-from conftest import photographs
+from conftest import jpeg_bytes, photographs
 from safetensors.torch import load_file
 
 from bt_fast import loss, perf, train
@@ -21,6 +21,10 @@ from bt_fast.feed import feed
 from bt_fast.job import build
 from bt_fast.lars import LARS
 from pipelines import augment
+from pipelines.beton import BetonReader
+from pipelines.beton_writer import BetonWriter
+from pipelines.crop import RandomResizedCrop
+from pipelines.loader import NativeLoader
 from pipelines.order import view_keys
 
 if not torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1":
@@ -140,10 +144,16 @@ def test_updates_equal_those_of_the_cpu(small_beton, compile):
         assert (ours[name].cpu().float() - value.float()).norm() <= 0.05 * moved + 1e-5, name
 
 
-def test_the_feed_hands_out_every_batch_in_order(small_beton):
+@pytest.mark.parametrize("loader,tolerance", [("native", 0.02), ("dali", 0.05)])
+def test_the_feed_hands_out_every_batch_in_order(small_beton, loader, tolerance):
     """While the encoder's stream is busy, so that a missing wait or reused memory would show."""
+    if loader == "dali":
+        pytest.importorskip("nvidia.dali", reason="DALI is not installed")
     flags = [*TINY, "--data", str(small_beton), "--precision=fp32"]
-    jobs = [build(parse_pretrain([*flags, f"--device={device}"])) for device in ("cuda", "cpu")]
+    jobs = [
+        build(parse_pretrain([*flags, f"--device={device}", f"--loader={name}"]))
+        for device, name in (("cuda", loader), ("cpu", "native"))
+    ]
     branches = (augment.VIEW_A, augment.VIEW_B)
     sums = []
     for views in feed(jobs[0].loader.batches(0, 40), branches, jobs[0].performance):
@@ -156,7 +166,25 @@ def test_the_feed_hands_out_every_batch_in_order(small_beton):
     assert len(sums) == len(expected) == 40
     scale = 3 * 32 * 32
     for ours, theirs in zip(sums, expected, strict=True):
-        assert (ours.cpu() - theirs).abs().max() <= 0.02 * scale
+        assert (ours.cpu() - theirs).abs().max() <= tolerance * scale
+
+
+def test_dali_on_the_gpu_makes_natives_views(tmp_path):
+    """nvJPEG and DALI's resize on whole photographs; the views stay on the GPU."""
+    pytest.importorskip("nvidia.dali", reason="DALI is not installed")
+    from pipelines.dali_loader import DaliLoader
+
+    pictures = photographs(16)
+    with BetonWriter(tmp_path / "x.beton", num_samples=16, class_names=["a"]) as writer:
+        for picture in pictures:
+            writer.add(jpeg_bytes(picture), picture.height, picture.width, 0, "a")
+    reader, crop = BetonReader(tmp_path / "x.beton"), RandomResizedCrop()
+    native = NativeLoader(reader, crop, batch_size=8)
+    dali = DaliLoader(reader, crop, batch_size=8, device=torch.device("cuda", 0))
+    for a, b in zip(native.batches(0, 20), dali.batches(0, 20), strict=True):
+        assert b.views.is_cuda and np.array_equal(a.samples, b.samples)
+        difference = (a.views.int() - b.views.cpu().int()).abs().float()
+        assert difference.mean(dim=(2, 3, 4)).max() < 1
 
 
 def test_nothing_waits_for_the_device_between_log_lines(small_beton):

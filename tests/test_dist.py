@@ -9,7 +9,7 @@ from ranks import run_ranks
 
 from bt_fast import loss, norm, train
 from bt_fast.cli import parse_pretrain
-from bt_fast.dist import Traffic, World, require_same_weights
+from bt_fast.dist import Traffic, World, of_all, require_same_weights
 from bt_fast.feed import feed
 from bt_fast.job import build
 from bt_fast.model import BarlowTwins
@@ -228,3 +228,12 @@ def test_a_rank_whose_weights_differ_is_named():
     assert run_ranks(2, weights_that_differ, False) == ["", ""]
     for told in run_ranks(2, weights_that_differ, True):
         assert "the weights of ranks [1] are no longer those of rank 0" in told
+
+
+def values_of_all(world: World) -> list:
+    return of_all({"rank": world.rank}, world.group)
+
+
+def test_every_rank_hears_every_ranks_value():
+    assert run_ranks(2, values_of_all) == [[{"rank": 0}, {"rank": 1}]] * 2
+    assert of_all("alone", None) == ["alone"]

@@ -1,6 +1,7 @@
 """Which loader reads the images: asked for, or chosen."""
 
 import json
+import sys
 import time
 from types import SimpleNamespace
 
@@ -44,6 +45,7 @@ def chosen(data, rates, monkeypatch, *, wish="auto", images=10**8, cache=False, 
 
     monkeypatch.setattr(loaders, "rate", lambda loader: loader)
     monkeypatch.setattr(dali_loader, "is_installed", lambda: "dali" in rates)
+    monkeypatch.setattr(dali_loader, "release_memory", lambda: None)
     name, why = choose(wish, data, images, measure, cache=cache, device=device)
     return name, why, measured
 
@@ -71,18 +73,20 @@ def test_a_dali_that_fails_is_not_chosen(reader, monkeypatch):
     assert name == "native" and why == "native (dali cannot: no decoder)"
 
 
-def test_the_rate_is_that_of_the_loader():
+def test_the_rate_is_that_of_the_loader(monkeypatch):
+    monkeypatch.setattr(loaders, "SECONDS", 0.3)
+
     def batches(first, last):
         for _ in range(first, last):
             time.sleep(0.01)
             yield SimpleNamespace(samples=np.zeros(8))
 
-    found = rate(SimpleNamespace(batches=batches), seconds=0.3)
+    found = rate(SimpleNamespace(batches=batches))
     assert 200 < found < 800
 
 
 def test_missing_packages_are_named_with_the_way_out(reader, shards, monkeypatch):
-    monkeypatch.setattr(dali_loader, "is_installed", lambda: False)
+    monkeypatch.setitem(sys.modules, "nvidia.dali", None)
 
     def opened(name, data):
         open_loader(name, data, RandomResizedCrop(size=16), device=CPU, batch_size=16)
