@@ -14,7 +14,7 @@ runs it in Numba's threads from a thread of its own, `prefetch` batches ahead. W
 - damage: its decoders ignore libturbojpeg's return code, which ours collects. A record is compared
   with its checksum, and its JPEG's size with the recorded one, when it is first read.
 - memory: it reuses its batches. Here crops go into new memory, so a batch is the consumer's to
-  keep; `prefetch` + 2 exist at a time beside those. No scratch for whole batches of images either.
+  keep; `prefetch` + 1 exist beside those. Nor is there scratch for a whole batch of images.
 
 A start costs a few seconds more than native's: importing FFCV, listing the file's records in Python
 (5 s for ImageNet), and the first batch's compilation. Numba cannot keep that for the next start: it
