@@ -243,8 +243,8 @@ def test_a_published_list_names_the_images(labelled_run, tmp_path, capsys):
     [
         (["linear", "--epochs=0"], "--epochs must be at least 1"),
         (["linear", "--cached", "--views=0"], "--views must be at least 1"),
-        (["linear", "--lr=-1"], "must not be negative"),
-        (["linear", "--lr=1e30"], "was not finite; lower the learning rates"),
+        (["linear", "--lr=-1"], "must lie in [0, 1e30)"),
+        (["linear", "--lr=1e29"], "was not finite; lower the learning rates"),
         (["linear", "--data=nowhere.beton"], "--data nowhere.beton does not exist"),
         (["linear", "--crop=0"], "--crop must be in (0, 1]"),
         (["linear", "--workers=0"], "--workers must be at least 1"),
