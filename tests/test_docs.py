@@ -102,7 +102,8 @@ def stand_ins(tmp_path_factory, labelled_run) -> Path:
         (folder / name).symlink_to(folder / "imagenet")
     write_devkit(folder)
     write_beton(folder / "out.beton", 40)
-    write_beton(folder / "out.val.beton", 16)
+    for name in ("out", "imagenet"):
+        write_beton(folder / f"{name}.val.beton", 16)
     for name in ("cifar10", "photos", "imagenet"):
         shutil.copy(folder / "out.beton", folder / f"{name}.beton")
     (folder / "demo").mkdir()
@@ -150,7 +151,7 @@ def run(words: list[str]) -> int:
         if "--resume" in arguments:  # shape and length are the run's
             return bt_fast([*arguments, "--device", "cpu", "--workers", "1"])
         if "--dry-run" in arguments and "--gpus" in arguments:
-            return bt_fast(arguments)
+            return bt_fast([*arguments, "--data", "none.beton"])  # a plan for all of ImageNet
         if "shards/" in arguments:
             pytest.importorskip("nvidia.dali", reason="DALI is not installed")
         return bt_fast([*arguments, *TINY_RUN])

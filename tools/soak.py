@@ -61,17 +61,18 @@ class Soak:
 
 def draw_data(config: Soak) -> Path:
     """A .beton of drawn pictures in the folder of results."""
-    images, beton = config.out / "images", config.out / "out.beton"
+    out = config.out.resolve()  # the tools run in the checkout
+    images, beton = out / "images", out / "out.beton"
     draw = [sys.executable, ROOT / "tools" / "make_demo_images.py", images, "--workers", "1"]
     held_out = config.images // 4
     for command in (
         [*draw, "--train", config.images, "--val", held_out],
-        [sys.executable, "-m", "pipelines.convert", images.resolve(), beton.resolve()],
+        [sys.executable, "-m", "pipelines.convert", images, beton],
     ):
         done = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True)
         if done.returncode:
             raise ValueError(f"no data: {(done.stderr or done.stdout).strip()}")
-    return beton
+    return config.out / "out.beton"
 
 
 class Soaking:
