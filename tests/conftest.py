@@ -164,7 +164,7 @@ def labelled_run(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def finished(small_beton, tmp_path_factory) -> Path:
     """An uninterrupted run of 12 steps: 3 epochs of 4."""
-    from runs import pretrain
+    from tiny_runs import pretrain
 
     folder = tmp_path_factory.mktemp("runs") / "finished"
     assert pretrain("--data", small_beton, "--run-dir", folder, "--save-every", 1) == 0

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from runs import TINY, comparable, learned, metrics, pretrain, same, start, wait_for_step
+from tiny_runs import TINY, comparable, learned, metrics, pretrain, same, start, wait_for_step
 
 from bt_fast import checkpoint, pictures, train
 from bt_fast.cli import main

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import TINY, learned, metrics, pretrain, same, start, wait_for_step
+from tiny_runs import TINY, learned, metrics, pretrain, same, start, wait_for_step
 
 from bt_fast import faults
 from bt_fast.cli import main

@@ -8,7 +8,7 @@ import time
 
 import pytest
 from conftest import write_beton
-from runs import comparable, learned, metrics, pretrain, same, start, wait_for_step
+from tiny_runs import comparable, learned, metrics, pretrain, same, start, wait_for_step
 
 from bt_fast import train
 from bt_fast.cli import main

@@ -8,8 +8,8 @@ import pytest
 import torch
 from conftest import write_beton
 from PIL import Image
-from runs import learned, metrics, pretrain, same
 from safetensors.torch import load_file
+from tiny_runs import learned, metrics, pretrain, same
 
 from bt_fast import train
 from bt_fast.cli import main

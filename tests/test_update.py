@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import with_torchs_batch_norm
-from runs import TINY
+from tiny_runs import TINY
 
 from bt_fast import train
 from bt_fast.cli import parse_pretrain
