@@ -26,6 +26,7 @@ TINY = [
     "--recipe=demo", "--device=cpu", "--precision=fp32", "--encoder=resnet18", "--size=32",
     "--batch-size=16", "--projector", "32", "32", "--epochs=2", "--warmup-epochs=1",
     "--workers=1", "--probe-every=2", "--log-every=1", "--save-every=1",
+    "--keep=1",
 ]  # fmt: skip
 NAMES = ("baseline", "cross-entropy")
 
