@@ -3,9 +3,6 @@
 import json
 import shutil
 import signal
-import subprocess
-import sys
-import time
 from itertools import islice
 
 import numpy as np
@@ -13,7 +10,7 @@ import pytest
 import torch
 from conftest import write_beton
 from test_dali import CROP, DaliLoader, stopped_by
-from test_train import TINY, learned
+from tiny_runs import TINY, learned, start, wait_for_step
 
 from bt_fast import train
 from bt_fast.cli import main, parse_pretrain
@@ -185,19 +182,9 @@ def test_a_run_over_shards_resumes_exactly(shards, tmp_path, capsys):
 
 def test_killed_and_resumed_the_next_20_batches_are_the_same(data, tmp_path):
     folder = tmp_path / "killed"
-    flags = [*TINY, "--loader=dali", "--probe-every=0", "--save-every=3", "--epochs=9"]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "bt_fast.cli", "pretrain", *flags]
-        + ["--data", data.path, "--run-dir", str(folder)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    deadline = time.monotonic() + 120
-    while not list((folder / "checkpoints").glob("step-00000006")):
-        assert process.poll() is None, process.stdout.read()
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
+    flags = ["--loader=dali", "--probe-every=0", "--save-every=3", "--epochs=9"]
+    process = start(*flags, "--data", data.path, "--run-dir", folder)
+    wait_for_step(process, folder, 6)
     process.kill()
     assert process.wait() == -signal.SIGKILL
     process.stdout.close()

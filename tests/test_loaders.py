@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from test_train import TINY
+from tiny_runs import TINY
 
 from bt_fast.cli import main
 from bt_fast.evaluate.options import open_images
