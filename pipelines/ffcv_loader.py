@@ -22,7 +22,7 @@ caches no function that calls into a library ("uses dynamic globals (such as cty
 """
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from types import ModuleType
 
 import numpy as np
@@ -31,18 +31,17 @@ import torch
 
 from pipelines.beton import BetonReader
 from pipelines.crop import RandomResizedCrop
-from pipelines.loader import Batch, CropCutter, require_full_batches
-from pipelines.steps import Request, Steps
+from pipelines.loader import Batch, NativeLoader
+from pipelines.steps import Request
 
 
-class FfcvLoader:
-    """Random resized crops of a `.beton`, two per image, as `NativeLoader` with FFCV's pixels.
+class FfcvLoader(NativeLoader):
+    """The native loader's batches with FFCV's pixels.
 
     Args:
         reader: the data, JPEGs and raw images in any mixture.
         num_threads: decoding threads of this rank; at most Numba's, which are the usable cores.
-        cache_bytes: 0; FFCV keeps no decoded images.
-        others: as `NativeLoader`.
+        others: as `NativeLoader`; there is no cache.
     Raises:
         ValueError: ffcv is missing; what it cannot do is asked for; else as `NativeLoader`.
     """
@@ -52,35 +51,19 @@ class FfcvLoader:
         reader: BetonReader,
         crop: RandomResizedCrop,
         *,
-        batch_size: int,
-        seed: int = 0,
-        rank: int = 0,
-        world_size: int = 1,
         num_threads: int = 2,
         prefetch: int = 3,
         pin_memory: bool = False,
-        cache_bytes: int = 0,
-        size_of: Callable[[int], int] | None = None,
+        **settings,
     ) -> None:
-        require_full_batches(batch_size, world_size, len(reader), reader.path)
-        if cache_bytes:
+        if settings.pop("cache_bytes", 0):
             raise ValueError("--cache-gb needs --loader native: FFCV keeps no decoded images")
+        # Its cutter has the last word on damaged records.
+        super().__init__(reader, crop, num_threads=num_threads, **settings)
         self.ffcv = _import()
         self.loader = self.ffcv.open_loader(reader, num_threads, max(prefetch, 1))
-        self.reader = reader
-        self.steps = Steps(
-            reader,
-            crop,
-            batch_size=batch_size,
-            seed=seed,
-            rank=rank,
-            world_size=world_size,
-            size_of=size_of,
-        )
-        self.steps_per_epoch = self.steps.per_epoch
         self.num_threads = num_threads
         self.pin_memory = pin_memory
-        self.cutter = CropCutter(reader, num_threads)  # has the last word on damaged records
 
     def batches(self, first_step: int, last_step: int) -> Iterator[Batch]:
         """This rank's batches of the global steps first_step .. last_step - 1."""

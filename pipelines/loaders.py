@@ -20,7 +20,7 @@ from pipelines.sources.shards import read_dataset
 
 Name = Literal["native", "ffcv", "dali"]
 Wish = Literal["auto", "native", "ffcv", "dali"]
-Loader = NativeLoader | FfcvLoader
+Loader = NativeLoader  # the others are kinds of it
 Data = BetonReader | ShardReader
 
 WORTH_MEASURING = 1_000_000  # images of a run, below which auto takes native unseen
