@@ -115,8 +115,8 @@ def diagnose(options: Doctor) -> Iterator[Row]:
     yield Row(
         "pretrain takes",
         f"{ranks} x {performance.device.type}, {performance.precision}, torch.compile"
-        f" {performance.compile}, loader {settings.loader}, {settings.num_threads(ranks)} decoding threads"
-        + (" each" if ranks > 1 else ""),
+        f" {performance.compile}, loader {settings.loader},"
+        f" {settings.num_threads(ranks)} decoding threads" + (" each" if ranks > 1 else ""),
     )
 
 
