@@ -94,7 +94,7 @@ def submit(settings: Config, script: str, path: Path) -> None:
     if done.returncode:
         if settings.resume is None:
             shutil.rmtree(path)
-        said = " ".join(done.stderr.split())
+        said = " ".join(done.stderr.split()) or f"sbatch ended with status {done.returncode}"
         raise ValueError(f"--slurm {settings.slurm}: {said}")
     job = done.stdout.strip().partition(";")[0]
     print(script)
@@ -127,7 +127,7 @@ def srun(world_size: int, *, on_gpus: bool) -> list[str] | None:
     if world_size % num_nodes or world_size > num_nodes * per_node:
         raise ValueError(
             f"--gpus {world_size} does not fit this Slurm job of {num_nodes} nodes with {per_node}"
-            f" {what} each; every node takes as many ranks"
+            f" {what} each; choose a multiple of {num_nodes}, up to {num_nodes * per_node}"
         )
     words = f"srun --nodes={num_nodes} --ntasks={world_size}"
     words += f" --ntasks-per-node={world_size // num_nodes}"

@@ -123,8 +123,10 @@ class ShardSteps(Steps):
         try:
             return call()
         except RuntimeError as error:
-            message = f"{self.reader.path}: DALI does not read it: {in_short(error)}"
-            raise ValueError(message) from None
+            raise ValueError(
+                f"{self.reader.path}: DALI does not read it ({in_short(error)}); convert it:"
+                f" bt-convert {self.reader.path} out.beton"
+            ) from None
 
     def _fits(self) -> list:
         import nvidia.dali

@@ -39,7 +39,7 @@ class ShardReader:
             )
         dataset = read_dataset(folder)
         if split not in dataset["splits"]:
-            raise ValueError(f"{folder} has no {split} images")
+            raise ValueError(f"{folder} has no {split} images; convert a source that has them")
         self.archives = our_archives(folder, dataset, split)
         self.class_names: list[str] | None = list(dataset["classes"])
         self.num_classes = len(dataset["classes"])
@@ -70,7 +70,10 @@ class ShardReader:
             for index in epoch_order(len(self), seed=0, epoch=0)[:MAX_LABELS].tolist():
                 label = bytes(self._file(index, *self._classes[index].tolist()))
                 if not label.isdigit() or int(label) >= self.num_classes:
-                    raise ValueError(f"{self.name(index)} of {self.path} has the class {label!r}")
+                    raise ValueError(
+                        f"{self.name(index)} of {self.path} has the class {label!r}, which is none;"
+                        " convert the data again"
+                    )
                 labels[index] = int(label)
         return labels
 

@@ -85,7 +85,7 @@ def unmappable(place: Place) -> None:
 EXTRAS_PTR = ARGUMENTS + EXTRAS.fields["ptr"][1]
 CASES = [
     Case("…: no such file; make one with", "bt-convert --verify x.beton"),
-    Case("…: not a file", READ, lambda place: os.mkdir("x.beton")),
+    Case("…: not a file", READ, lambda place: os.mkfifo("x.beton")),
     Case("…: too short", READ, lambda place: place.write("x.beton", b"")),
     Case(
         "… cannot be opened",

@@ -4,7 +4,8 @@ import os
 
 import torch
 from error_list import Case, Place
-from error_pretrain_cases import data_with, jpeg_of, quick_doctor, writes
+from error_pretrain_cases import data_with, jpeg_of, no_gpu, quick_doctor, writes
+from error_source_cases import shards
 
 from bt_fast.model import build_encoder
 from bt_fast.weights import Pretrained
@@ -117,6 +118,9 @@ EVALUATING = [
     ),
     Case("… has other classes than …", LINEAR + " --data {data} --val-data one.beton", one_class),
     Case("… has other classes than …", KNN + " --data {data} --val-data one.beton", one_class),
+    Case("… …: evaluations do not read web shards", KNN + " --data shards", shards),
+    Case("… runs in one process", LINEAR + " --cached --gpus 2"),
+    Case("--gpus …, but this machine has …; choose", "eval linear {run} --gpus 32", no_gpu),
     Case("--val-data is needed", LINEAR + " --data {data}"),
     Case("--val-data: … has its own", TRANSFER + " --dataset voc07 --data . --val-data x"),
     Case(

@@ -7,9 +7,7 @@ import json
 import torch
 from error_list import Case, Place
 from safetensors.torch import save
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
-from bt_fast.dist import World
 from pipelines.beton_writer import BetonWriter
 
 PRETRAIN = (
@@ -33,36 +31,6 @@ def raises(error: BaseException):
         raise error
 
     return fail
-
-
-def ranks_started(place: Place) -> None:
-    for name in ("RANK", "LOCAL_RANK"):
-        place.monkeypatch.setenv(name, "0")
-    for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):
-        place.monkeypatch.setenv(name, "2")
-
-
-def failing_rank(place: Place) -> None:
-    """One of two ranks, whose collective fails."""
-    ranks_started(place)
-    world = World(rank=1, size=2, local_rank=1, local_size=2)
-    place.patch("bt_fast.dist.join", lambda device, timeout: world)
-    place.patch("bt_fast.dist.leave", lambda: None)
-    place.patch("bt_fast.dist.silent_ranks", lambda world: [0])
-    place.patch("bt_fast.launch.pretrain", raises(RuntimeError("connection closed\nby peer")))
-    place.patch("os._exit", lambda status: raises(SystemExit(status))())
-
-
-def failing_ranks(place: Place) -> None:
-    failure = ProcessFailure(1, 4321, -9, "/dev/null")
-    started = raises(ChildFailedError("bt-fast", {1: failure}))
-    place.patch("torch.distributed.launcher.api.elastic_launch", lambda *_: started)
-
-
-def other_data(place: Place) -> None:
-    place.patch(
-        "bt_fast.train.from_first", lambda value, group: {} if type(value) is dict else value
-    )
 
 
 def not_finite(place: Place) -> None:
@@ -155,13 +123,11 @@ SETTINGS = [
         ("--batch-size … does not divide", "--gpus 3"),
         ("--batch-size … is less than 2", "--gpus 16"),
         ("--bn-group … does not divide", "--gpus 4 --bn-group 3"),
-        ("--loader … is not available yet", "--loader dali"),
+        ("--ablation … is not one of", "--ablation none"),
         ("--resume …: no run is there", "--resume nowhere"),
     )
 ]
 PRETRAINING = [
-    Case("--gpus …, but this machine has", "pretrain --gpus 32", no_gpu),
-    Case("--gpus …, but … ranks were started", PRETRAIN + " --gpus 4", ranks_started),
     Case("--device cuda: no usable GPU", PRETRAIN + " --device cuda", no_gpu),
     Case(
         "… is not a configuration of this version",
@@ -187,18 +153,10 @@ PRETRAINING = [
         lambda place: place.patch("os.access", lambda path, mode: False),
     ),
     Case("… is in use by …", RESUME, locked_run),
-    Case(
-        "BT_FAST_FAULT=… is not",
-        PRETRAIN,
-        lambda place: place.monkeypatch.setenv("BT_FAST_FAULT", "now"),
-    ),
-    Case("rank … ended with …", PRETRAIN + " --gpus 2", failing_ranks),
-    Case("rank … stops: …", PRETRAIN, failing_rank, status=1),
-    Case("--data … of rank … is not that of rank 0", PRETRAIN, other_data),
     Case("the loss was not finite for", PRETRAIN, not_finite),
     Case("image … is not what was converted", PRETRAIN + " --data x.beton", damaged_data),
     Case(
-        "image … does not decode",
+        "image … does not decode (",
         PRETRAIN + " --data x.beton",
         lambda place: data_with(place, b"no JPEG"),
     ),

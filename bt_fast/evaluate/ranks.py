@@ -47,7 +47,10 @@ def on_ranks(
     num_here = torch.cuda.device_count() if options.device != "cpu" else 0
     wanted = options.gpus or max(num_here, 1)
     if options.device != "cpu" and wanted > max(num_here, 1):
-        raise ValueError(f"--gpus {wanted}, but this machine has {num_here}; torchrun starts more")
+        raise ValueError(
+            f"--gpus {wanted}, but this machine has {num_here}; choose fewer, or start the ranks of"
+            " several machines with torchrun or srun"
+        )
     if wanted == 1:
         return run(options, ALONE)
     with StopFlag() as stop:
