@@ -21,8 +21,9 @@ help:
 demo: demo/out.beton
 	$(BIN)/bt-fast pretrain --recipe demo --data demo/out.beton
 
+# Two files of tests at a time: most wait for processes they have started.
 test: $(FFCV) $(DALI)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(READY)
 	$(BIN)/ruff check .

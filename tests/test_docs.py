@@ -40,7 +40,7 @@ TINY_TOOL = {
     "bench_scale.py": shlex.split("--few 40 --many 80 --classes 4 --workers 1"),
     "launches.py": [],
     "kernel_report.py": [],
-    "ablate.py": [*TINY_RUN, "--max-steps", "1"],
+    "ablate.py": [*TINY_RUN, "--max-steps", "1", "--gpus", "1"],
     "soak.py": shlex.split("--minutes 0.1 --kills 1 --images 32 --epochs 2 --save-every 1"),
     "fuzz.py": ["--count", "20"],
     "check_dockerfile.py": [],
@@ -167,7 +167,8 @@ def run(words: list[str]) -> int:
         command = [sys.executable, ROOT / arguments[0], *arguments[1:], *TINY_TOOL[name]]
         return subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "0"}).returncode
     if program == ".venv/bin/ruff":
-        return subprocess.run([program, *arguments, "--check"], cwd=ROOT).returncode
+        command = [sys.executable, "-m", "ruff", *arguments, "--check"]
+        return subprocess.run(command, cwd=ROOT).returncode
     if program == ".venv/bin/python":
         return subprocess.run([sys.executable, *arguments], cwd=ROOT).returncode
     if program == "make":  # CI makes these for real
