@@ -234,10 +234,11 @@ def open_data_and_val(options: EvalOptions, subject: Subject) -> tuple[Images, I
     if data is None:
         raise ValueError("--data is needed: a file of weights does not say what it was trained on")
     train, val = open_images(data, "--data")
-    if options.val_data is not None:
-        val = open_images(options.val_data, "--val-data")[0]
-    elif options.data is None and subject.config and subject.config.val_data:
-        val = open_data(subject.config.val_data, "--val-data")
+    val_data = options.val_data
+    if options.data is None and subject.config:
+        val_data = val_data or subject.config.val_data
+    if val_data is not None:
+        val = open_images(val_data, "--val-data")[0]
     return train, val
 
 
