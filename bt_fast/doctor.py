@@ -83,8 +83,7 @@ def _wrapped(line: str) -> str:
 def diagnose(options: Doctor) -> Iterator[Row]:
     """The rows, in the order of the screen; only the packages' where one of these is missing."""
     yield Row("Python", f"{platform.python_version()}, {sys.executable}")
-    packages = required_packages()
-    yield packages
+    yield (packages := required_packages())
     yield optional_packages()
     if packages.broken:
         return
@@ -95,7 +94,7 @@ def diagnose(options: Doctor) -> Iterator[Row]:
         from bt_fast.recipes import RECIPES
     except (ImportError, OSError) as error:  # installed, but not whole
         problem = f"a package does not load: {error}"
-        yield Row("loading", "fails", problem, "pip install --force-reinstall bt-fast", broken=True)
+        yield Row("loading", "fails", problem, "pip install --force-reinstall .", broken=True)
         return
     if options.recipe not in RECIPES:
         raise ValueError(f"--recipe {options.recipe} is not one of {', '.join(RECIPES)}")
@@ -214,20 +213,21 @@ def decoding() -> Row:
 def data(path: Path, num_threads: int) -> Iterator[Row]:
     """Is --data sound as far as its tables tell, and how fast does its disk deliver?"""
     from bt_fast import machine
-    from pipelines.beton import BetonError, BetonReader
+    from pipelines.loaders import open_data
 
     make = f"bt-convert IMAGE_FOLDER {path}"
     if not path.exists():
         yield Row("data", f"{path} does not exist yet; made with: {make}")
         return
     try:
-        num_images = len(BetonReader(path))
-    except BetonError as error:
+        num_images = len(open_data(path, "--data"))
+    except ValueError as error:
         yield Row("data", str(path), str(error), f"{make} --overwrite", True)
         return
-    num_bytes = path.stat().st_size
+    files = sorted(path.glob("train-*.tar")) if path.is_dir() else [path]
+    num_bytes = sum(file.stat().st_size for file in files)
     yield Row("data", f"{path}: {num_images:,} images, {num_bytes / 1e9:.2f} GB")
-    rate, from_disk = machine.read_rate(path, num_threads)
+    rate, from_disk = machine.read_rate(files[0], num_threads)
     where = "past the page cache" if from_disk else "perhaps from memory: no direct reads here"
     value = f"{rate / 1e6:,.0f} MB/s, {rate / num_bytes * num_images:,.0f} images/s ({where})"
     yield Row("disk", value if rate else "not measured: the file is too small")

@@ -138,11 +138,15 @@ def _onnx(encoder: nn.Module) -> bytes:
 def how_to_load(pretrained: Pretrained, to: Target, out: Path) -> str:
     """The line of Python or of a configuration that reads the file."""
     name, small = pretrained.architecture, pretrained.small_images
-    stem = "  # after giving it the CIFAR stem: bt_fast.load_encoder does" if small else ""
+    stem = (
+        "model.conv1 = torch.nn.Conv2d(3, 64, 3, padding=1, bias=False); "
+        "model.maxpool = torch.nn.Identity(); "
+    ) * small
     lines = {
-        "torchvision": f"model = torchvision.models.{name}(); "
-        f'model.load_state_dict(torch.load("{out}"), strict=False){stem}  # no fc',
-        "timm": f'timm.create_model("{name}", num_classes=0, checkpoint_path="{out}"){stem}',
+        "torchvision": f"model = torchvision.models.{name}(); {stem}"
+        f'model.load_state_dict(torch.load("{out}"), strict=False)  # no fc',
+        "timm": f'model = timm.create_model("{name}", num_classes=0); {stem}'
+        f'model.load_state_dict(torch.load("{out}"))',
         "safetensors": f'bt_fast.load_encoder("{out}")',
         "detectron2": f"MODEL.WEIGHTS {out}, with the configurations in"
         f" {Path(__file__).parent / 'evaluate' / 'detectron2'}",

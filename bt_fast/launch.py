@@ -10,21 +10,24 @@
 With `--slurm` the run is submitted, and all this happens in its job.
 """
 
+import contextlib
 import dataclasses
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from rich.console import Console
 
-from bt_fast import dist, perf, slurm, start
+from bt_fast import costs, dist, perf, slurm, start
 from bt_fast.config import Config
 from bt_fast.dist import World
 from bt_fast.log import summary_table
 from bt_fast.plan import plan
-from bt_fast.run_directory import RunDirectory, choose_path, make_folder
+from bt_fast.run_directory import RunDirectory, choose_path, load_config, make_folder
 from bt_fast.signals import EXIT_STOPPED, StopFlag
 from bt_fast.train import pretrain
 from pipelines.loader import require_full_batches
@@ -55,11 +58,17 @@ def launch(settings: Config, arguments: Sequence[str], stop: StopFlag) -> int:
         print(elsewhere(arguments, wanted, num_here), file=sys.stderr)
         return 2
     check(settings, wanted)
+    folder = settings.resume or make_folder(settings)
     if settings.resume is None:  # a name that outlives a restart
-        arguments = [*arguments, "--run-dir", str(make_folder(settings))]
+        arguments = [*arguments, "--run-dir", str(folder)]
     if launcher:
-        return start.under(launcher, ["pretrain", *arguments], stop)
-    return start.here(["pretrain", *arguments], wanted, stop)
+        status = start.under(launcher, ["pretrain", *arguments], stop)
+    else:
+        status = start.here(["pretrain", *arguments], wanted, stop)
+    if status == start.EXIT_REFUSED:
+        with contextlib.suppress(OSError):  # unless something is in it
+            folder.rmdir()
+    return status
 
 
 def submit(settings: Config, partition: str) -> int:
@@ -67,11 +76,12 @@ def submit(settings: Config, partition: str) -> int:
     if settings.gpus is None:
         raise ValueError(f"--slurm {partition} needs --gpus, the number of ranks")
     path = choose_path(settings).absolute()
+    if settings.data.exists() or not settings.dry_run:
+        check(settings, settings.gpus)
     script = slurm.script(settings, settings.gpus, partition, path)
     if settings.dry_run:
         print(script, end="")
         return 0
-    check(settings, settings.gpus)
     slurm.submit(settings, script, path)
     return 0
 
@@ -79,9 +89,11 @@ def submit(settings: Config, partition: str) -> int:
 def resumed(settings: Config) -> Config:
     """With the same flags as before, a restart continues the run that the first start began."""
     path = settings.run_dir
-    begun = path is not None and (path / "config.json").exists()
-    if dist.restarts() and settings.resume is None and begun:
-        return dataclasses.replace(settings, resume=path)
+    if path is None or settings.resume is not None or not dist.restarts():
+        return settings
+    if (path / "config.json").exists():
+        loader = load_config(path, "--run-dir").loader  # auto would measure again
+        return dataclasses.replace(settings, resume=path, loader=loader)
     return settings
 
 
@@ -106,15 +118,7 @@ def run_rank(settings: Config, stop: StopFlag) -> int:
     except (RuntimeError, ValueError, OSError) as error:
         if world.size == 1:
             raise
-        # What will be the same the next time is not tried again.
-        refused = isinstance(error, ValueError)
-        reason = str(error).strip().partition("\n")[0]
-        if isinstance(error, RuntimeError) and perf.is_out_of_memory(error):
-            refused, reason = True, perf.OUT_OF_MEMORY
-        elif isinstance(error, RuntimeError) and (silent := dist.silent_ranks(world)):
-            reason += f"; ranks {silent} do not answer"
-        print(f"bt-fast pretrain: rank {world.rank} stops: {reason}", file=sys.stderr, flush=True)
-        os._exit(start.EXIT_REFUSED if refused else 1)  # what hangs would hang the way out too
+        end_rank("bt-fast pretrain", world, error)
     finally:
         dist.leave()
     if "TORCHELASTIC_RUN_ID" not in os.environ:
@@ -123,6 +127,23 @@ def run_rank(settings: Config, stop: StopFlag) -> int:
     if world.is_first and _STATUS in os.environ:
         Path(os.environ[_STATUS]).write_text(f"{status}\n")
     return 0 if status == EXIT_STOPPED else status
+
+
+def end_rank(program: str, world: World, error: Exception) -> NoReturn:
+    """Say why this rank stops, and stop at once: what hangs would hang the way out, too.
+
+    Of all ranks the first says it. What will be the same the next time is not tried again.
+    """
+    refused = isinstance(error, ValueError)
+    reason = str(error).strip().partition("\n")[0]
+    who = "" if refused else f"rank {world.rank} stops: "
+    if isinstance(error, RuntimeError) and perf.is_out_of_memory(error):
+        refused, reason = True, perf.OUT_OF_MEMORY
+    elif isinstance(error, RuntimeError) and (silent := dist.silent_ranks(world)):
+        reason += f"; ranks {silent} do not answer"
+    if dist.is_first_to_say():  # the others may only miss the one that said it
+        print(f"{program}: {who}{reason}", file=sys.stderr, flush=True)
+    os._exit(start.EXIT_REFUSED if refused else 1)
 
 
 def join(device: str, gpus: int | None, patience: float) -> World:
@@ -142,16 +163,18 @@ def join(device: str, gpus: int | None, patience: float) -> World:
 
 def elsewhere(arguments: Sequence[str], wanted: int, num_here: int) -> str:
     """What to type where, for more GPUs than this machine has."""
-    here = max(num_here, 1)
-    machines = -(-wanted // here)
+    most = num_here or costs.RANKS_PER_MACHINE
+    here = next(n for n in range(min(most, wanted), 0, -1) if wanted % n == 0)
+    machines = wanted // here
+    folder = "" if "--resume" in arguments else " --run-dir SHARED_FOLDER"
     command = (
         f"torchrun --nnodes {machines} --nproc-per-node {here} --rdzv-backend c10d"
         " --rdzv-endpoint FIRST_MACHINE:29500 --rdzv-id bt-fast"
-        f" --max-restarts {start.MAX_RESTARTS} -m bt_fast.cli pretrain {' '.join(arguments)}"
-        " --run-dir SHARED_FOLDER"
+        f" --max-restarts {start.MAX_RESTARTS} -m bt_fast.cli pretrain {shlex.join(arguments)}"
+        f"{folder}"
     )
     return (
         f"bt-fast pretrain: --gpus {wanted}, but this machine has {num_here}; add --slurm PARTITION"
-        f" on a Slurm cluster, or type this on each of {machines} machines with {here} each:"
-        f"\n  {command}"
+        " on a Slurm cluster, --device cpu to try it with processes, or type this on each of"
+        f" {machines} machines with {here} each:\n  {command}"
     )

@@ -83,6 +83,7 @@ def submit(settings: Config, script: str, path: Path) -> None:
             f"--slurm {settings.slurm}: this machine has no sbatch; submit where there is one, or"
             " see the job with --dry-run"
         )
+    is_new = not path.exists()
     with RunDirectory(path) as run:
         run.record_settings(settings)
         run.write(_JOB, script)
@@ -92,8 +93,11 @@ def submit(settings: Config, script: str, path: Path) -> None:
         ["sbatch", "--parsable", str(path / _JOB)], env=environment, capture_output=True, text=True
     )
     if done.returncode:
-        if settings.resume is None:
+        if is_new:
             shutil.rmtree(path)
+        elif settings.resume is None:
+            for name in ("config.json", _JOB, ".lock"):
+                (path / name).unlink(missing_ok=True)
         said = " ".join(done.stderr.split()) or f"sbatch ended with status {done.returncode}"
         raise ValueError(f"--slurm {settings.slurm}: {said}")
     job = done.stdout.strip().partition(";")[0]

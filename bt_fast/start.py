@@ -74,7 +74,7 @@ def _see_through(start: Callable[[], list[subprocess.Popen]], stop: StopFlag) ->
             failure = _wait(processes, stop)
         finally:
             _end(processes)
-        for status in (EXIT_REFUSED, EXIT_STOPPED, EXIT_UNSAVED):
+        for status in (EXIT_REFUSED, EXIT_UNSAVED, EXIT_STOPPED):
             if any(process.returncode == status for process in processes):
                 return status
         if failure is None:

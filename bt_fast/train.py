@@ -59,8 +59,7 @@ def pretrain(settings: Config, stop: StopFlag, world: World = ALONE) -> int:
         status = 0 if step == job.last_step else EXIT_STOPPED
         if run:
             status = finish(job, run, log, step, saved)
-        dist.wait_for_all(world.group)
-    return status
+        return from_first(status, world.group)
 
 
 def finish(job: Job, run: RunDirectory, log: RunLog, step: int, saved: bool) -> int:
@@ -224,7 +223,7 @@ def resume(job: Job, run: RunDirectory | None, console: Console) -> int:
 
     The first rank reads it and sends it to the others.
     """
-    if job.config.resume is None:
+    if not from_first(job.config.resume is not None, job.world.group):
         return 0
     step, readers = 0, []
     if run:

@@ -71,8 +71,6 @@ class ShardSteps(Steps):
         super().__init__(reader, crop, **settings)  # type: ignore[arg-type]
         self.reader, self.rank, self.world_size = reader, rank, world_size
         self.drawn: deque[list[np.ndarray]] = deque()
-        self._scratch = tempfile.TemporaryDirectory(prefix="bt-fast-")
-        self._blocks = list(_write_blocks(reader, Path(self._scratch.name)))
         self._states: deque[tuple[int, str]] = deque(maxlen=KEPT_STATES)  # (step, what DALI saved)
 
     def samples(self, first_step: int, last_step: int) -> Iterator[tuple[int, np.ndarray]]:
@@ -135,10 +133,17 @@ class ShardSteps(Steps):
 
     def _open(self, epoch: int, saved: str | None):
         """DALI's reader of this rank's part of an epoch, at its start or as it was saved."""
+        # The files of indices are there while DALI reads them: a kill leaves none behind.
+        with tempfile.TemporaryDirectory(prefix="bt-fast-") as folder:
+            blocks = list(_write_blocks(self.reader, Path(folder)))
+            order = epoch_order(len(blocks), self.seed, epoch)
+            return self._build([blocks[block] for block in order], epoch, saved)
+
+    def _build(self, blocks: list[tuple[str, str]], epoch: int, saved: str | None):
+        """The reader of (archive, index) in this order."""
         from nvidia.dali import Pipeline, fn
 
-        order = epoch_order(len(self._blocks), self.seed, epoch)
-        archives, indices = zip(*(self._blocks[block] for block in order), strict=True)
+        archives, indices = zip(*blocks, strict=True)
         (key,) = view_keys(np.array([self.rank]), seed=self.seed, epoch=epoch, view=_READER)
         pipeline = Pipeline(
             batch_size=self.share.stop - self.share.start,

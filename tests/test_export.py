@@ -263,6 +263,6 @@ def test_nothing_is_overwritten_unasked(tmp_path, capsys):
     assert main(arguments) == 2
     assert "--overwrite" in capsys.readouterr().err and out.read_text() == "precious"
     assert main([*arguments, "--overwrite"]) == 0
-    assert "load it with: timm.create_model" in capsys.readouterr().out
+    assert "load it with: model = timm.create_model" in capsys.readouterr().out
     assert main(["export", str(tmp_path / "e.safetensors"), "--to", "onnx", "--out", str(out)]) == 2
     assert "*.onnx" in capsys.readouterr().err

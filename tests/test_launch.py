@@ -159,14 +159,16 @@ def test_more_gpus_than_a_machine_has_is_told_how(small_beton, capsys, monkeypat
     assert main(["pretrain", *flags, "--device=auto"]) == 2
     error = capsys.readouterr().err
     assert "torchrun --nnodes 4 --nproc-per-node 8" in error and "each of 4 machines" in error
-    assert "--nnodes 2" in elsewhere(["--gpus", "9"], 9, 8)
+    nine = elsewhere(["--gpus", "9", "--data", "my photos.beton"], 9, 8)
+    assert "--nnodes 3 --nproc-per-node 3" in nine and "'my photos.beton' --run-dir" in nine
+    assert "--run-dir" not in elsewhere(["--gpus", "16", "--resume", "run"], 16, 8)
 
 
 def test_32_gpus_elsewhere_needs_no_data(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert main(["pretrain", "--gpus", "32"]) == 2
     error = capsys.readouterr().err
-    assert "type this on each of 32 machines" in error and "--gpus 32" in error
+    assert "type this on each of 4 machines with 8 each" in error and "--gpus 32" in error
     assert not list(tmp_path.iterdir())
 
 

@@ -123,6 +123,9 @@ def _wait(what: str, folder: Path, ready) -> None:
 
 
 if __name__ == "__main__":
+    if sys.argv[1:] in (["-h"], ["--help"]):
+        print(__doc__.strip())
+        sys.exit()
     if missing() or not sys.argv[1:]:
         print(missing() or __doc__.strip(), file=sys.stderr)
         sys.exit(2)

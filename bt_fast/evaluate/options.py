@@ -217,7 +217,10 @@ def open_pair(options: EvalOptions, subject: Subject) -> tuple[Images, Images]:
     """Training and held-out images of the same classes. Raises ValueError."""
     train, val = open_data_and_val(options, subject)
     if val is None:
-        raise ValueError(f"--val-data is needed: there are no held-out images beside {train.path}")
+        raise ValueError(
+            f"--val-data is needed: there are no held-out images beside {train.path};"
+            " bt-convert keeps those of a folder that has train/ and val/"
+        )
     for images in (train, val):
         if not (images.labels >= 0).any():
             raise ValueError(f"{images.path} has no classes")

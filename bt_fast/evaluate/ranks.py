@@ -13,7 +13,7 @@ import torch
 
 from bt_fast import dist, launch, slurm, start
 from bt_fast.dist import ALONE, World
-from bt_fast.signals import StopFlag
+from bt_fast.signals import EXIT_STOPPED, StopFlag
 
 _PATIENCE = 1800.0  # seconds; a rank may wait for the others' decoding, not for ever
 
@@ -43,7 +43,7 @@ def on_ranks(
         return run(options, ALONE)
     slurm.adopt()
     if "RANK" in os.environ:
-        return _as_rank(options, run)
+        return _as_rank(name, options, run)
     num_here = torch.cuda.device_count() if options.device != "cpu" else 0
     wanted = options.gpus or max(num_here, 1)
     if options.device != "cpu" and wanted > max(num_here, 1):
@@ -54,18 +54,21 @@ def on_ranks(
     if wanted == 1:
         return run(options, ALONE)
     with StopFlag() as stop:
-        return start.here(["eval", name, *arguments], wanted, stop)
+        status = start.here(["eval", name, *arguments], wanted, stop)
+    if status == EXIT_STOPPED:
+        print("stopped; the same command goes on", file=sys.stderr)
+    return status
 
 
-def _as_rank(options: Options, run: Callable[[Options, World], int]) -> int:
+def _as_rank(name: str, options: Options, run: Callable[[Options, World], int]) -> int:
     world = launch.join(options.device, options.gpus, _PATIENCE)
     if not world.is_first:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     try:
         return run(options, world)
-    except (ValueError, OSError):
-        if not dist.is_first_to_say():
-            os._exit(start.EXIT_REFUSED)
-        raise
+    except (RuntimeError, ValueError, OSError) as error:
+        if world.size == 1:
+            raise
+        launch.end_rank(f"bt-fast eval {name}", world, error)
     finally:
         dist.leave()
