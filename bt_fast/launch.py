@@ -76,9 +76,9 @@ def submit(settings: Config, partition: str) -> int:
     if settings.gpus is None:
         raise ValueError(f"--slurm {partition} needs --gpus, the number of ranks")
     path = choose_path(settings).absolute()
+    script = slurm.script(settings, settings.gpus, partition, path)
     if settings.data.exists() or not settings.dry_run:
         check(settings, settings.gpus)
-    script = slurm.script(settings, settings.gpus, partition, path)
     if settings.dry_run:
         print(script, end="")
         return 0
