@@ -111,6 +111,7 @@ def test_the_wheel_is_what_runs(installed, tmp_path):
         ("bt-fast --help", "eval linear"),
         ("bt-convert --help", "--max-side"),
         ("bt-fast pretrain --help", "--if-save-fails"),
+        ("bt-fast doctor", "bt-fast can run here"),
         ("bt-fast pretrain --dry-run --gpus 32", "32, each 64 of 2048 images"),
     ],
 )
