@@ -1,0 +1,110 @@
+"""Training and evaluating need no network, and write where they are told."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from conftest import write_beton
+
+ROOT = Path(__file__).parents[1]
+
+# A guard on every connection, that first proves that it works; then the command lines of argv.
+AT_HOME = """
+import ipaddress, json, socket, sys
+
+asked = []
+
+def is_near(host):
+    try:
+        return host in (None, "", "localhost") or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+def guarded(real, host_of):
+    def call(*arguments, **options):
+        host = host_of(*arguments)
+        if not is_near(host):
+            asked.append(host)
+            raise OSError(f"no network: {host}")
+        return real(*arguments, **options)
+    return call
+
+def host_of(connection, address):
+    return address[0] if isinstance(address, tuple) else None
+
+for name in ("connect", "connect_ex"):
+    setattr(socket.socket, name, guarded(getattr(socket.socket, name), host_of))
+socket.getaddrinfo = guarded(socket.getaddrinfo, lambda host, *_: host)
+
+for try_it in (
+    lambda: socket.socket().connect(("192.0.2.1", 9)),
+    lambda: socket.create_connection(("example.org", 80), timeout=1),
+):
+    try:
+        try_it()
+    except OSError as error:
+        assert "no network" in str(error)
+assert asked == ["192.0.2.1", "example.org"]
+asked.clear()
+
+from bt_fast.cli import main
+
+for command in json.loads(sys.argv[1]):
+    assert main(command) == 0
+sys.exit(f"asked for {asked}" if asked else 0)
+"""
+
+# Caches of libraries in their usual places, which docs/security.md names.
+CACHES = (
+    "home/.cache/matplotlib/",
+    "home/.config/matplotlib/",
+    "tmp/torchinductor_",
+    "home/.triton/",
+    "home/.nv/",
+)
+
+
+def test_training_and_evaluating_need_no_network_and_write_where_they_are_told(tmp_path):
+    data = write_beton(tmp_path / "data.beton", 40)
+    for folder in ("home", "tmp", "elsewhere"):
+        (tmp_path / folder).mkdir()
+    flags = ["--recipe=demo", "--device=cpu", "--size=32", "--batch-size=16", "--workers=1"]
+    flags += ["--epochs=1", "--projector", "32", "16", "--data", str(data)]
+    commands = [
+        ["pretrain", *flags, "--run-dir", "run"],
+        ["eval", "knn", "run", "--device=cpu", "--workers=1"],
+    ]
+    environment = {
+        "PATH": os.environ["PATH"],
+        "HOME": str(tmp_path / "home"),
+        "TMPDIR": str(tmp_path / "tmp"),
+        "PYTHONPATH": str(ROOT),
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "OMP_NUM_THREADS": "1",
+    }
+    alone = ["unshare", "--map-root-user", "--net"]  # not even a loopback, where that is allowed
+    try:
+        subprocess.run([*alone, "true"], check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError):
+        alone = []
+    before = tree(tmp_path)
+    done = subprocess.run(
+        [*alone, sys.executable, "-c", AT_HOME, json.dumps(commands)],
+        cwd=tmp_path / "elsewhere",
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    written = tree(tmp_path) - before
+    assert "elsewhere/run/encoder.safetensors" in written
+    others = {name for name in written if not name.startswith("elsewhere/run/")}
+    assert not {name for name in others if not name.startswith(CACHES)}
+    assert before <= tree(tmp_path)
+
+
+def tree(root: Path) -> set[str]:
+    """Every file below."""
+    return {str(path.relative_to(root)) for path in root.rglob("*") if path.is_file()}
