@@ -41,3 +41,4 @@ def _rank(rank: int, size: int, port: int, folder: str, function, arguments) -> 
         raise
     finally:
         dist.leave()
+    os._exit(0)  # a thread of torch's has aborted the interpreter's way out, once, under load
