@@ -156,17 +156,13 @@ def learns_otherwise(config, saved) -> list[str]:
 
 
 def _eval(name: str, arguments: list[str]) -> int:
+    from bt_fast.evaluate.ranks import on_ranks
     from pipelines.flags import parse_flags
 
     room, options, function = _EVALUATIONS[name]
     module = importlib.import_module(f"bt_fast.evaluate.{room}")
     parsed = parse_flags(getattr(module, options), f"bt-fast eval {name}", arguments)
-    run = getattr(module, function)
-    if not hasattr(parsed, "gpus"):
-        return run(parsed)
-    from bt_fast.evaluate.ranks import on_ranks
-
-    return on_ranks(name, parsed, arguments, run)
+    return on_ranks(name, parsed, arguments, getattr(module, function))
 
 
 def _export(arguments: list[str]) -> int:

@@ -1,18 +1,17 @@
 """Ranks and collectives.
 
-A rank is one process with one GPU, or a CPU process of its own. Everything that crosses ranks goes
-through the functions here and is counted when asked for (`Traffic`). They are torch.distributed's
-public calls, which a compiler can trace. A group of None stands for this process alone.
+A rank is one process with one GPU, or a CPU process of its own (`meeting` says how they find each
+other). Everything that crosses ranks goes through the functions here and is counted when asked for
+(`Traffic`). They are torch.distributed's public calls, which a compiler can trace. A group of None
+stands for this process alone.
 """
 
-import os
-import time
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
-from datetime import timedelta
 from typing import Any, cast
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -24,7 +23,7 @@ _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_t
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class World:
-    """Which rank this process is. Made by `join`; `ALONE` without other ranks."""
+    """Which rank this process is. Made by `meeting.join`; `ALONE` without other ranks."""
 
     rank: int
     size: int
@@ -39,6 +38,10 @@ class World:
     @property
     def group(self) -> Group:
         return dist.group.WORLD if self.size > 1 else None  # type: ignore[return-value]
+
+    def share(self, samples: np.ndarray) -> np.ndarray:
+        """This rank's of them, in a row; the first ranks have one more where they do not divide."""
+        return np.array_split(samples, self.size)[self.rank]
 
     def subgroup(self, size: int) -> Group:
         """This rank's group of so many ranks in a row; 0 = all of them."""
@@ -60,93 +63,6 @@ def require_equal_groups(num_ranks: int, size: int) -> None:
 
 
 ALONE = World(rank=0, size=1, local_rank=0, local_size=1)
-
-
-def described() -> World:
-    """The rank that the environment makes of this process, ALONE if it does not speak of ranks."""
-    if "RANK" not in os.environ:
-        return ALONE
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-    rank, size, local_rank, local_size = (int(os.environ[name]) for name in names)
-    return World(rank=rank, size=size, local_rank=local_rank, local_size=local_size)
-
-
-RESTARTS = "BT_FAST_RESTARTS"  # set where bt-fast itself starts ranks (start.py)
-
-
-def restarts() -> int:
-    """How often this run's ranks were started before: by torchrun, Slurm's requeue, or bt-fast."""
-    counts = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT", RESTARTS)
-    return sum(int(os.environ.get(name, "0")) for name in counts)
-
-
-def join(device: torch.device, timeout: float) -> World:
-    """Meet the other ranks, as torchrun's environment describes them.
-
-    timeout: seconds after which a rank that does not answer ends the run.
-    """
-    world = described()
-    if world.size > 1 and not dist.is_initialized():
-        # gloo carries what lives on the CPU: stop requests, and everything of CPU ranks.
-        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        bound = device if device.type == "cuda" else None
-        dist.init_process_group(
-            backend,
-            store=_meeting_place(world, timedelta(seconds=timeout)),
-            rank=world.rank,
-            world_size=world.size,
-            timeout=timedelta(seconds=timeout),
-            device_id=bound,
-        )
-    return world
-
-
-def silent_ranks(world: World, wait: float = 5.0) -> list[int]:
-    """After a collective has failed: which ranks do not say, within `wait` seconds, that they are
-    there. All others must ask too."""
-    if not _stores:
-        return []
-    try:
-        _stores[-1].set(f"here/{world.rank}", "")
-        time.sleep(wait)
-        return [r for r in range(world.size) if not _stores[-1].check([f"here/{r}"])]
-    except RuntimeError:
-        return [0]  # with whose machine the store is gone
-
-
-def is_first_to_say() -> bool:
-    """Whether no other rank has asked this: of many with the same complaint one is to say it."""
-    try:
-        return not _stores or _stores[-1].add("said", 1) == 1
-    except RuntimeError:  # the store is gone with its process
-        return True
-
-
-_stores: list[dist.Store] = []
-
-
-def _meeting_place(world: World, timeout: timedelta) -> dist.Store:
-    """Where ranks tell each other their addresses: the launcher's store, or one of the first rank.
-
-    A launcher's outlives a restart, so every start has keys of its own: those of the ranks that
-    died would be answered by nobody.
-    """
-    at_launchers = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    store = dist.TCPStore(
-        os.environ["MASTER_ADDR"],
-        int(os.environ["MASTER_PORT"]),
-        world.size,
-        is_master=world.is_first and not at_launchers,
-        timeout=timeout,
-    )
-    _stores.append(dist.PrefixStore(f"bt-fast/start {restarts()}", store))
-    return _stores[-1]
-
-
-def leave() -> None:
-    """Part from the other ranks."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 def size_of(group: Group) -> int:
@@ -195,6 +111,19 @@ def all_gather(part: torch.Tensor, group: Group) -> torch.Tensor:
     whole = part.new_empty((world_size * part.shape[0], *part.shape[1:]))
     _all_gather(whole, part, group=group)
     return whole.unflatten(0, (world_size, part.shape[0]))
+
+
+def gather_shares(part: torch.Tensor, num_rows: int, group: Group) -> torch.Tensor:
+    """Rows of every rank, as `World.share` has divided them -> [num_rows, ...] on every rank."""
+    if group is None:
+        return part
+    num_ranks = group.size()
+    most = -(-num_rows // num_ranks)
+    padded = part.new_zeros(most, *part.shape[1:])
+    padded[: len(part)] = part
+    parts = all_gather(padded, group)  # [W, most, ...]
+    full = num_rows - num_ranks * (most - 1)  # ranks without padding
+    return torch.cat([parts[:full].flatten(0, 1), parts[full:, :-1].flatten(0, 1)])
 
 
 def all_sum(value: torch.Tensor, group: Group) -> torch.Tensor:

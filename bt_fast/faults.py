@@ -14,7 +14,8 @@ from typing import Literal, get_args
 
 import torch
 
-from bt_fast.dist import World, restarts
+from bt_fast.dist import World
+from bt_fast.meeting import restarts
 
 VARIABLE = "BT_FAST_FAULT"
 Kind = Literal["exit", "exception", "kill", "hang", "nan", "memory"]

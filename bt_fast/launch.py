@@ -22,7 +22,7 @@ from typing import NoReturn
 import torch
 from rich.console import Console
 
-from bt_fast import costs, dist, perf, slurm, start
+from bt_fast import costs, dist, meeting, perf, slurm, start
 from bt_fast.config import Config
 from bt_fast.dist import World
 from bt_fast.log import summary_table
@@ -89,7 +89,7 @@ def submit(settings: Config, partition: str) -> int:
 def resumed(settings: Config) -> Config:
     """With the same flags as before, a restart continues the run that the first start began."""
     path = settings.run_dir
-    if path is None or settings.resume is not None or not dist.restarts():
+    if path is None or settings.resume is not None or not meeting.restarts():
         return settings
     if (path / "config.json").exists():
         loader = load_config(path, "--run-dir").loader  # auto would measure again
@@ -118,18 +118,30 @@ def run_rank(settings: Config, stop: StopFlag) -> int:
     except (RuntimeError, ValueError, OSError) as error:
         if world.size == 1:
             raise
-        end_rank("bt-fast pretrain", world, error)
-    finally:
-        dist.leave()
-    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        give_up("bt-fast pretrain", world, error)
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        # It would take a stop for a failure, start again, and pass no status on.
+        if world.is_first and _STATUS in os.environ:
+            Path(os.environ[_STATUS]).write_text(f"{status}\n")
+        status = 0 if status == EXIT_STOPPED else status
+    return end_rank(world, status)
+
+
+def end_rank(world: World, status: int) -> int:
+    """Part from the other ranks and end this process with a status; alone, just return it.
+
+    Not by way of the interpreter, whose clearing up a thread of torch's has aborted, seldom and
+    under load: what was a finished run would be started again.
+    """
+    meeting.leave()
+    if world.size == 1:
         return status
-    # torchrun would take a stop for a failure, start again, and pass no status on.
-    if world.is_first and _STATUS in os.environ:
-        Path(os.environ[_STATUS]).write_text(f"{status}\n")
-    return 0 if status == EXIT_STOPPED else status
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(status)
 
 
-def end_rank(program: str, world: World, error: Exception) -> NoReturn:
+def give_up(program: str, world: World, error: Exception) -> NoReturn:
     """Say why this rank stops, and stop at once: what hangs would hang the way out, too.
 
     Of all ranks the first says it. What will be the same the next time is not tried again.
@@ -139,9 +151,9 @@ def end_rank(program: str, world: World, error: Exception) -> NoReturn:
     who = "" if refused else f"rank {world.rank} stops: "
     if isinstance(error, RuntimeError) and perf.is_out_of_memory(error):
         refused, reason = True, perf.OUT_OF_MEMORY
-    elif isinstance(error, RuntimeError) and (silent := dist.silent_ranks(world)):
+    elif isinstance(error, RuntimeError) and (silent := meeting.silent_ranks(world)):
         reason += f"; ranks {silent} do not answer"
-    if dist.is_first_to_say():  # the others may only miss the one that said it
+    if meeting.is_first_to_say():  # the others may only miss the one that said it
         print(f"{program}: {who}{reason}", file=sys.stderr, flush=True)
     os._exit(start.EXIT_REFUSED if refused else 1)
 
@@ -149,7 +161,7 @@ def end_rank(program: str, world: World, error: Exception) -> NoReturn:
 def join(device: str, gpus: int | None, patience: float) -> World:
     """Meet the other ranks, with this rank's share of a CPU's threads. Raises ValueError if there
     are not `gpus` of them."""
-    world = dist.described()
+    world = meeting.described()
     if gpus not in (None, world.size):
         raise ValueError(
             f"--gpus {gpus}, but {world.size} ranks were started; leave --gpus out or start as many"
@@ -158,7 +170,7 @@ def join(device: str, gpus: int | None, patience: float) -> World:
     where = torch.device("cuda", world.local_rank) if on_gpu else torch.device("cpu")
     if not on_gpu and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(torch.get_num_threads() // world.local_size, 1))
-    return dist.join(where, patience)
+    return meeting.join(where, patience)
 
 
 def elsewhere(arguments: Sequence[str], wanted: int, num_here: int) -> str:

@@ -22,7 +22,7 @@ def probed(run: RunDirectory, step: int) -> bool:
 
 
 def probe(job: Job, log: RunLog, step: int) -> None:
-    """kNN accuracy of the encoder as it is now."""
+    """kNN accuracy of the encoder as it is now. All ranks call it, and share its images."""
     if job.knn_data is None:
         return
     started = time.perf_counter()
@@ -33,6 +33,7 @@ def probe(job: Job, log: RunLog, step: int) -> None:
         size=job.config.size,
         crop=job.config.probe_crop,
         num_threads=job.num_threads,
+        world=job.world,
     )
     log.probe(
         {

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 
 from torch.distributed import TCPStore
 
-from bt_fast import dist
+from bt_fast import meeting
 from bt_fast.signals import EXIT_STOPPED, EXIT_UNSAVED, StopFlag
 
 MAX_RESTARTS = 3
@@ -68,7 +68,7 @@ def _see_through(start: Callable[[], list[subprocess.Popen]], stop: StopFlag) ->
         if failure:
             note = f"bt-fast: {failure}; all start again from what was last saved"
             print(note, file=sys.stderr, flush=True)
-        os.environ[dist.RESTARTS] = str(restart)
+        os.environ[meeting.RESTARTS] = str(restart)
         processes = start()
         try:
             failure = _wait(processes, stop)

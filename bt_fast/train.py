@@ -104,7 +104,7 @@ def train(
     steps_per_epoch = job.loader.steps_per_epoch
     save_every = settings.save_every or steps_per_epoch
     # Also what a run did not get to between its last checkpoint and the kill.
-    if run and probe_is_due(job, step) and not probed(run, step):
+    if probe_is_due(job, step) and not from_first(run and probed(run, step), job.world.group):
         probe(job, log, step)
 
     # Since the last log line: its step, seconds spent training, updates skipped.
@@ -155,7 +155,7 @@ def train(
                 saved = save(job, run, log, step)
         if stopping and not is_last:
             break
-        if run and probe_is_due(job, step):
+        if probe_is_due(job, step):
             with clock.paused():
                 probe(job, log, step)
     return step, saved

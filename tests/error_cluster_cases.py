@@ -6,7 +6,8 @@ import sys
 from error_list import Case, Place
 from error_pretrain_cases import PRETRAIN, no_gpu, raises
 
-from bt_fast.dist import RESTARTS, World
+from bt_fast.dist import World
+from bt_fast.meeting import RESTARTS
 
 SLURM = PRETRAIN + " --slurm fast"
 
@@ -18,15 +19,19 @@ def ranks_started(place: Place) -> None:
         place.monkeypatch.setenv(name, "2")
 
 
-def failing_rank(place: Place) -> None:
-    """One of two ranks, whose collective fails."""
+def one_of_two_ranks(place: Place) -> None:
     ranks_started(place)
     world = World(rank=1, size=2, local_rank=1, local_size=2)
-    place.patch("bt_fast.dist.join", lambda device, timeout: world)
-    place.patch("bt_fast.dist.leave", lambda: None)
-    place.patch("bt_fast.dist.silent_ranks", lambda world: [0])
-    place.patch("bt_fast.launch.pretrain", raises(RuntimeError("connection closed\nby peer")))
+    place.patch("bt_fast.meeting.join", lambda device, timeout: world)
+    place.patch("bt_fast.meeting.leave", lambda: None)
     place.patch("os._exit", lambda status: raises(SystemExit(status))())
+
+
+def failing_rank(place: Place) -> None:
+    """One of two ranks, whose collective fails."""
+    one_of_two_ranks(place)
+    place.patch("bt_fast.meeting.silent_ranks", lambda world: [0])
+    place.patch("bt_fast.launch.pretrain", raises(RuntimeError("connection closed\nby peer")))
 
 
 def failing_ranks(place: Place) -> None:

@@ -3,6 +3,7 @@
 import os
 
 import torch
+from error_cluster_cases import one_of_two_ranks
 from error_list import Case, Place
 from error_pretrain_cases import data_with, jpeg_of, no_gpu, quick_doctor, writes
 from error_source_cases import shards
@@ -119,7 +120,7 @@ EVALUATING = [
     Case("… has other classes than …", LINEAR + " --data {data} --val-data one.beton", one_class),
     Case("… has other classes than …", KNN + " --data {data} --val-data one.beton", one_class),
     Case("… …: evaluations do not read web shards", KNN + " --data shards", shards),
-    Case("… runs in one process", LINEAR + " --cached --gpus 2"),
+    Case("--batch-size … is less than one", LINEAR + " --batch-size 1", one_of_two_ranks),
     Case("--gpus …, but this machine has …; choose", "eval linear {run} --gpus 32", no_gpu),
     Case("--val-data is needed", LINEAR + " --data {data}"),
     Case("--val-data: … has its own", TRANSFER + " --dataset voc07 --data . --val-data x"),

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 import torch.multiprocessing
 
-from bt_fast import dist
+from bt_fast import dist, meeting
 
 
 def run_ranks(size: int, function, *arguments) -> list:
@@ -32,7 +32,7 @@ def _rank(rank: int, size: int, port: int, folder: str, function, arguments) -> 
         MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
     )  # fmt: skip
     try:
-        world = dist.join(torch.device("cpu"), timeout=120)
+        world = meeting.join(torch.device("cpu"), timeout=120)
         result = function(world, *arguments)
         torch.save(result, Path(folder) / f"{rank}.pt")
         dist.wait_for_all(world.group)
@@ -40,5 +40,5 @@ def _rank(rank: int, size: int, port: int, folder: str, function, arguments) -> 
         traceback.print_exc()
         raise
     finally:
-        dist.leave()
+        meeting.leave()
     os._exit(0)  # a thread of torch's has aborted the interpreter's way out, once, under load

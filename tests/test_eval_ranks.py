@@ -1,38 +1,155 @@
-"""Evaluations that several ranks share."""
+"""Evaluations that several ranks share find what one process finds."""
 
 import json
 
+import numpy as np
 import pytest
+import torch
+import torch.nn.functional as F
+from ranks import run_ranks
 from safetensors.torch import load_file
 
+from bt_fast import norm
 from bt_fast.cli import main
+from bt_fast.dist import ALONE, gather_shares
+from bt_fast.evaluate.supervised import Classifier, _sum_gradients
+from bt_fast.model import build_encoder
+from bt_fast.run_directory import read_metrics
+from bt_fast.weights import load_encoder
+
+COMMON = ["--device=cpu", "--precision=fp32", "--workers=1"]
+# 64 training images: the last batch has 4 of them. Batches of 32 for semi divide into 11, 11, 10.
+LINEAR = ["linear", "--epochs=2", "--batch-size=12", "--lr=1"]
+SEMI = ["semi", "--percent=50", "--epochs=2", "--batch-size=32"]
+
+
+def evaluate(run, out, ranks: int, command: str, *flags: str) -> int:
+    flags = (*COMMON, *flags, "--out", str(out), "--gpus", str(ranks))
+    return main(["eval", command, str(run), *flags])
+
+
+def classifier(out) -> dict[str, torch.Tensor]:
+    (file,) = out.glob("*/classifier.safetensors")
+    return load_file(file)
+
+
+def result(out) -> dict:
+    (file,) = out.glob("*/result.json")
+    return json.loads(file.read_text())
 
 
 @pytest.mark.parametrize("num_ranks", [2, 3])
-def test_a_frozen_encoder_is_evaluated_alike_on_any_number_of_ranks(
-    labelled_run, tmp_path, capfd, num_ranks
-):
-    """64 images in batches of 12 leave 4 for the last one; 30 held-out images do not divide."""
-    flags = ["eval", "linear", str(labelled_run), "--device=cpu", "--precision=fp32"]
-    flags += ["--epochs=2", "--batch-size=12", "--workers=1", "--lr=1", "--out"]
-    found = []
+def test_a_frozen_encoder_is_evaluated_alike(labelled_run, tmp_path, capfd, num_ranks):
+    """30 held-out images do not divide by 4 batches of ranks."""
     for ranks in (1, num_ranks):
-        out = tmp_path / f"{ranks}"
-        assert main([*flags, str(out), "--gpus", str(ranks)]) == 0
-        (folder,) = out.glob("linear-*")
-        found.append((load_file(folder / "classifier.safetensors"), folder / "result.json"))
+        assert evaluate(labelled_run, tmp_path / f"{ranks}", ranks, *LINEAR) == 0
         told = capfd.readouterr().out
         assert told.count("top-1 of 30") == 1 and told.count("epoch 2 of 2") == 1
-    (alone, alone_result), (shared, shared_result) = found
+    alone, shared = (classifier(tmp_path / f"{ranks}") for ranks in (1, num_ranks))
     for name, value in alone.items():
         assert (shared[name] - value).norm() <= 1e-4 * value.norm(), name
-    assert json.loads(shared_result.read_text()) == json.loads(alone_result.read_text())
-    assert main([*flags, str(tmp_path / "x"), "--gpus=5"]) == 2
+    assert result(tmp_path / f"{num_ranks}") == result(tmp_path / "1")
+
+
+@pytest.mark.parametrize("num_ranks", [2, 3])
+def test_fine_tuning_is_alike_batch_norms_too(labelled_run, tmp_path, num_ranks):
+    for ranks in (1, num_ranks):
+        assert evaluate(labelled_run, tmp_path / f"{ranks}", ranks, *SEMI) == 0
+    alone, shared = (classifier(tmp_path / f"{ranks}") for ranks in (1, num_ranks))
+    before = load_encoder(labelled_run).state_dict()
+    for name in ("layer3.1.bn1.bias", "layer4.1.bn1.running_var", "layer4.1.bn1.bias"):
+        value, start = alone[f"encoder.{name}"], before[name]
+        difference = (shared[f"encoder.{name}"] - value).norm()
+        assert difference <= 1e-3 * (value - start).norm(), name
+        assert (value - start).norm() > 1e-3 * start.norm(), name
+    assert shared.keys() == alone.keys()
+
+
+def test_features_of_the_quick_protocol_are_read_by_all_ranks(labelled_run, tmp_path, capfd):
+    flags = ["linear", "--cached", "--views=2", "--epochs=2"]
+    for ranks in (1, 3):
+        assert evaluate(labelled_run, tmp_path / f"{ranks}", ranks, *flags) == 0
+        assert capfd.readouterr().out.count("top-1 of 30") == 1
+    alone, shared = (
+        {file.name: np.load(file) for file in (tmp_path / f"{ranks}" / "features").iterdir()}
+        for ranks in (1, 3)
+    )
+    assert len(alone) == 3 and alone.keys() == shared.keys()  # two views of train, one of val
+    for name, features in alone.items():
+        assert np.allclose(shared[name], features, rtol=1e-2, atol=1e-3), name  # half precision
+    assert result(tmp_path / "3") == result(tmp_path / "1")
+    assert evaluate(labelled_run, tmp_path / "3", 3, *flags) == 0
+    assert "done before" in capfd.readouterr().out
+
+
+def test_neighbours_are_those_of_one_process(labelled_run, tmp_path, capfd):
+    tables = []
+    for ranks in (1, 2):
+        flags = ["knn", "--augmented", "--collapse"]
+        assert evaluate(labelled_run, tmp_path, ranks, *flags) == 0
+        tables.append(capfd.readouterr().out)
+    assert "kNN, k = 20" in tables[0] and tables[1] == tables[0]
+
+
+def test_more_ranks_than_images_of_a_batch(labelled_run, tmp_path, capfd):
+    assert evaluate(labelled_run, tmp_path, 5, "linear", "--batch-size=4") == 2
     assert capfd.readouterr().err == (
-        "bt-fast eval linear: --batch-size 12 does not divide by 5 ranks\n"
+        "bt-fast eval linear: --batch-size 4 is less than one for each rank\n"
     )
 
 
-def test_what_runs_in_one_process_refuses_more(labelled_run, capfd):
-    assert main(["eval", "linear", str(labelled_run), "--cached", "--gpus=2", "--device=cpu"]) == 2
-    assert "--cached runs in one process; leave --gpus out" in capfd.readouterr().err
+COUNTS = (5, 2, 0)  # images of each rank
+
+
+def tuned_step(world, counts: tuple[int, ...]) -> tuple[dict, dict]:
+    """Gradients and state of a whole classifier in float64 after a batch that ranks share."""
+    torch.manual_seed(0)
+    images, labels = torch.randn(7, 3, 32, 32, dtype=torch.float64), torch.arange(7) % 3
+    model = Classifier(build_encoder("resnet18"), 512, 3, seed=0).double().train()
+    torch.nn.init.constant_(model.encoder.layer4[1].bn2.weight, 0.5)  # zero would hide a branch
+    norm.over_uneven_ranks(model, world.group)
+    own = slice(sum(counts[: world.rank]), sum(counts[: world.rank + 1]))
+    loss = F.cross_entropy(model(images[own]), labels[own], reduction="sum") / 7
+    loss.backward()
+    _sum_gradients(list(model.parameters()), world)
+    return {name: p.grad for name, p in model.named_parameters()}, model.state_dict()
+
+
+def test_a_batch_that_ranks_share_unequally_has_the_gradients_of_one_process():
+    """The last batch of an epoch; a rank may have nothing of it."""
+    expected = tuned_step(ALONE, (7,))
+    for found in run_ranks(3, tuned_step, COUNTS):
+        for theirs, ours in zip(expected, found, strict=True):
+            assert theirs.keys() == ours.keys()
+            for name, value in theirs.items():
+                assert torch.allclose(ours[name], value, rtol=1e-8, atol=1e-12), name
+
+
+def shares(world, counts: tuple[int, ...]) -> list[torch.Tensor]:
+    """Rows that were divided and gathered again."""
+    return [
+        gather_shares(torch.from_numpy(world.share(np.arange(2 * n).reshape(n, 2))), n, world.group)
+        for n in counts
+    ]
+
+
+def test_shares_come_together_in_their_order():
+    counts = (1, 2, 3, 4, 7)
+    for found in run_ranks(3, shares, counts):
+        for n, rows in zip(counts, found, strict=True):
+            assert torch.equal(rows, torch.arange(2 * n).view(n, 2))
+
+
+def test_the_probe_of_a_run_finds_the_same_on_any_number_of_ranks(labelled_run, tmp_path):
+    data = labelled_run.parent / "train.beton"
+    flags = ["--recipe=demo", "--size=32", "--batch-size=16", "--max-steps=1", *COMMON]
+    flags += ["--projector", "32", "32", "--data", str(data)]
+    probes = []
+    for ranks in (1, 2):
+        run = tmp_path / f"{ranks}"
+        assert main(["pretrain", *flags, "--gpus", str(ranks), "--run-dir", str(run)]) == 0
+        records = [record for _, record in read_metrics(run / "metrics.jsonl")]
+        probes.append([record for record in records if record["kind"] == "probe"])
+    for alone, shared in zip(*probes, strict=True):
+        for name in ("step", "knn_20", "knn_200"):
+            assert shared[name] == pytest.approx(alone[name], abs=1.5 / 30), name  # one image

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from conftest import with_torchs_batch_norm
+from ranks import run_ranks
 from torch import nn
 
 from bt_fast import norm
@@ -87,3 +88,45 @@ def test_checkpoints_fit_torchs_layers():
     ours = norm.BatchNorm2d(3)
     theirs = nn.BatchNorm2d(3)
     theirs.load_state_dict(copy.deepcopy(ours.state_dict()))
+
+
+COUNTS = (5, 2, 0)  # samples of each rank
+
+
+def uneven_layer(world):
+    """A batch of one view whose rows the ranks divide unequally."""
+    torch.manual_seed(0)
+    x, gradient = (torch.randn(sum(COUNTS), 4, 3, 3, dtype=torch.float64) for _ in range(2))
+    model = nn.Sequential(nn.BatchNorm2d(4)).double()
+    nn.init.normal_(model[0].weight)
+    norm.over_uneven_ranks(model, world.group)
+    own = (x + torch.arange(7).view(7, 1, 1, 1)).split(COUNTS)[world.rank].requires_grad_()
+    out = model(own)
+    out.backward(gradient.split(COUNTS)[world.rank])
+    layer = model[0]
+    return [out.detach(), own.grad, layer.weight.grad, layer.bias.grad], model.state_dict()
+
+
+def test_ranks_with_more_samples_than_others_normalise_as_one():
+    (expected, state), *_ = run_ranks(1, uneven_alone)
+    found = run_ranks(3, uneven_layer)
+    for number, value in enumerate(expected):
+        parts = [tensors[number] for tensors, _ in found]
+        whole = torch.cat(parts) if number < 2 else sum(parts)
+        assert torch.allclose(whole, value, rtol=1e-9, atol=1e-12)
+    for _, theirs in found:
+        assert theirs.keys() == state.keys()
+        assert all(torch.allclose(theirs[name].double(), state[name].double()) for name in state)
+
+
+def uneven_alone(world):
+    """The same in one process, by torch's layer."""
+    torch.manual_seed(0)
+    x, gradient = (torch.randn(sum(COUNTS), 4, 3, 3, dtype=torch.float64) for _ in range(2))
+    layer = nn.BatchNorm2d(4).double()
+    nn.init.normal_(layer.weight)
+    x = (x + torch.arange(7).view(7, 1, 1, 1)).requires_grad_()
+    out = layer(x)
+    out.backward(gradient)
+    state = nn.Sequential(layer).state_dict()
+    return [out.detach(), x.grad, layer.weight.grad, layer.bias.grad], state

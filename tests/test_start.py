@@ -9,14 +9,14 @@ import time
 
 import pytest
 
-from bt_fast import dist, start
+from bt_fast import meeting, start
 from bt_fast.signals import EXIT_STOPPED, StopFlag
 
 
 @pytest.fixture
 def ranks(tmp_path, monkeypatch):
     """Runs two ranks of some Python; each appends "RANK/RESTARTS" to a file when it starts."""
-    monkeypatch.setenv(dist.RESTARTS, "0")
+    monkeypatch.setenv(meeting.RESTARTS, "0")
     monkeypatch.setattr(start, "_LAST_WORDS", 1.0)
     started = tmp_path / "started"
 

@@ -283,3 +283,9 @@ def test_one_command_compares_random_and_pretrained(labelled_run, tmp_path, caps
         assert row in table
     assert "30 held-out images" in table and table.count("%") >= 6
     assert len(list(tmp_path.glob("*/result.json"))) == 4  # linear and semi, twice each
+
+
+def test_an_image_that_would_be_alone_in_a_batch_norm_waits(labelled_run, tmp_path, capsys):
+    """32 labelled images, whose features are 1 x 1 pixel at the end, in batches of 31."""
+    assert evaluate(labelled_run, tmp_path, "semi", "--percent=50", "--batch-size=31") == 0
+    assert "top-1 of 30" in capsys.readouterr().out

@@ -9,6 +9,7 @@ from tiny_runs import TINY
 from bt_fast import train
 from bt_fast.cli import parse_pretrain
 from bt_fast.evaluate.features import extract_features
+from bt_fast.evaluate.views import Views
 from bt_fast.feed import distort
 from bt_fast.job import build, rehearse
 from pipelines import augment
@@ -120,11 +121,11 @@ def test_a_probe_sees_single_images_and_leaves_no_trace(small_beton):
     job = build(parse_pretrain([*TINY, "--data", str(small_beton)]))
     before = {name: value.clone() for name, value in job.model.state_dict().items()}
     samples = np.arange(12)
-    settings = {"size": 32, "num_threads": 2}
-    encoder, performance = job.model.encoder, job.performance
-    whole = extract_features(encoder, job.reader, samples, performance, crop=1.0, **settings)
-    part = extract_features(encoder, job.reader, samples[3:5], performance, crop=1.0, **settings)
-    closer = extract_features(encoder, job.reader, samples, performance, crop=0.5, **settings)
+    views = Views(job.reader, job.performance, size=32, num_threads=2)
+    encoder = job.model.encoder
+    whole = extract_features(encoder, views, samples, crop=1.0)
+    part = extract_features(encoder, views, samples[3:5], crop=1.0)
+    closer = extract_features(encoder, views, samples, crop=0.5)
     assert torch.allclose(whole[3:5], part, atol=1e-2)  # bf16
     assert not torch.allclose(whole, closer, atol=1e-2)
     assert encoder.training

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from rich.console import Console
 from rich.table import Table
 
+from bt_fast.dist import ALONE, World
 from bt_fast.evaluate.knn import choose_data
 from bt_fast.evaluate.knn_command import measure_knn
 from bt_fast.evaluate.linear import EvalLinear, measure_linear
@@ -34,7 +35,7 @@ class EvalAll(EvalOptions):
     """Of everything drawn."""
 
 
-def run_all(options: EvalAll) -> int:
+def run_all(options: EvalAll, world: World = ALONE) -> int:
     """Print the table; returns the exit status."""
     common = {field.name: getattr(options, field.name) for field in dataclasses.fields(EvalOptions)}
     linear = "linear" if options.full_linear else "linear, quick protocol"
@@ -42,7 +43,7 @@ def run_all(options: EvalAll) -> int:
     scores: dict[str, list[float]] = {"kNN, k = 20": [], linear: [], semi: []}
     for random in (True, False):
         common["random"] = random
-        subject = open_subject(EvalOptions(**common))
+        subject = open_subject(EvalOptions(**common), world=world)
         train, val = open_pair(EvalOptions(**common), subject)
         say(f"{subject.description}:")
         data = choose_data(train, val, subject.seed)

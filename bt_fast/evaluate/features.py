@@ -1,26 +1,51 @@
-"""Features of a frozen encoder on the central crops of a data set."""
+"""What an encoder makes of the images of a data set; ranks share the images."""
+
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
-from bt_fast.evaluate.views import Images, Views, encode
+from bt_fast.dist import ALONE, World, gather_shares
+from bt_fast.evaluate.views import Views
 from bt_fast.perf import Performance
 
 
 def extract_features(
-    encoder: torch.nn.Module,
-    reader: Images,
-    samples: np.ndarray,
-    performance: Performance,
-    *,
-    size: int,
-    crop: float,
-    num_threads: int,
+    encoder: torch.nn.Module, views: Views, samples: np.ndarray, crop: float, world: World = ALONE
 ) -> torch.Tensor:
-    """L2-normalised features of the given samples: float32 [n, width] on the encoder's device.
+    """Features of the samples' central crops: float32 [n, width] on the device of `views`, on every
+    rank; each reads its share. The encoder is left in the mode it was in."""
+    return outputs(encoder, samples, lambda own: views.central(own, crop), views.performance, world)
 
-    The encoder runs in evaluation mode and is left in the mode it was in.
+
+def outputs(
+    model: torch.nn.Module,
+    samples: np.ndarray,
+    batches: Callable[[np.ndarray], Iterator[torch.Tensor]],
+    performance: Performance,
+    world: World = ALONE,
+) -> torch.Tensor:
+    """The model's outputs for the samples in evaluation mode: float32 [n, width], on every rank.
+
+    Args:
+        samples: int64 [n], at least one.
+        batches: makes images of some of them, in their order.
     """
-    views = Views(reader, performance, size=size, num_threads=num_threads)
-    return F.normalize(encode(encoder, views.central(samples, crop), performance), dim=1)
+    own = world.share(samples)
+    # A rank that has none of them must know the width, too.
+    ours = _encode(model, batches(own if len(own) else samples[:1]), performance)[: len(own)]
+    return gather_shares(ours, len(samples), world.group)
+
+
+@torch.no_grad()
+def _encode(
+    model: torch.nn.Module, batches: Iterator[torch.Tensor], performance: Performance
+) -> torch.Tensor:
+    was_training = model.training
+    model.eval()
+    parts = []
+    for images in batches:
+        with performance.autocast():
+            parts.append(model(images).float())
+    model.train(was_training)
+    return torch.cat(parts)

@@ -15,7 +15,7 @@ import dataclasses
 import hashlib
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -25,9 +25,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from bt_fast import dist
+from bt_fast.evaluate.features import outputs
 from bt_fast.evaluate.options import Part, Subject
-from bt_fast.evaluate.state import EvalFolder
-from bt_fast.evaluate.views import encode
+from bt_fast.evaluate.state import EvalFolder, shared_folder
 from pipelines.atomic import atomic_file
 from pipelines.order import epoch_order
 from pipelines.report import progress
@@ -70,48 +71,65 @@ def fit_grid(
         "views": num_views,
         "grid": dataclasses.asdict(grid),
     }
-    with EvalFolder(subject.folder, "linear-cached", facts) as folder:
-        done = folder.result()
-        if done is not None:
-            return done
-        read = partial(cached_views, subject, min_scale=min_scale, seed=grid.seed)
-        bank = torch.stack(list(read(train, num_views)))
-        (queries,) = read(val, 1)
-        labels, val_labels = (part.labels.to(bank.device) for part in (train, val))
-        return choose_and_fit(folder, bank, labels, queries, val_labels, grid)
+    with shared_folder(subject.folder, "linear-cached", facts, subject.world) as (folder, found):
+        if found is None:
+            train_files = cached_views(
+                subject, train, num_views, min_scale=min_scale, seed=grid.seed
+            )
+            val_files = cached_views(subject, val, 1, min_scale=min_scale, seed=grid.seed)
+            if folder:  # on the first rank
+                load = partial(load_features, device=subject.performance.device)
+                bank, (queries,) = torch.stack([*map(load, train_files)]), map(load, val_files)
+                labels, val_labels = (part.labels.to(bank.device) for part in (train, val))
+                found = choose_and_fit(folder, bank, labels, queries, val_labels, grid)
+            found = dist.from_first(found, subject.world.group)
+        return found
 
 
 def cached_views(
     subject: Subject, part: Part, count: int, *, min_scale: float, seed: int
-) -> Iterator[torch.Tensor]:
-    """Features [n, F], half precision, of the central crops and of `count` - 1 random views.
+) -> list[Path]:
+    """Files with features [n, F], float16, of the central crops and of `count` - 1 random views.
 
-    Each is read from the images once and kept as an array in the subject's folder.
+    Each is read from the images once, by all ranks, and kept in the subject's folder.
     """
     facts = repr((subject.facts(part), min_scale, seed))
     digest = hashlib.sha256(facts.encode()).hexdigest()[:8]
-    views, samples = subject.views(part.images), part.samples
-    for number in range(count):
-        file = subject.folder / "features" / f"{digest}-{number}.npy"
-        if not file.exists():
+    views, world = subject.views(part.images), subject.world
+    files = [subject.folder / "features" / f"{digest}-{number}.npy" for number in range(count)]
+    for number, file in enumerate(files):
+        if dist.from_first(file.exists(), world.group):
+            continue
+        batches: Callable[[np.ndarray], Iterator[torch.Tensor]]
+        if number == 0:
+            batches = partial(views.central, share=subject.crop)
+        else:
+            batches = partial(views.random, min_scale=min_scale, seed=seed, epoch=number - 1)
+        title = f"features of {Path(part.images.path).name}, view {number + 1} of {count}"
+        with progress(title, len(part)) as advance:
+            features = outputs(
+                subject.encoder,
+                part.samples,
+                partial(_counted, batches, lambda n: advance(n * world.size)),
+                subject.performance,
+                world,
+            ).half()
+        if world.is_first:
             file.parent.mkdir(parents=True, exist_ok=True)
-            batches = (
-                views.central(samples, subject.crop)
-                if number == 0
-                else views.random(samples, min_scale=min_scale, seed=seed, epoch=number - 1)
-            )
-            title = f"features of {Path(part.images.path).name}, view {number + 1} of {count}"
-            with progress(title, len(samples)) as advance:
-                shown = (_counted(batch, advance) for batch in batches)
-                features = encode(subject.encoder, shown, subject.performance)
             with atomic_file(file, overwrite=True) as opened:
-                np.save(opened, features.half().cpu().numpy())
-        yield torch.from_numpy(np.load(file)).to(subject.performance.device)
+                np.save(opened, features.cpu().numpy())
+    return files
 
 
-def _counted(batch: torch.Tensor, advance) -> torch.Tensor:
-    advance(len(batch))
-    return batch
+def load_features(file: Path, device: torch.device) -> torch.Tensor:
+    """A file of `cached_views`: float16 [n, F]."""
+    return torch.from_numpy(np.load(file)).to(device)
+
+
+def _counted(batches, advance, samples: np.ndarray) -> Iterator[torch.Tensor]:
+    for batch in batches(samples):
+        yield batch
+        advance(len(batch))
 
 
 def choose_and_fit(

@@ -8,9 +8,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
+from bt_fast.dist import ALONE, World
 from bt_fast.evaluate.features import extract_features
-from bt_fast.evaluate.views import Images
+from bt_fast.evaluate.views import Images, Views
 from bt_fast.perf import Performance
 from pipelines.order import epoch_order
 
@@ -107,30 +109,32 @@ def evaluate_knn(
     size: int,
     crop: float,
     num_threads: int,
+    world: World = ALONE,
 ) -> dict[str, float]:
-    """Accuracy for each of SETTINGS: {"knn_20": ..., "knn_200": ...}, in [0, 1]."""
-    features, labels = [], []
-    for reader, samples in (
-        (data.bank, data.bank_samples),
-        (data.queries, data.query_samples),
-    ):
-        features.append(
-            extract_features(
-                encoder, reader, samples, performance, size=size, crop=crop, num_threads=num_threads
-            )
+    """`knn_scores` of an encoder's features, on every rank; each reads its share of the images."""
+    bank, queries = (
+        extract_features(
+            encoder,
+            Views(reader, performance, size=size, num_threads=num_threads),
+            samples,
+            crop,
+            world,
         )
-        labels.append(torch.from_numpy(reader.labels[samples]).to(performance.device))
-    return knn_scores(features[0], labels[0], features[1], labels[1], data.num_classes)
+        for reader, samples in ((data.bank, data.bank_samples), (data.queries, data.query_samples))
+    )
+    return knn_scores(bank, queries, data)
 
 
-def knn_scores(
-    bank: torch.Tensor,
-    bank_labels: torch.Tensor,
-    queries: torch.Tensor,
-    query_labels: torch.Tensor,
-    num_classes: int,
-) -> dict[str, float]:
-    """`knn_accuracy` for each of SETTINGS: {"knn_20": ..., "knn_200": ...}, in [0, 1]."""
+def knn_scores(bank: torch.Tensor, queries: torch.Tensor, data: KnnData) -> dict[str, float]:
+    """`knn_accuracy` for each of SETTINGS: {"knn_20": ..., "knn_200": ...}, in [0, 1].
+
+    bank, queries: features [n, width] of the images that `data` names.
+    """
+    bank, queries = F.normalize(bank, dim=1), F.normalize(queries, dim=1)
+    bank_labels, query_labels = (
+        torch.from_numpy(images.labels[samples]).to(bank.device)
+        for images, samples in ((data.bank, data.bank_samples), (data.queries, data.query_samples))
+    )
     return {
         f"knn_{k}": knn_accuracy(
             bank,
@@ -139,7 +143,7 @@ def knn_scores(
             query_labels,
             k=k,
             temperature=temperature,
-            num_classes=num_classes,
+            num_classes=data.num_classes,
         )
         for k, temperature in SETTINGS
     }

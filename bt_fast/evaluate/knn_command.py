@@ -2,15 +2,16 @@
 whether the embeddings have collapsed."""
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
-import torch.nn.functional as F
 from rich.console import Console
 
+from bt_fast.dist import ALONE, World
 from bt_fast.evaluate.collapse import centred_rank, collapse_report, effective_rank
+from bt_fast.evaluate.features import extract_features, outputs
 from bt_fast.evaluate.knn import SETTINGS, KnnData, choose_data, knn_scores
 from bt_fast.evaluate.options import EvalOptions, Subject, open_data_and_val, open_subject
-from bt_fast.evaluate.views import encode
 from bt_fast.log import summary_table
 from pipelines.augment import VIEW_A, VIEW_B
 
@@ -28,9 +29,9 @@ class EvalKnn(EvalOptions):
     """Also report on the embeddings of the projector, which a run's checkpoint holds."""
 
 
-def run_knn(options: EvalKnn) -> int:
+def run_knn(options: EvalKnn, world: World = ALONE) -> int:
     """Print the accuracies; returns the exit status."""
-    subject = open_subject(options, projector=options.collapse)
+    subject = open_subject(options, projector=options.collapse, world=world)
     train, val = open_data_and_val(options, subject)
     data = choose_data(train, val, subject.seed)
     if data is None:
@@ -51,32 +52,20 @@ def measure_knn(
 ) -> tuple[float, dict[str, str]]:
     """(accuracy with k = 20, rows of the table)."""
     bank, queries = (
-        encode(subject.encoder, views.central(samples, subject.crop), subject.performance)
-        for views, samples in (
-            (subject.views(data.bank), data.bank_samples),
-            (subject.views(data.queries), data.query_samples),
+        extract_features(
+            subject.encoder, subject.views(images), samples, subject.crop, subject.world
         )
+        for images, samples in ((data.bank, data.bank_samples), (data.queries, data.query_samples))
     )
-    bank_labels, query_labels = (
-        torch.from_numpy(images.labels[samples]).to(bank.device)
-        for images, samples in (
-            (data.bank, data.bank_samples),
-            (data.queries, data.query_samples),
-        )
-    )
-
-    def scores(features: torch.Tensor) -> dict[str, float]:
-        normal = [F.normalize(part, dim=1) for part in (bank, features)]
-        return knn_scores(normal[0], bank_labels, normal[1], query_labels, data.num_classes)
-
-    plain = scores(queries)
+    plain = knn_scores(bank, queries, data)
     rows = {
         f"kNN, k = {k}, T = {temperature}": f"{100 * plain[f'knn_{k}']:.2f} %"
         for k, temperature in SETTINGS
     }
     if augmented:
         for number, letter in enumerate("AB"):
-            found = scores(augmented_outputs(subject, subject.encoder, data, number))
+            seen = augmented_outputs(subject, subject.encoder, data, number)
+            found = knn_scores(bank, seen, data)
             values = ", ".join(f"{100 * found[f'knn_{k}']:.2f} %" for k, _ in SETTINGS)
             rows[f"held-out images as view {letter}"] = values
     some = queries[:_RANK_IMAGES]
@@ -109,12 +98,12 @@ def augmented_outputs(
     branches = (VIEW_A, VIEW_B)
     if subject.config is not None:
         branches = (subject.config.view_a, subject.config.view_b)
-    batches = subject.views(data.queries).random(
-        data.query_samples,
+    batches = partial(
+        subject.views(data.queries).random,
         min_scale=subject.min_scale,
         seed=subject.seed,
         epoch=_VIEW_EPOCH,
         branch=branches[view],
         view=view,
     )
-    return encode(model, batches, subject.performance)
+    return outputs(model, data.query_samples, batches, subject.performance, subject.world)

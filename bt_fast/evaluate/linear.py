@@ -17,9 +17,6 @@ from bt_fast.evaluate.views import Images
 class EvalLinear(TrainedOptions):
     """Train a linear classifier on the frozen encoder and classify the held-out images."""
 
-    gpus: int | None = None
-    """Number of ranks; with --device cpu they are processes. Default: all GPUs of this machine, or
-    one CPU process."""
     cached: bool = False
     """The quick protocol: read features once, train a grid of classifiers on them at once."""
     views: int = 4
@@ -31,11 +28,6 @@ class EvalLinear(TrainedOptions):
     """Learning rate, not scaled by the batch; cosine to 0. The grid has its own."""
     weight_decay: float = 1e-6
     """On weights and bias. The grid has its own."""
-
-    @property
-    def alone(self) -> str | None:
-        """The flag because of which it runs in one process, see `ranks`."""
-        return "--cached" if self.cached else None
 
 
 def run_linear(options: EvalLinear, world: World = ALONE) -> int:

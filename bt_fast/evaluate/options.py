@@ -47,6 +47,9 @@ class EvalOptions:
     """Central crop, share of the short side. Default: the run's; 0.875 (resize 256, crop 224)."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute."""
+    gpus: int | None = None
+    """Number of ranks; with --device cpu they are processes. Default: all GPUs of this machine, or
+    one CPU process."""
     precision: Precision = "auto"
     """Of the encoder; auto is bf16 where the hardware has it."""
     workers: int | None = None
@@ -58,7 +61,7 @@ class EvalOptions:
 
     def __post_init__(self) -> None:
         for name in ("workers", "size", "gpus"):
-            value = getattr(self, name, None)
+            value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"--{name} must be at least 1, got {value}")
         if self.crop is not None and not 0 < self.crop <= 1:

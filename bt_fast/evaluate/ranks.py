@@ -7,40 +7,23 @@ machine, or by torchrun or srun on several that share the folder of the results.
 import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import Protocol, TypeVar
 
 import torch
 
-from bt_fast import dist, launch, slurm, start
+from bt_fast import launch, slurm, start
 from bt_fast.dist import ALONE, World
+from bt_fast.evaluate.options import Options
 from bt_fast.signals import EXIT_STOPPED, StopFlag
 
-_PATIENCE = 1800.0  # seconds; a rank may wait for the others' decoding, not for ever
-
-
-class Shared(Protocol):
-    """Options of an evaluation that several ranks share."""
-
-    @property
-    def device(self) -> str: ...
-    @property
-    def gpus(self) -> int | None: ...
-    @property
-    def alone(self) -> str | None:
-        """The flag because of which it runs in one process."""
-
-
-Options = TypeVar("Options", bound=Shared)
+# Seconds. The first rank may be choosing classifiers while the others wait for what it finds; that
+# one has died is seen by whoever started them.
+_PATIENCE = 4 * 3600.0
 
 
 def on_ranks(
     name: str, options: Options, arguments: Sequence[str], run: Callable[[Options, World], int]
 ) -> int:
     """Run `bt-fast eval NAME` with these arguments on all ranks; returns the exit status."""
-    if options.alone is not None:
-        if (options.gpus or 1) > 1:
-            raise ValueError(f"{options.alone} runs in one process; leave --gpus out")
-        return run(options, ALONE)
     slurm.adopt()
     if "RANK" in os.environ:
         return _as_rank(name, options, run)
@@ -65,10 +48,9 @@ def _as_rank(name: str, options: Options, run: Callable[[Options, World], int]) 
     if not world.is_first:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     try:
-        return run(options, world)
+        status = run(options, world)
     except (RuntimeError, ValueError, OSError) as error:
         if world.size == 1:
             raise
-        launch.end_rank(f"bt-fast eval {name}", world, error)
-    finally:
-        dist.leave()
+        launch.give_up(f"bt-fast eval {name}", world, error)
+    return launch.end_rank(world, status)

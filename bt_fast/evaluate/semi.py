@@ -14,6 +14,7 @@ from typing import Literal
 
 import numpy as np
 
+from bt_fast.dist import ALONE, World
 from bt_fast.evaluate.options import Part, Subject, TrainedOptions, labelled, run_on_pair
 from bt_fast.evaluate.supervised import Protocol, accuracy_rows, train_classifier
 from bt_fast.evaluate.views import Images
@@ -40,9 +41,9 @@ class EvalSemi(TrainedOptions):
     """Learning rate of the classifier."""
 
 
-def run_semi(options: EvalSemi) -> int:
+def run_semi(options: EvalSemi, world: World = ALONE) -> int:
     """Print the accuracies; returns the exit status."""
-    return run_on_pair("semi", options, measure_semi)
+    return run_on_pair("semi", options, measure_semi, world)
 
 
 def measure_semi(

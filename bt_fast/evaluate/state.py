@@ -8,9 +8,10 @@ same command again continues it, and another one leaves it alone.
       result.json            what it found
 """
 
+import contextlib
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import safetensors.torch
 import torch
 from safetensors import SafetensorError, safe_open
 
+from bt_fast.dist import World, from_first
 from bt_fast.run_directory import RunDirectory
 from pipelines.atomic import atomic_file
 from pipelines.report import say
@@ -76,3 +78,13 @@ class EvalFolder(RunDirectory):
         plain = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
         with atomic_file(self.path / name, overwrite=True) as file:
             file.write(safetensors.torch.save(plain, {"progress": json.dumps(progress)}))
+
+
+@contextlib.contextmanager
+def shared_folder(
+    parent: Path, name: str, facts: dict[str, Any], world: World
+) -> Iterator[tuple[EvalFolder | None, dict[str, Any] | None]]:
+    """(the evaluation's folder, on the first rank only; what was found before, on every rank)."""
+    with contextlib.ExitStack() as stack:
+        folder = stack.enter_context(EvalFolder(parent, name, facts)) if world.is_first else None
+        yield folder, from_first(folder and folder.result(), world.group)

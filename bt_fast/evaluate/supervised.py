@@ -5,14 +5,14 @@ starts from N(0, 0.01) and 0, as in the released code. A frozen encoder stays in
 fine-tuned one trains with its batch norms. The last batch of an epoch may be smaller. Held-out
 images count once each.
 
-Over ranks, a frozen encoder only: each takes its slice of every batch and of the held-out images,
-and the classifier's gradients are summed, so that the result is that of one process up to rounding.
+Over ranks, each takes its slice of every batch and of the held-out images, gradients are summed,
+and a fine-tuned encoder's batch norms see the whole batch: the result is that of one process up to
+rounding.
 
 State is saved at the end of every epoch. Order, views and rates are functions of the epoch, so a
 run that was interrupted ends with the weights of one that was not, bit for bit.
 """
 
-import contextlib
 import dataclasses
 import math
 from dataclasses import dataclass
@@ -23,10 +23,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from bt_fast import dist, perf
+from bt_fast import dist, norm, perf
 from bt_fast.dist import ALONE, World
 from bt_fast.evaluate.options import Part, Subject
-from bt_fast.evaluate.state import EvalFolder
+from bt_fast.evaluate.state import EvalFolder, shared_folder
 from bt_fast.evaluate.views import Views
 from pipelines.order import epoch_order
 from pipelines.report import progress, say
@@ -92,16 +92,10 @@ def train_classifier(
     Raises ValueError if the loss is not finite.
     """
     world = subject.world
-    if protocol.batch_size % world.size:
-        raise ValueError(
-            f"--batch-size {protocol.batch_size} does not divide by {world.size} ranks"
-        )
+    if protocol.batch_size < world.size:
+        raise ValueError(f"--batch-size {protocol.batch_size} is less than one for each rank")
     facts = {**subject.facts(train, val), "protocol": dataclasses.asdict(protocol)}
-    with contextlib.ExitStack() as stack:
-        folder = None
-        if world.is_first:
-            folder = stack.enter_context(EvalFolder(subject.folder, name, facts))
-        found = dist.from_first(folder and folder.result(), world.group)
+    with shared_folder(subject.folder, name, facts, world) as (folder, found):
         return found or _train(subject, folder, name, train, val, protocol)
 
 
@@ -125,6 +119,8 @@ def _train(
     model = Classifier(subject.encoder, subject.width, num_classes, protocol.seed)
     perf.prepare(model, subject.performance)
     trained = model if protocol.lr_encoder else model.head
+    if protocol.lr_encoder:
+        norm.over_uneven_ranks(model, subject.world.group)
     model.requires_grad_(False)
     trained.requires_grad_(True)
     groups = [{"params": list(model.head.parameters()), "base": protocol.lr_head}]
@@ -182,14 +178,18 @@ def _train_epoch(
     advance,
     world: World,
 ) -> None:
-    """Every sample once, in the epoch's order; each rank takes its slice of every batch."""
+    """Every sample once, in the epoch's order; each rank takes its slice of every batch.
+
+    Where batch norm would see the last image alone, the epoch does without it; it is another one in
+    every epoch.
+    """
     order = samples[epoch_order(len(samples), protocol.seed, epoch)]
+    if protocol.lr_encoder and len(order) % protocol.batch_size == 1 and len(order) > 1:
+        order = order[:-1]
     starts = range(0, len(order), protocol.batch_size)
-    sizes = [len(order[start : start + protocol.batch_size]) for start in starts]
-    order = np.concatenate(
-        [_share(order[start : start + protocol.batch_size], world) for start in starts]
-    )
-    device = views.performance.device
+    whole = [order[start : start + protocol.batch_size] for start in starts]
+    ours = [world.share(batch) for batch in whole]  # only the last ones are smaller, or empty
+    device, order = views.performance.device, np.concatenate(ours)
     labels = torch.from_numpy(views.reader.labels[order]).to(device)
     total = torch.zeros((), device=device)
     batches = views.random(
@@ -197,30 +197,26 @@ def _train_epoch(
         min_scale=protocol.min_scale,
         seed=protocol.seed,
         epoch=epoch,
-        batch_size=protocol.batch_size // world.size,
+        batch_size=max(len(ours[0]), 1),
     )
-    targets = iter(labels.split(protocol.batch_size // world.size))
+    targets = iter(labels.split(max(len(ours[0]), 1)))
     parameters = [p for p in model.parameters() if p.requires_grad]
-    for size in sizes:
+    none = torch.empty(0, 3, views.size, views.size, device=device)
+    for batch, own in zip(whole, ours, strict=True):
         for p in parameters:
             p.grad = None
-        images = next(batches, None)
-        if images is not None:  # the epoch's last batch may have fewer images than there are ranks
-            with views.performance.autocast():
-                logits = model(images)
-            loss = F.cross_entropy(logits.float(), next(targets), reduction="sum") / size
-            loss.backward()
-            total += loss.detach()
+        # Without images of its own, a rank still has a part in the batch norms of the others.
+        images, wanted = (next(batches), next(targets)) if len(own) else (none, labels[:0])
+        with views.performance.autocast():
+            logits = model(images)
+        loss = F.cross_entropy(logits.float(), wanted, reduction="sum") / len(batch)
+        loss.backward()
+        total += loss.detach()
         _sum_gradients(parameters, world)
         optimizer.step()
-        advance(size)
+        advance(len(batch))
     if not torch.isfinite(dist.all_sum(total, world.group)):
         raise ValueError(f"the loss of epoch {epoch + 1} was not finite; lower the learning rates")
-
-
-def _share(samples: np.ndarray, world: World) -> np.ndarray:
-    """This rank's of them; the first ranks have one more where they do not divide."""
-    return np.array_split(samples, world.size)[world.rank]
 
 
 def _sum_gradients(parameters: list[nn.Parameter], world: World) -> None:
@@ -238,7 +234,7 @@ def accuracy(
     model: nn.Module, views: Views, samples: np.ndarray, crop: float, world: World = ALONE
 ) -> tuple[float, float]:
     """(top-1, top-5) on central crops, every sample counted once. The model is in eval mode."""
-    num_samples, samples = len(samples), _share(samples, world)
+    num_samples, samples = len(samples), world.share(samples)
     labels = torch.from_numpy(views.reader.labels[samples]).to(views.performance.device)
     correct = torch.zeros(2, dtype=torch.int64, device=labels.device)
     done = 0

@@ -26,9 +26,6 @@ class EvalTransfer(EvalOptions):
 
     dataset: Literal["places205", "inat18", "voc07", "folder"] = "folder"
     """What --data holds, in its published layout; folder: class folders, or a .beton."""
-    gpus: int | None = None
-    """Number of ranks; with --device cpu they are processes. Default: all GPUs of this machine, or
-    one CPU process."""
     epochs: int | None = None
     """Passes over the images. Default: 84 for inat18, else 14."""
     batch_size: int = 256
@@ -41,11 +38,6 @@ class EvalTransfer(EvalOptions):
     """Smallest random crop, share of the image's area."""
     seed: int = 0
     """Of the classifier's start, the order and the crops."""
-
-    @property
-    def alone(self) -> str | None:
-        """The flag because of which it runs in one process, see `ranks`."""
-        return "--dataset voc07" if self.dataset == "voc07" else None
 
 
 def run_transfer(options: EvalTransfer, world: World = ALONE) -> int:

@@ -111,21 +111,3 @@ def _batches(samples: np.ndarray, batch_size: int) -> Iterator[np.ndarray]:
     """Consecutive batches; the last one may be smaller."""
     for start in range(0, len(samples), batch_size):
         yield samples[start : start + batch_size]
-
-
-@torch.no_grad()
-def encode(
-    model: torch.nn.Module, batches: Iterator[torch.Tensor], performance: Performance
-) -> torch.Tensor:
-    """The model's outputs in evaluation mode: float32 [n, width] on the device.
-
-    The model is left in the mode it was in.
-    """
-    was_training = model.training
-    model.eval()
-    outputs = []
-    for images in batches:
-        with performance.autocast():
-            outputs.append(model(images).float())
-    model.train(was_training)
-    return torch.cat(outputs)

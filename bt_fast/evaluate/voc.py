@@ -8,16 +8,20 @@ Average precision is VOC07's own 11-point rule: the mean, over the recalls 0, 0.
 highest precision at that recall or a higher one.
 """
 
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+import torch.nn.functional as F
 
-from bt_fast.evaluate.heads import cached_views
-from bt_fast.evaluate.layouts import voc07
-from bt_fast.evaluate.options import Part, Subject
-from bt_fast.evaluate.state import EvalFolder
+from bt_fast import dist
+from bt_fast.evaluate.heads import cached_views, load_features
+from bt_fast.evaluate.layouts import VocPart, voc07
+from bt_fast.evaluate.options import Subject
+from bt_fast.evaluate.state import EvalFolder, shared_folder
 from pipelines.report import say
 
 COSTS = tuple(sorted({2.0**n for n in range(-19, -3)} | {10.0**n for n in range(-7, 3)}))
@@ -33,33 +37,49 @@ def measure_voc(subject: Subject, root: Path) -> dict[str, Any]:
         "present": [int(part.present.sum()) for part in (trainval, test)],
         "costs": COSTS,
     }
-    with EvalFolder(subject.folder, "voc07", facts) as folder:
-        done = folder.result()
-        if done is not None:
-            return done
-        features, test_features = (_features(subject, part.whole) for part in (trainval, test))
-        saved = folder.load()
-        found: dict[str, dict[str, float]] = saved[1]["classes"] if saved else {}
-        for number, name in enumerate(names):
-            if name not in found:
-                known, asked = (part.present[:, number] for part in (trainval, test))
-                cost = choose_cost(features[known != 0], known[known != 0], subject.num_threads)
-                svm = _svm(cost).fit(features[known != 0], known[known != 0])
-                scores = svm.decision_function(test_features[asked != 0])
-                ap = average_precision(scores, asked[asked != 0] > 0)
-                found[name] = {"ap": ap, "cost": cost}
-                folder.save({}, {"classes": found})
-                said = f"{name}: AP {100 * ap:.2f} % with C = {cost:g}"
-                say(f"{said} ({len(found)} of {len(names)} classes)")
-        mean = sum(entry["ap"] for entry in found.values()) / len(found)
-        return folder.finish({"map": mean, "classes": found})
+    with shared_folder(subject.folder, "voc07", facts, subject.world) as (folder, found):
+        if found is None:
+            files = [
+                cached_views(subject, part.whole, 1, min_scale=1.0, seed=0)[0]
+                for part in (trainval, test)
+            ]
+            if folder:  # on the first rank
+                found = _classify(folder, names, files, (trainval, test), subject.num_threads)
+            found = dist.from_first(found, subject.world.group)
+        return found
 
 
-def _features(subject: Subject, part: Part) -> np.ndarray:
-    """L2-normalised: float32 [n, F]."""
-    (features,) = cached_views(subject, part, 1, min_scale=1.0, seed=0)
-    values = features.float().cpu().numpy()
-    return values / np.maximum(np.linalg.norm(values, axis=1, keepdims=True), 1e-12)
+def _classify(
+    folder: EvalFolder,
+    names: Sequence[str],
+    files: Sequence[Path],
+    parts: Sequence[VocPart],
+    num_threads: int,
+) -> dict[str, Any]:
+    """One class after the other; those of an earlier start are done."""
+    features, test_features = map(_normalised, files)
+    saved = folder.load()
+    found: dict[str, dict[str, float]] = saved[1]["classes"] if saved else {}
+    for number, name in enumerate(names):
+        if name in found:
+            continue
+        known, asked = (part.present[:, number] for part in parts)
+        cost = choose_cost(features[known != 0], known[known != 0], num_threads)
+        svm = _svm(cost).fit(features[known != 0], known[known != 0])
+        scores = svm.decision_function(test_features[asked != 0])
+        ap = average_precision(scores, asked[asked != 0] > 0)
+        found[name] = {"ap": ap, "cost": cost}
+        folder.save({}, {"classes": found})
+        said = f"{name}: AP {100 * ap:.2f} % with C = {cost:g}"
+        say(f"{said} ({len(found)} of {len(names)} classes)")
+    mean = sum(entry["ap"] for entry in found.values()) / len(found)
+    return folder.finish({"map": mean, "classes": found})
+
+
+def _normalised(file: Path) -> np.ndarray:
+    """L2-normalised features: float32 [n, F]."""
+    features = load_features(file, torch.device("cpu")).float()
+    return F.normalize(features, dim=1, eps=1e-12).numpy()
 
 
 def choose_cost(features: np.ndarray, present: np.ndarray, num_threads: int = 1) -> float:
