@@ -259,11 +259,11 @@ def blur_kernels(sigma: torch.Tensor) -> torch.Tensor:
     distance = torch.arange(-2, 3, device=sigma.device).abs()  # [5]
     taps = ((whole + part)[:, None] + 1 - distance).clamp(0, 1)  # [n, 5]
     box = taps / taps.sum(1, keepdim=True)
-    groups = len(sigma)
-    kernel = F.pad(box, (4, 4)).unsqueeze(0)  # [1, n, 13]
-    for _ in range(2):
-        kernel = F.conv1d(kernel, box.unsqueeze(1), padding=2, groups=groups)  # boxes: symmetric
-    return kernel[0].to(sigma.dtype)
+    kernel = box
+    for _ in range(2):  # tap by tap: a convolution of n groups loops over them on the host
+        parts = [F.pad(kernel * box[:, tap, None], (tap, 4 - tap)) for tap in range(5)]
+        kernel = torch.stack(parts).sum(0)  # [n, 9], then [n, 13]
+    return kernel.to(sigma.dtype)
 
 
 def blur(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
