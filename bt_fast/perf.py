@@ -72,6 +72,9 @@ def choose(
     where = torch.device(device, local_rank) if device == "cuda" else torch.device(device)
     if where.type == "cuda":
         torch.cuda.set_device(where)
+        # The cores are the decoding threads': shared among threads, the little that the host
+        # computes for a step would wait for each of them.
+        torch.set_num_threads(1)
     return Performance(device=where, precision=precision, compile=compile)
 
 

@@ -46,3 +46,14 @@ def test_views_grow_by_epoch_and_boxes_stay(small_beton):
         assert np.array_equal(batch.samples, other.samples)
         if epoch == 1:
             assert torch.equal(batch.views, other.views)
+
+
+def test_beside_a_gpu_the_host_computes_in_one_thread(monkeypatch):
+    """Decoding threads hold the cores; a small operation spread over them takes 100 ms, not 1."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    torch.set_num_threads(2)
+    perf.choose("cpu", "fp32", "off")
+    assert torch.get_num_threads() == 2
+    perf.choose("cuda", "fp32", "off")
+    assert torch.get_num_threads() == 1
