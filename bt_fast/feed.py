@@ -17,6 +17,7 @@ from pipelines.augment import Branch
 from pipelines.loader import Batch
 
 LEAD = 2  # steps
+IN_MEMORY = LEAD + 2  # batches of views: LEAD told to the GPU, the next, the one being made
 
 
 def feed(

@@ -15,7 +15,7 @@ from bt_fast import norm, perf
 from bt_fast.config import Config
 from bt_fast.dist import ALONE, World, from_first
 from bt_fast.evaluate.knn import KnnData, choose_data
-from bt_fast.feed import LEAD
+from bt_fast.feed import IN_MEMORY
 from bt_fast.lars import LARS, parameter_groups
 from bt_fast.log import duration
 from bt_fast.loss_variants import objective_terms
@@ -193,7 +193,7 @@ def _forward_and_backward(job: Job, n: int, size: int) -> None:
     """On noise, with as much memory taken beside it as the batches that are on their way."""
     noise = torch.randn(2 * n, 3, size, size, device=job.performance.device)
     noise = noise.to(job.performance.view_dtype, memory_format=torch.channels_last)
-    ahead = [torch.empty_like(noise) for _ in range(LEAD)] if noise.is_cuda else []
+    ahead = [torch.empty_like(noise) for _ in range(IN_MEMORY - 1)] if noise.is_cuda else []
     with job.performance.autocast():
         z_a, z_b = job.embed(noise).chunk(2)
     invariance, redundancy = job.objective(z_a, z_b)

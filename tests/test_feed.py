@@ -1,8 +1,13 @@
 """From batches to views on the training device."""
 
+import contextlib
+from dataclasses import replace
+from types import SimpleNamespace
+
 import numpy as np
 import torch
 
+from bt_fast import feed as room
 from bt_fast import perf
 from bt_fast.feed import feed
 from pipelines import augment
@@ -57,3 +62,36 @@ def test_beside_a_gpu_the_host_computes_in_one_thread(monkeypatch):
     assert torch.get_num_threads() == 2
     perf.choose("cuda", "fp32", "off")
     assert torch.get_num_threads() == 1
+
+
+class Device:
+    """Stands for a GPU that does nothing before it is waited for: how far ahead may the host be?"""
+
+    def __init__(self) -> None:
+        self.made, self.told, self.done, self.most = 0, 0, 0, 0
+
+    def record_event(self):
+        self.told += 1
+        return SimpleNamespace(synchronize=lambda step=self.told: self.finish(step))
+
+    def finish(self, step: int) -> None:
+        self.done = step
+
+    def wait_event(self, event) -> None:
+        pass
+
+    def views(self, *_):
+        self.made += 1
+        self.most = max(self.most, self.made - self.done)
+        return SimpleNamespace(record_stream=lambda stream: None)
+
+
+def test_the_host_makes_no_more_views_than_a_rehearsal_makes_room_for(monkeypatch):
+    device, side = Device(), Device()
+    monkeypatch.setattr(torch.cuda, "Stream", lambda _: side)
+    monkeypatch.setattr(torch.cuda, "stream", lambda _: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: device)
+    monkeypatch.setattr(room, "distort", device.views)
+    performance = replace(perf.choose("cpu", "fp32", "off"), device=torch.device("cuda", 0))
+    assert len(list(feed(range(10), BRANCHES, performance))) == device.made == 10
+    assert device.most == room.IN_MEMORY
