@@ -238,7 +238,7 @@ def memory(settings: "Config") -> Row:
     from bt_fast import machine
 
     free = machine.free_memory()
-    need = BATCHES_AHEAD * 2 * settings.batch_size * settings.size**2 * 3
+    need = BATCHES_AHEAD * machine.bytes_of_batch(settings.batch_size, settings.size)
     value = f"{free / 1e9:.1f} GB free; batches on their way take {need / 1e9:.1f} GB"
     if need < free / 2:
         return Row("memory", value + ", page-locked for GPUs")

@@ -96,6 +96,13 @@ def free_memory() -> int:
         return free
 
 
+def bytes_of_batch(num_images: int, size: int) -> int:
+    """Both uint8 views of a batch, as the loader holds them. Beside a GPU that is page-locked
+    memory, of which torch takes powers of two (its CachingHostAllocator, to use them again)."""
+    num_bytes = 2 * num_images * size**2 * 3
+    return 1 << (num_bytes - 1).bit_length() if torch.cuda.is_available() else num_bytes
+
+
 def granted_cores() -> float | None:
     """Cores' worth of time that the container may take; None where nothing limits it."""
     try:

@@ -96,6 +96,13 @@ def test_what_an_installation_asks_for_is_what_the_checkout_does(monkeypatch, tm
     }
 
 
+def test_page_locked_batches_are_counted_as_torch_allocates_them(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert machine.bytes_of_batch(2048, 224) == 2 * 2048 * 224 * 224 * 3
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert machine.bytes_of_batch(2048, 224) == 8 * machine.bytes_of_batch(256, 224) == 2**30
+
+
 def test_a_gpu_that_torch_cannot_use_is_broken_and_a_hidden_one_is_not(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(machine, "nvidia_driver", lambda: "470.82")
