@@ -65,7 +65,8 @@ class Config:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to train; auto takes the GPU if there is one."""
     precision: Precision = "auto"
-    """Of the encoder and projector; auto is bf16 where the hardware has it. The loss is fp32."""
+    """Of the encoder and projector; auto is bf16 where the hardware has it. The loss is fp32. (On
+    a GPU, products in fp32 are TF32.)"""
     compile: Compile = "auto"
     """Mode of torch.compile for model and loss; auto is "default" on a GPU and "off" on a CPU."""
     deterministic: bool = False

@@ -1,6 +1,6 @@
 """One LARS update of all parameters in three kernel launches; `lars` has the definition.
 
-The parameters of ResNet-50 and its projector are 164 tensors, of which a few are huge; one launch
+The parameters of ResNet-50 and its projector are 166 tensors, of which a few are huge; one launch
 per tensor and operation is a thousand launches, most of them over in a microsecond. Here the
 tensors are cut into chunks, a table of addresses says where each lies, and every program takes one
 chunk, whichever tensor it belongs to:

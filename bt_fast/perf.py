@@ -94,8 +94,8 @@ def apply(*, deterministic: bool = False) -> None:
         # Also for the compiler, which then tries nothing out. What has no such kernel warns.
         torch.use_deterministic_algorithms(True, warn_only=True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-    # TF32 for the products that stay in float32 on a GPU: those of the loss. Its 10 bits of
-    # mantissa are as many as the released code's float16 has.
+    # TF32 for the products that stay in float32 on a GPU: those of the loss, and with --precision
+    # fp32 all. Its 10 bits of mantissa are as many as the released code's float16 has.
     torch.backends.cuda.matmul.allow_tf32 = True
     torch.backends.cudnn.allow_tf32 = True
 
