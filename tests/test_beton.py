@@ -77,6 +77,14 @@ def test_anything_written_is_read_back(tmp_path_factory, records, class_names, s
         assert reader.checksum_ok(index) and not reader.is_raw(index)
 
 
+def test_sizes_are_made_once(tmp_path):
+    """Evaluations ask for them batch by batch: 9 ms each time for as many images as ImageNet's."""
+    write_sample(tmp_path / "out.beton")
+    reader = BetonReader(tmp_path / "out.beton")
+    assert reader.sizes.tolist() == [list(reader.size(index)) for index in range(len(reader))]
+    assert reader.sizes is reader.sizes
+
+
 def test_the_same_calls_give_the_same_bytes(tmp_path):
     write_sample(tmp_path / "a.beton")
     write_sample(tmp_path / "b.beton")
