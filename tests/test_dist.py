@@ -1,6 +1,7 @@
 """Any number of ranks: the loss, batch norm and whole updates against one process."""
 
 import resource
+from functools import partial
 
 import pytest
 import torch
@@ -141,11 +142,19 @@ def test_batch_norm_over_ranks_equals_one_over_the_whole_batch(size, group_size)
     assert all(rank[5] == 2 for rank in ranks)  # one collective forwards, one backwards
 
 
-def updates(world: World, data: str, dtype: torch.dtype, at_full_rate: bool) -> dict:
-    """Ten steps of a run: their loss, the gradients of the first, the weights after the last."""
+def updates(
+    world: World, data: str, dtype: torch.dtype, at_full_rate: bool, backend: str = ""
+) -> dict:
+    """Ten steps of a run: their loss, the gradients of the first, the weights after the last.
+
+    backend: of torch.compile, if the run is to be compiled; only for ranks of their own.
+    """
+    if backend:
+        torch.compile = partial(torch.compile, backend=backend)
+    compile = f"--compile={'default' if backend else 'off'}"
     torch.set_default_dtype(dtype)
     try:
-        job = build(parse_pretrain([*TINY, "--data", data]), world)
+        job = build(parse_pretrain([*TINY, compile, "--data", data]), world)
     finally:
         torch.set_default_dtype(torch.float32)
     branches = job.config.view_a, job.config.view_b
@@ -193,6 +202,19 @@ def test_ten_updates_are_the_same_on_any_number_of_ranks(tmp_path, size, dtype):
         for name, wanted in alone["state"].items():
             assert apart(rank["state"][name], wanted) < (1e-9 if exact else 1e-4), name
             assert torch.equal(rank["state"][name], ranks[0]["state"][name]), name
+
+
+def test_compiled_ranks_update_as_one_process_does(tmp_path):
+    """The default on GPUs: collectives, batch statistics and DDP seen by the compiler, which here
+    only traces them. (Translating takes minutes; `test_update.py` has that for one process.)"""
+    data = str(write_photo_beton(tmp_path / "data.beton", 160))
+    alone = updates(World(rank=0, size=1, local_rank=0, local_size=1), data, torch.float64, True)
+    for rank in run_ranks(2, updates, data, torch.float64, True, "aot_eager"):
+        assert rank["terms"] == pytest.approx(alone["terms"], rel=1e-9)
+        for name, wanted in alone["gradients"].items():
+            assert apart(rank["gradients"][name], wanted) < 1e-9, name
+        for name, wanted in alone["state"].items():
+            assert apart(rank["state"][name], wanted) < 1e-9, name
 
 
 def collectives_of_the_papers_model(world: World) -> dict:
