@@ -29,6 +29,7 @@ from safetensors.torch import load_file, save_file
 from pipelines.atomic import sync
 
 _FILES = ("model.safetensors", "optimizer.safetensors")
+Tensors = dict[str, torch.Tensor]
 _OF_FORGED_JSON = (LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)
 
 
@@ -65,16 +66,28 @@ def save(
     *,
     keep: int,
 ) -> Path:
-    """Write checkpoints/step-N under `folder`, then remove all but the `keep` newest.
+    """`write` what a model and its optimizer hold now."""
+    return write(folder, step, state_of(model, optimizer), facts, keep=keep)
 
-    facts: what else must survive, as JSON. Raises OSError if the disk does not take it; the
-    checkpoints that were there are then untouched.
-    """
+
+def state_of(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> tuple[Tensors, Tensors]:
+    """(parameters and batch statistics, momentum by parameter name), copied to the CPU."""
     momentum = {
         name: optimizer.state[parameter]["momentum"]
         for name, parameter in model.named_parameters()
         if "momentum" in optimizer.state.get(parameter, {})
     }
+    return copied(model.state_dict()), copied(momentum)
+
+
+def write(
+    folder: Path, step: int, tensors: tuple[Tensors, Tensors], facts: dict[str, Any], *, keep: int
+) -> Path:
+    """Write checkpoints/step-N under `folder`, then remove all but the `keep` newest.
+
+    tensors: of `state_of`. facts: what else must survive, as JSON. Raises OSError if the disk does
+    not take it; the checkpoints that were there are then untouched.
+    """
     checkpoints = folder / "checkpoints"
     final = checkpoints / f"step-{step:08d}"
     temporary = checkpoints / f"{final.name}.tmp"
@@ -83,9 +96,9 @@ def save(
     temporary.mkdir(parents=True)
     try:
         files = {}
-        for name, tensors in zip(_FILES, (model.state_dict(), momentum), strict=True):
+        for name, part in zip(_FILES, tensors, strict=True):
             path = temporary / name
-            write_tensors(tensors, path)
+            write_tensors(part, path)
             files[name] = {"size": path.stat().st_size, "sha256": _sha256(path)}
             sync(path)
         state = {"step": step, "facts": facts, "files": files}
@@ -106,16 +119,20 @@ def save(
     return final
 
 
-def write_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
-    """Write a safetensors file: on the CPU, row-major, readable for whom new files are.
+def copied(tensors: Mapping[str, torch.Tensor]) -> Tensors:
+    """On the CPU, row-major, sharing no memory with what they were."""
+    return {
+        name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()
+    }
+
+
+def write_tensors(tensors: Tensors, path: Path) -> None:
+    """Write a safetensors file of tensors that are `copied`, readable for whom new files are.
 
     It appears whole or not at all. Raises OSError if the disk does not take it.
     """
-    plain = {
-        name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()
-    }
     try:
-        save_file(plain, path)  # makes it readable for the owner alone
+        save_file(tensors, path)  # makes it readable for the owner alone
     except SafetensorError as error:
         what = str(error).removeprefix("Error while serializing: ").removeprefix("I/O error: ")
         raise OSError(f"{path.name}: {what}") from None

@@ -9,6 +9,7 @@ stands for this process alone.
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, cast
 
 import numpy as np
@@ -43,15 +44,16 @@ class World:
         """This rank's of them, in a row; the first ranks have one more where they do not divide."""
         return np.array_split(samples, self.size)[self.rank]
 
-    def subgroup(self, size: int) -> Group:
-        """This rank's group of so many ranks in a row; 0 = all of them."""
+    def subgroup(self, size: int, timeout: float = 600) -> Group:
+        """This rank's group of so many ranks in a row; 0 = all of them. timeout: as of `join`."""
         if self.size == 1 or size == 1:
             return None
         if size in (0, self.size):
             return self.group
         require_equal_groups(self.size, size)
         groups = [
-            dist.new_group(list(range(first, first + size))) for first in range(0, self.size, size)
+            dist.new_group(list(range(first, first + size)), timedelta(seconds=timeout))
+            for first in range(0, self.size, size)
         ]
         return cast(Group, groups[self.rank // size])
 

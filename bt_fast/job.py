@@ -61,7 +61,7 @@ def build(settings: Config, world: World = ALONE) -> Job:
     torch.manual_seed(settings.seed)  # the initialisation; drawn on the CPU, alike everywhere
     model = build_model(settings)
     perf.prepare(model, performance)
-    norm.over_ranks(model, world.subgroup(settings.bn_group))
+    norm.over_ranks(model, world.subgroup(settings.bn_group, settings.patience))
     return Job(
         config=settings,
         world=world,

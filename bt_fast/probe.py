@@ -3,6 +3,7 @@
 import time
 from pathlib import Path
 
+from bt_fast.dist import copy_from_first
 from bt_fast.evaluate.knn import evaluate_knn
 from bt_fast.job import Job
 from bt_fast.log import RunLog
@@ -26,6 +27,8 @@ def probe(job: Job, log: RunLog, step: int) -> None:
     if job.knn_data is None:
         return
     started = time.perf_counter()
+    # With --bn-group they differ; the encoder that is measured is the one that is saved.
+    copy_from_first([job.statistics], job.world.group)
     scores = evaluate_knn(
         job.model.encoder,
         job.knn_data,

@@ -22,6 +22,7 @@ from bt_fast.model import BarlowTwins
 from bt_fast.perf import synchronise
 from bt_fast.probe import learned, probe, probe_is_due, probed
 from bt_fast.run_directory import RunDirectory, choose_path, make_folder
+from bt_fast.saving import Saving
 from bt_fast.schedule import learning_rate
 from bt_fast.signals import EXIT_STOPPED, EXIT_UNSAVED, StopFlag
 
@@ -55,10 +56,11 @@ def pretrain(settings: Config, stop: StopFlag, world: World = ALONE) -> int:
         log = stack.enter_context(RunLog(console, run.path if run else None, step, job.last_step))
         if run:
             log.say(f"run directory: {run.path}")
-        step, saved = train(job, run, log, stop, step)
+        with Saving(job, run, log) as saving:
+            step = train(job, run, log, stop, saving, step)
         status = 0 if step == job.last_step else EXIT_STOPPED
         if run:
-            status = finish(job, run, log, step, saved)
+            status = finish(job, run, log, step, saving.saved)
         return from_first(status, world.group)
 
 
@@ -93,10 +95,10 @@ def finish(job: Job, run: RunDirectory, log: RunLog, step: int, saved: bool) -> 
 
 
 def train(
-    job: Job, run: RunDirectory | None, log: RunLog, stop: StopFlag, step: int
-) -> tuple[int, bool]:
-    """The loop. Returns (the step it got to, whether that was saved): the last step, or an earlier
-    one after a request to stop to any rank.
+    job: Job, run: RunDirectory | None, log: RunLog, stop: StopFlag, saving: Saving, step: int
+) -> int:
+    """The loop. Returns the step it got to, which is being saved: the last step, or an earlier one
+    after a request to stop to any rank.
 
     run: the run directory, on the rank that has it.
     """
@@ -112,7 +114,6 @@ def train(
     logged_step, clock = step, Clock(settle)
     skipped = torch.zeros((), dtype=torch.int32, device=job.performance.device)
     skipped_in_a_row = 0
-    saved = True
     vote = Vote(job.world.group)
     batches = job.loader.batches(step, job.last_step)
     for views in feed(batches, (settings.view_a, settings.view_b), job.performance):
@@ -125,7 +126,8 @@ def train(
         invariance, redundancy, applied = update(job, faults.inject(views, step, job.world))
         skipped += ~applied
         step += 1
-        give_up = not saved and settings.if_save_fails == "stop"
+        saving.look()
+        give_up = not saving.saved and settings.if_save_fails == "stop"
         stopping = vote.ask(stop.requested or give_up)  # by any rank, and the same on all
 
         # Once in a while: log, save, probe.
@@ -151,14 +153,13 @@ def train(
             skipped.zero_()
         if step % save_every == 0 or is_last or stopping:
             with clock.paused():
-                dist.require_same_weights(job.model, job.world.group)
-                saved = save(job, run, log, step)
+                saving.begin(step)
         if stopping and not is_last:
             break
         if probe_is_due(job, step):
             with clock.paused():
                 probe(job, log, step)
-    return step, saved
+    return step
 
 
 def update(job: Job, views: torch.Tensor):
@@ -251,25 +252,8 @@ def resume(job: Job, run: RunDirectory | None, console: Console) -> int:
     return step
 
 
-def save(job: Job, run: RunDirectory | None, log: RunLog, step: int) -> bool:
-    """Write a checkpoint; returns whether the disk has taken it. Those before it stay if not.
-
-    All ranks call it: where each one's reader stands is in the checkpoint, too.
-    """
-    readers = dist.of_all(job.loader.steps.state(step), job.world.group)
-    if run is None:
-        return True
-    facts = {"data": job.data_facts, "readers": readers}
-    try:
-        checkpoint.save(run.path, step, job.model, job.optimizer, facts, keep=job.config.keep)
-    except OSError as error:
-        log.warn(f"step {step} was not saved, and the checkpoints before it stay: {reason(error)}")
-        return False
-    return True
-
-
 def export_encoder(model: BarlowTwins, folder: Path) -> Path:
     """Write the encoder with torchvision's names; returns the file."""
     path = folder / "encoder.safetensors"
-    checkpoint.write_tensors(model.encoder.state_dict(), path)
+    checkpoint.write_tensors(checkpoint.copied(model.encoder.state_dict()), path)
     return path

@@ -4,8 +4,10 @@ import contextlib
 import errno
 import itertools
 import os
+import shutil
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -102,18 +104,45 @@ def test_a_folder_that_turns_read_only_keeps_its_checkpoints(
 def test_a_save_that_fails_once_is_made_up_for(
     small_beton, finished, tmp_path, monkeypatch, capsys
 ):
-    real = checkpoint.save
+    real = checkpoint.write
 
-    def save(folder, step, *arguments, **options):
+    def write(folder, step, *arguments, **options):
         if step == 8:
             raise FULL
         return real(folder, step, *arguments, **options)
 
-    monkeypatch.setattr(checkpoint, "save", save)
+    monkeypatch.setattr(checkpoint, "write", write)
     assert pretrain("--data", small_beton, "--run-dir", tmp_path / "run") == 0
     assert saved_steps(tmp_path / "run") == ["step-00000004", "step-00000012"]
     assert capsys.readouterr().out.count("was not saved") == 1
     assert same(learned(tmp_path / "run"), learned(finished))
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(
+    small_beton, finished, tmp_path, monkeypatch
+):
+    """What is written is the state at its step, not what has become of it."""
+    real_write, real_update = checkpoint.write, train.update
+    updates, further = itertools.count(1), threading.Event()
+
+    def update(job, views):
+        if next(updates) == 7:
+            further.set()
+        return real_update(job, views)
+
+    def write(folder, step, *arguments, **options):
+        assert further.wait(60), "nothing was trained meanwhile"
+        return real_write(folder, step, *arguments, **options)
+
+    monkeypatch.setattr(train, "update", update)
+    monkeypatch.setattr(checkpoint, "write", write)
+    folder = tmp_path / "run"
+    assert pretrain("--data", small_beton, "--run-dir", folder, "--save-every", 5, "--keep", 3) == 0
+    assert saved_steps(folder) == [f"step-{step:08d}" for step in (5, 10, 12)]
+    for newer in (10, 12):
+        shutil.rmtree(folder / "checkpoints" / f"step-{newer:08d}")
+    assert main(["pretrain", "--resume", str(folder)]) == 0
+    assert same(learned(folder), learned(finished))
 
 
 def test_what_a_run_can_do_without_is_told_once(

@@ -1,0 +1,71 @@
+"""Checkpoints written while training goes on.
+
+Between two steps a copy of what is to be saved is taken; a thread writes it, checks its sums and
+flushes the disk, which takes seconds for a model with a wide projector. One at a time: the next one
+waits for it, and so does the end of a run, however it comes.
+"""
+
+from concurrent.futures import Future, ThreadPoolExecutor
+
+from bt_fast import checkpoint, dist
+from bt_fast.job import Job
+from bt_fast.log import RunLog, reason
+from bt_fast.run_directory import RunDirectory
+
+
+class Saving:
+    """The checkpoints of a run, on all its ranks; the first one's are written.
+
+    Attributes: `saved`, whether the disk has taken the newest one, as far as is known.
+    """
+
+    def __init__(self, job: Job, run: RunDirectory | None, log: RunLog) -> None:
+        self.saved = True
+        self._job, self._run, self._log = job, run, log
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._step = 0
+        self._writing: Future | None = None
+
+    def __enter__(self) -> "Saving":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.look(wait=True)
+        self._thread.shutdown()
+
+    def begin(self, step: int) -> None:
+        """Save the state after `step`. All ranks call it: where each one's reader stands is in the
+        checkpoint, too. With --if-save-fails stop it returns when the disk has it, or has not."""
+        job = self._job
+        dist.require_same_weights(job.model, job.world.group)
+        readers = dist.of_all(job.loader.steps.state(step), job.world.group)
+        if self._run is None:
+            return
+        self.look(wait=True)
+        self._step = step
+        self._writing = self._thread.submit(
+            checkpoint.write,
+            self._run.path,
+            step,
+            checkpoint.state_of(job.model, job.optimizer),
+            {"data": job.data_facts, "readers": readers},
+            keep=job.config.keep,
+        )
+        if job.config.if_save_fails == "stop":
+            self.look(wait=True)
+
+    def look(self, *, wait: bool = False) -> None:
+        """Note, and say, what has become of the checkpoint that is being written; if nothing yet,
+        leave it or wait for it."""
+        if self._writing is None or not (wait or self._writing.done()):
+            return
+        writing, self._writing = self._writing, None
+        try:
+            writing.result()
+            self.saved = True
+        except OSError as error:
+            self.saved = False
+            self._log.warn(
+                f"step {self._step} was not saved, and the checkpoints before it stay:"
+                f" {reason(error)}"
+            )
