@@ -257,7 +257,7 @@ def to_json(config: Config) -> str:
     return json.dumps(dataclasses.asdict(config), indent=2, default=str) + "\n"
 
 
-def from_json(text: str, source: Path) -> Config:
+def from_json(text: str | bytes, source: Path) -> Config:
     """Read a saved configuration. Raises ValueError for what is not one: unknown keys included."""
     try:
         values = json.loads(text)
