@@ -141,6 +141,20 @@ PRETRAINING = [
         lambda place: (place.beton("x.beton", 64), place.copy_run()),
     ),
     Case(
+        "--max-steps …: … is at step",
+        RESUME + " --max-steps 1",
+        lambda place: place.copy_run(),
+    ),
+    Case("--run-dir …: a resumed run", "pretrain --resume {run} --run-dir other"),
+    *(
+        Case(
+            "… is damaged: it is no list",
+            RESUME,
+            lambda place, text=text: (place.copy_run(), place.write("run/environment.json", text)),
+        )
+        for text in ("[", "{}", b"\xff")
+    ),
+    Case(
         "… belongs to another model",
         RESUME,
         lambda place: forged_checkpoint(place, save({"x": torch.zeros(1)})),
