@@ -179,6 +179,7 @@ class Config:
             "weight_decay",
         ):
             _require(getattr(self, name) >= 0, name, getattr(self, name), "must not be negative")
+        _require(self.epochs <= 10**6, "epochs", self.epochs, "must be at most 1000000")
         _require(self.bn_group >= 0, "bn_group", self.bn_group, "must not be negative")
         for name in ("lr_weights", "lr_biases", "grad_scale", "patience", "temperature"):
             _require(getattr(self, name) > 0, name, getattr(self, name), "must be positive")

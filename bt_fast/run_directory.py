@@ -185,10 +185,12 @@ def choose_path(settings: Config) -> Path:
     if settings.resume is not None:
         return settings.resume
     path = settings.run_dir or _unused(f"{settings.recipe}-{time.strftime('%Y%m%d-%H%M%S')}")
-    nearest = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+    nearest = next(p for p in (path, *path.absolute().parents) if os.path.lexists(p))
+    if not nearest.is_dir():  # a file, or a link that leads nowhere
+        raise ValueError(f"--run-dir {path}: {nearest} is not a folder; choose another")
     if not os.access(nearest, os.W_OK):
         raise ValueError(f"--run-dir {path}: no permission to write into {nearest}")
-    if path.exists() and not (path.is_dir() and _is_vacant(path)):
+    if path.exists() and not _is_vacant(path):
         raise ValueError(
             f"--run-dir {path} is in use; continue it with --resume {path} or choose another folder"
         )

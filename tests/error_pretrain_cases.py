@@ -102,6 +102,7 @@ SETTINGS = [
     for entry, flags in (
         ("--… must be at least …, got …", "--epochs 0"),
         ("--… must be at least …, got …", "--batch-size 1"),
+        ("--… must be at most 1000000", "--epochs 99999999999999"),
         ("--… must not be negative, got …", "--probe-every=-1"),
         ("--… must be positive, got …", "--lr-weights 0"),
         ("--… must be in (0, 1], got …", "--min-scale 1.5"),
@@ -161,6 +162,12 @@ PRETRAINING = [
     ),
     Case("… cannot be read: …", RESUME, lambda place: forged_checkpoint(place, b"garbage" * 9)),
     Case("--run-dir … is in use", PRETRAIN, writes("new/mine.txt")),
+    Case("--run-dir …: … is not", PRETRAIN + "/mine.txt", writes("new")),
+    Case(
+        "--run-dir …: … is not",
+        PRETRAIN,
+        lambda place: (place.path / "new").symlink_to("nowhere"),
+    ),
     Case(
         "--run-dir …: no permission",
         PRETRAIN,
