@@ -137,6 +137,10 @@ def parse_pretrain(arguments: list[str]):
     config = parse_flags(Config, "bt-fast pretrain", arguments, default=default)
     if saved is not None:
         changed = learns_otherwise(config, saved)
+        if "--run-dir" in changed:
+            raise ValueError(
+                f"--run-dir {config.run_dir}: a resumed run stays where --resume says; leave it out"
+            )
         if changed:
             raise ValueError(
                 f"{' '.join(changed)} cannot change when a run is resumed, because what it learns"

@@ -180,6 +180,7 @@ class Config:
             "weight_decay",
         ):
             _require(getattr(self, name) >= 0, name, getattr(self, name), "must not be negative")
+        _require(self.epochs <= 10**6, "epochs", self.epochs, "must be at most 1000000")
         _require(self.bn_group >= 0, "bn_group", self.bn_group, "must not be negative")
         for name in ("lr_weights", "lr_biases", "grad_scale", "patience", "temperature"):
             _require(getattr(self, name) > 0, name, getattr(self, name), "must be positive")
@@ -258,7 +259,7 @@ def to_json(config: Config) -> str:
     return json.dumps(dataclasses.asdict(config), indent=2, default=str) + "\n"
 
 
-def from_json(text: str, source: Path) -> Config:
+def from_json(text: str | bytes, source: Path) -> Config:
     """Read a saved configuration. Raises ValueError for what is not one: unknown keys included."""
     try:
         values = json.loads(text)

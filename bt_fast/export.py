@@ -13,6 +13,7 @@ INPUT.FORMAT must be RGB (its own models are BGR); `bt_fast/evaluate/detectron2/
 
 import io
 import logging
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,7 +57,7 @@ def run_export(options: Export) -> int:
     suffixes = _SUFFIXES[options.to]
     if options.out.suffix not in suffixes:
         raise ValueError(f"--out {options.out}: name it {' or '.join('*' + s for s in suffixes)}")
-    if options.out.exists() and not options.overwrite:
+    if os.path.lexists(options.out) and not options.overwrite:
         raise ValueError(f"--out {options.out} exists; add --overwrite to replace it")
     if not options.out.parent.is_dir():
         raise ValueError(f"--out {options.out}: there is no folder {options.out.parent}")

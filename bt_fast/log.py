@@ -14,8 +14,10 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Column, Table
+from rich.text import Text
 
 from bt_fast.records import RecordFile, metrics_line, open_events, open_metrics, tensorboard_events
+from pipelines.report import shown
 
 _PLAIN_INTERVAL = 5.0  # seconds between plain lines
 
@@ -91,7 +93,8 @@ class RunLog:
     def say(self, text: str, *, style: str | None = None) -> None:
         # A full disk may keep what is printed; when nobody reads it, rich would end the program.
         with contextlib.suppress(OSError, SystemExit):
-            self.console.print(text, style=style, highlight=False, markup=False)
+            line = shown(text, self.console.encoding)
+            self.console.print(line, style=style, highlight=False, markup=False)
 
     def warn(self, text: str) -> None:
         self.say(f"warning: {text}", style="yellow")
@@ -161,7 +164,7 @@ def summary_table(title: str, rows: dict[str, str]) -> Table:
     table.add_column(style="bold")
     table.add_column(overflow="fold")
     for name, value in rows.items():
-        table.add_row(name, value)
+        table.add_row(name, Text(shown(value)))  # paths may look like rich's markup
     return table
 
 

@@ -98,7 +98,12 @@ class RunDirectory:
         """Write config.json, and append this start's versions and hardware to environment.json."""
         self.record_settings(settings)
         path = self.path / "environment.json"
-        starts = json.loads(path.read_text()) if path.exists() else []
+        try:
+            starts = json.loads(path.read_bytes()) if path.exists() else []
+        except ValueError:
+            starts = None
+        if not isinstance(starts, list):
+            raise ValueError(f"{path} is damaged: it is no list of starts; move it away")
         starts.append(environment(performance))
         self.write("environment.json", json.dumps(starts, indent=2) + "\n")
 
@@ -130,11 +135,14 @@ def read_metrics(path: Path) -> list[tuple[str, dict]]:
     """The whole lines of a metrics.jsonl, as text and parsed. A torn last line is left out."""
     found = []
     if path.exists():
-        for line in path.read_text().splitlines(keepends=True):
+        for line in path.read_bytes().splitlines(keepends=True):
             try:
-                found.append((line, json.loads(line)))
-            except json.JSONDecodeError:
+                record = json.loads(line)
+            except ValueError:
                 break  # a kill tore the line that was being written; nothing follows it
+            if not (isinstance(record, dict) and "step" in record):
+                break  # by another hand
+            found.append((line.decode(), record))
     return found
 
 
@@ -143,7 +151,7 @@ def load_config(path: Path, flag: str) -> Config:
     file = path / "config.json"
     if not file.is_file():
         raise ValueError(f"{flag} {path}: no run is there (it has no config.json)")
-    return config.from_json(file.read_text(), file)
+    return config.from_json(file.read_bytes(), file)
 
 
 def environment(performance: Performance) -> dict:
@@ -177,10 +185,12 @@ def choose_path(settings: Config) -> Path:
     if settings.resume is not None:
         return settings.resume
     path = settings.run_dir or _unused(f"{settings.recipe}-{time.strftime('%Y%m%d-%H%M%S')}")
-    nearest = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+    nearest = next(p for p in (path, *path.absolute().parents) if os.path.lexists(p))
+    if not nearest.is_dir():  # a file, or a link that leads nowhere
+        raise ValueError(f"--run-dir {path}: {nearest} is not a folder; choose another")
     if not os.access(nearest, os.W_OK):
         raise ValueError(f"--run-dir {path}: no permission to write into {nearest}")
-    if path.exists() and not (path.is_dir() and _is_vacant(path)):
+    if path.exists() and not _is_vacant(path):
         raise ValueError(
             f"--run-dir {path} is in use; continue it with --resume {path} or choose another folder"
         )

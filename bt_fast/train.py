@@ -8,6 +8,7 @@ device. Where a run stands is one number, the step; order and views follow from 
 import contextlib
 import functools
 from pathlib import Path
+from shlex import quote
 
 import torch
 from rich.console import Console
@@ -25,6 +26,7 @@ from bt_fast.run_directory import RunDirectory, choose_path, make_folder
 from bt_fast.saving import Saving
 from bt_fast.schedule import learning_rate
 from bt_fast.signals import EXIT_STOPPED, EXIT_UNSAVED, StopFlag
+from pipelines.report import shown
 
 MAX_SKIPPED = 10  # updates skipped in a row before a run gives up
 
@@ -85,11 +87,11 @@ def finish(job: Job, run: RunDirectory, log: RunLog, step: int, saved: bool) -> 
         newest = f"of step {found.step}" if found else "none"
         log.say(
             f"not everything was saved at step {step} of {job.last_step}; the newest checkpoint is"
-            f" {newest}. Make room, then: bt-fast pretrain --resume {run.path}"
+            f" {newest}. Make room, then: bt-fast pretrain --resume {quote(str(run.path))}"
         )
         return EXIT_UNSAVED
     if not complete:
-        log.say(f"stopped; continue with: bt-fast pretrain --resume {run.path}")
+        log.say(f"stopped; continue with: bt-fast pretrain --resume {quote(str(run.path))}")
         return EXIT_STOPPED
     return 0
 
@@ -239,6 +241,11 @@ def resume(job: Job, run: RunDirectory | None, console: Console) -> int:
                     f"--data {job.config.data} is not what this run was trained on:"
                     f" {job.data_facts} now, {found.facts.get('data')} then"
                 )
+            if found.step > job.last_step:
+                raise ValueError(
+                    f"--max-steps {job.config.max_steps}: {job.config.resume} is at step"
+                    f" {found.step} already; give more or leave it out"
+                )
             found.restore(job.model, job.optimizer)
             step, readers = found.step, found.facts.get("readers", [])
         run.truncate_metrics(step)
@@ -248,7 +255,8 @@ def resume(job: Job, run: RunDirectory | None, console: Console) -> int:
         console.print(f"warning: {warning}", style="yellow", markup=False)
     momenta = [job.optimizer.momentum(p) for p in job.model.parameters()]
     copy_from_first([*job.model.state_dict().values(), *momenta], job.world.group)
-    console.print(f"resuming {job.config.resume} at step {step} of {job.last_step}", markup=False)
+    where = shown(f"{job.config.resume} at step {step} of {job.last_step}", console.encoding)
+    console.print(f"resuming {where}", markup=False)
     return step
 
 

@@ -13,6 +13,7 @@ whether it has the CIFAR stem follow from the names and shapes.
 """
 
 import hashlib
+import re
 import warnings
 import zipfile
 from collections.abc import Mapping
@@ -117,6 +118,15 @@ def _find(path: Path, projector: bool) -> Path:
     raise ValueError(f"{path} has no encoder yet: neither a finished run nor a checkpoint")
 
 
+def _reason(error: Exception) -> str:
+    """One line, without torch's advice to load what it refuses all the same."""
+    if refused := re.search(r"WeightsUnpickler error:\s+(.+)", str(error)):
+        return refused[1]
+    if isinstance(error, KeyError | EOFError):  # of a byte that no pickle has, of no bytes
+        return "torch did not write it, or it is cut off"
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
+
+
 def _read(file: Path) -> Tensors:
     """Every tensor of a file by name; of nested dictionaries, those under "model" or the like."""
     try:
@@ -129,8 +139,7 @@ def _read(file: Path) -> Tensors:
             warnings.simplefilter("ignore")  # of odd pickles: what comes of them is checked below
             content = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises nearly anything on damaged files
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"{file} cannot be read as weights: {reason}") from None
+        raise ValueError(f"{file} cannot be read as weights: {_reason(error)}") from None
     for key in ("model", "state_dict"):
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             content = content[key]

@@ -87,7 +87,7 @@ def _lock(descriptor: int, path: Path) -> None:
 
 
 def _refuse_existing(path: Path, overwrite: bool) -> None:
-    if path.exists() and not overwrite:
+    if os.path.lexists(path) and not overwrite:  # a link that leads nowhere is somebody's, too
         raise FileExistsError(errno.EEXIST, "File exists", str(path))
 
 

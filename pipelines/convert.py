@@ -113,6 +113,7 @@ def main(argv: list[str] | None = None) -> int:
     kept = "what is done stays for --continue" if config.continue_ else "nothing was written"
     try:
         with signals_raise_stopped():
+            _check_numbers(config)
             only_verify = config.verify and config.out is None
             outs = [config.source] if only_verify else convert(config)
             for out in outs if config.verify else ():
@@ -217,8 +218,7 @@ def _open_journal(work: Path, report: Report, config: Convert, settings: dict) -
         ) from None
 
 
-def _check(config: Convert) -> tuple[Path, tuple[int, int]]:
-    """All that can be known to be wrong before any work; returns OUT, and --shard as numbers."""
+def _check_numbers(config: Convert) -> None:
     for flag, value, least in (
         ("--max-side", config.max_side, 0),
         ("--subset", config.subset, 1),
@@ -227,12 +227,18 @@ def _check(config: Convert) -> tuple[Path, tuple[int, int]]:
     ):
         if value is not None and value < least:
             raise UsageError(f"{flag} {value}: must be {least} or more")
+
+
+def _check(config: Convert) -> tuple[Path, tuple[int, int]]:
+    """All else that can be known to be wrong before work; returns OUT, and --shard as numbers."""
     match = re.fullmatch(r"([0-9]+)/([0-9]+)", config.shard)
     number, of = map(int, match.groups()) if match else (0, 0)
     if not 1 <= number <= of:
         raise UsageError(f"--shard {config.shard}: must be like 2/4, the second of four parts")
     if (out := config.out) is None:
         raise UsageError("OUT is missing: bt-convert SOURCE OUT")
+    if out.is_symlink() and out.is_dir():  # its place, not the link to it, is what is written
+        out = out.resolve()
     if not out.parent.is_dir():
         raise UsageError(f"OUT {out}: the folder {out.parent} does not exist; make it first")
     if not os.access(out.parent, os.W_OK):

@@ -4,6 +4,7 @@ import contextlib
 import io
 import os
 import re
+import sys
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
@@ -35,7 +36,13 @@ def parse_flags(
     optional: dict[str, Any] = {} if default is None else {"default": default}
     try:
         with contextlib.redirect_stderr(complaint):
-            return tyro.cli(kind, prog=prog, args=arguments, config=tuple(config), **optional)
+            try:
+                return tyro.cli(kind, prog=prog, args=arguments, config=tuple(config), **optional)
+            finally:
+                sys.stdout.flush()
+    except BrokenPipeError:  # as after `bt-convert --help | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the interpreter flushes once more
+        raise SystemExit(1) from None
     except SystemExit as stop:
         if not stop.code:
             raise
@@ -54,6 +61,9 @@ def value_of(flag: str, arguments: Sequence[str]) -> str | None:
 
 def _one_line(framed: str) -> str:
     """The message in tyro's frame and the flag it suggests; rules divide title, message, help."""
+    if "Missing from" in framed:  # then names, and each one's help further to the right
+        names = re.findall(r"^. {5}(\S+)", framed.partition("For full help")[0], re.M)
+        return f"{', '.join(names)} {'is' if len(names) == 1 else 'are'} missing"
     sections: list[list[str]] = [[]]
     for number, line in enumerate(framed.splitlines()):
         text = line.strip(" \t│╭╮╰╯─|+")

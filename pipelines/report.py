@@ -113,11 +113,16 @@ class Report:
 
 
 def say(text: str, file=None) -> None:
-    """Print one line. File names are anybody's text: what cannot be shown is escaped."""
-    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    """Print one line."""
     stream = file or sys.stdout
-    encoding = stream.encoding or "utf-8"
-    print(shown.encode(encoding, "backslashreplace").decode(encoding), file=stream, flush=True)
+    print(shown(text, stream.encoding), file=stream, flush=True)
+
+
+def shown(text: str, encoding: str | None = None) -> str:
+    """As one line. File names are anybody's text: what cannot be printed is escaped."""
+    line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    encoding = encoding or "utf-8"
+    return line.encode(encoding, "backslashreplace").decode(encoding)
 
 
 def counted(title: str, items: Iterable[Item]) -> Iterator[Item]:
@@ -138,9 +143,10 @@ def progress(title: str, total: int) -> Iterator[Callable[..., None]]:
     if not console.is_terminal:
         yield _line_progress(title, total)
         return
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Rate())
+    name = TextColumn("{task.description}", markup=False)
+    columns = (name, BarColumn(), MofNCompleteColumn(), _Rate())
     with Progress(*columns, TimeRemainingColumn(), TextColumn("left"), console=console) as bar:
-        task = bar.add_task(title, total=total)
+        task = bar.add_task(shown(title, console.encoding), total=total)
         yield lambda count=1: bar.advance(task, count)
 
 

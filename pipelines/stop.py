@@ -2,6 +2,7 @@
 
 import contextlib
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 
@@ -30,3 +31,14 @@ def signals_raise_stopped() -> Iterator[None]:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+def bt_convert() -> int:
+    """The `bt-convert` command: Ctrl-C ends in one line also while its modules are imported."""
+    try:
+        from pipelines.convert import main
+
+        return main()
+    except KeyboardInterrupt:
+        print("bt-convert: stopped by SIGINT; nothing was written", file=sys.stderr)
+        return 128 + signal.SIGINT

@@ -38,7 +38,7 @@ class BetonFiles:
             raise UsageError(f"OUT {self._out} must end in .beton")
         for name in splits:
             _refuse_existing(self._path(name), self._overwrite)
-        if "val" not in splits and self._path("val").exists():
+        if "val" not in splits and os.path.lexists(self._path("val")):
             raise UsageError(
                 f"{self._path('val')} is left from another conversion and would pass for the "
                 f"held-out images of {self._out}, but SOURCE has none: remove it or choose another"
@@ -81,7 +81,7 @@ class ShardFolder:
 
     def check(self, splits: list[str]) -> None:
         """Can the folder be written? Raises UsageError."""
-        if self._out.is_file() or not self._out.name:
+        if not self._out.name or (os.path.lexists(self._out) and not self._out.is_dir()):
             raise UsageError(f"OUT {self._out}: name a new folder for the shards")
         if self._out.is_dir() and any(self._out.iterdir()):
             _refuse_existing(self._out, self._overwrite)
@@ -133,5 +133,5 @@ class ShardFolder:
 
 
 def _refuse_existing(out: Path, overwrite: bool) -> None:
-    if out.exists() and not overwrite:
+    if os.path.lexists(out) and not overwrite:  # a link that leads nowhere is somebody's, too
         raise UsageError(f"OUT {out} exists; choose another name, or replace it with --overwrite")

@@ -102,6 +102,7 @@ SETTINGS = [
     for entry, flags in (
         ("--… must be at least …, got …", "--epochs 0"),
         ("--… must be at least …, got …", "--batch-size 1"),
+        ("--… must be at most 1000000", "--epochs 99999999999999"),
         ("--… must not be negative, got …", "--probe-every=-1"),
         ("--… must be positive, got …", "--lr-weights 0"),
         ("--… must be in (0, 1], got …", "--min-scale 1.5"),
@@ -141,12 +142,32 @@ PRETRAINING = [
         lambda place: (place.beton("x.beton", 64), place.copy_run()),
     ),
     Case(
+        "--max-steps …: … is at step",
+        RESUME + " --max-steps 1",
+        lambda place: place.copy_run(),
+    ),
+    Case("--run-dir …: a resumed run", "pretrain --resume {run} --run-dir other"),
+    *(
+        Case(
+            "… is damaged: it is no list",
+            RESUME,
+            lambda place, text=text: (place.copy_run(), place.write("run/environment.json", text)),
+        )
+        for text in ("[", "{}", b"\xff")
+    ),
+    Case(
         "… belongs to another model",
         RESUME,
         lambda place: forged_checkpoint(place, save({"x": torch.zeros(1)})),
     ),
     Case("… cannot be read: …", RESUME, lambda place: forged_checkpoint(place, b"garbage" * 9)),
     Case("--run-dir … is in use", PRETRAIN, writes("new/mine.txt")),
+    Case("--run-dir …: … is not", PRETRAIN + "/mine.txt", writes("new")),
+    Case(
+        "--run-dir …: … is not",
+        PRETRAIN,
+        lambda place: (place.path / "new").symlink_to("nowhere"),
+    ),
     Case(
         "--run-dir …: no permission",
         PRETRAIN,

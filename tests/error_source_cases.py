@@ -134,6 +134,7 @@ SOURCES = [
         CONVERT,
         lambda place: (place.images("images/train", a=1), place.write("images/val/x.jpg", JPEG)),
     ),
+    Case("SOURCE … has … alone", CONVERT, lambda place: place.images("images/test", a=1)),
     Case(
         "… has no class, unlike others",
         "bt-convert x.tar out.beton",

@@ -62,6 +62,8 @@ def test_cuda_without_a_gpu_is_one_line(small_beton, capsys, monkeypatch):
         (["pretrain", "--recipe", "resnet"], "'imagenet', 'imagenet-8gpu'"),
         (["pretrain", "--epochs", "many"], "--epochs: invalid literal for int()"),
         (["pretrain", "--epochs"], "Missing value for argument '--epochs'"),
+        (["export"], "RUN_OR_FILE, --to, --out are missing"),
+        (["export", "run", "--out", "x.pth"], "--to is missing"),
         (["eval", "knn"], "RUN"),
     ],
 )
@@ -75,6 +77,14 @@ def test_help_exits_with_0():
     command = [sys.executable, "-m", "bt_fast.cli", "pretrain", "--help"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0 and "--batch-size" in done.stdout and not done.stderr
+
+
+@pytest.mark.parametrize("module", ["bt_fast.cli pretrain", "pipelines.convert"])
+def test_help_that_nobody_reads_to_the_end(module):
+    command = f"{sys.executable} -m {module} --help"
+    child = subprocess.Popen(command.split(), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    child.stdout.close()
+    assert (child.stderr.read(), child.wait()) == (b"", 1)
 
 
 def test_unknown_commands_and_help(capsys):

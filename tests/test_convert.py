@@ -248,6 +248,14 @@ def test_a_subset_takes_from_train_alone(tmp_path):
     assert len(BetonReader(tmp_path / "out.val.beton")) == 4
 
 
+@pytest.mark.parametrize("name", ["out.beton", "out.val.beton"])
+def test_a_link_that_leads_nowhere_is_not_replaced(folder, tmp_path, capsys, name):
+    (tmp_path / name).symlink_to("unmounted/disk.beton")
+    assert convert(folder, tmp_path / "out.beton") == 2
+    assert f"{tmp_path / name} " in capsys.readouterr().err
+    assert leftovers(tmp_path) == [name]
+
+
 def test_overwrite_replaces(folder, tmp_path):
     (tmp_path / "out.beton").write_text("old")
     assert convert(folder, tmp_path / "out.beton", "--overwrite") == 0

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from conftest import drawn_picture, jpeg_bytes
 from hostile import make_folder
 
 from pipelines.convert import main
+from pipelines.stop import bt_convert
 
 ROOT = Path(__file__).parents[1]
 COMMAND = [sys.executable, "-m", "pipelines.convert"]
@@ -91,6 +93,16 @@ def test_a_signal(many, tmp_path, number, code):
     assert child.returncode == code
     assert f"stopped by {number.name}" in errors and "Traceback" not in errors
     assert names_in(tmp_path) == []
+
+
+def test_ctrl_c_while_modules_are_imported(monkeypatch, capsys):
+    class Interrupted(types.ModuleType):
+        def __getattr__(self, name):
+            raise KeyboardInterrupt
+
+    monkeypatch.setitem(sys.modules, "pipelines.convert", Interrupted("pipelines.convert"))
+    assert bt_convert() == 128 + signal.SIGINT
+    assert capsys.readouterr().err == "bt-convert: stopped by SIGINT; nothing was written\n"
 
 
 def test_a_dead_worker(many, tmp_path):

@@ -239,7 +239,9 @@ def test_a_file_that_runs_code_is_refused(tmp_path):
     [
         (lambda path: None, "does not exist"),
         (lambda path: path.write_bytes(b"nothing"), "cannot be read as weights"),
-        (lambda path: path.write_bytes(b""), "cannot be read as weights"),
+        (lambda path: path.write_bytes(b""), "torch did not write it, or it is cut off"),
+        (lambda path: path.write_bytes(b"hello\n"), "torch did not write it, or it is cut off"),
+        (lambda path: path.write_bytes(b"\x02" * 99), "as weights: Unsupported operand 2"),
         (lambda path: torch.save([1, 2], path), "holds a list"),
         (lambda path: torch.save({"a.weight": torch.zeros(3)}, path), "no ResNet"),
         (lambda path: torch.save({"conv1.weight": torch.zeros(3)}, path), "holds none of resnet18"),

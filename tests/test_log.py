@@ -5,7 +5,7 @@ import json
 import pytest
 from rich.console import Console
 
-from bt_fast.log import RunLog, duration
+from bt_fast.log import RunLog, duration, summary_table
 from bt_fast.run_directory import read_metrics
 
 RECORD = {
@@ -67,3 +67,22 @@ def test_tensorboard_reads_what_was_logged(tmp_path):
     assert {"train/loss", "train/lr_biases", "train/skipped"} <= set(events.Tags()["scalars"])
     read = [(event.step, event.value) for event in events.Scalars("train/loss")]
     assert read == [(1, 8.0), (2, 8.0), (3, 0.5), (4, 0.5), (5, 0.5), (6, 0.5)]
+
+
+@pytest.mark.parametrize("line", ["5", '"x"', "{}", "\0" * 40, "\udcff"])
+def test_lines_that_no_run_wrote_end_the_metrics(tmp_path, line):
+    path = tmp_path / "metrics.jsonl"
+    first = json.dumps({"kind": "train", "step": 1}) + "\n"
+    path.write_bytes((first + line).encode("utf-8", "surrogateescape"))
+    assert read_metrics(path) == [(first, {"kind": "train", "step": 1})]
+
+
+@pytest.mark.parametrize(
+    "name", ["old[/b].beton", "[bold].beton", "a\nb.beton", "\udcff.beton", "é.beton"]
+)
+def test_paths_are_shown_as_they_are(tmp_path, name, capsys):
+    console = Console(width=200)
+    console.print(summary_table("a run", {"data": name}))
+    RunLog(console, tmp_path, 0, 1).say(name)
+    shown = name.replace("\n", "\\n").replace("\udcff", "\\udcff")
+    assert capsys.readouterr().out.count(shown) == 2

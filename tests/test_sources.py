@@ -1,6 +1,7 @@
 """What is listed, in which order, and what becomes of an image file."""
 
 import io
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -141,6 +142,46 @@ def test_other_folders_beside_train_and_val_are_ignored_aloud(tmp_path):
         assert [image.name for image in Listing(split)] == ["a/1.jpg"]
     assert splits["train"].ignored["devkit/ beside train/"] == 1
     assert splits["train"].ignored["images beside the class folders"] == 1
+
+
+def classes_of(root: Path, *folders: str) -> dict[str, tuple[str, list[str]]]:
+    """{split: (its folder, its classes)} of image folders with the classes a and b."""
+    for folder in folders:
+        for name in ("a", "b"):
+            (root / folder / name).mkdir(parents=True)
+            (root / folder / name / "1.jpg").touch()
+    return {name: (s.root.name, s.class_names) for name, s in find_splits(root).items()}
+
+
+@pytest.mark.parametrize(
+    "folders,train,val",
+    [
+        (["train", "validation"], "train", "validation"),
+        (["train", "valid", "test"], "train", "valid"),
+        (["Train", "Val", "Test"], "Train", "Val"),
+        (["training", "testing"], "training", None),
+        (["train", "val", "validation"], "train", "val"),
+        (["val"], "val", None),
+        (["test", "val"], "val", None),
+    ],
+)
+def test_parts_of_a_data_set_are_no_classes(tmp_path, folders, train, val):
+    expected = {"train": (train, ["a", "b"])} | ({"val": (val, ["a", "b"])} if val else {})
+    assert classes_of(tmp_path, *folders) == expected
+
+
+@pytest.mark.parametrize("folders", [["bus", "train"], ["bus", "test", "train"], ["bus", "val"]])
+def test_beside_other_folders_they_are_classes(tmp_path, folders):
+    assert classes_of(tmp_path, *folders) == {"train": (tmp_path.name, folders)}
+
+
+def test_hidden_class_folders_are_ignored_aloud(tmp_path):
+    for name in ("a", ".ipynb_checkpoints"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "1.jpg").touch()
+    split = find_splits(tmp_path)["train"]
+    assert [image.name for image in Listing(split)] == ["a/1.jpg"]
+    assert split.ignored == {"hidden": 1}
 
 
 @pytest.mark.parametrize("count", [0, 9, 10, 11, 1000])

@@ -111,5 +111,7 @@ def test_what_cannot_be_verified(tmp_path, copies, capsys):
         assert message in error and error.count("\n") == 1
     assert run(copies[0]) == 2  # no OUT and no --verify
     assert "OUT is missing" in capsys.readouterr().err
+    assert main(["--verify", str(copies[0]), "--workers=0"]) == 2
+    assert "--workers 0: must be 1 or more" in capsys.readouterr().err
     copies[0].write_bytes(copies[0].read_bytes()[:-50])
     assert run("--verify", copies[0]) == 2

@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+import os
 import shutil
 import tarfile
 import zlib
@@ -281,5 +282,17 @@ def test_only_a_folder_of_shards_is_replaced(shards, beton, tmp_path, capsys):
     assert json.loads((out / "dataset.json").read_text())["num_images"] == 3
     assert [path.name for path in tmp_path.iterdir()] == ["shards"]
 
-    assert convert(beton.path, archives(out)[0], *flags) == 2
-    assert "name a new folder for the shards" in capsys.readouterr().err
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "dangling").symlink_to("nowhere")
+    for other in (archives(out)[0], tmp_path / "pipe", tmp_path / "dangling"):
+        assert convert(beton.path, other, *flags, "--overwrite") == 2
+        assert "name a new folder for the shards" in capsys.readouterr().err
+    assert (tmp_path / "pipe").is_fifo() and (tmp_path / "dangling").is_symlink()
+
+
+def test_a_link_to_a_folder_is_that_folder(beton, tmp_path):
+    (tmp_path / "large disk" / "shards").mkdir(parents=True)
+    (tmp_path / "link").symlink_to("large disk/shards")
+    assert convert(beton.path, tmp_path / "link", "--format", "webdataset") == 0
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "large disk" / "shards" / "dataset.json").exists()

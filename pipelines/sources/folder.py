@@ -14,6 +14,12 @@ from pipelines.listing import Image, Place, SourceError, Split
 from pipelines.sources.sorting import sorted_names
 
 EXTENSIONS = JPEG_EXTENSIONS | {".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif"}
+# What data sets call their parts, in any case; of several names for one, the first counts.
+_NAMES_OF_PARTS = {
+    "train": ("train", "training"),
+    "val": ("val", "valid", "validation"),
+    "test": ("test", "testing"),
+}
 
 
 def is_named_like_image(name: str) -> bool:
@@ -32,17 +38,33 @@ def holds_images(top: Path) -> bool:
 
 def find_splits(source: Path) -> dict[str, Split]:
     """The splits of a folder with train/ and val/, else one of the folder itself."""
-    folders = set(_folders(source))
-    others = folders - {"train", "val"}
+    folders = _folders(source)
+    parts = _parts(folders)
+    others = set(folders) - set(parts.values())
     # Beside val/, train/ is a split; alone or with test/ too; beside other folders, a class.
-    if "train" not in folders or ("val" not in folders and others - {"test"}):
+    if not parts or (others and not {"train", "val"} <= parts.keys()):
         return {"train": _split(source)}
-    splits = {"train": _split(source / "train")}
-    if "val" in folders:
-        splits["val"] = _split(source / "val", splits["train"].class_names)
-    for name in sorted(others):
-        splits["train"].ignored[f"{name}/ beside train/"] += 1
+    first = parts.get("train") or parts.get("val")  # given alone, val/ is what is wanted
+    if first is None:
+        raise SourceError(
+            f"SOURCE {source} has {parts['test']}/ alone: name that folder, if you mean its images"
+        )
+    splits = {"train": _split(source / first)}
+    if "val" in parts and parts["val"] != first:
+        splits["val"] = _split(source / parts["val"], splits["train"].class_names)
+    for name in sorted(set(folders) - {first, parts.get("val")}):
+        splits["train"].ignored[f"{name}/ beside {first}/"] += 1
     return splits
+
+
+def _parts(folders: list[str]) -> dict[str, str]:
+    """{"train": ..., "val": ..., "test": ...}: the folders that are named like these."""
+    found = {}
+    for part, names in _NAMES_OF_PARTS.items():
+        named = [folder for folder in folders if folder.lower() in names]
+        if named:
+            found[part] = min(named, key=lambda folder: (names.index(folder.lower()), folder))
+    return found
 
 
 def _split(root: Path, class_names: list[str] | None = None) -> Split:
@@ -77,9 +99,11 @@ def _images(split: Split, folders: set[str]) -> Iterator[Image]:
     for label, name in enumerate(split.class_names):
         if name in folders:
             yield from _images_below(split, split.root / name, label)
-    if split.class_names:
-        loose = [e for e in os.scandir(split.root) if is_named_like_image(e.name)]
-        split.ignored["images beside the class folders"] += sum(not is_folder(e) for e in loose)
+    for entry in os.scandir(split.root) if split.class_names else ():
+        if entry.name.startswith("."):
+            split.ignored["hidden"] += 1
+        elif is_named_like_image(entry.name) and not is_folder(entry):
+            split.ignored["images beside the class folders"] += 1
 
 
 def _images_below(split: Split, top: Path, label: int) -> Iterator[Image]:
