@@ -81,7 +81,8 @@ class RunLog:
         return self
 
     def __exit__(self, *exception) -> None:
-        self._progress.stop()
+        with contextlib.suppress(OSError):  # of a terminal that was closed
+            self._progress.stop()
         for name, file, _ in self._files:
             with self.can_do_without(f"the end of {name}"):
                 file.close()

@@ -5,20 +5,26 @@ import signal
 EXIT_STOPPED = 75  # EX_TEMPFAIL: stopped by a signal after saving; start again with --resume
 EXIT_UNSAVED = 74  # EX_IOERR: the disk did not take the last checkpoint, or the encoder
 
-# What Slurm and people send; NCCL may take USR1 for itself, so that USR2 is the surest.
-ASK_TO_STOP = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
+# What Slurm, people and closed terminals send; NCCL may take USR1 for itself, so that USR2 is the
+# surest.
+ASK_TO_STOP = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP, signal.SIGINT)
 
 
 class StopFlag:
-    """Set by SIGTERM, SIGUSR1 or SIGUSR2, and by Ctrl-C once `training`; before that, and the
-    second time, Ctrl-C interrupts at once."""
+    """Set by SIGTERM, SIGUSR1, SIGUSR2 or SIGHUP (unless nohup has it ignored), and by Ctrl-C once
+    `training`; before that, and the second time, Ctrl-C interrupts at once."""
 
     def __init__(self) -> None:
         self.requested = False
         self.training = False
 
     def __enter__(self) -> "StopFlag":
-        self._before = {number: signal.signal(number, self._request) for number in ASK_TO_STOP}
+        ignored = {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else set()
+        self._before = {
+            number: signal.signal(number, self._request)
+            for number in ASK_TO_STOP
+            if number not in ignored
+        }
         return self
 
     def __exit__(self, *_) -> None:

@@ -33,7 +33,7 @@ def open_data(path: Path, flag: str) -> Data:
     """A `.beton`, or the training images of a folder of web shards. Raises ValueError."""
     if not path.exists():
         raise ValueError(
-            f"{flag} {path} does not exist; make it with: bt-convert IMAGE_FOLDER {path}"
+            f"{flag} {path} does not exist; say where it is, or: bt-convert IMAGE_FOLDER {path}"
         )
     return ShardReader(path) if path.is_dir() else BetonReader(path)
 

@@ -1,14 +1,19 @@
 """Runs that are killed, stopped or damaged go on as if nothing had been."""
 
 import os
+import pty
 import random
+import select
 import signal
 import socket
+import subprocess
+import sys
+import threading
 import time
 
 import pytest
 from conftest import write_beton
-from tiny_runs import comparable, learned, metrics, pretrain, same, start, wait_for_step
+from tiny_runs import TINY, comparable, learned, metrics, pretrain, same, start, wait_for_step
 
 from bt_fast import train
 from bt_fast.cli import main
@@ -70,6 +75,35 @@ def test_a_signal_saves_and_says_how_to_go_on(small_beton, finished, tmp_path):
     assert f"bt-fast pretrain --resume {folder}" in output
     assert main(["pretrain", "--resume", str(folder)]) == 0
     assert same(learned(folder), learned(finished))
+
+
+def test_a_terminal_that_is_closed_leaves_a_run_that_goes_on(small_beton, finished, tmp_path):
+    """Its hang-up asks to stop, and nothing can be shown any more."""
+    folder, (ours, theirs) = tmp_path / "stopped", pty.openpty()
+    command = [sys.executable, "-m", "bt_fast.cli", "pretrain", *TINY, "--save-every", "1"]
+    command += ["--data", str(small_beton), "--run-dir", str(folder)]
+    process = subprocess.Popen(
+        ["setsid", "--ctty", "--wait", *command], stdin=theirs, stdout=theirs, stderr=theirs
+    )
+    os.close(theirs)
+    closing = threading.Event()
+    reader = threading.Thread(target=_read, args=(ours, closing))
+    reader.start()
+    try:
+        wait_for_step(process, folder, 2)
+    finally:
+        closing.set()
+        reader.join()
+        os.close(ours)
+    assert process.wait(timeout=60) == EXIT_STOPPED
+    assert main(["pretrain", "--resume", str(folder)]) == 0
+    assert same(learned(folder), learned(finished))
+
+
+def _read(terminal: int, closing: threading.Event) -> None:
+    while not closing.is_set():
+        if select.select([terminal], [], [], 0.1)[0]:
+            os.read(terminal, 1 << 16)
 
 
 def test_a_damaged_newest_checkpoint_is_passed_over(

@@ -10,7 +10,7 @@ import time
 import pytest
 
 from bt_fast import meeting, start
-from bt_fast.signals import EXIT_STOPPED, StopFlag
+from bt_fast.signals import ASK_TO_STOP, EXIT_STOPPED, StopFlag
 
 
 @pytest.fixture
@@ -59,7 +59,7 @@ def test_a_run_that_keeps_failing_ends(ranks):
 STOPS = "signal.signal(signal.SIGUSR2, lambda *_: sys.exit(75)); time.sleep(60); sys.exit(1)"
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT])
+@pytest.mark.parametrize("number", ASK_TO_STOP)
 def test_a_signal_is_passed_on(ranks, number):
     threading.Timer(2.0, os.kill, (os.getpid(), number)).start()
     assert ranks(STOPS) == (EXIT_STOPPED, ["0/0", "1/0"])
