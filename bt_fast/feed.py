@@ -49,7 +49,8 @@ def feed(
             encoder.wait_event(ready)
             views.record_stream(encoder)  # its memory is the side stream's to reuse after that
             yield views
-            done.append(encoder.record_event())
+            # One to sleep for, not to spin on: the decoding threads have work for this core.
+            done.append(encoder.record_event(torch.cuda.Event(blocking=True)))
             if len(done) > LEAD:
                 done.popleft().synchronize()
 
