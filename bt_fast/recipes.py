@@ -75,19 +75,23 @@ def cifar10_cpu() -> Config:
 
 
 def demo() -> Config:
-    """ResNet-18 on the drawn shapes of `make demo`: minutes on two CPU cores."""
+    """ResNet-18 on the drawn shapes of `make demo`: minutes on two CPU cores.
+
+    Expected: kNN (k = 20) from 27 % to between 63 and 72 % (seeds 1 and 0, fp32). So short a run
+    with so high a rate depends on its seed, and on rounding: bf16 is another seed, as it were.
+    """
     return _small(
         Config(recipe="demo"),
         encoder="resnet18",
         size=48,
         min_scale=0.25,
-        batch_size=256,
-        epochs=20,
+        batch_size=128,
+        epochs=12,
         warmup_epochs=2,
         projector=(1024, 1024),
         lr_weights=3.0,
         lr_biases=0.024,
-        probe_every=5,
+        probe_every=4,
         log_every=5,
     )
 

@@ -3,6 +3,7 @@
 import copy
 import io
 import os
+import signal
 import tarfile
 from pathlib import Path
 
@@ -144,6 +145,15 @@ def one_compute_thread():
     import torch
 
     torch.set_num_threads(1)
+
+
+@pytest.fixture
+def hang_up():
+    """A hang-up does what it does by default, to processes that are started too: nohup, which may
+    have started the tests, lets it do nothing."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
 
 
 @pytest.fixture(scope="session")

@@ -19,17 +19,17 @@ def ranks_started(place: Place) -> None:
         place.monkeypatch.setenv(name, "2")
 
 
-def one_of_two_ranks(place: Place) -> None:
+def one_of_two_ranks(place: Place, rank: int = 0) -> None:
     ranks_started(place)
-    world = World(rank=1, size=2, local_rank=1, local_size=2)
+    world = World(rank=rank, size=2, local_rank=rank, local_size=2)
     place.patch("bt_fast.meeting.join", lambda device, timeout: world)
     place.patch("bt_fast.meeting.leave", lambda: None)
     place.patch("os._exit", lambda status: raises(SystemExit(status))())
 
 
 def failing_rank(place: Place) -> None:
-    """One of two ranks, whose collective fails."""
-    one_of_two_ranks(place)
+    """The second of two ranks, whose collective fails."""
+    one_of_two_ranks(place, 1)
     place.patch("bt_fast.meeting.silent_ranks", lambda world: [0])
     place.patch("bt_fast.launch.pretrain", raises(RuntimeError("connection closed\nby peer")))
 

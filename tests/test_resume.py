@@ -77,7 +77,9 @@ def test_a_signal_saves_and_says_how_to_go_on(small_beton, finished, tmp_path):
     assert same(learned(folder), learned(finished))
 
 
-def test_a_terminal_that_is_closed_leaves_a_run_that_goes_on(small_beton, finished, tmp_path):
+def test_a_terminal_that_is_closed_leaves_a_run_that_goes_on(
+    small_beton, finished, hang_up, tmp_path
+):
     """Its hang-up asks to stop, and nothing can be shown any more."""
     folder, (ours, theirs) = tmp_path / "stopped", pty.openpty()
     command = [sys.executable, "-m", "bt_fast.cli", "pretrain", *TINY, "--save-every", "1"]

@@ -60,7 +60,7 @@ STOPS = "signal.signal(signal.SIGUSR2, lambda *_: sys.exit(75)); time.sleep(60);
 
 
 @pytest.mark.parametrize("number", ASK_TO_STOP)
-def test_a_signal_is_passed_on(ranks, number):
+def test_a_signal_is_passed_on(ranks, hang_up, number):
     threading.Timer(2.0, os.kill, (os.getpid(), number)).start()
     assert ranks(STOPS) == (EXIT_STOPPED, ["0/0", "1/0"])
 
