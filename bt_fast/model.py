@@ -13,7 +13,6 @@ import itertools
 from typing import Any, Literal, get_args
 
 import torch
-import torchvision
 from torch import nn
 
 from bt_fast import norm
@@ -70,7 +69,9 @@ def build_encoder(
     """
     if name not in get_args(Encoder):
         raise ValueError(f"--encoder {name} is not one of {', '.join(get_args(Encoder))}")
-    encoder = getattr(torchvision.models, name)(zero_init_residual=True, norm_layer=norm_layer)
+    from torchvision import models  # takes a second, which --help and plans need not
+
+    encoder = getattr(models, name)(zero_init_residual=True, norm_layer=norm_layer)
     encoder.fc = nn.Identity()
     if small_images:
         encoder.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)

@@ -27,10 +27,10 @@ from typing import Self
 
 import numpy
 import torch
-import torchvision
 
 from bt_fast import __version__, config
 from bt_fast.config import Config
+from bt_fast.packages import version
 from bt_fast.perf import Performance
 from pipelines.atomic import atomic_file
 from pipelines.flags import usable_cores
@@ -162,7 +162,7 @@ def environment(performance: Performance) -> dict:
         "bt_fast": __version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "torchvision": torchvision.__version__,
+        "torchvision": version("torchvision"),
         "numpy": numpy.__version__,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
         "cores": usable_cores(),

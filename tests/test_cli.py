@@ -131,7 +131,7 @@ def test_dry_run_prints_the_plan_and_writes_nothing(small_beton, tmp_path, capsy
     arguments = ["pretrain", "--recipe", "demo", "--data", str(small_beton), "--batch-size", "16"]
     assert main([*arguments, "--size", "32", "--device", "cpu", "--dry-run"]) == 0
     output = capsys.readouterr().out
-    for part in ("64 images, 4 classes", "resnet18", "20 epochs x 4 steps", "estimated time"):
+    for part in ("64 images, 4 classes", "resnet18", "12 epochs x 4 steps", "estimated time"):
         assert part in output
     assert not os.listdir(tmp_path)
 
