@@ -93,22 +93,32 @@ def test_checkpoints_fit_torchs_layers():
 COUNTS = (5, 2, 0)  # samples of each rank
 
 
-def uneven_layer(world):
-    """A batch of one view whose rows the ranks divide unequally."""
+def uneven_batch() -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
+    """(torch's layer, a batch of one view, the gradient of what comes out), in float64."""
     torch.manual_seed(0)
     x, gradient = (torch.randn(sum(COUNTS), 4, 3, 3, dtype=torch.float64) for _ in range(2))
     model = nn.Sequential(nn.BatchNorm2d(4)).double()
     nn.init.normal_(model[0].weight)
+    return model, x + torch.arange(7).view(7, 1, 1, 1), gradient
+
+
+def results(model: nn.Module, x: torch.Tensor, gradient: torch.Tensor):
+    """([output, gradients of input, weight and bias], what the layer remembers)."""
+    x = x.detach().requires_grad_()
+    out = model(x)
+    out.backward(gradient)
+    return [out.detach(), x.grad, model[0].weight.grad, model[0].bias.grad], model.state_dict()
+
+
+def uneven_layer(world):
+    """Of a rank that holds its part of the batch."""
+    model, *batch = uneven_batch()
     norm.over_uneven_ranks(model, world.group)
-    own = (x + torch.arange(7).view(7, 1, 1, 1)).split(COUNTS)[world.rank].requires_grad_()
-    out = model(own)
-    out.backward(gradient.split(COUNTS)[world.rank])
-    layer = model[0]
-    return [out.detach(), own.grad, layer.weight.grad, layer.bias.grad], model.state_dict()
+    return results(model, *(part.split(COUNTS)[world.rank] for part in batch))
 
 
 def test_ranks_with_more_samples_than_others_normalise_as_one():
-    (expected, state), *_ = run_ranks(1, uneven_alone)
+    expected, state = results(*uneven_batch())
     found = run_ranks(3, uneven_layer)
     for number, value in enumerate(expected):
         parts = [tensors[number] for tensors, _ in found]
@@ -117,16 +127,3 @@ def test_ranks_with_more_samples_than_others_normalise_as_one():
     for _, theirs in found:
         assert theirs.keys() == state.keys()
         assert all(torch.allclose(theirs[name].double(), state[name].double()) for name in state)
-
-
-def uneven_alone(world):
-    """The same in one process, by torch's layer."""
-    torch.manual_seed(0)
-    x, gradient = (torch.randn(sum(COUNTS), 4, 3, 3, dtype=torch.float64) for _ in range(2))
-    layer = nn.BatchNorm2d(4).double()
-    nn.init.normal_(layer.weight)
-    x = (x + torch.arange(7).view(7, 1, 1, 1)).requires_grad_()
-    out = layer(x)
-    out.backward(gradient)
-    state = nn.Sequential(layer).state_dict()
-    return [out.detach(), x.grad, layer.weight.grad, layer.bias.grad], state
