@@ -57,19 +57,6 @@ class Checkpoint:
             optimizer.state[parameters[name]]["momentum"] = buffer
 
 
-def save(
-    folder: Path,
-    step: int,
-    model: torch.nn.Module,
-    optimizer: torch.optim.Optimizer,
-    facts: dict[str, Any],
-    *,
-    keep: int,
-) -> Path:
-    """`write` what a model and its optimizer hold now."""
-    return write(folder, step, state_of(model, optimizer), facts, keep=keep)
-
-
 def state_of(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> tuple[Tensors, Tensors]:
     """(parameters and batch statistics, momentum by parameter name), copied to the CPU."""
     momentum = {

@@ -27,7 +27,8 @@ def trained(steps: int = 2, seed: int = 0):
 
 
 def save(folder, step, model, optimizer, keep=2):
-    return checkpoint.save(folder, step, model, optimizer, {"note": "x"}, keep=keep)
+    state = checkpoint.state_of(model, optimizer)
+    return checkpoint.write(folder, step, state, {"note": "x"}, keep=keep)
 
 
 def same(a, b) -> bool:
