@@ -19,7 +19,8 @@ from bt_fast.feed import IN_MEMORY
 from bt_fast.lars import LARS, parameter_groups
 from bt_fast.log import duration
 from bt_fast.loss_variants import objective_terms
-from bt_fast.model import BarlowTwins, flatten_batch_statistics
+from bt_fast.model import BarlowTwins
+from bt_fast.norm import BatchStatistics
 from bt_fast.perf import Performance
 from pipelines.crop import RandomResizedCrop
 from pipelines.loaders import BATCH, Data, Loader, choose, open_data, open_loader, open_val
@@ -41,7 +42,7 @@ class Job:
     model: BarlowTwins
     embed: Callable[[torch.Tensor], torch.Tensor]  # the model's forward pass, perhaps compiled
     objective: Callable  # the loss's two terms, perhaps compiled
-    statistics: torch.Tensor  # all batch statistics of the model, one tensor
+    statistics: BatchStatistics
     optimizer: LARS
     last_step: int
 
@@ -82,7 +83,7 @@ def build(settings: Config, world: World = ALONE) -> Job:
                 group=world.group,
             )
         ),
-        statistics=flatten_batch_statistics(model),
+        statistics=BatchStatistics(model),
         optimizer=LARS(
             parameter_groups(model.parameters()), lr=0.0, weight_decay=settings.weight_decay
         ),
@@ -166,7 +167,6 @@ def rehearse(job: Job) -> dict[int, float]:
     the batch, ten 224 px images' worth, and scales the time.
     """
     settings, device = job.config, job.performance.device
-    before = job.statistics.clone()
     seconds: dict[int, float] = {}
     for size in sorted({settings.size_of(epoch) for epoch in range(settings.epochs)}, reverse=True):
         if device.type == "cpu" and seconds:
@@ -181,11 +181,6 @@ def rehearse(job: Job) -> dict[int, float]:
             _forward_and_backward(job, n, size)
             perf.synchronise(device)
         seconds[size] = (time.perf_counter() - started) * share / n
-    with torch.no_grad():
-        job.statistics.copy_(before)
-    for name, buffer in job.model.named_buffers():
-        if name.endswith("num_batches_tracked"):
-            buffer.zero_()
     return seconds
 
 

@@ -97,18 +97,3 @@ def build_projector(widths: tuple[int, ...], *, batch_norm: bool = True) -> nn.S
         layers.append(nn.ReLU(True))
     layers.append(nn.Linear(*pairs[-1], bias=False))
     return nn.Sequential(*layers)
-
-
-def flatten_batch_statistics(model: nn.Module) -> torch.Tensor:
-    """Lay all running means and variances into one tensor and return it: float32 [num_values].
-
-    The buffers become views of it, so that one copy saves them all and one puts them back: a
-    step that is skipped must not leave its statistics behind.
-    """
-    layers = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    buffers = [(m, name) for m in layers for name in ("running_mean", "running_var")]
-    flat = torch.cat([getattr(m, name) for m, name in buffers])
-    parts = flat.split([getattr(m, name).numel() for m, name in buffers])
-    for (m, name), part in zip(buffers, parts, strict=True):
-        setattr(m, name, part)
-    return flat

@@ -4,31 +4,140 @@ The views' statistics must not mix: each view is normalised by its own mean and 
 the released code, which calls the encoder twice. One call with both views, [2 n, ...] with view A
 first, reads every weight once, adds no gradients of two calls and launches half the kernels.
 
-Names, shapes and evaluation are those of torch's BatchNorm, whose checkpoints fit. The running
-statistics see view A, then view B, as two calls would show them.
+Names, shapes and evaluation are those of torch's BatchNorm, whose checkpoints fit.
 
-Over ranks (`over_ranks`) statistics are those of all ranks' samples: one gather forwards, of every
-rank's means and variances of both views, and one sum backwards. All ranks hold as many samples, so
-no counts travel and nothing is read back. With x^ the normalised input, y = w x^ + b and m samples
-in all, the gradient is
+`normalise` is one explicit function for one rank and for many. With mean m and deviation s of a
+channel in one view over the samples of all ranks, weight w, bias b and M samples in all:
 
-    d L / d x = w / s * (g - sum(g) / m - x^ * sum(g * x^) / m)        g = d L / d y
+    scale = w / s      shift = b - m scale      y = x scale + shift
+    d L / d x = scale (g - sum(g) / M - (x - m) sum(g (x - m)) / (s^2 M))           g = d L / d y
 
-with sums over all ranks; the gradients of w and b stay this rank's share, as those of any weight.
+The gradients of w and b stay this rank's share, as those of any weight. Arithmetic is float32 or
+better, but nothing of an activation's size is written or saved in a wider dtype than the
+activation's: a compiled layer reads x twice and writes y once, and reads x and g twice and writes
+d L / d x once. Over ranks there is one all-reduce forwards, of sums and sums of squares, and one
+backwards, of the two sums above. The first is in float64, where the difference of mean square and
+squared mean loses nothing.
+
+Alone and not compiled, a layer takes torch's own kernels, which need less memory traffic there.
+
+Running statistics see view A, then view B, as two calls would show them. A layer on its own moves
+them in its forward pass. The layers of a model in training leave their batch's statistics to
+`BatchStatistics`, which moves all of them at once after the update, or not at all if the update is
+skipped.
 
 Fine-tuning has one view, and ranks that hold more samples than others, or none, in the last batch
-of an epoch (`over_uneven_ranks`): then counts travel with the statistics.
+of an epoch (`over_uneven_ranks`): then counts travel with the sums.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from bt_fast.dist import Group, all_gather, all_sum, size_of
+from bt_fast.dist import Group, all_sum, size_of
+
+
+def normalise(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    *,
+    eps: float,
+    num_views: int = 2,
+    group: Group = None,
+    uneven: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, float | torch.Tensor]:
+    """Normalise every view of a batch by its own statistics.
+
+    Args:
+        x: [V n, C, ...], V = `num_views`, view after view; any floating-point dtype.
+        weight, bias: [C].
+        group: the ranks whose samples are normalised together; None for this process alone.
+        uneven: whether ranks may hold different numbers of samples, or none.
+    Returns:
+        y like x, in memory of its own; mean and biased variance [V, C] of all ranks' samples,
+        float32 or better; and how many values each is of: a number, or a scalar on the device if
+        `uneven`. Only y has a gradient.
+    """
+    return _Normalise.apply(x, weight, bias, eps, num_views, group, uneven)
+
+
+class _Normalise(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, eps, num_views, group, uneven):
+        mean, variance, count = _statistics(x, num_views, group, uneven)
+        inverse = torch.rsqrt(variance + eps)
+        scale = inverse * weight
+        y = (x * _rows(scale, x) + _rows(bias - mean * scale, x)).to(x.dtype)
+        ctx.save_for_backward(x, weight, mean, inverse)
+        ctx.count, ctx.group = count, group
+        ctx.mark_non_differentiable(mean, variance, *([count] if uneven else []))
+        return y, mean, variance, count
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g, *_):
+        x, weight, mean, inverse = ctx.saved_tensors
+        num_views, dtype = len(mean), mean.dtype
+        centred = x - _rows(mean, x)
+        sums = torch.stack([_sum(g, num_views, dtype), _sum(g * centred, num_views, dtype)])
+        means = all_sum(sums, ctx.group) / ctx.count  # [2 sums, V, C]
+        scale, slope = inverse * weight, means[1] * inverse.square()
+        grad_x = (g - _rows(means[0], x) - centred * _rows(slope, x)) * _rows(scale, x)
+        grad_weight = (sums[1] * inverse).sum(0)
+        return grad_x.to(x.dtype), grad_weight, sums[0].sum(0), None, None, None, None
+
+
+def _by_view(x: torch.Tensor, num_views: int) -> torch.Tensor:
+    """[V n, C, ...] -> [V, n, C, ...]."""
+    return x.unflatten(0, (num_views, len(x) // num_views))
+
+
+def _reduced(x: torch.Tensor) -> list[int]:
+    """The dimensions of [V, n, C, ...] that statistics are taken over."""
+    return [1, *range(3, x.ndim + 1)]
+
+
+def _sum(x: torch.Tensor, num_views: int, dtype: torch.dtype) -> torch.Tensor:
+    """[V n, C, ...] -> [V, C]."""
+    return _by_view(x, num_views).sum(_reduced(x), dtype=dtype)
+
+
+def _rows(values: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """[V, C], one value per view and channel -> [V n, C, 1, ...], to be broadcast over x."""
+    num_views, channels = values.shape
+    rows = values.unsqueeze(1).expand(-1, len(x) // num_views, -1)
+    return rows.reshape(len(x), channels, *[1] * (x.ndim - 2))
+
+
+def _statistics(
+    x: torch.Tensor, num_views: int, group: Group, uneven: bool
+) -> tuple[torch.Tensor, torch.Tensor, float | torch.Tensor]:
+    """Of all ranks' samples: mean and biased variance, [V, C], and count, a number or a scalar."""
+    views = _by_view(x, num_views)
+    views = views.to(torch.promote_types(x.dtype, torch.float32))
+    if x.numel():
+        variance, mean = torch.var_mean(views, _reduced(x), correction=0)
+    else:  # the statistics of no samples are not numbers
+        variance = mean = views.sum(_reduced(x))
+    count = x.numel() / mean.numel()
+    if group is None:
+        return mean, variance, count
+    total: float | torch.Tensor = count * size_of(group)
+    moments = torch.stack([mean.double(), variance.double() + mean.double().square()])
+    sums = (count * moments).flatten()
+    if uneven:
+        sums = all_sum(torch.cat([sums, sums.new_full((1,), count)]), group)
+        sums, total = sums[:-1], sums[-1]
+    else:
+        sums = all_sum(sums, group)
+    first, second = (sums / total).view_as(moments).unbind()  # of x, and of its square
+    variance = (second - first.square()).clamp(min=0).to(mean.dtype)
+    return first.to(mean.dtype), variance, total
 
 
 class _PerView(nn.modules.batchnorm._BatchNorm):
-    """Training mode normalises the two halves of a batch apart."""
+    """Training mode normalises the views of a batch apart."""
 
     num_views = 2
     uneven = False  # whether ranks may hold different numbers of samples
@@ -37,6 +146,9 @@ class _PerView(nn.modules.batchnorm._BatchNorm):
     running_var: torch.Tensor
     num_batches_tracked: torch.Tensor
     group: Group = None  # the ranks whose samples are normalised together
+    # Where `BatchStatistics` moves the running statistics: of the last batch, each [V, C].
+    deferred = False
+    batch_statistics: tuple[torch.Tensor, ...] = ()  # mean and unbiased variance
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: [2 n, C, ...] in training mode, view A first; any batch in evaluation mode."""
@@ -45,120 +157,98 @@ class _PerView(nn.modules.batchnorm._BatchNorm):
         self._check_input_dim(x)
         if len(x) % self.num_views:
             raise ValueError(f"a training batch holds two views of every image, got {len(x)} rows")
-        self.num_batches_tracked.add_(self.num_views)
-        if self.group is not None:
-            y, mean, variance, count = _OverRanks.apply(
-                x, self.weight, self.bias, self.eps, self.num_views, self.uneven, self.group
+        if self.group is None and not torch.compiler.is_compiling():
+            y, mean, variance = self._by_torch(x)
+        else:
+            y, mean, variance, count = normalise(
+                x,
+                self.weight,
+                self.bias,
+                eps=self.eps,
+                num_views=self.num_views,
+                group=self.group,
+                uneven=self.uneven,
             )
-            self._remember(mean, variance, count)
-            return y
-        if torch.compiler.is_compiling():
-            return self._arithmetic(x)
-        halves = [
+            if not isinstance(count, torch.Tensor) and count < 2:
+                raise ValueError("batch norm needs more than one value per channel and view")
+            variance = variance * (count / (count - 1))
+        if self.deferred:
+            self.batch_statistics = mean, variance
+        else:
+            self.num_batches_tracked.add_(self.num_views)
+            _move(self.running_mean, mean, self.momentum)
+            _move(self.running_var, variance, self.momentum)
+        return y
+
+    def _by_torch(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """y, mean and unbiased variance by torch's kernels, whose running statistics with a
+        momentum of 1 are those of the batch."""
+        mean, variance = self.running_mean.new_zeros(2, self.num_views, self.num_features)
+        views = [
             F.batch_norm(
-                half,
-                self.running_mean,
-                self.running_var,
+                view,
+                mean[index],
+                variance[index],
                 self.weight,
                 self.bias,
                 training=True,
-                momentum=self.momentum,
+                momentum=1.0,
                 eps=self.eps,
             )
-            for half in x.chunk(self.num_views)
+            for index, view in enumerate(x.chunk(self.num_views))
         ]
-        return torch.cat(halves)
+        return torch.cat(views), mean, variance
 
-    def _arithmetic(self, x: torch.Tensor) -> torch.Tensor:
-        """The same written out, for a compiler to fuse with what comes before and after."""
-        views = _split(x, self.num_views)  # [2, n, C, ...]
-        variance, mean = torch.var_mean(views, _reduced(views), correction=0, keepdim=True)
-        self._remember(mean, variance, views.numel() / mean.numel())
-        shape = mean.shape[1:]
-        scale = torch.rsqrt(variance + self.eps) * self.weight.view(shape)
-        return ((views - mean) * scale + self.bias.view(shape)).to(x.dtype).flatten(0, 1)
+
+@torch.no_grad()
+def _move(running: torch.Tensor, batch: torch.Tensor, momentum: float) -> None:
+    """Move running statistics [values] towards each view's, [V, values], in place."""
+    running.copy_(_moved(running, batch, momentum))
+
+
+def _moved(running: torch.Tensor, batch: torch.Tensor, momentum: float) -> torch.Tensor:
+    for view in batch.to(running.dtype):
+        running = running.lerp(view, momentum)
+    return running
+
+
+class BatchStatistics:
+    """The running statistics of all batch norms of a model, moved together.
+
+    The layers' buffers become parts of two tensors, so that a training step moves all of them with
+    a few operations, outside of the compiled forward pass, and a skipped step moves none.
+
+    Attributes: `running`, float32 [values], all running means and variances; `counts`, int64
+    [layers].
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.layers = [m for m in model.modules() if isinstance(m, _PerView)]
+        if len({layer.momentum for layer in self.layers}) > 1:
+            raise ValueError("the batch norms of a model need the same momentum")
+        for layer in self.layers:
+            layer.deferred = True
+        self.running = self._flatten("running_mean", "running_var")
+        self.counts = self._flatten("num_batches_tracked")
+
+    def _flatten(self, *names: str) -> torch.Tensor:
+        buffers = [(layer, name) for layer in self.layers for name in names]
+        flat = torch.cat([layer.get_buffer(name).flatten() for layer, name in buffers])
+        parts = flat.split([layer.get_buffer(name).numel() for layer, name in buffers])
+        for (layer, name), part in zip(buffers, parts, strict=True):
+            setattr(layer, name, part.view_as(layer.get_buffer(name)))
+        return flat
 
     @torch.no_grad()
-    def _remember(
-        self, mean: torch.Tensor, variance: torch.Tensor, count: float | torch.Tensor
-    ) -> None:
-        """Move the running statistics towards each view's, [2, ...], of so many values."""
-        if not isinstance(count, torch.Tensor) and count < 2:
-            raise ValueError("batch norm needs more than one value per channel and view")
-        for view in range(self.num_views):
-            self.running_mean.lerp_(mean[view].flatten().to(self.running_mean), self.momentum)
-            unbiased = variance[view].flatten() * (count / (count - 1))
-            self.running_var.lerp_(unbiased.to(self.running_var), self.momentum)
+    def update(self, applied: torch.Tensor) -> None:
+        """Move the statistics towards those of the batch that has just passed through the model.
 
-
-def _apart(x: torch.Tensor, num_views: int) -> torch.Tensor:
-    """[2 n, C, ...] -> [2, n, C, ...]."""
-    return x.unflatten(0, (num_views, len(x) // num_views))
-
-
-def _split(x: torch.Tensor, num_views: int) -> torch.Tensor:
-    """[2 n, C, ...] -> [2, n, C, ...], float32 or better."""
-    views = _apart(x, num_views)
-    return views if views.dtype == torch.float64 else views.float()
-
-
-def _reduced(views: torch.Tensor) -> list[int]:
-    """The dimensions of [2, n, C, ...] that statistics are taken over."""
-    return [1, *range(3, views.ndim)]
-
-
-def _of_all(views: torch.Tensor, uneven: bool, group: Group):
-    """Of all ranks' samples: mean and variance, [2 views, 1, C, ...], and count, a number or a
-    scalar on the device."""
-    if views.numel():
-        variance, mean = torch.var_mean(views, _reduced(views), correction=0, keepdim=True)
-    else:  # the statistics of no samples are not numbers
-        variance = mean = views.sum(_reduced(views), True)
-    count = views.numel() / mean.numel()
-    if not uneven:
-        everyones = all_gather(torch.stack([variance, mean]), group)
-        variances, means = everyones.unbind(1)  # [W, 2 views, 1, C, ...]
-        mean = means.mean(0)
-        return mean, variances.mean(0) + (means - mean).square().mean(0), count * size_of(group)
-    ours = torch.stack([variance, mean, torch.full_like(mean, count)])
-    variances, means, counts = all_gather(ours, group).unbind(1)
-    weights = counts / counts.sum(0)
-    mean = (weights * means).sum(0)
-    variance = (weights * (variances + (means - mean).square())).sum(0)
-    return mean, variance, counts.sum(0).flatten()[0]
-
-
-class _OverRanks(torch.autograd.Function):
-    """(x [2 n, C, ...], weight, bias, eps, number of views, uneven, group)
-    -> (y; mean, variance and count of all ranks' samples)."""
-
-    @staticmethod
-    def forward(ctx, x, weight, bias, eps, num_views, uneven, group):
-        views = _split(x, num_views)
-        mean, variance, count = _of_all(views, uneven, group)
-        inverse = torch.rsqrt(variance + eps)
-        shape = mean.shape[1:]
-        y = torch.empty_like(x)  # a tensor of its own: the next layer may work in place
-        _apart(y, num_views).copy_(
-            (views - mean) * (inverse * weight.view(shape)) + bias.view(shape)
-        )
-        ctx.save_for_backward(x, weight, mean, inverse)
-        ctx.num_views, ctx.count, ctx.group = num_views, count, group
-        ctx.mark_non_differentiable(mean, variance, *([count] if uneven else []))
-        return y, mean, variance, count
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad, *_):
-        x, weight, mean, inverse = ctx.saved_tensors
-        g = _split(grad, ctx.num_views)
-        normalised = (_split(x, ctx.num_views) - mean) * inverse
-        sums = torch.stack([g.sum(_reduced(g), True), (g * normalised).sum(_reduced(g), True)])
-        means = all_sum(sums, ctx.group) / ctx.count  # [2 sums, 2 views, 1, C, ...]
-        scale = inverse * weight.view(mean.shape[1:])
-        grad_x = ((g - means[0] - normalised * means[1]) * scale).to(grad.dtype).flatten(0, 1)
-        grad_bias, grad_weight = (part.sum(0).flatten().to(weight.dtype) for part in sums)
-        return grad_x, grad_weight, grad_bias, None, None, None, None
+        applied: bool scalar on their device; where it is false, nothing moves.
+        """
+        batch = torch.cat([part for layer in self.layers for part in layer.batch_statistics], 1)
+        moved = _moved(self.running, batch, self.layers[0].momentum)
+        self.running.copy_(torch.where(applied, moved, self.running))
+        self.counts += applied * self.layers[0].num_views
 
 
 def over_ranks(model: nn.Module, group: Group) -> None:

@@ -28,7 +28,7 @@ def probe(job: Job, log: RunLog, step: int) -> None:
         return
     started = time.perf_counter()
     # With --bn-group they differ; the encoder that is measured is the one that is saved.
-    copy_from_first([job.statistics], job.world.group)
+    copy_from_first([job.statistics.running], job.world.group)
     scores = evaluate_knn(
         job.model.encoder,
         job.knn_data,

@@ -169,7 +169,6 @@ def update(job: Job, views: torch.Tensor):
 
     Returns (invariance, redundancy, applied): scalars on the device.
     """
-    before = job.statistics.clone()
     with job.performance.autocast():
         z_a, z_b = job.embed(views).chunk(2)  # [n, D] each
     invariance, redundancy = job.objective(z_a, z_b)
@@ -180,8 +179,7 @@ def update(job: Job, views: torch.Tensor):
     applied = job.optimizer.step(guard=loss.detach())
     assert applied is not None
     job.optimizer.zero_grad(set_to_none=True)
-    with torch.no_grad():
-        job.statistics.copy_(torch.where(applied, job.statistics, before))
+    job.statistics.update(applied)
     return invariance.detach(), redundancy.detach(), applied
 
 
