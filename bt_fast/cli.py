@@ -35,6 +35,7 @@ _MAY_CHANGE = {
     "slurm",
     "gpus_per_node",
     "time_limit",
+    "separate_communicators",
     "slurm_args",
     "patience",
     "device",

@@ -58,6 +58,9 @@ class Config:
     """With --slurm: more flags for sbatch, as in --slurm-args="--account=vision --qos=high"."""
     bn_group: int = 0
     """Ranks whose samples batch norm normalises together, in a row; 0 = all, as in the paper."""
+    separate_communicators: bool = True
+    """A communicator for gradients and another, of high priority, for batch norm and loss; else one
+    for everything."""
     compress_gradients: bool = False
     """Send gradients between ranks as bf16."""
     patience: float = 600

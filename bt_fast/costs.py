@@ -9,7 +9,11 @@ parameters:
     LARS           28 P bytes: p and g read, then p, g, m read, p and m written, float32
     gradients      ring all-reduce, 2 (W - 1) / W * 4 P bytes sent
     embeddings     both views of all ranks gathered once, (W - 1) 2 n D values sent
-    batch norm     two collectives per layer for both views together, a few kB each
+    batch norm     two all-reduces per layer for both views together, tens of kB at most; with the
+                   loss's three, every one of them is waited for
+
+What does not shrink with n: LARS, the latency of collectives, and in the encoder a fixed time per
+kernel and per weight (`fixed_seconds`).
 """
 
 from dataclasses import dataclass
@@ -21,7 +25,9 @@ from bt_fast.loss import choose_method
 
 RANKS_PER_MACHINE = 8
 INSIDE_BYTES_PER_S = 300e9  # a rank to its neighbour within a machine, over NVLink
-COLLECTIVE_LATENCY = 30e-6  # seconds, of a collective that carries next to nothing
+# Seconds of a collective that carries next to nothing: on one machine, and on several.
+LATENCY_INSIDE, LATENCY_ACROSS = 25e-6, 45e-6
+_LOSS_COLLECTIVES = 3
 _OVERLAPPED = 0.9  # of the backward pass can hide the gradients' all-reduce
 
 
@@ -38,6 +44,19 @@ def loss_flop(method: str, num_samples: int, num_dimensions: int, world_size: in
 
 def lars_bytes(num_parameters: int) -> int:
     return 28 * num_parameters
+
+
+# Of a compiled step, forwards and backwards, per batch norm: its own kernels, those of the
+# convolution beside it, casts of weights.
+_KERNELS_PER_NORM = 16
+_KERNEL_SECONDS = 3e-6  # that a kernel takes beyond its bytes and FLOP: launch, first and last wave
+_WEIGHT_BYTES = 14  # per parameter: cast to bf16, the gradient in bf16 and in float32
+
+
+def fixed_seconds(num_norm_layers: int, num_parameters: int, bytes_per_s: float) -> float:
+    """What encoder and projector take in a step, however few the images."""
+    kernels = _KERNELS_PER_NORM * num_norm_layers * _KERNEL_SECONDS
+    return kernels + _WEIGHT_BYTES * num_parameters / bytes_per_s
 
 
 def num_norm_layers(model: nn.Module) -> int:
@@ -61,6 +80,7 @@ class Measured:
     gradient_itemsize: int = 4  # bytes of one value of a gradient as it is sent
     optimizer: float
     num_parameters: int
+    num_projector_parameters: int  # whose gradients are sent first
     num_dimensions: int
     num_norm_layers: int
 
@@ -80,34 +100,53 @@ class Prediction:
     efficiency: float  # of this many single devices
 
 
-def predict(measured: Measured, world_size: int, link_gbps: float) -> Prediction:
+def predict(
+    measured: Measured,
+    world_size: int,
+    link_gbps: float,
+    *,
+    separate_communicators: bool = True,
+    alone: float | None = None,
+) -> Prediction:
     """The step of W ranks that each do what was measured.
 
     A ring through all ranks leaves a machine once, and there are as many rings as network cards,
     one per rank: so what a rank sends goes at the rate of all of a machine's cards together, or at
-    that of NVLink where it is slower or the run stays on one machine.
+    that of NVLink where it is slower or the run stays on one machine. With one communicator for
+    everything the backward pass's first batch norm waits for the gradients of the projector.
 
     Args:
         link_gbps: of the network card of one rank, 10^9 bits per second.
+        separate_communicators: whether batch norm and loss have one of their own.
+        alone: images/s of the single device that `efficiency` compares with. Default: the one that
+            was measured.
     """
     w, n, d = world_size, measured.images, measured.num_dimensions
     rate = INSIDE_BYTES_PER_S
     if w > RANKS_PER_MACHINE:
         rate = min(rate, RANKS_PER_MACHINE * link_gbps * 1e9 / 8)
-    gradient_bytes = 2 * (w - 1) / w * measured.gradient_itemsize * measured.num_parameters
+    bytes_per_parameter = 2 * (w - 1) / w * measured.gradient_itemsize
+    gradient_bytes = bytes_per_parameter * measured.num_parameters
     embedding_bytes = (w - 1) * 2 * n * d * measured.embedding_itemsize
-    collectives = 2 * measured.num_norm_layers if w > 1 else 0
-    hidden = min(gradient_bytes / rate, _OVERLAPPED * measured.backward)
+    collectives = 2 * measured.num_norm_layers + _LOSS_COLLECTIVES if w > 1 else 0
+    queueing = 0.0
+    if not separate_communicators:
+        queueing = bytes_per_parameter * measured.num_projector_parameters / rate
+    sending = gradient_bytes / rate - queueing
+    hidden = min(sending, _OVERLAPPED * measured.backward)
     seconds = {
         "encoder": measured.encoder,
         "loss": measured.loss * _loss_flop_of(n * w, d, w) / _loss_flop_of(n, d, 1),
         "optimizer": measured.optimizer,
-        "gradients, exposed": gradient_bytes / rate - hidden,
+        "gradients, exposed": sending - hidden,
         "embeddings": embedding_bytes / rate,
-        "batch norm": collectives * COLLECTIVE_LATENCY,
+        "collectives, latency": collectives
+        * (LATENCY_INSIDE if w <= RANKS_PER_MACHINE else LATENCY_ACROSS),
+        "queueing behind gradients": queueing,
     }
     step = sum(seconds.values())
-    alone = measured.encoder + measured.loss + measured.optimizer
+    if alone is None:
+        alone = n / (measured.encoder + measured.loss + measured.optimizer)
     return Prediction(
         world_size=w,
         gradient_bytes=gradient_bytes,
@@ -117,5 +156,5 @@ def predict(measured: Measured, world_size: int, link_gbps: float) -> Prediction
         hidden=hidden,
         step=step,
         images_per_s=w * n / step,
-        efficiency=alone / step,
+        efficiency=n / step / alone,
     )

@@ -30,6 +30,7 @@ class World:
     size: int
     local_rank: int  # on this machine
     local_size: int  # ranks of this machine
+    keeps_group: bool = False  # though it is alone: its collectives run, over one rank
 
     @property
     def is_first(self) -> bool:
@@ -38,21 +39,35 @@ class World:
 
     @property
     def group(self) -> Group:
-        return dist.group.WORLD if self.size > 1 else None  # type: ignore[return-value]
+        """All ranks. On it travel gradients, and whatever is exchanged between two steps."""
+        there = self.size > 1 or self.keeps_group
+        return dist.group.WORLD if there else None  # type: ignore[return-value]
 
     def share(self, samples: np.ndarray) -> np.ndarray:
         """This rank's of them, in a row; the first ranks have one more where they do not divide."""
         return np.array_split(samples, self.size)[self.rank]
 
-    def subgroup(self, size: int, timeout: float = 600) -> Group:
-        """This rank's group of so many ranks in a row; 0 = all of them. timeout: as of `join`."""
-        if self.size == 1 or size == 1:
+    def new_group(self, device: torch.device, *, size: int = 0, timeout: float = 600) -> Group:
+        """A communicator of its own for this rank and its neighbours. All ranks call it.
+
+        On a GPU it has a stream of high priority: the small collectives that a step waits for do
+        not queue behind the gradients on `group`.
+
+        Args:
+            device: of this rank's tensors.
+            size: ranks in a row that form a group; 0 = all of them.
+            timeout: as of `meeting.join`.
+        """
+        if self.group is None or size == 1:
             return None
-        if size in (0, self.size):
-            return self.group
         require_equal_groups(self.size, size)
+        size = size or self.size
+        options: dict[str, Any] = {"timeout": timedelta(seconds=timeout)}
+        if device.type == "cuda":
+            urgent = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
+            options |= {"backend": "nccl", "pg_options": urgent}
         groups = [
-            dist.new_group(list(range(first, first + size)), timedelta(seconds=timeout))
+            dist.new_group(list(range(first, first + size)), **options)
             for first in range(0, self.size, size)
         ]
         return cast(Group, groups[self.rank // size])

@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from bt_fast import norm, perf
 from bt_fast.config import Config
-from bt_fast.dist import ALONE, World, from_first
+from bt_fast.dist import ALONE, Group, World, from_first
 from bt_fast.evaluate.knn import KnnData, choose_data
 from bt_fast.feed import IN_MEMORY
 from bt_fast.lars import LARS, parameter_groups
@@ -62,7 +62,8 @@ def build(settings: Config, world: World = ALONE) -> Job:
     torch.manual_seed(settings.seed)  # the initialisation; drawn on the CPU, alike everywhere
     model = build_model(settings)
     perf.prepare(model, performance)
-    norm.over_ranks(model, world.subgroup(settings.bn_group, settings.patience))
+    norm_group, loss_group = communicators(settings, world, performance.device)
+    norm.over_ranks(model, norm_group)
     return Job(
         config=settings,
         world=world,
@@ -80,7 +81,7 @@ def build(settings: Config, world: World = ALONE) -> Job:
                 objective_terms,
                 settings.objective,
                 temperature=settings.temperature,
-                group=world.group,
+                group=loss_group,
             )
         ),
         statistics=BatchStatistics(model),
@@ -139,6 +140,17 @@ def choose_loader(
     return loader, why, replace(settings, loader=name)
 
 
+def communicators(settings: Config, world: World, device: torch.device) -> tuple[Group, Group]:
+    """(batch norm's, the loss's). Gradients travel on the world's own group."""
+    timeout = settings.patience
+    shared = world.group
+    if settings.separate_communicators:
+        shared = world.new_group(device, timeout=timeout)
+    if settings.bn_group in (0, world.size):
+        return shared, shared
+    return world.new_group(device, size=settings.bn_group, timeout=timeout), shared
+
+
 def last_step_of(settings: Config, steps_per_epoch: int) -> int:
     """Of the run: the schedule's end, or --max-steps."""
     end = settings.epochs * steps_per_epoch
@@ -147,12 +159,13 @@ def last_step_of(settings: Config, steps_per_epoch: int) -> int:
 
 def data_parallel(model: BarlowTwins, settings: Config, world: World) -> torch.nn.Module:
     """The model, its gradients averaged over ranks in buckets while the backward pass goes on."""
-    if world.size == 1:
+    if world.group is None:
         return model
     # Batch statistics are alike on every rank already. (The flag was renamed in torch 2.14.)
     names = inspect.signature(DistributedDataParallel).parameters
     sync = "forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers"
-    options: dict[str, Any] = {sync: False, "gradient_as_bucket_view": True}
+    options: dict[str, Any] = {"process_group": world.group, "gradient_as_bucket_view": True}
+    options[sync] = False
     parallel = DistributedDataParallel(model, **options)
     if settings.compress_gradients:
         parallel.register_comm_hook(world.group, bf16_compress_hook)

@@ -20,9 +20,17 @@ def described() -> World:
         return ALONE
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
     rank, size, local_rank, local_size = (int(os.environ[name]) for name in names)
-    return World(rank=rank, size=size, local_rank=local_rank, local_size=local_size)
+    return World(
+        rank=rank,
+        size=size,
+        local_rank=local_rank,
+        local_size=local_size,
+        keeps_group=os.environ.get(GROUP_OF_ONE) == "1",
+    )
 
 
+# Set to 1, a single rank has a process group too: collectives and their streams run on one GPU.
+GROUP_OF_ONE = "BT_FAST_GROUP_OF_ONE"
 RESTARTS = "BT_FAST_RESTARTS"  # set where bt-fast itself starts ranks (start.py)
 
 
@@ -38,7 +46,10 @@ def join(device: torch.device, timeout: float) -> World:
     timeout: seconds after which a rank that does not answer ends the run.
     """
     world = described()
-    if world.size > 1 and not dist.is_initialized():
+    if (world.size > 1 or world.keeps_group) and not dist.is_initialized():
+        # Collectives of two communicators run on a GPU in the order in which the host starts them,
+        # which is the same on every rank. Unordered, each could wait for the other's resources.
+        os.environ.setdefault("NCCL_LAUNCH_ORDER_IMPLICIT", "1")
         # gloo carries what lives on the CPU: stop requests, and everything of CPU ranks.
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         bound = device if device.type == "cuda" else None

@@ -5,6 +5,8 @@ data is there. Times rest on the assumptions named below; `tools/profile.py --gp
 what it measured instead.
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -22,6 +24,7 @@ ENCODER_FLOP_PER_S = 5_000 * 24.3e9
 LOSS_FLOP_PER_S = 1e14
 MEMORY_BYTES_PER_S = 4e12
 LINK_GBPS = 400.0  # of one rank's network card
+USUAL_IMAGES = 256  # of a single GPU, whose rates the above are
 
 _SOME = 2  # images whose cost is counted
 
@@ -39,26 +42,16 @@ def plan(settings: Config, world_size: int) -> dict[str, str]:
     steps = settings.epochs * steps_per_epoch
     last_step = min(steps, settings.max_steps if settings.max_steps is not None else steps)
 
-    parameters, layers, flop, saved = count(settings)
-    width = settings.projector[-1]
-    method = choose_method(settings.batch_size, width, world_size)
-    loss_flop = costs.loss_flop(choose_method(share, width), share, width)
-    encoder = share * flop / ENCODER_FLOP_PER_S
+    counted = count(settings)
+    parameters, saved = counted.num_parameters, counted.saved_bytes
+    method = choose_method(settings.batch_size, settings.projector[-1], world_size)
+    usual = costs.predict(single(settings, counted, USUAL_IMAGES), 1, LINK_GBPS)
     prediction = costs.predict(
-        costs.Measured(
-            images=share,
-            encoder=encoder,
-            backward=encoder * 2 / 3,
-            loss=loss_flop / LOSS_FLOP_PER_S,
-            optimizer=costs.lars_bytes(parameters) / MEMORY_BYTES_PER_S,
-            embedding_itemsize=2,
-            gradient_itemsize=2 if settings.compress_gradients else 4,
-            num_parameters=parameters,
-            num_dimensions=width,
-            num_norm_layers=layers,
-        ),
+        single(settings, counted, share),
         world_size,
         LINK_GBPS,
+        separate_communicators=settings.separate_communicators,
+        alone=usual.images_per_s,
     )
     state = 3 * 4 * parameters  # weights, gradients, momentum
     return {
@@ -68,25 +61,65 @@ def plan(settings: Config, world_size: int) -> dict[str, str]:
         + (f", stopping after {last_step}" if last_step < steps else ""),
         "memory per rank": f"{(state + share * saved) / 1e9:.1f} GB: {state / 1e9:.1f} GB of"
         f" weights, gradients and momentum, {share * saved / 1e9:.1f} GB for the backward pass",
-        "loss": f"{method} form over {settings.batch_size} x {width}"
+        "loss": f"{method} form over {settings.batch_size} x {settings.projector[-1]}"
         + ("" if settings.objective == "barlow-twins" else f" assumed for {settings.objective}"),
         "sent per rank and step": f"gradients {prediction.gradient_bytes / 1e6:,.0f} MB,"
         f" embeddings {prediction.embedding_bytes / 1e6:,.1f} MB,"
-        f" {prediction.collectives} small collectives of batch norm",
+        f" {prediction.collectives} small collectives of batch norm and loss",
         "predicted": f"{1e3 * prediction.step:.1f} ms a step, {prediction.images_per_s:,.0f}"
         f" images/s, {duration(prediction.step * last_step)}"
-        f" ({100 * prediction.efficiency:.0f} % of {world_size} single GPUs)",
+        f" ({100 * prediction.efficiency:.0f} % of {world_size} single GPUs with {USUAL_IMAGES}"
+        " images each)",
+        "of these, ms": ", ".join(
+            f"{part} {1e3 * seconds:.1f}"
+            for part, seconds in prediction.seconds.items()
+            if seconds >= 5e-5
+        )
+        + f" ({1e3 * prediction.hidden:.1f} of communication hidden under the backward pass)",
         "assuming": f"{ENCODER_FLOP_PER_S / 1e12:.0f} TFLOP/s per GPU (ResNet-50: 5,000 views/s)"
-        f" and {LINK_GBPS:.0f} Gbit/s per rank, {costs.RANKS_PER_MACHINE} ranks a machine;"
-        " not measured",
+        f" with {USUAL_IMAGES} images, {LINK_GBPS:.0f} Gbit/s per rank,"
+        f" {costs.RANKS_PER_MACHINE} ranks a machine,"
+        f" {1e6 * costs.LATENCY_INSIDE:.0f} us for a small collective on one machine and"
+        f" {1e6 * costs.LATENCY_ACROSS:.0f} on several; not measured",
     }
 
 
-def count(settings: Config) -> tuple[int, int, float, float]:
-    """(parameters, batch norm layers, FLOP of an image, bytes an image keeps for the backward).
+def single(settings: Config, counted: "Counted", images: int) -> costs.Measured:
+    """The step of one GPU that takes so many images, by the rates above."""
+    width = settings.projector[-1]
+    usual = USUAL_IMAGES * counted.flop / ENCODER_FLOP_PER_S
+    fixed = costs.fixed_seconds(counted.num_norm_layers, counted.num_parameters, MEMORY_BYTES_PER_S)
+    fixed = min(fixed, usual / 2)  # of a small encoder most of it
+    encoder = fixed + images / USUAL_IMAGES * (usual - fixed)
+    loss_flop = costs.loss_flop(choose_method(images, width), images, width)
+    return costs.Measured(
+        images=images,
+        encoder=encoder,
+        backward=encoder * 2 / 3,
+        loss=loss_flop / LOSS_FLOP_PER_S,
+        optimizer=costs.lars_bytes(counted.num_parameters) / MEMORY_BYTES_PER_S,
+        embedding_itemsize=2,
+        gradient_itemsize=2 if settings.compress_gradients else 4,
+        num_parameters=counted.num_parameters,
+        num_projector_parameters=counted.num_projector_parameters,
+        num_dimensions=width,
+        num_norm_layers=counted.num_norm_layers,
+    )
 
-    Both views, forwards and backwards, activations in bf16, as torch keeps them uncompiled.
-    """
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Counted:
+    """What a model is made of, and what an image costs it."""
+
+    num_parameters: int
+    num_projector_parameters: int
+    num_norm_layers: int
+    flop: float  # of an image: both views, forwards and backwards
+    saved_bytes: float  # that an image keeps for the backward pass, in bf16, uncompiled
+
+
+def count(settings: Config) -> Counted:
+    """Counted on shapes alone: nothing is computed."""
     storages: dict[int, int] = {}
     with torch.device("meta"):
         model = build_model(settings)
@@ -104,9 +137,10 @@ def count(settings: Config) -> tuple[int, int, float, float]:
             torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
         ):
             model(views).sum().backward()
-    return (
-        sum(p.numel() for p in model.parameters()),
-        costs.num_norm_layers(model),
-        counter.get_total_flops() / _SOME,
-        sum(storages.values()) / 2 / _SOME,
+    return Counted(
+        num_parameters=sum(p.numel() for p in model.parameters()),
+        num_projector_parameters=sum(p.numel() for p in model.projector.parameters()),
+        num_norm_layers=costs.num_norm_layers(model),
+        flop=counter.get_total_flops() / _SOME,
+        saved_bytes=sum(storages.values()) / 2 / _SOME,
     )

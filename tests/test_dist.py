@@ -8,7 +8,7 @@ import torch
 from conftest import write_photo_beton
 from ranks import run_ranks
 
-from bt_fast import loss, norm, train
+from bt_fast import loss, meeting, norm, train
 from bt_fast.cli import parse_pretrain
 from bt_fast.dist import Traffic, World, of_all, require_same_weights
 from bt_fast.feed import feed
@@ -105,7 +105,7 @@ def test_bytes_and_memory_of_the_loss_on_four_ranks():
 def sharded_norm(world: World, x: torch.Tensor, grad: torch.Tensor, group_size: int) -> tuple:
     layer = norm.BatchNorm2d(x.shape[2])
     torch.nn.init.normal_(layer.weight, generator=torch.Generator().manual_seed(3))
-    norm.over_ranks(layer, world.subgroup(group_size))
+    norm.over_ranks(layer, world.new_group(torch.device("cpu"), size=group_size))
     share = slice(
         world.rank * x.shape[1] // world.size, (world.rank + 1) * x.shape[1] // world.size
     )
@@ -230,6 +230,41 @@ def test_collectives_of_a_step_of_the_papers_model():
     """55 batch norms, two sums each; three of the loss. (SyncBN as shipped, two calls: 224.)"""
     calls = run_ranks(2, collectives_of_the_papers_model)[0]
     assert calls == {"all_gather": 1, "all_reduce": 2 * 55 + 2}
+
+
+def groups_of_a_job(world: World, data: str, *flags: str) -> tuple:
+    """(whether DDP's group is batch norm's, whether batch norm's is the loss's, batch norm's
+    ranks), after an update."""
+    job = build(parse_pretrain([*TINY, "--data", data, *flags]), world)
+    gradients = job.embed.process_group
+    of_norm = job.model.encoder.bn1.group
+    of_loss = job.objective.keywords["group"]
+    train.update(job, torch.randn(32 // world.size, 3, 32, 32))
+    return gradients is of_norm, of_norm is of_loss, of_norm.size()
+
+
+def test_gradients_have_a_communicator_of_their_own(small_beton):
+    data = str(small_beton)
+    assert run_ranks(2, groups_of_a_job, data) == [(False, True, 2)] * 2
+    one = run_ranks(2, groups_of_a_job, data, "--no-separate-communicators")
+    assert one == [(True, True, 2)] * 2
+    grouped = run_ranks(4, groups_of_a_job, data, "--bn-group=2")
+    assert grouped == [(False, False, 2)] * 4
+
+
+def group_of_one(world: World, data: str) -> tuple:
+    job = build(parse_pretrain([*TINY, "--data", data]), world)
+    with Traffic() as traffic:
+        train.update(job, torch.randn(32, 3, 32, 32))
+    return world.size, type(job.embed).__name__, traffic.calls.total()
+
+
+def test_a_single_rank_can_keep_its_group(small_beton, monkeypatch):
+    """So that the collectives of a step run in a test on one GPU."""
+    monkeypatch.setenv(meeting.GROUP_OF_ONE, "1")
+    ((size, kind, calls),) = run_ranks(1, group_of_one, str(small_beton))
+    assert (size, kind) == (1, "DistributedDataParallel")
+    assert calls == 2 * 21 + 3  # ResNet-18's and the projector's batch norms, the loss
 
 
 def weights_that_differ(world: World, differ: bool) -> str:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from bt_fast import costs, perf
+from bt_fast import costs, perf, plan
 from bt_fast.recipes import RECIPES
 from pipelines.beton import BetonReader
 from tools import synthetic
@@ -132,7 +132,8 @@ def measured(**changes) -> costs.Measured:
     values = {
         "embedding_itemsize": 2, "images": 64, "optimizer": 1e-3,
         "encoder": 0.02, "backward": 0.013, "loss": 2e-4,
-        "num_parameters": 174_535_744, "num_dimensions": 8192, "num_norm_layers": 55,
+        "num_parameters": 174_535_744, "num_projector_parameters": 151_027_712,
+        "num_dimensions": 8192, "num_norm_layers": 55,
     }  # fmt: skip
     return costs.Measured(**values | changes)
 
@@ -147,7 +148,8 @@ def test_the_prediction_counts_bytes_and_what_the_backward_pass_hides():
     many = costs.predict(measured(), 32, 50)  # eight cards of a machine: 50 GB/s
     assert many.gradient_bytes == pytest.approx(2 * 31 / 32 * 698_142_976)
     assert many.embedding_bytes == 31 * 2 * 64 * 8192 * 2  # bf16, both views
-    assert many.collectives == 110
+    assert many.collectives == 2 * 55 + 3
+    assert many.seconds["collectives, latency"] == pytest.approx(113 * 45e-6)
     assert many.seconds["loss"] == pytest.approx(2e-4 * 32)  # n rows against N columns
     wide = costs.predict(measured(images=8192, num_dimensions=1024), 32, 50)
     assert wide.seconds["loss"] == pytest.approx(2e-4)  # columns of C: 6 n D^2 on every rank
@@ -160,6 +162,30 @@ def test_the_prediction_counts_bytes_and_what_the_backward_pass_hides():
     near = [costs.predict(measured(), 8, gbps).step for gbps in (10, 400)]
     assert near[0] == near[1]  # on one machine no network card counts
     assert many.images_per_s == pytest.approx(32 * 64 / many.step)
+
+
+def test_on_one_communicator_batch_norm_waits_for_the_projectors_gradients():
+    apart = costs.predict(measured(), 32, 400)
+    shared = costs.predict(measured(), 32, 400, separate_communicators=False)
+    waiting = 2 * 31 / 32 * 4 * 151_027_712 / 300e9
+    assert apart.seconds["queueing behind gradients"] == 0
+    assert shared.seconds["queueing behind gradients"] == pytest.approx(waiting)
+    assert shared.step == pytest.approx(apart.step + waiting)
+    assert shared.hidden == pytest.approx(apart.hidden - waiting)
+
+
+def test_the_plan_knows_what_does_not_shrink_with_the_batch():
+    """A quarter of the images takes more than a quarter of the time, on one GPU as on many."""
+    config = RECIPES["imagenet"]()
+    counted = plan.count(config)
+    many, few = (plan.single(config, counted, images) for images in (256, 64))
+    fixed = costs.fixed_seconds(55, 174_535_744, plan.MEMORY_BYTES_PER_S)
+    assert 1e-3 < fixed < 5e-3
+    assert few.encoder - many.encoder / 4 == pytest.approx(0.75 * fixed)
+    usual = costs.predict(many, 1, 400).images_per_s
+    found = costs.predict(few, 32, 400, alone=usual)
+    assert found.efficiency == pytest.approx(found.images_per_s / (32 * usual))
+    assert found.efficiency < costs.predict(few, 32, 400).efficiency
 
 
 def test_synthetic_images_cost_what_imagenets_do(tmp_path):

@@ -86,10 +86,16 @@ class Report:
             embedding_itemsize=job.performance.view_dtype.itemsize,
             gradient_itemsize=2 if job.config.compress_gradients else 4,
             num_parameters=sum(p.numel() for p in job.model.parameters()),
+            num_projector_parameters=sum(p.numel() for p in job.model.projector.parameters()),
             num_dimensions=job.config.projector[-1],
             num_norm_layers=costs.num_norm_layers(job.model),
         )
-        self.prediction = costs.predict(measured, world_size, link_gbps)
+        self.prediction = costs.predict(
+            measured,
+            world_size,
+            link_gbps,
+            separate_communicators=job.config.separate_communicators,
+        )
 
     def print(self, console: Console) -> None:
         console.print(self._table())
@@ -160,7 +166,9 @@ class Report:
             title=f"predicted: {prediction.world_size} ranks of this batch",
             title_justify="left",
             caption=f"{prediction.images_per_s:,.0f} images/s,"
-            f" {100 * prediction.efficiency:.0f} % of {prediction.world_size} single devices;"
+            f" {100 * prediction.efficiency:.0f} % of {prediction.world_size} single devices with"
+            f" this batch; assumed, not measured: {1e6 * costs.LATENCY_INSIDE:.0f} us for a small"
+            f" collective on one machine, {1e6 * costs.LATENCY_ACROSS:.0f} on several;"
             f" {1e3 * prediction.hidden:.1f} ms of communication hidden under the backward pass",
         )
         for column in ("part", "ms", "MB sent per rank"):
