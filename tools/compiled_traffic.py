@@ -1,0 +1,80 @@
+"""Bytes and kernels of a compiled training step on an H100, counted without one.
+
+    python tools/compiled_traffic.py --blocks 1 1 1 1 [--images 256] [--ranks 8] [--out DIR]
+
+Lowers the forward and the backward pass of encoder and projector, views in bf16 and channels-last;
+loss, augmentation and optimizer are not part of it. `lowering` says how, and what is counted. The
+numbers hold for the installed version of torch. ResNet-50 takes minutes.
+"""
+
+import _checkout  # noqa: F401  # isort: skip
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from bt_fast import model as models
+from pipelines.flags import parse_flags
+from tools.lowering import Traffic, Unsupported, build, measure
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Bytes and kernels of a compiled training step on an H100, counted without one."""
+
+    encoder: models.Encoder = "resnet50"
+    """Encoder to compile. ResNet-50 takes minutes."""
+    blocks: tuple[int, int, int, int] | None = None
+    """Bottlenecks per stage, instead of --encoder; 1 1 1 1 is quick."""
+    images: int = 256
+    """Images per rank and step; each gives two views."""
+    size: int = 224
+    """Side of a view, in pixels."""
+    ranks: int = 1
+    """Ranks whose batches are normalised together."""
+    top: int = 20
+    """Number of kernels to list, the largest first."""
+    out: Path | None = None
+    """Folder for the generated code."""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    try:
+        options = parse_flags(Options, "compiled_traffic", arguments)
+        shape = (2 * options.images, 3, options.size, options.size)
+        model = build(options.encoder, options.blocks)
+        traffic = measure(model, shape, num_ranks=options.ranks, out=options.out)
+    except (ValueError, Unsupported) as error:
+        print(f"compiled_traffic: {error}", file=sys.stderr)
+        return 2
+    print(report(traffic, options.top))
+    return 0
+
+
+def report(traffic: Traffic, top: int) -> str:
+    """The counts of a step, pass by pass, and its largest kernels."""
+    kinds = {
+        "fused and own kernels": ("fused", "own"),
+        "  own kernels": ("own",),
+        "convolutions, matrix products": ("library",),
+        "all of these": ("fused", "own", "library"),
+        "collectives": ("collective",),
+    }
+    lines = [f"{'GB':30} {'number':>7} {'< 1 MB':>7}  forward backward     both  arguments once"]
+    for title, names in kinds.items():
+        kernels = traffic.of(*names)
+        small = sum(kernel.accesses < 1e6 for kernel in kernels)
+        passes = [traffic.gigabytes(*names, backward=which) for which in (False, True, None)]
+        figures = " ".join(f"{figure:8.3f}" for figure in passes)
+        once = traffic.gigabytes(*names, once=True)
+        lines.append(f"{title:30} {len(kernels):7} {small:7} {figures} {once:15.3f}")
+    lines.append(f"saved for the backward pass: {traffic.saved / 1e9:.2f} GB")
+    for kernel in sorted(traffic.of(), key=lambda kernel: -kernel.accesses)[:top]:
+        which = "backward" if kernel.backward else "forward"
+        sizes = f"{kernel.accesses / 1e6:6.0f} MB ({kernel.once / 1e6:.0f} once)"
+        lines.append(f"{sizes} {which} {kernel.name}")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
