@@ -5,9 +5,9 @@
     python tools/profile.py --gpus 32 --link-gbps 400  predict the step of 32 ranks
 
 The flags of `bt-fast pretrain` that shape a step apply; --batch-size is what one device does, by
-default 256 on a GPU and the work of eight 224 px images on a CPU. Writes profile.json and
-profile.png. Stages are timed alone and then together, so their sum is more than the whole by what
-overlaps.
+default 256 on a GPU and the work of eight 224 px images on a CPU. Writes profile.json after every
+measurement and profile.png at the end. Stages are timed alone and then together, so their sum is
+more than the whole by what overlaps.
 """
 
 import _checkout  # noqa: F401  # isort: skip
@@ -75,7 +75,7 @@ def parse(arguments: list[str]) -> Profile:
 
 
 def profile(options: Profile) -> int:
-    from tools import profile_report, rivals, stages, synthetic, timing
+    from tools import profile_report, stages, synthetic
 
     console = Console(soft_wrap=True, width=None if sys.stdout.isatty() else 110)
     out = options.out or Path("profiles") / time.strftime("%Y%m%d-%H%M%S")
@@ -94,28 +94,51 @@ def profile(options: Profile) -> int:
         out.mkdir(parents=True, exist_ok=True)
         report = profile_report.Report(job=job, data=what)
         console.print(f"profiling {report.title}", markup=False)
-        performance = job.performance
-        report.ceilings = timing.measure_ceilings(
-            performance.device, performance.view_dtype, options.seconds
-        )
-        for measured in (stages.loader_stages, stages.device_stages):
-            for stage in measured(job, options.seconds):
-                report.stages[stage.name] = stage
+        for stage in measure(report, options):
+            if stage is not None:
                 report.say(console, stage)
-        report.loader_overhead = stages.loader_overhead(job, options.seconds)
-        report.step, report.step_without_data = stages.whole(job, 3 * options.seconds)
-        report.memory = stages.peak_memory(job)
-        for rival in options.against:
-            measure = getattr(rivals, f"{rival}_stages")
-            report.rivals[rival] = measure(job, options.seconds)
+            report.save(out / "profile.json")
         if options.gpus is not None:
             report.predict(options.gpus, options.link_gbps)
+            report.save(out / "profile.json")
         if options.trace:
             stages.chrome_trace(job, out / "trace.json")
         report.print(console)
-        report.write(out)
+        try:
+            report.draw(out / "profile.png")
+        except ImportError as error:
+            console.print(f"no profile.png: {error}", markup=False)
     console.print(f"written: {out}: {', '.join(sorted(os.listdir(out)))}", markup=False)
     return 0
+
+
+def measure(report, options: Profile):
+    """Fill the report in, what counts most first; yields a stage or None after each measurement."""
+    from tools import rivals, stages, timing
+
+    job, performance, seconds = report.job, report.job.performance, options.seconds
+    report.ceilings = timing.measure_ceilings(performance.device, performance.view_dtype, seconds)
+    yield
+    for stage in stages.device_stages(job, seconds):
+        report.stages[stage.name] = stage
+        yield stage
+    report.step_without_data = stages.step_alone(job, 3 * seconds)
+    yield
+    report.kernels = stages.longest_kernels(job)
+    yield
+    report.step = stages.step_from_jpegs(job, 3 * seconds)
+    report.memory = stages.peak_memory(job)
+    yield
+    for stage in stages.loader_stages(job, seconds):
+        report.stages[stage.name] = stage
+        yield stage
+    report.loader_overhead = stages.loader_overhead(job, seconds)
+    yield
+    for rival in options.against:
+        report.rivals[rival] = {}
+        for name, value in getattr(rivals, f"{rival}_stages")(job, seconds):
+            report.rivals[rival][name] = value
+            yield
 
 
 def prepare(config: Config, console: Console):
