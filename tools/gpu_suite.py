@@ -173,6 +173,7 @@ def run_part(
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
         collect(part, folder)
+        save()
     if part["status"] == "ok" and ("unreadable" in part or "result" not in part):
         part["status"] = f"failed: {part.get('unreadable', 'it left no results')}"
     if part["status"] != "ok":

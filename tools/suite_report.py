@@ -91,7 +91,7 @@ def _comparisons(results: dict) -> Iterator[tuple[str, str, str]]:
     if step and {"forward", "backward"} <= seconds.keys():
         encoder = seconds["forward"] + seconds["backward"]
         yield "step without encoder and projector", "<= 4 %", f"{1 - encoder / step:.1%}"
-    for title, rows in _result(results, "kernels").items():
+    for rows in _result(results, "kernels").values():
         views = {name: row.get("us per view") for name, row in rows.items()}
         if fused := views.get("fused"):
             yield "augmentation, us per view", "<= 1", f"{fused:.3f}"
