@@ -128,6 +128,16 @@ def test_the_verdict_names_what_limits():
     assert verdict(cpu_loader).startswith("the loader limits")
 
 
+def test_a_profile_is_saved_before_it_is_complete(tmp_path):
+    partial = report("cpu", step=0.0, alone=0.1)
+    for name in (*STAGES, "copy"):
+        stage = partial.stages.pop(name)
+        partial.save(tmp_path / "profile.json")
+        found = json.loads((tmp_path / "profile.json").read_text())
+        assert found["verdict"] is None and found["step_without_data_s"] == 0.1
+        assert name not in found["stages"] and stage.seconds > 0
+
+
 def measured(**changes) -> costs.Measured:
     values = {
         "embedding_itemsize": 2, "images": 64, "optimizer": 1e-3,

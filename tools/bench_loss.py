@@ -11,7 +11,6 @@ import _checkout  # noqa: F401  # isort: skip
 
 import functools
 import multiprocessing
-import resource
 import sys
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -24,7 +23,7 @@ from bt_fast import perf
 from bt_fast.loss import barlow_twins_loss
 from pipelines.flags import parse_flags
 from tools.results import Results
-from tools.timing import seconds_per_call
+from tools.timing import peak_memory, seconds_per_call
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,21 +52,14 @@ def measure(n: int, d: int, method: str, budget: float) -> dict[str, float | str
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     z = [torch.randn(n, d, device=device, requires_grad=True) for _ in range(2)]
-    before = peak_memory(on_gpu)
+    before = peak_memory(device)
 
     def step() -> None:
         z[0].grad = z[1].grad = None
         barlow_twins_loss(*z, method=method).backward()
 
     seconds, _ = seconds_per_call(step, device, budget)
-    return {"ms": 1e3 * seconds, "peak GB": (peak_memory(on_gpu) - before) / 1e9}
-
-
-def peak_memory(on_gpu: bool) -> int:
-    """Bytes, of this process so far."""
-    if on_gpu:
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return {"ms": 1e3 * seconds, "peak GB": (peak_memory(device) - before) / 1e9}
 
 
 def available_memory(on_gpu: bool) -> int:

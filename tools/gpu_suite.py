@@ -38,15 +38,15 @@ OPTIONAL = ("pytest", "xdist", "matplotlib", "kornia", "nvidia.dali")
 
 # Seconds that a part needs on an H100 with nothing compiled before.
 LIMITS = {
-    "correctness": 45,
+    "correctness": 60,
     "step": 115,
-    "kernels": 40,
-    "compiled": 60,
-    "variants": 65,
+    "kernels": 35,
+    "compiled": 55,
+    "variants": 60,
     "loss": 20,
     "loader": 20,
     "rivals": 25,
-    "deterministic": 30,
+    "deterministic": 20,
     "dali": 60,
 }
 QUICK = ("correctness", "step", "kernels")

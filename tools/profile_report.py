@@ -28,12 +28,12 @@ class Report:
     job: Job
     data: str
     ceilings: Ceilings | None = None
+    prepared: float = 0.0  # seconds until the first step was compiled and done
     stages: dict[str, Stage] = field(default_factory=dict)
     step: float = 0.0
     step_without_data: float = 0.0
     memory: int = 0
     kernels: dict = field(default_factory=dict)  # of `stages.longest_kernels`
-    loader_overhead: float = 0.0  # thread-seconds per image outside decoding and cropping
     rivals: dict[str, dict[str, float]] = field(default_factory=dict)
     prediction: costs.Prediction | None = None
 
@@ -93,11 +93,6 @@ class Report:
         if self.job.performance.device.type == "cuda":
             host = sum(stage.host for stage in self.stages.values())
             console.print(f"host: busy {1e3 * host:.1f} ms per step with the device's stages")
-        console.print(
-            f"loader: a thread spends {1e6 * self.loader_overhead:.0f} us per image outside"
-            " decoding and cropping",
-            highlight=False,
-        )
         console.print(self._kernel_table())
         for name, theirs in self.rivals.items():
             console.print(self._rival_table(name, theirs))
@@ -193,13 +188,13 @@ class Report:
                 "config": dataclasses.asdict(self.job.config),
                 "environment": environment(self.job.performance),
                 "ceilings": dataclasses.asdict(self.ceilings) if self.ceilings else None,
+                "prepare_s": self.prepared,
                 "stages": {name: dataclasses.asdict(stage) for name, stage in self.stages.items()},
                 "kernels": self.kernels,
                 "step_s": self.step,
                 "step_without_data_s": self.step_without_data,
                 "overlapped_s": self.overlap if complete else 0.0,
                 "images_per_s": self.rate(self.step) if self.step else 0.0,
-                "loader_overhead_s_per_image": self.loader_overhead,
                 "peak_memory_bytes": self.memory,
                 "rivals_s": self.rivals,
                 "prediction": dataclasses.asdict(self.prediction) if self.prediction else None,

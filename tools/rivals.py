@@ -1,7 +1,4 @@
-"""Stages of a step done otherwise, timed like bt-fast's own: the released code's way, and kornia's.
-
-Each function yields (stage, seconds per batch of n images), what counts most first.
-"""
+"""Stages of a step done otherwise: the released code's way, timed like bt-fast's, and kornia's."""
 
 import itertools
 import time
@@ -19,7 +16,10 @@ from tools.timing import images_per_second, seconds_of_parts, seconds_per_call
 
 
 def reference_stages(job: Job, budget: float) -> Iterator[tuple[str, float]]:
-    """The released code's stages, on this job's images, model and device."""
+    """The released code's stages on this job's images, model and device, what counts most first.
+
+    Yields (stage, seconds per batch).
+    """
     yield from _model_stages(job, budget)
     yield from _loader_stages(job, budget)
 
@@ -96,22 +96,6 @@ def seconds_per_image(dataset: reference.Images, workers: int, batch_size: int) 
     for _ in islice(batches, count):
         pass
     return (time.perf_counter() - started) / (count * batch_size)
-
-
-def kornia_stages(job: Job, budget: float) -> Iterator[tuple[str, float]]:
-    """kornia's augmentation of the same crops, after the crop."""
-    branches = [kornia_branch(branch) for branch in (job.config.view_a, job.config.view_b)]
-    device = job.performance.device
-    batch = next(job.loader.batches(0, 1))
-    crops = batch.views.to(device)
-
-    def augment() -> list[torch.Tensor]:
-        return [
-            branch(crop.permute(0, 3, 1, 2).float() / 255).to(job.performance.view_dtype)
-            for branch, crop in zip(branches, crops, strict=True)
-        ]
-
-    yield "augment", seconds_per_call(augment, device, budget)[0]
 
 
 def kornia_branch(branch: Branch) -> torch.nn.Module:

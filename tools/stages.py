@@ -4,7 +4,6 @@ On a CPU a stage's time is what the clock says. On a GPU it is the time its kern
 the device busy; the host's share is timed apart, because it only counts where it is the longer one.
 """
 
-import resource
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -21,9 +20,8 @@ from bt_fast.feed import distort, feed
 from bt_fast.job import Job
 from bt_fast.loss import choose_method
 from bt_fast.perf import synchronise
-from pipelines import loader
 from pipelines.crop import cut
-from pipelines.loader import IMAGES_PER_TASK, NativeLoader
+from pipelines.loader import IMAGES_PER_TASK
 from tools.timing import images_per_second, seconds_of_parts, seconds_per_call
 
 _IMAGES_FOR_THREADS = 64
@@ -82,42 +80,6 @@ def loader_stages(job: Job, budget: float) -> Iterator[Stage]:
     yield Stage(name="crop", seconds=seconds(crop, range(len(samples))))
     rate = images_per_second(job.loader.batches(0, 1 << 40), n, cpu, 2 * budget)
     yield Stage(name="loader", seconds=n / rate)
-
-
-def loader_overhead(job: Job, budget: float) -> float:
-    """Seconds per image that one decoding thread spends on neither decoding nor cropping.
-
-    That is handing out tasks, the random boxes and keys, checksums excepted (paid once).
-    """
-    config = job.config
-    crop, n = job.loader.steps.crop, config.batch_size
-    single = NativeLoader(job.reader, crop, batch_size=n, seed=config.seed, num_threads=1)
-    inside = 0.0
-
-    def timed(function):
-        def call(*args, **kwargs):
-            nonlocal inside
-            started = time.perf_counter()
-            result = function(*args, **kwargs)
-            inside += time.perf_counter() - started
-            return result
-
-        return call
-
-    single.cutter.decode = timed(single.cutter.decode)  # type: ignore[method-assign]
-    original, loader.cut = loader.cut, timed(loader.cut)
-    batches = single.batches(0, 1 << 40)
-    try:
-        next(batches)  # the epoch's order, the first records
-        inside, count, started = 0.0, 0, time.perf_counter()
-        while count == 0 or time.perf_counter() - started < budget:
-            count += len(next(batches).samples)
-            seconds, within = time.perf_counter() - started, inside
-    finally:
-        batches.close()  # type: ignore[attr-defined]
-        single.cutter.pool.shutdown(cancel_futures=True)
-        loader.cut = original
-    return (seconds - within) / count
 
 
 def device_stages(job: Job, budget: float) -> Iterator[Stage]:
@@ -274,13 +236,6 @@ def longest_kernels(job: Job, count: int = 20) -> dict:
             for name, value in seconds.most_common(count)
         ],
     }
-
-
-def peak_memory(job: Job) -> int:
-    """Bytes: on a GPU what its allocator held at most, on a CPU the process's largest size."""
-    if job.performance.device.type == "cuda":
-        return torch.cuda.max_memory_allocated(job.performance.device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def chrome_trace(job: Job, path: Path) -> None:

@@ -30,7 +30,7 @@ from pipelines.loader import NativeLoader
 from pipelines.order import view_keys
 from tools import reference, rivals, stages
 from tools.results import Results
-from tools.timing import images_per_second, seconds_per_call
+from tools.timing import images_per_second, peak_memory, seconds_per_call
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
@@ -140,19 +140,16 @@ def tiles(results: Results) -> None:
     from pipelines import augment_triton
 
     images, parameters, n = batch_of_views()
-    for tile, warps in ((64, 8), (64, 4), (64, 16), (32, 4), (32, 2)):
+    apply = partial(augment_triton.apply, images, parameters, dtype=torch.bfloat16)
+
+    def figures(tile: int, warps: int) -> dict[str, float]:
         augment_triton.TILE, augment_triton.INNER = tile, tile - 2 * augment_triton.REACH
         augment_triton.NUM_WARPS = warps
+        return {"us per view": 1e6 * seconds_per_call(apply, DEVICE, BUDGET)[0] / n}
 
-        def way() -> dict[str, float]:
-            seconds, _ = seconds_per_call(
-                lambda: augment_triton.apply(images, parameters, dtype=torch.bfloat16),
-                DEVICE,
-                BUDGET / 2,
-            )
-            return {"us per view": 1e6 * seconds / n}
-
-        results.measure("The fused augmentation otherwise", f"tile {tile}, {warps} warps", way)
+    for tile, warps in ((64, 8), (64, 4), (64, 16), (32, 4), (32, 2)):
+        row = f"tile {tile}, {warps} warps"
+        results.measure("The fused augmentation otherwise", row, partial(figures, tile, warps))
 
 
 def optimizers(results: Results) -> None:
@@ -163,37 +160,21 @@ def optimizers(results: Results) -> None:
     for p in parameters:
         p.grad = torch.randn_like(p)
 
-    ways = {
-        "foreach": lambda: LARS(parameter_groups(parameters), 1e-6, weight_decay=1e-6, fused=False),
-        "plain loop": lambda: reference.Lars(parameter_groups(parameters), 1e-6, weight_decay=1e-6),
+    groups = parameter_groups(parameters)
+    ways: dict[str, Callable[[], torch.optim.Optimizer]] = {
+        "foreach": lambda: LARS(groups, 1e-6, weight_decay=1e-6, fused=False),
+        "plain loop": lambda: reference.Lars(groups, 1e-6, weight_decay=1e-6),
     }
     if ON_GPU:
-        ways = {
-            "fused": lambda: LARS(parameter_groups(parameters), 1e-6, weight_decay=1e-6, fused=True)
-        } | ways
+        ways = {"fused": lambda: LARS(groups, 1e-6, weight_decay=1e-6, fused=True)} | ways
     num_bytes = costs.lars_bytes(sum(p.numel() for p in parameters))
+
+    def figures(make: Callable[[], torch.optim.Optimizer]) -> dict[str, float]:
+        seconds, host = seconds_per_call(make().step, DEVICE, BUDGET)
+        return {"ms": 1e3 * seconds, "host ms": 1e3 * host, "GB/s": num_bytes / seconds / 1e9}
+
     for name, make in ways.items():
-
-        def step_of(make=make) -> dict[str, float]:
-            optimizer = make()
-            seconds, host = seconds_per_call(optimizer.step, DEVICE, BUDGET)
-            figures = {"ms": 1e3 * seconds, "host ms": 1e3 * host}
-            return figures | {"GB/s": num_bytes / seconds / 1e9, "launches": launches(optimizer)}
-
-        results.measure("LARS, ResNet-50 and its projector", name, step_of)
-
-
-def launches(optimizer: torch.optim.Optimizer) -> int:
-    """Kernels that one step launches, copies left out; 0 without a GPU."""
-    if not ON_GPU:
-        return 0
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        optimizer.step()
-        torch.cuda.synchronize()
-    return sum(
-        event.device_type == torch.autograd.DeviceType.CUDA and "Mem" not in event.name
-        for event in profile.events()
-    )
+        results.measure("LARS, encoder and projector", name, partial(figures, make))
 
 
 def variants(results: Results, data: Path) -> None:
@@ -227,7 +208,7 @@ def step(results: Results, data: Path, *flags: str) -> None:
         return {
             "ms": 1e3 * seconds,
             "views/s": 2 * job.config.batch_size / seconds,
-            "peak GB": stages.peak_memory(job) / 1e9,
+            "peak GB": peak_memory(DEVICE) / 1e9,
             "s to prepare": prepared,
         }
 
@@ -250,7 +231,7 @@ def loader(results: Results, data: Path) -> None:
             reader, RandomResizedCrop(), batch_size=n, num_threads=threads, pin_memory=ON_GPU
         )
         batches = native.batches(0, 1 << 40)
-        rate = images_per_second(batches, n, torch.device("cpu"), 2 * BUDGET)
+        rate = images_per_second(batches, n, torch.device("cpu"), BUDGET)
         batches.close()  # type: ignore[attr-defined]
         native.cutter.pool.shutdown(cancel_futures=True)
         alone.append(rate)

@@ -143,8 +143,8 @@ def _step(results: dict) -> list[str]:
         lines += [
             f"Ceilings measured in the same process: {ceilings['flops'] / 1e12:.0f} TFLOP/s,"
             f" {ceilings['memory'] / 1e12:.2f} TB/s, {ceilings['link'] / 1e9:.0f} GB/s from the"
-            f" host. Peak memory {found['peak_memory_bytes'] / 2**30:.1f} GiB."
-            f" Verdict: {found['verdict']}",
+            f" host. Peak memory {found['peak_memory_bytes'] / 2**30:.1f} GiB,"
+            f" {found['prepare_s']:.0f} s to compile. Verdict: {found['verdict']}",
             "",
         ]
     return lines
@@ -152,8 +152,8 @@ def _step(results: dict) -> list[str]:
 
 def _kernels(results: dict) -> list[str]:
     kernels = _result(results, "step").get("kernels", {})
-    if not kernels:
-        return []
+    if not kernels or "error" in kernels:
+        return [f"The longest kernels: {kernels['error']}", ""] if kernels else []
     rows = [
         [f"`{k['name'][:100]}`", f"{k['ms']:.3f}", f"{k['launches']:.0f}", f"{k['share']:.1%}"]
         for k in kernels["longest"]
