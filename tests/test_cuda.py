@@ -54,30 +54,37 @@ def grey_levels(views: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
     return ((views.cpu().float() - expected.float()) * std * 255).abs()
 
 
-@pytest.mark.parametrize("size", [(224, 224), (32, 32), (33, 47), (105, 52), (160, 192), (1, 5)])
-@pytest.mark.parametrize("branch", [augment.VIEW_A, augment.VIEW_B, STRONG])
-@pytest.mark.parametrize("way", ["fused", pytest.param("compiled", marks=pytest.mark.compiled)])
-def test_views_equal_the_definition(size, branch, way):
+def require_the_definitions_views(function, branch, height: int, width: int) -> None:
     """At most 1 grey level in the mean and 3 anywhere, of 255; and no element left unwritten."""
-    height, width = size
     pictures = [np.array(photo.resize((width, height))) for photo in photographs(16)]
     images = torch.from_numpy(np.stack(pictures))
     parameters = augment.draw(branch, view_keys(np.arange(16), seed=1, epoch=0, view=0))
     expected = augment.apply(images, parameters, dtype=torch.float32)
-    if way == "fused":
-        from pipelines import augment_triton
-
-        there = images.to(CUDA)
-        torch.full((16, 3, height, width), torch.nan, device=CUDA)  # what memory may hold
-        views = augment_triton.apply(there, parameters, dtype=torch.float32)
-    else:
-        if size not in ((224, 224), (33, 47)) or branch is not STRONG:
-            pytest.skip("one branch at two sizes is enough to compile")
-        compiled = torch.compile(augment.apply, dynamic=False)
-        views = compiled(images.to(CUDA), parameters.to(CUDA), dtype=torch.float32)
+    there = images.to(CUDA)
+    torch.full((16, 3, height, width), torch.nan, device=CUDA)  # what memory may hold
+    views = function(there, parameters, dtype=torch.float32)
     assert views.is_contiguous(memory_format=torch.channels_last)
     difference = grey_levels(views, expected)
     assert difference.mean() <= 1 and difference.max() <= 3
+
+
+@pytest.mark.parametrize("size", [(224, 224), (32, 32), (33, 47), (105, 52), (160, 192), (1, 5)])
+@pytest.mark.parametrize("branch", [augment.VIEW_A, augment.VIEW_B, STRONG])
+def test_fused_views_equal_the_definition(size, branch):
+    from pipelines import augment_triton
+
+    require_the_definitions_views(augment_triton.apply, branch, *size)
+
+
+@pytest.mark.compiled
+@pytest.mark.parametrize("size", [(224, 224), (33, 47)])
+def test_compiled_views_equal_the_definition(size):
+    function = torch.compile(augment.apply, dynamic=False)
+
+    def compiled(images, parameters, dtype):
+        return function(images, parameters.to(CUDA), dtype=dtype)
+
+    require_the_definitions_views(compiled, STRONG, *size)
 
 
 def test_fused_lars_equals_the_definition_in_double():

@@ -177,7 +177,7 @@ def run_part(
     if part["status"] == "ok" and ("unreadable" in part or "result" not in part):
         part["status"] = f"failed: {part.get('unreadable', 'it left no results')}"
     if part["status"] != "ok":
-        log.seek(max(begin, os.fstat(log.fileno()).st_size - 2000))
+        log.seek(max(begin, os.fstat(log.fileno()).st_size - 4000))
         print(log.read(), flush=True)
         log.seek(0, os.SEEK_END)
 
