@@ -2,13 +2,8 @@
 
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")  # files only: no display is needed or opened
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 
 from bt_fast.run_directory import read_metrics
 from pipelines.atomic import atomic_file
@@ -22,9 +17,8 @@ def contact_sheet(views: torch.Tensor, path: Path, count: int = 12) -> None:
     """
     view_a, view_b = views.chunk(2)
     count = min(count, len(view_a))
-    figure, axes = plt.subplots(
-        2, count, figsize=(1.3 * count, 3.1), squeeze=False, layout="constrained"
-    )
+    figure = _figure(1.3 * count, 3.1)
+    axes = figure.subplots(2, count, squeeze=False)
     for row, (name, view) in enumerate((("view A", view_a), ("view B", view_b))):
         for column in range(count):
             axis = axes[row][column]
@@ -51,7 +45,8 @@ def curves(metrics: Path, path: Path) -> None:
         return
     epochs = [record["epoch"] for record in train]
     panels = 4 if probe else 3
-    figure, axes = plt.subplots(1, panels, figsize=(4 * panels, 3.6), layout="constrained")
+    figure = _figure(4 * panels, 3.6)
+    axes = figure.subplots(1, panels)
     loss, rate, speed = axes[0], axes[-2], axes[-1]
 
     _terms(loss, train, {"loss": "loss", "invariance": "on-diagonal"})
@@ -88,10 +83,14 @@ def _terms(axis, train: list[dict], labels: dict[str, str], **style) -> None:
         axis.set_yscale("log")
 
 
-def _write(figure: Figure, path: Path, dpi: int) -> None:
+def _figure(width: float, height: float):
+    """An empty figure, in inches. Measurements import the loop where matplotlib may be absent."""
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def _write(figure, path: Path, dpi: int) -> None:
     """As a PNG, whole or not at all."""
-    try:
-        with atomic_file(path, overwrite=True) as file:
-            figure.savefig(file, format="png", dpi=dpi)
-    finally:
-        plt.close(figure)
+    with atomic_file(path, overwrite=True) as file:
+        figure.savefig(file, format="png", dpi=dpi)

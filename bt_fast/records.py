@@ -13,10 +13,6 @@ import socket
 import time
 from pathlib import Path
 
-from tensorboard.compat.proto.event_pb2 import Event, SessionLog
-from tensorboard.compat.proto.summary_pb2 import Summary
-from tensorboard.summary.writer.record_writer import RecordWriter
-
 
 class RecordFile:
     """A file that grows by whole records and never waits for the disk to be flushed."""
@@ -59,6 +55,8 @@ def metrics_line(kind: str, values: dict) -> bytes:
 
 def open_events(folder: Path, first_step: int) -> RecordFile:
     """A new file for TensorBoard, which then forgets what other files say after `first_step`."""
+    from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+
     (folder / "tensorboard").mkdir(exist_ok=True)
     started = time.time_ns()  # sorts the files; the process tells those of one moment apart
     name = f"events.out.tfevents.{started // 10**9}.{socket.gethostname()}.{os.getpid()}.{started}"
@@ -73,6 +71,9 @@ def open_events(folder: Path, first_step: int) -> RecordFile:
 
 def tensorboard_events(kind: str, values: dict) -> bytes:
     """One event for each value but the step and the epoch."""
+    from tensorboard.compat.proto.event_pb2 import Event
+    from tensorboard.compat.proto.summary_pb2 import Summary
+
     scalars = [
         Summary.Value(tag=f"{kind}/{name}", simple_value=value)
         for name, value in values.items()
@@ -81,8 +82,10 @@ def tensorboard_events(kind: str, values: dict) -> bytes:
     return _framed(Event(step=values["step"], summary=Summary(value=scalars)))
 
 
-def _framed(event: Event) -> bytes:
+def _framed(event) -> bytes:
     """An event as TensorBoard's files hold it: with its length and checksums."""
+    from tensorboard.summary.writer.record_writer import RecordWriter
+
     event.wall_time = time.time()
     buffer = io.BytesIO()
     RecordWriter(buffer).write(event.SerializeToString())

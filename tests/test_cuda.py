@@ -1,13 +1,15 @@
 """Every CUDA path against its definition on the CPU. Needs a GPU and the kernels themselves:
 
 TRITON_INTERPRET=0 pytest tests/test_cuda.py
+
+Tests that compile take longer than all others together: -m "not compiled" leaves them out.
 """
 
 import copy
 import os
+import socket
 import subprocess
 import sys
-import tempfile
 
 import numpy as np
 import pytest
@@ -37,6 +39,10 @@ TINY = [
     "32", "--epochs=3", "--warmup-epochs=1", "--workers=2", "--probe-every=0", "--log-every=2",
 ]  # fmt: skip
 
+COMPILED = [
+    pytest.param(mode, marks=pytest.mark.compiled) for mode in ("default", "reduce-overhead")
+]
+
 
 def full_float32() -> None:
     """Differences from the CPU should be the path's, not TF32's."""
@@ -48,30 +54,37 @@ def grey_levels(views: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
     return ((views.cpu().float() - expected.float()) * std * 255).abs()
 
 
-@pytest.mark.parametrize("size", [(224, 224), (32, 32), (33, 47), (105, 52), (160, 192), (1, 5)])
-@pytest.mark.parametrize("branch", [augment.VIEW_A, augment.VIEW_B, STRONG])
-@pytest.mark.parametrize("way", ["fused", "compiled"])
-def test_views_equal_the_definition(size, branch, way):
+def require_the_definitions_views(function, branch, height: int, width: int) -> None:
     """At most 1 grey level in the mean and 3 anywhere, of 255; and no element left unwritten."""
-    height, width = size
     pictures = [np.array(photo.resize((width, height))) for photo in photographs(16)]
     images = torch.from_numpy(np.stack(pictures))
     parameters = augment.draw(branch, view_keys(np.arange(16), seed=1, epoch=0, view=0))
     expected = augment.apply(images, parameters, dtype=torch.float32)
-    if way == "fused":
-        from pipelines import augment_triton
-
-        there = images.to(CUDA)
-        torch.full((16, 3, height, width), torch.nan, device=CUDA)  # what memory may hold
-        views = augment_triton.apply(there, parameters, dtype=torch.float32)
-    else:
-        if size not in ((224, 224), (33, 47)) or branch is not STRONG:
-            pytest.skip("one branch at two sizes is enough to compile")
-        compiled = torch.compile(augment.apply, dynamic=False)
-        views = compiled(images.to(CUDA), parameters.to(CUDA), dtype=torch.float32)
+    there = images.to(CUDA)
+    torch.full((16, 3, height, width), torch.nan, device=CUDA)  # what memory may hold
+    views = function(there, parameters, dtype=torch.float32)
     assert views.is_contiguous(memory_format=torch.channels_last)
     difference = grey_levels(views, expected)
     assert difference.mean() <= 1 and difference.max() <= 3
+
+
+@pytest.mark.parametrize("size", [(224, 224), (32, 32), (33, 47), (105, 52), (160, 192), (1, 5)])
+@pytest.mark.parametrize("branch", [augment.VIEW_A, augment.VIEW_B, STRONG])
+def test_fused_views_equal_the_definition(size, branch):
+    from pipelines import augment_triton
+
+    require_the_definitions_views(augment_triton.apply, branch, *size)
+
+
+@pytest.mark.compiled
+@pytest.mark.parametrize("size", [(224, 224), (33, 47)])
+def test_compiled_views_equal_the_definition(size):
+    function = torch.compile(augment.apply, dynamic=False)
+
+    def compiled(images, parameters, dtype):
+        return function(images, parameters.to(CUDA), dtype=dtype)
+
+    require_the_definitions_views(compiled, STRONG, *size)
 
 
 def test_fused_lars_equals_the_definition_in_double():
@@ -123,7 +136,7 @@ def test_the_loss_and_its_gradient(method):
         assert (part.grad.double().cpu() - other.grad).norm() <= 1e-4 * other.grad.norm()
 
 
-@pytest.mark.parametrize("compile", ["off", "default", "reduce-overhead"])
+@pytest.mark.parametrize("compile", ["off", *COMPILED])
 def test_updates_equal_those_of_the_cpu(small_beton, compile):
     """fp32, five updates of which the third is not finite."""
     flags = [*TINY, "--data", str(small_beton), "--precision=fp32"]
@@ -212,21 +225,39 @@ def learned(folder) -> dict[str, torch.Tensor]:
     }
 
 
-def test_a_deterministic_run_resumes_bit_for_bit(small_beton, tmp_path):
-    """In processes of their own, each with nothing compiled before."""
-    flags = [*TINY, "--data", small_beton, "--device=cuda", "--deterministic"]
+@pytest.mark.parametrize("compile", ["off", COMPILED[0]])
+def test_a_deterministic_run_resumes_bit_for_bit(small_beton, tmp_path, compile):
+    """Beside a whole run that compiles for itself: nothing was compiled before either."""
+    flags = [*TINY, "--data", small_beton, "--deterministic"]
+    flags += ["--device=cuda", f"--compile={compile}"]
 
-    def pretrain(*more) -> None:
+    def pretrain(name, *more) -> subprocess.Popen:
         command = [sys.executable, "-m", "bt_fast.cli", "pretrain", *map(str, more)]
-        caches = {"TORCHINDUCTOR_CACHE_DIR": tempfile.mkdtemp(dir=tmp_path)}
-        subprocess.run(command, check=True, env={**os.environ, **caches})
+        caches = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / f"{name}-compiled")}
+        return subprocess.Popen(command, env=os.environ | caches)
 
-    pretrain(*flags, "--run-dir", tmp_path / "whole")
-    pretrain(*flags, "--run-dir", tmp_path / "part", "--max-steps=7")
-    pretrain("--resume", tmp_path / "part", "--max-steps=12")
+    uninterrupted = pretrain("whole", *flags, "--run-dir", tmp_path / "whole")
+    stopped = pretrain("part", *flags, "--run-dir", tmp_path / "part", "--max-steps=7")
+    assert stopped.wait() == 0
+    assert pretrain("part", "--resume", tmp_path / "part", "--max-steps=12").wait() == 0
+    assert uninterrupted.wait() == 0
     whole, part = learned(tmp_path / "whole"), learned(tmp_path / "part")
     assert whole.keys() == part.keys()
     assert all(torch.equal(whole[name], part[name]) for name in whole)
+
+
+def test_a_group_of_one_rank_trains_over_nccl(small_beton, tmp_path):
+    """Every collective of a step, with its values unchanged, on the one GPU that is there."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    rank = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
+    rank |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "BT_FAST_GROUP_OF_ONE": 1}
+    command = [sys.executable, "-m", "bt_fast.cli", "pretrain", *TINY, "--data", small_beton]
+    command += ["--device=cuda", "--compile=off", "--max-steps=3", "--run-dir", tmp_path / "run"]
+    environment = os.environ | {name: str(value) for name, value in rank.items()}
+    assert subprocess.run(list(map(str, command)), env=environment).returncode == 0
+    assert learned(tmp_path / "run")
 
 
 def test_views_grow_on_a_gpu(small_beton, tmp_path):

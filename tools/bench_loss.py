@@ -3,16 +3,16 @@
     python tools/bench_loss.py
     python tools/bench_loss.py --samples 512 --dimensions 16384
 
-Every case runs in a process of its own. Memory is what the case needs beyond its embeddings. A
-dense case that would not fit is left out, with what it would need.
+Memory is what a case needs beyond its embeddings. A dense case that would not fit is left out, with
+what it would need.
 """
 
 import _checkout  # noqa: F401  # isort: skip
 
-import json
+import functools
 import multiprocessing
-import resource
 import sys
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +22,8 @@ import torch
 from bt_fast import perf
 from bt_fast.loss import barlow_twins_loss
 from pipelines.flags import parse_flags
-from tools.timing import seconds_per_call
+from tools.results import Results
+from tools.timing import peak_memory, seconds_per_call
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,22 +48,18 @@ def measure(n: int, d: int, method: str, budget: float) -> dict[str, float | str
     if needed > available_memory(on_gpu):
         return {"error": f"needs about {needed / 1e9:.0f} GB"}
     perf.apply()
+    if on_gpu:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
     z = [torch.randn(n, d, device=device, requires_grad=True) for _ in range(2)]
-    before = peak_memory(on_gpu)
+    before = peak_memory(device)
 
     def step() -> None:
         z[0].grad = z[1].grad = None
         barlow_twins_loss(*z, method=method).backward()
 
     seconds, _ = seconds_per_call(step, device, budget)
-    return {"ms": 1e3 * seconds, "peak GB": (peak_memory(on_gpu) - before) / 1e9}
-
-
-def peak_memory(on_gpu: bool) -> int:
-    """Bytes, of this process so far."""
-    if on_gpu:
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return {"ms": 1e3 * seconds, "peak GB": (peak_memory(device) - before) / 1e9}
 
 
 def available_memory(on_gpu: bool) -> int:
@@ -79,25 +76,22 @@ def main() -> int:
     except ValueError as error:
         print(f"bench_loss.py: {error}", file=sys.stderr)
         return 2
-    title = f"The loss and its gradient, N = {options.samples}"
-    results: dict[str, dict] = {title: {}}
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, spawn, max_tasks_per_child=1) as process:
-        for d in options.dimensions:
-            for method in ("gram", "dense"):
-                arguments = options.samples, d, method, options.seconds
-                try:
-                    figures = process.submit(measure, *arguments).result()
-                except Exception as error:
-                    figures = {"error": f"{type(error).__name__}: {error}"[:300]}
-                results[title][f"D = {d}, {method}"] = figures
-                told = (
-                    figures.get("error") or f"{figures['ms']:.1f} ms, {figures['peak GB']:.2f} GB"
-                )
-                print(f"N = {options.samples}, D = {d}, {method:>5}: {told}", flush=True)
-                if options.out is not None:
-                    options.out.write_text(json.dumps(results))
+    results = Results(options.out)
+    for d in options.dimensions:
+        for method in ("gram", "dense"):
+            case = functools.partial(measure, options.samples, d, method, options.seconds)
+            results.measure(
+                f"The loss and its gradient, N = {options.samples}",
+                f"D = {d}, {method}",
+                case if torch.cuda.is_available() else functools.partial(apart, case),
+            )
     return 0
+
+
+def apart(case: Callable[[], dict]) -> dict:
+    """A process's largest size only grows: another process."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+        return process.submit(case).result()
 
 
 if __name__ == "__main__":

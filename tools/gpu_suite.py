@@ -1,193 +1,222 @@
-"""Everything that only a GPU can tell, in one call of at most nine minutes.
+"""Everything that only a GPU can tell, in the minutes that there are.
 
-    python tools/gpu_suite.py --out results                      on a GPU
-    python tools/gpu_suite.py --out results --data imagenet.beton
-    python tools/gpu_suite.py --parts loss kernels               only these
+    python tools/gpu_suite.py --set quick --out results          does it work: 240 seconds
+    python tools/gpu_suite.py --set full --out results           how fast is it: 420 seconds
+    python tools/gpu_suite.py --parts loss kernels --data imagenet.beton
 
-Every part runs in a process of its own with a limit of its own, so that one that fails or hangs
-loses nothing of the others. Writes suite.json (everything), performance.md (tables for
-docs/performance.md), suite.log (what the parts printed) and profile.png. Without a GPU the same
-code runs at toy sizes, to find mistakes before a GPU is at hand.
+Parts come in the order of their worth. Every part runs in a process of its own and is ended at its
+limit, which is what the parts after it leave of the time; what does not begin is listed. Writes
+suite.json (every figure) and performance.md (tables for docs/performance.md) while it runs,
+suite.log (what the parts print), profile.png, and a JUnit report of each part that runs tests.
+Without a GPU the same code runs at toy sizes, to find mistakes before a GPU is at hand.
+
+It runs from a checkout: nothing needs to be installed but the packages that bt-fast imports.
 """
 
 import _checkout  # noqa: F401  # isort: skip
 
 import contextlib
+import importlib.util
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from xml.etree import ElementTree
+from typing import Literal
 
-from pipelines.flags import parse_flags
-
+STARTED = time.monotonic()
 ROOT = Path(__file__).resolve().parents[1]
+NEEDED = {"torch", "torchvision", "numpy", "PIL", "simplejpeg", "safetensors", "rich", "tyro"}
+NEEDED |= {"typeguard", "docstring_parser"}  # tyro's own
+OPTIONAL = ("pytest", "xdist", "matplotlib", "kornia", "nvidia.dali")
 
-# In the order of their worth, with their limits in seconds.
-PARTS = {
-    "correctness": 200,
-    "profile": 240,
-    "kernels": 90,
-    "loss": 90,
-    "loader": 60,
-    "dali": 90,
-    "reduce-overhead": 150,
-    "deterministic": 120,
+# Seconds that a part needs on an H100 with nothing compiled before.
+LIMITS = {
+    "correctness": 60,
+    "step": 115,
+    "kernels": 35,
+    "compiled": 55,
+    "variants": 60,
+    "loss": 20,
+    "loader": 20,
+    "rivals": 25,
+    "deterministic": 20,
+    "dali": 60,
 }
+QUICK = ("correctness", "step", "kernels")
+FULL = (*QUICK, "compiled", "variants", "loss", "loader", "rivals", "deterministic")
+SETS = {"quick": (240, QUICK), "full": (420, FULL)}
+WORTH_A_START = 10  # seconds
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Suite:
-    """Run all GPU checks and benchmarks."""
+    """Run the GPU checks and benchmarks."""
 
-    out: Path = Path("gpu-suite")
-    """Folder for the results."""
+    set: Literal["quick", "full"] = "full"
+    """Parts and total time: quick 240 seconds, full 420."""
+    parts: tuple[str, ...] = ()
+    """Parts to run in place of the set's, in this order, within its time."""
     data: Path | None = None
     """A .beton of real images. Default: synthetic ones."""
-    minutes: float = 9.0
-    """Time for everything; parts that would not begin in it are left out, and listed."""
-    parts: tuple[str, ...] = tuple(PARTS)
-    """Which, in this order."""
+    out: Path = Path("gpu-suite")
+    """Folder for the results."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    if missing := sorted(name for name in NEEDED if not is_installed(name)):
+        print(f"gpu_suite.py: not installed: {', '.join(missing)}", file=sys.stderr)
+        return 2
+    from pipelines.flags import parse_flags
+    from pipelines.stop import Stopped, signals_raise_stopped
+
     try:
         options = parse_flags(Suite, "gpu_suite.py", arguments)
-        unknown = set(options.parts) - set(PARTS)
-        if unknown:
-            raise ValueError(f"--parts {' '.join(sorted(unknown))}: there is {' '.join(PARTS)}")
-        return run(options)
+        if unknown := sorted(set(options.parts) - LIMITS.keys()):
+            raise ValueError(f"--parts {' '.join(unknown)}: there is {' '.join(LIMITS)}")
+        if (options.out / "suite.json").exists():
+            raise ValueError(f"--out {options.out} holds results already; choose another folder")
+        with signals_raise_stopped():
+            return run(options)
     except (ValueError, OSError) as error:
         print(f"gpu_suite.py: {error}", file=sys.stderr)
         return 2
+    except Stopped as stop:
+        print(f"gpu_suite.py: stopped; the results so far are in {options.out}", file=sys.stderr)
+        return 128 + int(stop.args[0])
+
+
+def is_installed(package: str) -> bool:
+    try:
+        return importlib.util.find_spec(package) is not None
+    except ModuleNotFoundError:  # of the package that it is a part of
+        return False
 
 
 def run(options: Suite) -> int:
-    from tools import suite_report
-
-    if (options.out / "suite.json").exists():
-        raise ValueError(f"--out {options.out} holds results already; choose another folder")
+    seconds, names = SETS[options.set]
+    names = options.parts or names
     options.out.mkdir(parents=True, exist_ok=True)
-    started = time.monotonic()
-    results: dict = {"facts": suite_report.facts(ROOT), "parts": {}}
-    with open(options.out / "suite.log", "w") as log:
-        for name in options.parts:
-            left = 60 * options.minutes - (time.monotonic() - started)
-            results["parts"][name] = one(name, options, min(PARTS[name], left), log)
-            status, seconds = (results["parts"][name][key] for key in ("status", "seconds"))
-            print(f"{name}: {status} ({seconds:.0f} s)", flush=True)
-            # After every part, so that whatever ends the suite early loses one part at most.
-            (options.out / "suite.json").write_text(json.dumps(results, indent=1) + "\n")
-            (options.out / "performance.md").write_text(suite_report.markdown(results))
-    shutil.rmtree(options.out / "parts", ignore_errors=True)
+    absent = [name for name in OPTIONAL if not is_installed(name)]
+    if absent:
+        print(f"not installed, and done without: {', '.join(absent)}", flush=True)
+
+    from pipelines.atomic import atomic_file
+    from tools import suite_report, synthetic
+    from tools.results import write_json
+
+    parts = {name: {"status": "left out: no time", "seconds": 0.0} for name in names}
+    results = {"facts": suite_report.facts(ROOT) | {"set": options.set}, "parts": parts}
+
+    def save() -> None:
+        write_json(options.out / "suite.json", results)
+        with atomic_file(options.out / "performance.md", overwrite=True) as file:
+            file.write(suite_report.markdown(results).encode())
+
+    save()
+    with (
+        tempfile.TemporaryDirectory(prefix="gpu-suite-") as scratch,
+        open(options.out / "suite.log", "w+") as log,
+    ):
+        data = (options.data or synthetic.images(Path(scratch), 512)).resolve()
+        for index, name in enumerate(names):
+            left = seconds - (time.monotonic() - STARTED)
+            later = sum(LIMITS[other] for other in names[index + 1 :])
+            limit = max(left - later, min(LIMITS[name], left))
+            folder = Path(scratch, name)
+            folder.mkdir()
+            command = command_of(name, data, folder)
+            if isinstance(command, str):
+                parts[name]["status"] = f"left out: {command}"
+            elif limit >= WORTH_A_START:
+                run_part(parts[name], command, folder, limit, log, save)
+                for file in (*folder.glob("*.png"), *folder.glob("junit.xml")):
+                    shutil.copy(file, options.out / file.name.replace("junit", name))
+            save()
+            print("{}: {status} ({seconds:.0f} s)".format(name, **parts[name]), flush=True)
     print((options.out / "performance.md").read_text())
-    good = ("ok", "left out: no GPU", "left out: no DALI")
-    return int(any(part["status"] not in good for part in results["parts"].values()))
+    statuses = [part["status"] for part in parts.values()]
+    return int(any(s != "ok" and (not s.startswith("left") or "time" in s) for s in statuses))
 
 
-def one(name: str, options: Suite, limit: float, log) -> dict:
-    """Run one part -> {"status", "seconds", "result"}, whatever happens in it."""
-    folder = (options.out / "parts" / name).resolve()
-    folder.mkdir(parents=True, exist_ok=True)
-    command = command_of(name, options, folder)
-    if name == "dali" and not has_dali():
-        return {"status": "left out: no DALI", "seconds": 0.0}
-    if command is None:
-        return {"status": "left out: no GPU", "seconds": 0.0}
-    if limit < 10:
-        return {"status": "left out: no time", "seconds": 0.0}
-    environment = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONUNBUFFERED": "1"}
-    environment["PYTHONPATH"] = os.pathsep.join(
-        [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    )
-    print(f"\n==== {name}: {' '.join(command)}", file=log, flush=True)
-    started = time.monotonic()
+def run_part(
+    part: dict, command: list[str], folder: Path, limit: float, log, save: Callable[[], None]
+) -> None:
+    """Run a part and keep its status and figures in `part`, whatever happens in it."""
+    print(f"\n==== {' '.join(command)}", file=log, flush=True)
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    changes = {"TRITON_INTERPRET": "0", "PYTHONUNBUFFERED": "1", "PYTHONPATH": path}
+    started, begin = time.monotonic(), os.fstat(log.fileno()).st_size
     process = subprocess.Popen(
-        command, stdout=log, stderr=subprocess.STDOUT, env=environment, cwd=ROOT,
-        start_new_session=True,
+        command, stdout=log, stderr=subprocess.STDOUT, cwd=ROOT, process_group=0,
+        env=os.environ | changes,
     )  # fmt: skip
+    part |= {"status": "interrupted", "limit": limit}
     try:
-        returned = process.wait(limit)
-        status = "ok" if returned == 0 else f"failed with {returned}"
-    except subprocess.TimeoutExpired:
-        status = f"stopped after {limit:.0f} s"
+        while process.poll() is None and part["seconds"] < limit:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(min(1, max(0, limit - part["seconds"])))
+            part["seconds"] = time.monotonic() - started
+            if collect(part, folder):
+                save()
+        part["status"] = {None: f"stopped at its limit of {limit:.0f} s", 0: "ok"}.get(
+            process.returncode, f"failed with {process.returncode}"
+        )
     finally:
-        with contextlib.suppress(ProcessLookupError):  # its own processes too
+        with contextlib.suppress(ProcessLookupError):  # its own processes, too
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-    record: dict = {"status": status, "seconds": time.monotonic() - started}
-    for result in (folder / "result.json", folder / "profile.json"):
-        with contextlib.suppress(OSError, ValueError):
-            record["result"] = json.loads(result.read_text())
-    with contextlib.suppress(OSError, ValueError, KeyError):
-        record["tests"] = counts_of_tests(folder / "junit.xml")
-    if name == "profile" and (folder / "profile.png").exists():
-        shutil.copy(folder / "profile.png", options.out / "profile.png")
-    return record
+        collect(part, folder)
+        save()
+    if part["status"] == "ok" and ("unreadable" in part or "result" not in part):
+        part["status"] = f"failed: {part.get('unreadable', 'it left no results')}"
+    if part["status"] != "ok":
+        log.seek(max(begin, os.fstat(log.fileno()).st_size - 4000))
+        print(log.read(), flush=True)
+        log.seek(0, os.SEEK_END)
 
 
-def counts_of_tests(report: Path) -> dict:
-    """Counts of a JUnit report, and the names of what failed."""
-    suite = ElementTree.parse(report).getroot()[0]
-    counts = {key: int(suite.get(key, 0)) for key in ("tests", "failures", "errors", "skipped")}
-    failed = [
-        case.get("name")
-        for case in suite
-        if case.find("failure") is not None or case.find("error") is not None
-    ]
-    return counts | {"failed": failed}
+def collect(part: dict, folder: Path) -> bool:
+    """Take over the figures of a part, unless they cannot be read; returns whether they changed."""
+    before = part.get("result"), part.get("unreadable")
+    for file in (folder / "result.json", folder / "profile.json"):
+        try:
+            part["result"] = json.loads(file.read_bytes())
+            part.pop("unreadable", None)
+        except FileNotFoundError:
+            continue
+        except ValueError as error:
+            part["unreadable"] = f"{file.name} cannot be read: {error}"
+    return before != (part.get("result"), part.get("unreadable"))
 
 
-def command_of(name: str, options: Suite, out: Path) -> list[str] | None:
-    """The command of a part, which leaves one JSON file in `out`; None if it needs a GPU."""
+def command_of(name: str, data: Path, folder: Path) -> list[str] | str:
+    """The command of a part, which leaves one JSON file in `folder`; or why it is left out."""
     import torch
 
-    python, on_gpu = sys.executable, torch.cuda.is_available()
-    if name == "correctness":
-        return (
-            [python, "-m", "pytest", "-q", "--tb=short", "tests/test_cuda.py"] if on_gpu else None
-        )
-    if name in ("profile", "reduce-overhead", "deterministic"):
-        command = [python, "tools/profile.py", "--out", str(out)]
-        if options.data is not None:
-            command += ["--data", str(options.data.resolve())]
+    python, on_gpu, out = sys.executable, torch.cuda.is_available(), str(folder / "result.json")
+    if name in ("correctness", "compiled"):
         if not on_gpu:
-            command += ["--recipe=demo", "--batch-size=4", "--size=32", "--seconds=0.05"]
-        if name == "profile":
-            rivals = ["reference", *(["kornia"] if installed("kornia") else [])]
-            command += ["--against", *rivals, "--gpus", "32"]
-        elif name == "deterministic":
-            command += ["--deterministic"]
-        elif on_gpu:
-            command += ["--compile", name]
-        return command
+            return "no GPU"
+        if not is_installed("pytest"):
+            return "pytest is not installed"
+    if name == "dali" and not is_installed("nvidia.dali"):
+        return "DALI is not installed"
+    if name == "step":
+        toy = ["--recipe=demo", "--batch-size=4", "--size=32", "--projector", "32", "32"]
+        sizes = ["--seconds=0.5"] if on_gpu else [*toy, "--seconds=0.02"]
+        return [python, "tools/profile.py", f"--data={data}", f"--out={folder}", *sizes]
     if name == "loss":
-        toy = (
-            [] if on_gpu else ["--samples", "64", "--dimensions", "256", "512", "--seconds", "0.05"]
-        )
-        return [python, "tools/bench_loss.py", "--out", str(out / "result.json"), *toy]
-    command = [python, "tools/suite_parts.py", name, str(out / "result.json")]
-    if options.data is not None:
-        command.append(str(options.data.resolve()))
-    return command
-
-
-def has_dali() -> bool:
-    from pipelines.dali_loader import is_installed
-
-    return is_installed()
-
-
-def installed(package: str) -> bool:
-    import importlib.util
-
-    return importlib.util.find_spec(package) is not None
+        toy = ["--samples=64", "--dimensions", "256", "512", "--seconds=0.02"]
+        sizes = ["--seconds=0.5"] if on_gpu else toy
+        return [python, "tools/bench_loss.py", f"--out={out}", *sizes]
+    return [python, "tools/suite_parts.py", name, out, str(data)]
 
 
 if __name__ == "__main__":

@@ -5,15 +5,14 @@
     python tools/profile.py --gpus 32 --link-gbps 400  predict the step of 32 ranks
 
 The flags of `bt-fast pretrain` that shape a step apply; --batch-size is what one device does, by
-default 256 on a GPU and the work of eight 224 px images on a CPU. Writes profile.json and
-profile.png. Stages are timed alone and then together, so their sum is more than the whole by what
-overlaps.
+default 256 on a GPU and the work of eight 224 px images on a CPU. Writes profile.json after every
+measurement and profile.png at the end. Stages are timed alone and then together, so their sum is
+more than the whole by what overlaps.
 """
 
 import _checkout  # noqa: F401  # isort: skip
 
 import dataclasses
-import importlib.util
 import math
 import os
 import sys
@@ -36,8 +35,8 @@ from pipelines.flags import parse_flags, value_of
 class Profile(Config):
     """Profile a training step. Every flag of `bt-fast pretrain` applies as well."""
 
-    against: tuple[Literal["reference", "kornia"], ...] = ()
-    """Also time the released code's way of each stage, or kornia's augmentation."""
+    against: tuple[Literal["reference"], ...] = ()
+    """Also time the released code's way of each stage."""
     link_gbps: float = 400.0
     """With --gpus: of the network card of one rank, 10^9 bits per second."""
     seconds: float = 1.0
@@ -75,14 +74,13 @@ def parse(arguments: list[str]) -> Profile:
 
 
 def profile(options: Profile) -> int:
-    from tools import profile_report, rivals, stages, synthetic, timing
+    from bt_fast.job import build
+    from tools import profile_report, stages, synthetic
 
     console = Console(soft_wrap=True, width=None if sys.stdout.isatty() else 110)
     out = options.out or Path("profiles") / time.strftime("%Y%m%d-%H%M%S")
     if (out / "profile.json").exists():
         raise ValueError(f"--out {out} holds a profile already; choose another folder")
-    if "kornia" in options.against and importlib.util.find_spec("kornia") is None:
-        raise ValueError("--against kornia: kornia is not installed; pip install kornia")
     with tempfile.TemporaryDirectory() as scratch:
         data, what = options.data, options.data.name
         if not data.exists() and data == Config().data:
@@ -90,43 +88,63 @@ def profile(options: Profile) -> int:
             what = "synthetic images"
         names = [field.name for field in dataclasses.fields(Config)]
         config = Config(**{name: getattr(options, name) for name in names} | {"gpus": None})
-        job = prepare(dataclasses.replace(config, data=data, probe_every=0), console)
+        job = build(dataclasses.replace(config, data=data, probe_every=0))
         out.mkdir(parents=True, exist_ok=True)
         report = profile_report.Report(job=job, data=what)
         console.print(f"profiling {report.title}", markup=False)
-        performance = job.performance
-        report.ceilings = timing.measure_ceilings(
-            performance.device, performance.view_dtype, options.seconds
-        )
-        for measured in (stages.loader_stages, stages.device_stages):
-            for stage in measured(job, options.seconds):
-                report.stages[stage.name] = stage
+        for stage in measure(report, options):
+            if stage is not None:
                 report.say(console, stage)
-        report.loader_overhead = stages.loader_overhead(job, options.seconds)
-        report.step, report.step_without_data = stages.whole(job, 3 * options.seconds)
-        report.memory = stages.peak_memory(job)
-        for rival in options.against:
-            measure = getattr(rivals, f"{rival}_stages")
-            report.rivals[rival] = measure(job, options.seconds)
+            report.save(out / "profile.json")
         if options.gpus is not None:
             report.predict(options.gpus, options.link_gbps)
+            report.save(out / "profile.json")
         if options.trace:
             stages.chrome_trace(job, out / "trace.json")
         report.print(console)
-        report.write(out)
+        try:
+            report.draw(out / "profile.png")
+        except ImportError as error:
+            console.print(f"no profile.png: {error}", markup=False)
     console.print(f"written: {out}: {', '.join(sorted(os.listdir(out)))}", markup=False)
     return 0
 
 
-def prepare(config: Config, console: Console):
-    """Everything a run is made of, compiled and tried out."""
-    from bt_fast.job import build, rehearse
+def measure(report, options: Profile):
+    """Fill the report in, what counts most first; yields a stage or None after each measurement."""
+    from bt_fast.job import rehearse
+    from tools import rivals, stages, timing
 
-    job = build(config)
-    if job.performance.compile != "off":
-        console.print("compiling ...")
+    job, performance, seconds = report.job, report.job.performance, options.seconds
+    report.ceilings = timing.measure_ceilings(performance.device, performance.view_dtype, seconds)
+    yield
+    if performance.compile != "off":
+        print("compiling ...", flush=True)
+    started = time.perf_counter()
     rehearse(job)
-    return job
+    report.prepared = time.perf_counter() - started
+    yield
+    for stage in stages.device_stages(job, seconds):
+        report.stages[stage.name] = stage
+        yield stage
+    report.step_without_data = stages.step_alone(job, 3 * seconds)
+    yield
+    try:
+        report.kernels = stages.longest_kernels(job)
+    except RuntimeError as error:  # a machine may not let programs be traced
+        report.kernels = {"error": str(error), "longest": []}
+    yield
+    report.step = stages.step_from_jpegs(job, 3 * seconds)
+    report.memory = timing.peak_memory(performance.device)
+    yield
+    for stage in stages.loader_stages(job, seconds):
+        report.stages[stage.name] = stage
+        yield stage
+    for rival in options.against:
+        report.rivals[rival] = {}
+        for name, value in rivals.reference_stages(job, seconds):
+            report.rivals[rival][name] = value
+            yield
 
 
 if __name__ == "__main__":

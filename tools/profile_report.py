@@ -1,14 +1,9 @@
 """What a profile found, for people and programs: the table, the verdict, the picture, the JSON."""
 
 import dataclasses
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
 from rich.console import Console
 from rich.table import Table
@@ -18,6 +13,7 @@ from bt_fast.job import Job
 from bt_fast.perf import has_bf16
 from bt_fast.run_directory import environment
 from pipelines.flags import usable_cores
+from tools.results import write_json
 from tools.stages import Stage
 from tools.timing import Ceilings
 
@@ -32,11 +28,12 @@ class Report:
     job: Job
     data: str
     ceilings: Ceilings | None = None
+    prepared: float = 0.0  # seconds until the first step was compiled and done
     stages: dict[str, Stage] = field(default_factory=dict)
     step: float = 0.0
     step_without_data: float = 0.0
     memory: int = 0
-    loader_overhead: float = 0.0  # thread-seconds per image outside decoding and cropping
+    kernels: dict = field(default_factory=dict)  # of `stages.longest_kernels`
     rivals: dict[str, dict[str, float]] = field(default_factory=dict)
     prediction: costs.Prediction | None = None
 
@@ -102,11 +99,7 @@ class Report:
         if self.job.performance.device.type == "cuda":
             host = sum(stage.host for stage in self.stages.values())
             console.print(f"host: busy {1e3 * host:.1f} ms per step with the device's stages")
-        console.print(
-            f"loader: a thread spends {1e6 * self.loader_overhead:.0f} us per image outside"
-            " decoding and cropping",
-            highlight=False,
-        )
+        console.print(self._kernel_table())
         for name, theirs in self.rivals.items():
             console.print(self._rival_table(name, theirs))
         if self.prediction is not None:
@@ -146,6 +139,16 @@ class Report:
             return max(loader, augment) if on_gpu else loader + augment
         return self.stages[stage].seconds
 
+    def _kernel_table(self) -> Table:
+        on_gpu = self.job.performance.device.type == "cuda"
+        table = Table(title=f"longest {'kernels' if on_gpu else 'operations'}, per step")
+        for column in ("name", "ms", "launches", "share"):
+            table.add_column(column, justify="left" if column == "name" else "right")
+        for kernel in self.kernels["longest"]:
+            figures = f"{kernel['ms']:.3f}", f"{kernel['launches']:.0f}", f"{kernel['share']:.1%}"
+            table.add_row(kernel["name"][:70], *figures)
+        return table
+
     def _rival_table(self, name: str, theirs: dict[str, float]) -> Table:
         table = Table(title=f"against {name}, in this process", title_justify="left")
         for column in ("stage", f"{name}, images/s", "bt-fast, images/s", "ratio"):
@@ -183,34 +186,40 @@ class Report:
         table.add_row("step", f"{1e3 * prediction.step:.2f}", "", style="bold")
         return table
 
-    def write(self, out: Path) -> None:
-        performance = self.job.performance
-        values = {
-            "title": self.title,
-            "config": dataclasses.asdict(self.job.config),
-            "environment": environment(performance),
-            "ceilings": dataclasses.asdict(self.ceilings) if self.ceilings else None,
-            "stages": {name: dataclasses.asdict(stage) for name, stage in self.stages.items()},
-            "step_s": self.step,
-            "step_without_data_s": self.step_without_data,
-            "overlapped_s": self.overlap,
-            "images_per_s": self.rate(self.step),
-            "loader_overhead_s_per_image": self.loader_overhead,
-            "peak_memory_bytes": self.memory,
-            "rivals_s": self.rivals,
-            "prediction": dataclasses.asdict(self.prediction) if self.prediction else None,
-            "verdict": verdict(self),
-        }
-        (out / "profile.json").write_text(json.dumps(values, indent=2, default=str) + "\n")
-        self._draw(out / "profile.png")
+    def save(self, path: Path) -> None:
+        """Write what is measured so far as JSON."""
+        complete = self.step > 0 and "loader" in self.stages
+        write_json(
+            path,
+            {
+                "title": self.title,
+                "config": dataclasses.asdict(self.job.config),
+                "environment": environment(self.job.performance),
+                "ceilings": dataclasses.asdict(self.ceilings) if self.ceilings else None,
+                "prepare_s": self.prepared,
+                "stages": {name: dataclasses.asdict(stage) for name, stage in self.stages.items()},
+                "kernels": self.kernels,
+                "step_s": self.step,
+                "step_without_data_s": self.step_without_data,
+                "overlapped_s": self.overlap if complete else 0.0,
+                "images_per_s": self.rate(self.step) if self.step else 0.0,
+                "peak_memory_bytes": self.memory,
+                "rivals_s": self.rivals,
+                "prediction": dataclasses.asdict(self.prediction) if self.prediction else None,
+                "verdict": verdict(self) if complete else None,
+            },
+        )
 
-    def _draw(self, path: Path) -> None:
+    def draw(self, path: Path) -> None:
+        from matplotlib.figure import Figure
+
         names = [*IN_LOADER, "loader", *(name for name in IN_STEP if name in self.stages)]
         values = [1e3 * self.stages[name].seconds for name in names]
         names += ["step, views there", "step, with loader"]
         values += [1e3 * self.step_without_data, 1e3 * self.step]
         colours = ["C0"] * 4 + ["C1"] * (len(names) - 6) + ["C2"] * 2
-        figure, axis = plt.subplots(figsize=(9, 0.36 * len(names) + 1.4), layout="constrained")
+        figure = Figure(figsize=(9, 0.36 * len(names) + 1.4), layout="constrained")
+        axis = figure.subplots()
         bars = axis.barh(names, values, color=colours)
         axis.bar_label(bars, [f" {value:.3g}" for value in values])
         axis.invert_yaxis()
@@ -218,7 +227,6 @@ class Report:
         axis.margins(x=0.12)
         axis.set_title(self.title, fontsize=8)
         figure.savefig(path, dpi=110)
-        plt.close(figure)
 
 
 def verdict(report: Report) -> str:

@@ -1,9 +1,9 @@
-"""Stages of a step done otherwise, timed like bt-fast's own: the released code's way, and kornia's.
-
-Each function returns {stage: seconds per batch of n images}; `profile.py` prints the ratios.
-"""
+"""Stages of a step done otherwise: the released code's way, timed like bt-fast's, and kornia's."""
 
 import itertools
+import time
+from collections.abc import Iterator
+from itertools import islice
 
 import torch
 from PIL import Image
@@ -15,40 +15,24 @@ from tools import reference
 from tools.timing import images_per_second, seconds_of_parts, seconds_per_call
 
 
-def reference_stages(job: Job, budget: float) -> dict[str, float]:
-    """The released code's stages, on this job's images, model and device.
+def reference_stages(job: Job, budget: float) -> Iterator[tuple[str, float]]:
+    """The released code's stages on this job's images, model and device, what counts most first.
 
-    "decode" and "augment" are one process's time divided by the workers they are spread over;
-    "views" is its loader, which does all of that; "step" has no loader.
+    Yields (stage, seconds per batch).
     """
+    yield from _model_stages(job, budget)
+    yield from _loader_stages(job, budget)
+
+
+def _model_stages(job: Job, budget: float) -> Iterator[tuple[str, float]]:
+    """The step without a loader, and its parts."""
     config, device, n = job.config, job.performance.device, job.config.batch_size
-    transforms = reference.Views(
-        config.size, (config.view_a, config.view_b), min_scale=config.min_scale
-    )
-    dataset = reference.Images(job.reader, transforms)
-    workers, cpu = job.num_threads, torch.device("cpu")
     batch = next(job.loader.batches(0, 1))
-    samples = batch.samples.tolist()
-
-    def augment() -> None:
-        for crop, branch in zip(crops, dataset.views.branches, strict=True):
-            for image in crop:
-                for op in branch.transforms[1:]:  # all but the crop
-                    image = op(image)
-
-    some = min(n, 16)
-    crops = [[Image.fromarray(crop) for crop in view[:some].numpy()] for view in batch.views]
-    seconds = {}
-    each, _ = seconds_per_call(lambda: [dataset.decode(i) for i in samples[:some]], cpu, budget)
-    seconds["decode"] = each / some * n / workers
-    each, _ = seconds_per_call(augment, cpu, budget)
-    seconds["augment"] = each / some * n / workers
-    batches = reference.endless(reference.loader(dataset, n, workers))
-    seconds["views"] = n / images_per_second(batches, n, cpu, 2 * budget)
-
     step = reference.Step(config.encoder, config.projector, device)
     views = distort(batch, (config.view_a, config.view_b), job.performance)
     view_a, view_b = (view.float().contiguous() for view in views.chunk(2))
+    rate = images_per_second((step(view_a, view_b) for _ in itertools.count()), n, device, budget)
+    yield "step", n / rate
     z: list[torch.Tensor] = []
 
     def forward() -> None:
@@ -59,34 +43,59 @@ def reference_stages(job: Job, budget: float) -> dict[str, float]:
         torch.autograd.backward(z, [torch.ones_like(part) for part in z])
 
     parts = seconds_of_parts([forward, backward], device, budget)
-    seconds["forward"], seconds["backward"] = (busy for busy, _ in parts)
+    for name, (busy, _) in zip(("forward", "backward"), parts, strict=True):
+        yield name, busy
+    yield "optimizer", seconds_per_call(step.optimizer.step, device, budget)[0]
     leaves = [part.detach().requires_grad_() for part in z]
 
     def loss() -> None:
         leaves[0].grad = leaves[1].grad = None
         step.loss(*leaves).backward()
 
-    seconds["loss"] = seconds_per_call(loss, device, budget)[0]
-    seconds["optimizer"] = seconds_per_call(step.optimizer.step, device, budget)[0]
-    rate = images_per_second((step(view_a, view_b) for _ in itertools.count()), n, device, budget)
-    seconds["step"] = n / rate
-    return seconds
+    yield "loss", seconds_per_call(loss, device, budget)[0]
 
 
-def kornia_stages(job: Job, budget: float) -> dict[str, float]:
-    """kornia's augmentation of the same crops, after the crop: {"augment": seconds}."""
-    branches = [kornia_branch(branch) for branch in (job.config.view_a, job.config.view_b)]
-    device = job.performance.device
+def _loader_stages(job: Job, budget: float) -> Iterator[tuple[str, float]]:
+    """The loader, which decodes, crops and augments; and two parts of it, the time of one process
+    divided by the workers they are spread over.
+    """
+    config, n = job.config, job.config.batch_size
     batch = next(job.loader.batches(0, 1))
-    crops = batch.views.to(device)
+    transforms = reference.Views(
+        config.size, (config.view_a, config.view_b), min_scale=config.min_scale
+    )
+    dataset, workers = reference.Images(job.reader, transforms), job.num_threads
+    yield "views", n * seconds_per_image(dataset, workers, min(n, 32))
+    some, cpu, samples = min(n, 16), torch.device("cpu"), batch.samples.tolist()
+    crops = [[Image.fromarray(crop) for crop in view[:some].numpy()] for view in batch.views.cpu()]
 
-    def augment() -> list[torch.Tensor]:
-        return [
-            branch(crop.permute(0, 3, 1, 2).float() / 255).to(job.performance.view_dtype)
-            for branch, crop in zip(branches, crops, strict=True)
-        ]
+    def augment() -> None:
+        for crop, branch in zip(crops, transforms.branches, strict=True):
+            for image in crop:
+                for op in branch.transforms[1:]:  # all but the crop
+                    image = op(image)
 
-    return {"augment": seconds_per_call(augment, device, budget)[0]}
+    def decode() -> None:
+        for sample in samples[:some]:
+            dataset.decode(sample)
+
+    for name, function in (("decode", decode), ("augment", augment)):
+        yield name, seconds_per_call(function, cpu, budget)[0] / some * n / workers
+
+
+def seconds_per_image(dataset: reference.Images, workers: int, batch_size: int) -> float:
+    """Of the released code's loader, over whole rounds of its workers.
+
+    Workers hand in their batches together, one each, so that a shorter time would say how many
+    happened to lie ready. Batches are small for more rounds.
+    """
+    batches = reference.endless(reference.loader(dataset, batch_size, workers))
+    for _ in islice(batches, 3 * workers):  # two rounds may lie ready
+        pass
+    started, count = time.perf_counter(), 4 * workers
+    for _ in islice(batches, count):
+        pass
+    return (time.perf_counter() - started) / (count * batch_size)
 
 
 def kornia_branch(branch: Branch) -> torch.nn.Module:

@@ -4,11 +4,11 @@ On a CPU a stage's time is what the clock says. On a GPU it is the time its kern
 the device busy; the host's share is timed apart, because it only counts where it is the longer one.
 """
 
-import resource
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from itertools import repeat
+from itertools import islice, repeat
 from pathlib import Path
 
 import numpy as np
@@ -20,9 +20,8 @@ from bt_fast.feed import distort, feed
 from bt_fast.job import Job
 from bt_fast.loss import choose_method
 from bt_fast.perf import synchronise
-from pipelines import loader
 from pipelines.crop import cut
-from pipelines.loader import IMAGES_PER_TASK, NativeLoader
+from pipelines.loader import IMAGES_PER_TASK
 from tools.timing import images_per_second, seconds_of_parts, seconds_per_call
 
 _IMAGES_FOR_THREADS = 64
@@ -83,44 +82,12 @@ def loader_stages(job: Job, budget: float) -> Iterator[Stage]:
     yield Stage(name="loader", seconds=n / rate)
 
 
-def loader_overhead(job: Job, budget: float) -> float:
-    """Seconds per image that one decoding thread spends on neither decoding nor cropping.
-
-    That is handing out tasks, the random boxes and keys, checksums excepted (paid once).
-    """
-    config = job.config
-    crop, n = job.loader.steps.crop, config.batch_size
-    single = NativeLoader(job.reader, crop, batch_size=n, seed=config.seed, num_threads=1)
-    inside = 0.0
-
-    def timed(function):
-        def call(*args, **kwargs):
-            nonlocal inside
-            started = time.perf_counter()
-            result = function(*args, **kwargs)
-            inside += time.perf_counter() - started
-            return result
-
-        return call
-
-    single.cutter.decode = timed(single.cutter.decode)  # type: ignore[method-assign]
-    original, loader.cut = loader.cut, timed(loader.cut)
-    batches = single.batches(0, 1 << 40)
-    try:
-        next(batches)  # the epoch's order, the first records
-        inside, count, started = 0.0, 0, time.perf_counter()
-        while count == 0 or time.perf_counter() - started < budget:
-            count += len(next(batches).samples)
-            seconds, within = time.perf_counter() - started, inside
-    finally:
-        batches.close()  # type: ignore[attr-defined]
-        single.cutter.pool.shutdown(cancel_futures=True)
-        loader.cut = original
-    return (seconds - within) / count
-
-
 def device_stages(job: Job, budget: float) -> Iterator[Stage]:
-    """copy, augment, forward, loss, backward, optimizer, each alone."""
+    """copy, augment, forward, backward, optimizer, loss, each alone.
+
+    The optimizer comes before the loss: with CUDA graphs another compiled function may write over
+    the gradients that the backward pass left.
+    """
     performance, device, n = job.performance, job.performance.device, job.config.batch_size
     branches = job.config.view_a, job.config.view_b
     batch = next(job.loader.batches(0, 1))
@@ -169,16 +136,6 @@ def device_stages(job: Job, budget: float) -> Iterator[Stage]:
         yield Stage(name=name, seconds=seconds, host=host, flop=flop, ceiling="flops")
 
     leaf = z.detach().clone().requires_grad_()
-
-    def loss() -> None:
-        leaf.grad = None
-        invariance, redundancy = job.objective(*leaf.chunk(2))
-        (invariance + job.config.lambd * redundancy).backward()
-
-    width = job.config.projector[-1]
-    flop = costs.loss_flop(choose_method(n, width), n, width)
-    yield stage("loss", loss, flop=flop)  # in another precision than the ceiling's
-
     train.set_learning_rates(job, 0)
     guard = torch.zeros((), device=device)
     parameters = sum(p.numel() for p in job.model.parameters())
@@ -189,6 +146,15 @@ def device_stages(job: Job, budget: float) -> Iterator[Stage]:
         ceiling="memory",
     )
     job.optimizer.zero_grad(set_to_none=True)
+
+    def loss() -> None:
+        leaf.grad = None
+        invariance, redundancy = job.objective(*leaf.chunk(2))
+        (invariance + job.config.lambd * redundancy).backward()
+
+    width = job.config.projector[-1]
+    flop = costs.loss_flop(choose_method(n, width), n, width)
+    yield stage("loss", loss, flop=flop)  # in another precision than the ceiling's
 
 
 def encoder_flop(job: Job, views: torch.Tensor) -> tuple[int, int]:
@@ -204,16 +170,22 @@ def encoder_flop(job: Job, views: torch.Tensor) -> tuple[int, int]:
     return round(forward * scale), round(counter.get_total_flops() * scale)
 
 
-def whole(job: Job, budget: float) -> tuple[float, float]:
-    """Seconds of a step: (with the loader, on views that are already on the device)."""
+def step_alone(job: Job, budget: float) -> float:
+    """Seconds of a step on views that are on the device already."""
     n, device = job.config.batch_size, job.performance.device
-    branches = job.config.view_a, job.config.view_b
+    return n / images_per_second(steps(job, repeat(_views(job))), n, device, budget)
+
+
+def step_from_jpegs(job: Job, budget: float) -> float:
+    """Seconds of a step with the loader, the copy and the augmentation beside it."""
+    n, branches = job.config.batch_size, (job.config.view_a, job.config.view_b)
     batches = feed(job.loader.batches(0, 1 << 40), branches, job.performance)
-    with_loader = images_per_second(steps(job, batches), n, device, budget)
-    batch = next(job.loader.batches(0, 1))
-    views = distort(batch, branches, job.performance)
-    without = images_per_second(steps(job, repeat(views)), n, device, budget)
-    return n / with_loader, n / without
+    return n / images_per_second(steps(job, batches), n, job.performance.device, budget)
+
+
+def _views(job: Job) -> torch.Tensor:
+    branches = job.config.view_a, job.config.view_b
+    return distort(next(job.loader.batches(0, 1)), branches, job.performance)
 
 
 def steps(job: Job, batches: Iterable[torch.Tensor]) -> Iterator[None]:
@@ -224,11 +196,46 @@ def steps(job: Job, batches: Iterable[torch.Tensor]) -> Iterator[None]:
         yield
 
 
-def peak_memory(job: Job) -> int:
-    """Bytes: on a GPU what its allocator held at most, on a CPU the process's largest size."""
-    if job.performance.device.type == "cuda":
-        return torch.cuda.max_memory_allocated(job.performance.device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def longest_kernels(job: Job, count: int = 20) -> dict:
+    """The kernels that take longest in a step on views that are there; torch's operations on a CPU.
+
+    {"ms", "launches", "longest": [{"name", "ms", "launches", "share"}]}, all per step. The shares
+    are of the time of all kernels.
+    """
+    num_steps, device = 3, job.performance.device
+    running = steps(job, repeat(_views(job)))
+    next(running)
+    synchronise(device)
+    kind = torch.profiler.ProfilerActivity
+    activity = kind.CUDA if device.type == "cuda" else kind.CPU
+    with torch.profiler.profile(activities=[activity]) as profile:
+        for _ in islice(running, num_steps):
+            pass
+        synchronise(device)
+    seconds: Counter[str] = Counter()
+    launches: Counter[str] = Counter()
+    for event in profile.events():
+        if device.type == "cpu":
+            seconds[event.name] += event.self_cpu_time_total / 1e6
+        elif event.device_type == torch.autograd.DeviceType.CUDA:
+            seconds[event.name] += event.time_range.elapsed_us() / 1e6
+        else:
+            continue
+        launches[event.name] += 1
+    total = seconds.total()
+    return {
+        "ms": 1e3 * total / num_steps,
+        "launches": launches.total() / num_steps,
+        "longest": [
+            {
+                "name": name,
+                "ms": 1e3 * value / num_steps,
+                "launches": launches[name] / num_steps,
+                "share": value / total,
+            }
+            for name, value in seconds.most_common(count)
+        ],
+    }
 
 
 def chrome_trace(job: Job, path: Path) -> None:

@@ -1,16 +1,16 @@
-"""The parts of `gpu_suite.py` that are benchmarks of single rooms: kernels and loader.
+"""The parts of `gpu_suite.py` that are not tools of their own.
 
-python tools/suite_parts.py NAME RESULT.json [DATA.beton]
+python tools/suite_parts.py NAME RESULT.json DATA.beton
 """
 
 import _checkout  # noqa: F401  # isort: skip
 
-import functools
-import json
+import importlib.util
+import os
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +19,7 @@ import torch
 from bt_fast import costs, perf
 from bt_fast.cli import parse_pretrain
 from bt_fast.feed import feed
-from bt_fast.job import Job, build
+from bt_fast.job import Job, build, rehearse
 from bt_fast.lars import LARS, parameter_groups
 from bt_fast.model import BarlowTwins
 from pipelines import augment
@@ -28,41 +28,68 @@ from pipelines.crop import RandomResizedCrop
 from pipelines.flags import usable_cores
 from pipelines.loader import NativeLoader
 from pipelines.order import view_keys
-from tools import reference, synthetic
-from tools.stages import steps
-from tools.timing import images_per_second, seconds_per_call
+from tools import reference, rivals, stages
+from tools.results import Results
+from tools.timing import images_per_second, peak_memory, seconds_per_call
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
-BUDGET = 0.7 if ON_GPU else 0.05
+BUDGET = 0.5 if ON_GPU else 0.02
+TOY = ["--recipe=demo", "--size=32", "--batch-size=4", "--projector", "32", "32", "--device=cpu"]
+SECONDS_PER_TEST = 50
 
 
-class Results:
-    """{table: {row: figures}}, written after every row; what fails is a row with its reason."""
-
-    def __init__(self, path: Path) -> None:
-        self.path, self.tables, self.num_failed = path, {}, 0
-
-    def measure(self, table: str, row: str, function: Callable[[], dict[str, float]]) -> dict:
-        try:
-            figures = function()
-        except Exception as error:
-            figures = {"error": f"{type(error).__name__}: {error}"[:300].replace("\n", " ")}
-            self.num_failed += 1
-        if ON_GPU:
-            torch.cuda.empty_cache()
-        print(f"{table}, {row}: {figures}", flush=True)
-        self.tables.setdefault(table, {})[row] = figures
-        self.path.write_text(json.dumps(self.tables))
-        return figures
+def correctness(results: Results, data: Path) -> None:
+    """Every CUDA path against its definition."""
+    run_tests(results, "tests/test_cuda.py", "-m", "not compiled")
 
 
-def kernels(results: Results) -> None:
-    """Augmentation and LARS: every way there is, what counts most first."""
-    augmentations(results)
+def compiled(results: Results, data: Path) -> None:
+    """The same for what torch.compile makes."""
+    run_tests(results, "tests/test_cuda.py", "-m", "compiled")
+
+
+def run_tests(results: Results, *arguments: str) -> None:
+    """pytest in several processes, none of which may take too long over a test."""
+    import pytest
+
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "3")
+    flags = ["-q", "--tb=short", "-p", "no:cacheprovider"]
+    if results.path is not None:
+        flags += [f"--junitxml={results.path.with_name('junit.xml')}"]
+    if is_installed("xdist"):
+        flags += ["-n", str(min(6, usable_cores()))]
+    if is_installed("pytest_timeout"):
+        flags += [f"--timeout={SECONDS_PER_TEST}"]
+    else:  # shows where a test hangs; the limit of the part ends it
+        flags += ["-o", f"faulthandler_timeout={SECONDS_PER_TEST}"]
+    status = pytest.main([*flags, *arguments], plugins=[Outcomes(results)])
+    results.num_failed += status != pytest.ExitCode.OK
+
+
+class Outcomes:
+    """A pytest plugin: tests are recorded as they end, and failures shown when they happen."""
+
+    def __init__(self, results: Results) -> None:
+        self.results = results
+
+    def pytest_runtest_logreport(self, report) -> None:
+        if report.when == "call" or report.outcome != "passed":
+            figures = {"outcome": report.outcome, "seconds": report.duration}
+            if report.failed:
+                print(report.longreprtext, flush=True)
+                figures["error"] = report.longreprtext.strip().splitlines()[-1]
+            self.results.record("tests", report.nodeid, figures)
+
+
+def is_installed(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
+
+
+def kernels(results: Results, data: Path) -> None:
+    """LARS and augmentation, every way there is. The one that has to be compiled comes last."""
     optimizers(results)
-    if ON_GPU:
-        tiles(results)
+    augmentations(results)
 
 
 def batch_of_views() -> tuple[torch.Tensor, augment.Draw, int]:
@@ -90,15 +117,22 @@ def augmentations(results: Results) -> None:
         there, function = parameters.to(DEVICE), torch.compile(augment.apply, dynamic=False)
         return per_view(lambda: function(images, there, dtype=torch.bfloat16))
 
+    def kornia() -> dict[str, float]:
+        views = [view.permute(0, 3, 1, 2).float() / 255 for view in images.chunk(2)]
+        pair = [rivals.kornia_branch(branch) for branch in (augment.VIEW_A, augment.VIEW_B)]
+        return per_view(lambda: [way(view) for way, view in zip(pair, views, strict=True)])
+
+    def definition() -> dict[str, float]:
+        return per_view(lambda: augment.apply(images, parameters, dtype=torch.bfloat16))
+
+    ways = {"fused": fused} if ON_GPU else {}
+    ways["definition"] = definition
+    if is_installed("kornia"):
+        ways["kornia"] = kornia
+    ways["definition, compiled"] = compiled
     title = f"Augmentation, {n} views of {images.shape[1]} px, half of them view A"
-    if ON_GPU:
-        results.measure(title, "fused", fused)
-    results.measure(
-        title,
-        "definition",
-        lambda: per_view(lambda: augment.apply(images, parameters, dtype=torch.bfloat16)),
-    )
-    results.measure(title, "definition, compiled", compiled)
+    for name, way in ways.items():
+        results.measure(title, name, way)
 
 
 def tiles(results: Results) -> None:
@@ -106,111 +140,133 @@ def tiles(results: Results) -> None:
     from pipelines import augment_triton
 
     images, parameters, n = batch_of_views()
-    for tile, warps in ((64, 4), (64, 8), (64, 16), (32, 4), (32, 2), (128, 8), (128, 16)):
+    apply = partial(augment_triton.apply, images, parameters, dtype=torch.bfloat16)
+
+    def figures(tile: int, warps: int) -> dict[str, float]:
         augment_triton.TILE, augment_triton.INNER = tile, tile - 2 * augment_triton.REACH
         augment_triton.NUM_WARPS = warps
+        return {"us per view": 1e6 * seconds_per_call(apply, DEVICE, BUDGET)[0] / n}
 
-        def way() -> dict[str, float]:
-            seconds, _ = seconds_per_call(
-                lambda: augment_triton.apply(images, parameters, dtype=torch.bfloat16),
-                DEVICE,
-                BUDGET / 2,
-            )
-            return {"us per view": 1e6 * seconds / n}
-
-        results.measure("The fused augmentation otherwise", f"tile {tile}, {warps} warps", way)
+    for tile, warps in ((64, 8), (64, 4), (64, 16), (32, 4), (32, 2)):
+        row = f"tile {tile}, {warps} warps"
+        results.measure("The fused augmentation otherwise", row, partial(figures, tile, warps))
 
 
 def optimizers(results: Results) -> None:
     """One LARS step of ResNet-50 and its projector."""
-    projector = (8192, 8192, 8192) if ON_GPU else (64, 64, 64)
-    model = BarlowTwins("resnet50", projector).to(DEVICE).to(memory_format=torch.channels_last)
+    sizes = ("resnet50", (8192, 8192, 8192)) if ON_GPU else ("resnet18", (64, 64, 64))
+    model = BarlowTwins(*sizes).to(DEVICE).to(memory_format=torch.channels_last)
     parameters = list(model.parameters())
     for p in parameters:
         p.grad = torch.randn_like(p)
 
-    ways = {
-        "foreach": lambda: LARS(parameter_groups(parameters), 1e-6, weight_decay=1e-6, fused=False),
-        "plain loop": lambda: reference.Lars(parameter_groups(parameters), 1e-6, weight_decay=1e-6),
+    groups = parameter_groups(parameters)
+    ways: dict[str, Callable[[], torch.optim.Optimizer]] = {
+        "foreach": lambda: LARS(groups, 1e-6, weight_decay=1e-6, fused=False),
+        "plain loop": lambda: reference.Lars(groups, 1e-6, weight_decay=1e-6),
     }
     if ON_GPU:
-        ways = {
-            "fused": lambda: LARS(parameter_groups(parameters), 1e-6, weight_decay=1e-6, fused=True)
-        } | ways
+        ways = {"fused": lambda: LARS(groups, 1e-6, weight_decay=1e-6, fused=True)} | ways
     num_bytes = costs.lars_bytes(sum(p.numel() for p in parameters))
+
+    def figures(make: Callable[[], torch.optim.Optimizer]) -> dict[str, float]:
+        seconds, host = seconds_per_call(make().step, DEVICE, BUDGET)
+        return {"ms": 1e3 * seconds, "host ms": 1e3 * host, "GB/s": num_bytes / seconds / 1e9}
+
     for name, make in ways.items():
-
-        def step_of(make=make) -> dict[str, float]:
-            optimizer = make()
-            seconds, host = seconds_per_call(optimizer.step, DEVICE, BUDGET)
-            figures = {"ms": 1e3 * seconds, "host ms": 1e3 * host}
-            return figures | {"GB/s": num_bytes / seconds / 1e9, "launches": launches(optimizer)}
-
-        results.measure("LARS, ResNet-50 and its projector", name, step_of)
+        results.measure("LARS, encoder and projector", name, partial(figures, make))
 
 
-def launches(optimizer: torch.optim.Optimizer) -> int:
-    """Kernels that one step launches, copies left out; 0 without a GPU."""
-    if not ON_GPU:
-        return 0
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        optimizer.step()
-        torch.cuda.synchronize()
-    return sum(
-        event.device_type == torch.autograd.DeviceType.CUDA and "Mem" not in event.name
-        for event in profile.events()
-    )
+def variants(results: Results, data: Path) -> None:
+    """What only a clock can decide: modes of the compiler, tiles and warps of the augmentation.
+
+    The default mode is that of the part `step`.
+    """
+    for mode in ("reduce-overhead", "off") if ON_GPU else ("off",):
+        step(results, data, f"--compile={mode}")
+    if ON_GPU:
+        tiles(results)
 
 
-def loader(results: Results, data: Path | None) -> None:
+def deterministic(results: Results, data: Path) -> None:
+    step(results, data, "--deterministic")
+
+
+def step(results: Results, data: Path, *flags: str) -> None:
+    """A step on views that are there, with these flags of `bt-fast pretrain`."""
+
+    def figures() -> dict[str, float]:
+        torch._dynamo.reset()
+        if ON_GPU:
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        started = time.perf_counter()
+        job = job_of(data, *flags)
+        rehearse(job)
+        prepared = time.perf_counter() - started
+        seconds = stages.step_alone(job, 3 * BUDGET)
+        return {
+            "ms": 1e3 * seconds,
+            "views/s": 2 * job.config.batch_size / seconds,
+            "peak GB": peak_memory(DEVICE) / 1e9,
+            "s to prepare": prepared,
+        }
+
+    results.measure("Variants of the step, views there", " ".join(flags), figures)
+
+
+def job_of(data: Path, *flags: str) -> Job:
+    sizes = ["--batch-size=256"] if ON_GPU else TOY
+    return build(parse_pretrain([*sizes, f"--data={data}", "--probe-every=0", *flags]))
+
+
+def loader(results: Results, data: Path) -> None:
     """The native loader at 1, 2, 4 ... threads, and how far from linear."""
-    with tempfile.TemporaryDirectory() as scratch:
-        reader = BetonReader(data or synthetic.images(Path(scratch), 512))
-        n = min(256, len(reader))
-        alone: list[float] = []  # the rate of one thread
-        for threads in [t for t in (1, 2, 4, 8, 16, 32) if t <= usable_cores()]:
+    reader = BetonReader(data)
+    n = min(256, len(reader))
+    alone: list[float] = []  # the rate of one thread
 
-            def way(threads=threads, alone=alone) -> dict[str, float]:
-                native = NativeLoader(
-                    reader,
-                    RandomResizedCrop(),
-                    batch_size=n,
-                    num_threads=threads,
-                    pin_memory=ON_GPU,
-                )
-                batches, cpu = native.batches(0, 1 << 40), torch.device("cpu")
-                rate = images_per_second(batches, n, cpu, 5.0 if ON_GPU else 0.5)
-                batches.close()  # type: ignore[attr-defined]
-                native.cutter.pool.shutdown(cancel_futures=True)
-                alone.append(rate)
-                return {"images/s": rate, "efficiency": rate / (alone[0] * threads)}
+    def rate_of(threads: int) -> dict[str, float]:
+        native = NativeLoader(
+            reader, RandomResizedCrop(), batch_size=n, num_threads=threads, pin_memory=ON_GPU
+        )
+        batches = native.batches(0, 1 << 40)
+        rate = images_per_second(batches, n, torch.device("cpu"), BUDGET)
+        batches.close()  # type: ignore[attr-defined]
+        native.cutter.pool.shutdown(cancel_futures=True)
+        alone.append(rate)
+        return {"images/s": rate, "efficiency": rate / (alone[0] * threads)}
 
-            results.measure("The native loader", f"{threads} threads", way)
+    for threads in [t for t in (1, 2, 4, 8, 16, 32) if t <= usable_cores()]:
+        results.measure("The native loader", f"{threads} threads", partial(rate_of, threads))
 
 
-def dali(results: Results, data: Path | None) -> None:
+def released_code(results: Results, data: Path) -> None:
+    """The released code's way of every stage, on the same images and card."""
+    job = job_of(data, "--compile=off")
+    n = job.config.batch_size
+    for name, seconds in rivals.reference_stages(job, BUDGET):
+        figures = {"ms": 1e3 * seconds, "images/s": n / seconds}
+        results.record("The released code's way of the same stages", name, figures)
+
+
+def dali(results: Results, data: Path) -> None:
     """Loading and training with DALI and with native: rates, and the cores kept busy meanwhile."""
-    toy = ["--recipe=demo", "--size=32", "--batch-size=4", "--projector", "32", "32"]
-    flags = ["--batch-size=256"] if ON_GPU else [*toy, "--device=cpu"]
-    with tempfile.TemporaryDirectory() as scratch:
-        path = data or synthetic.images(Path(scratch), 512)
-        for name in ("native", "dali"):
 
-            def built(name=name) -> Job:
-                return build(parse_pretrain([*flags, "--data", str(path), "--loader", name]))
+    def loading(name: str) -> dict[str, float]:
+        job = job_of(data, f"--loader={name}")
+        return busy(job, job.loader.batches(0, 1 << 40))
 
-            def loading(built=built) -> dict[str, float]:
-                job = built()
-                return busy(job, job.loader.batches(0, 1 << 40))
+    def training(name: str) -> dict[str, float]:
+        job = job_of(data, f"--loader={name}")
+        branches = job.config.view_a, job.config.view_b
+        views = feed(job.loader.batches(0, 1 << 40), branches, job.performance)
+        return busy(job, stages.steps(job, views))
 
-            def training(built=built) -> dict[str, float]:
-                job = built()
-                branches = job.config.view_a, job.config.view_b
-                views = feed(job.loader.batches(0, 1 << 40), branches, job.performance)
-                return busy(job, steps(job, views))
-
-            results.measure("Both views from JPEGs, nothing else going on", name, loading)
-            results.measure("Training from JPEGs", name, training)
+    for name in ("native", "dali"):
+        title = "Both views from JPEGs, nothing else going on"
+        results.measure(title, name, partial(loading, name))
+        results.measure("Training from JPEGs", name, partial(training, name))
 
 
 def busy(job: Job, batches: Iterator) -> dict[str, float]:
@@ -224,16 +280,23 @@ def busy(job: Job, batches: Iterator) -> dict[str, float]:
     return {"images/s": rate, "cores": cores, "images per core and s": rate / cores}
 
 
+PARTS: dict[str, Callable[[Results, Path], None]] = {
+    "correctness": correctness,
+    "compiled": compiled,
+    "kernels": kernels,
+    "variants": variants,
+    "loader": loader,
+    "rivals": released_code,
+    "deterministic": deterministic,
+    "dali": dali,
+}
+
+
 def main() -> int:
-    name, results = sys.argv[1], Results(Path(sys.argv[2]))
-    data = Path(sys.argv[3]) if len(sys.argv) > 3 else None
+    name, path, data = sys.argv[1:]
+    results = Results(Path(path))
     perf.apply()
-    parts = {
-        "kernels": kernels,
-        "loader": functools.partial(loader, data=data),
-        "dali": functools.partial(dali, data=data),
-    }
-    parts[name](results)
+    PARTS[name](results, Path(data))
     return min(results.num_failed, 1)
 
 

@@ -1,6 +1,7 @@
 """Timing on a CPU or a GPU, and what the machine reaches at best."""
 
 import itertools
+import resource
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -110,3 +111,10 @@ def measure_ceilings(device: torch.device, dtype: torch.dtype, budget: float) ->
         )
         link = pinned.nbytes / seconds
     return Ceilings(flops=2 * side**3 / product, memory=2 * source.nbytes / copy, link=link)
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: on a GPU what its allocator held at most, on a CPU the process's largest size."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

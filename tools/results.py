@@ -1,0 +1,36 @@
+"""Figures as they are measured: a JSON file that is whole after every row."""
+
+import gc
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+from pipelines.atomic import atomic_file
+
+
+class Results:
+    """{table: {row: figures}}, written after every row; what fails is a row with its reason."""
+
+    def __init__(self, path: Path | None) -> None:
+        self.path, self.tables, self.num_failed = path, {}, 0
+
+    def measure(self, table: str, row: str, function: Callable[[], dict]) -> None:
+        try:
+            figures = function()
+        except Exception as error:
+            figures = {"error": f"{type(error).__name__}: {error}"[:300].replace("\n", " ")}
+            self.num_failed += 1
+        gc.collect()  # a model and its optimizer are gone before the next ones come
+        self.record(table, row, figures)
+
+    def record(self, table: str, row: str, figures: dict) -> None:
+        print(f"{table}, {row}: {figures}", flush=True)
+        self.tables.setdefault(table, {})[row] = figures
+        if self.path is not None:
+            write_json(self.path, self.tables)
+
+
+def write_json(path: Path, values: dict) -> None:
+    """Replace a file as a whole."""
+    with atomic_file(path, overwrite=True) as file:
+        file.write(json.dumps(values, indent=1, default=str).encode() + b"\n")
