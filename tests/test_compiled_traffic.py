@@ -21,14 +21,10 @@ from tools import lowering  # noqa: E402
 from tools.lowering import Kernel, Traffic  # noqa: E402
 
 SHAPE = (512, 3, 224, 224)  # both views of 256 images
-# By version of torch and number of ranks, in GB: what the fused and own kernels of a network with
-# one bottleneck per stage move, every access counted and every argument once; what is saved.
-BOUNDS = {
-    ("2.11", 1): (76.2, 77.6, 9.55),
-    ("2.11", 8): (79.0, 79.1, 14.88),
-    ("2.14", 1): (85.9, 88.2, 8.72),
-    ("2.14", 8): (83.5, 84.5, 14.47),
-}
+# By version of torch, in GB: what the fused and own kernels of a network with one bottleneck per
+# stage move, every access counted and every argument once; what is saved. The same on any number of
+# ranks: nothing of an activation's size is added for them.
+BOUNDS = {"2.11": (52.9, 54.4, 9.55), "2.14": (56.7, 59.0, 8.72)}
 VERSION = ".".join(torch.__version__.split(".")[:2])
 
 
@@ -152,10 +148,10 @@ def result(future):
 
 @pytest.mark.parametrize("num_ranks", [1, 8])
 def test_a_bottleneck_of_each_stage_moves_no_more_than_this(steps, num_ranks):
-    if (VERSION, num_ranks) not in BOUNDS:
+    if VERSION not in BOUNDS:
         pytest.skip(f"no bounds are known for torch {VERSION}")
     traffic = result(steps[num_ranks])
-    accesses, once, saved = BOUNDS[VERSION, num_ranks]
+    accesses, once, saved = BOUNDS[VERSION]
     assert 0.5 * accesses < traffic.gigabytes() <= accesses
     assert traffic.gigabytes(once=True) <= once
     assert traffic.saved / 1e9 <= saved

@@ -174,7 +174,7 @@ def measure(
         stack.enter_context(_bf16())
         stack.enter_context(fake_mode)
         if any(isinstance(layer, nn.modules.batchnorm._BatchNorm) for layer in model.modules()):
-            models.flatten_batch_statistics(model)
+            norm.BatchStatistics(model)
         try:
             torch.compile(model, backend=backend, dynamic=False, fullgraph=True)(views)
         except _Lowered:
