@@ -57,14 +57,33 @@ class Checkpoint:
             optimizer.state[parameters[name]]["momentum"] = buffer
 
 
-def state_of(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> tuple[Tensors, Tensors]:
-    """(parameters and batch statistics, momentum by parameter name), copied to the CPU."""
-    momentum = {
-        name: optimizer.state[parameter]["momentum"]
-        for name, parameter in model.named_parameters()
-        if "momentum" in optimizer.state.get(parameter, {})
-    }
-    return copied(model.state_dict()), copied(momentum)
+class Snapshot:
+    """Memory of the host for what a checkpoint holds, used again for every one.
+
+    Beside a GPU it is page-locked: a copy is only queued, and training goes on behind it.
+    """
+
+    def __init__(self) -> None:
+        self.tensors: tuple[Tensors, Tensors] = {}, {}
+
+    def take(
+        self, model: torch.nn.Module, optimizer: torch.optim.Optimizer
+    ) -> tuple[Tensors, Tensors]:
+        """(parameters and batch statistics, momentum by parameter name), row-major on the CPU, and
+        valid until the next call; of a GPU's, once the GPU has done what is queued."""
+        momentum = {
+            name: optimizer.state[parameter]["momentum"]
+            for name, parameter in model.named_parameters()
+            if "momentum" in optimizer.state.get(parameter, {})
+        }
+        for tensors, copies in zip((model.state_dict(), momentum), self.tensors, strict=True):
+            for name, tensor in tensors.items():
+                if name not in copies:
+                    copies[name] = torch.empty(
+                        tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda
+                    )
+                copies[name].copy_(tensor.detach(), non_blocking=True)
+        return self.tensors
 
 
 def write(
@@ -72,8 +91,8 @@ def write(
 ) -> Path:
     """Write checkpoints/step-N under `folder`, then remove all but the `keep` newest.
 
-    tensors: of `state_of`. facts: what else must survive, as JSON. Raises OSError if the disk does
-    not take it; the checkpoints that were there are then untouched.
+    tensors: of `Snapshot.take`. facts: what else must survive, as JSON. Raises OSError if the disk
+    does not take it; the checkpoints that were there are then untouched.
     """
     checkpoints = folder / "checkpoints"
     final = checkpoints / f"step-{step:08d}"

@@ -7,7 +7,7 @@ stands for this process alone.
 """
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, cast
@@ -196,16 +196,24 @@ def copy_from_first(tensors: Iterable[torch.Tensor], group: Group) -> None:
             dist.broadcast(tensor, src=0, group=group)
 
 
-def require_same_weights(model: torch.nn.Module, group: Group) -> None:
-    """Raise RuntimeError, naming the ranks, unless every rank has the first one's weights, bit for
-    bit: a sum over each tensor's bits tells."""
+def compare_weights(model: torch.nn.Module, group: Group) -> Callable[[], None]:
+    """Queue a comparison of all ranks' weights: a sum over each tensor's bits tells.
+
+    Returns what raises RuntimeError, naming the ranks, unless every rank had the first one's
+    weights, bit for bit; to be called when the device has done what is queued.
+    """
     if group is None:
-        return
+        return lambda: None
     sums = [p.detach().view(torch.int32).sum(dtype=torch.int64) for p in model.parameters()]
-    everyones = all_gather(torch.stack(sums), group)  # [W, num_parameters]
-    others = (everyones != everyones[0]).any(1).nonzero().flatten().tolist()
-    if others:
-        raise RuntimeError(f"the weights of ranks {others} are no longer those of rank 0")
+    gathered = all_gather(torch.stack(sums), group)  # [W, num_parameters]
+    on_host = gathered.to("cpu", non_blocking=True)  # page-locked, of a GPU's
+
+    def check() -> None:
+        others = (on_host != on_host[0]).any(1).nonzero().flatten().tolist()
+        if others:
+            raise RuntimeError(f"the weights of ranks {others} are no longer those of rank 0")
+
+    return check
 
 
 def any_wish(wish: bool, group: Group) -> bool:

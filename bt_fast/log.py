@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Column, Table
@@ -22,25 +23,47 @@ from pipelines.report import shown
 _PLAIN_INTERVAL = 5.0  # seconds between plain lines
 
 
-class Clock:
-    """Seconds since it was made, without the pauses: what counts as training.
+_Moment = float | torch.cuda.Event
 
-    settle: waits for work that was begun before a pause, and belongs to training.
+
+class Clock:
+    """Seconds of training, lap by lap, without the pauses.
+
+    Moments are points in the device's work: on a GPU events in its queue, for which nothing waits.
     """
 
-    def __init__(self, settle: Callable[[], None] = lambda: None) -> None:
-        self._settle = settle
-        self._started, self._paused = time.perf_counter(), 0.0
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._started = self._now()
+        self._parts: list[tuple[_Moment, _Moment]] = []
 
-    def seconds(self) -> float:
-        return time.perf_counter() - self._started - self._paused
+    def _now(self) -> _Moment:
+        if self._device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def lap(self) -> Callable[[], float]:
+        """End a lap and begin the next. Returns what tells its seconds, once the device has got
+        there."""
+        now = self._now()
+        parts, self._parts, self._started = [*self._parts, (self._started, now)], [], now
+        return lambda: sum(_seconds(start, end) for start, end in parts)
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        self._settle()
-        started = time.perf_counter()
+        self._parts.append((self._started, self._now()))
         yield
-        self._paused += time.perf_counter() - started
+        self._started = self._now()
+
+
+def _seconds(start: _Moment, end: _Moment) -> float:
+    if isinstance(start, float):
+        assert isinstance(end, float)
+        return end - start
+    assert isinstance(end, torch.cuda.Event)  # of the same device
+    return start.elapsed_time(end) / 1e3
 
 
 class RunLog:

@@ -1,13 +1,16 @@
 """Checkpoints written while training goes on.
 
-Between two steps a copy of what is to be saved is taken; a thread writes it, checks its sums and
-flushes the disk, which takes seconds for a model with a wide projector. One at a time: the next one
-waits for it, and so does the end of a run, however it comes.
+Between two steps a copy of what is to be saved is queued; when the device has made it, a thread
+writes it, checks its sums and flushes the disk, which takes seconds for a model with a wide
+projector. One at a time: the next one waits for it, and so does the end of a run, however it comes.
 """
 
+import functools
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from bt_fast import checkpoint, dist
+from bt_fast.deferred import Deferred
 from bt_fast.job import Job
 from bt_fast.log import RunLog, reason
 from bt_fast.run_directory import RunDirectory
@@ -23,6 +26,8 @@ class Saving:
         self.saved = True
         self._job, self._run, self._log = job, run, log
         self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._snapshot = checkpoint.Snapshot()
+        self._queued = False  # a copy that the device may not have made yet
         self._step = 0
         self._writing: Future | None = None
 
@@ -33,26 +38,43 @@ class Saving:
         self.look(wait=True)
         self._thread.shutdown()
 
-    def begin(self, step: int) -> None:
+    def begin(self, step: int, deferred: Deferred) -> None:
         """Save the state after `step`. All ranks call it: where each one's reader stands is in the
-        checkpoint, too. With --if-save-fails stop it returns when the disk has it, or has not."""
+        checkpoint, too. With --if-save-fails stop it returns when the disk has it, or has not.
+
+        Nothing is written of weights that differ between ranks; the comparison, like the copy, is
+        only queued here.
+        """
         job = self._job
-        dist.require_same_weights(job.model, job.world.group)
+        if self._queued:  # its memory is used again
+            deferred.flush()
+        check = dist.compare_weights(job.model, job.world.group)
         readers = dist.of_all(job.loader.steps.state(step), job.world.group)
+        if self._run is not None:
+            self.look(wait=True)
+            self._snapshot.take(job.model, job.optimizer)
+        self._queued = True
+        deferred.add(step, functools.partial(self._write, step, check, readers))
+        if job.config.if_save_fails == "stop":
+            deferred.flush()
+            self.look(wait=True)
+
+    def _write(self, step: int, check: Callable[[], None], readers: list) -> None:
+        """Let the thread write what the device has copied by now."""
+        self._queued = False
+        check()
         if self._run is None:
             return
-        self.look(wait=True)
+        job = self._job
         self._step = step
         self._writing = self._thread.submit(
             checkpoint.write,
             self._run.path,
             step,
-            checkpoint.state_of(job.model, job.optimizer),
+            self._snapshot.tensors,
             {"data": job.data_facts, "readers": readers},
             keep=job.config.keep,
         )
-        if job.config.if_save_fails == "stop":
-            self.look(wait=True)
 
     def look(self, *, wait: bool = False) -> None:
         """Note, and say, what has become of the checkpoint that is being written; if nothing yet,

@@ -1,12 +1,15 @@
 """Pretraining, from a configuration to a trained encoder: one loop, read top to bottom.
 
-Values are read back from the device only when a log line is due. A step whose loss or gradients
-are not finite changes nothing: parameters, momentum and batch statistics stay, decided on the
-device. Where a run stands is one number, the step; order and views follow from it.
+Values are read back from the device only when a log line is due, and then a few steps late
+(`deferred`), so that nothing waits for the device. A step whose loss or gradients are not finite
+changes nothing: parameters, momentum and batch statistics stay, decided on the device. Where a run
+stands is one number, the step; order and views follow from it.
 """
 
 import contextlib
 import functools
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from shlex import quote
 
@@ -15,12 +18,12 @@ from rich.console import Console
 
 from bt_fast import checkpoint, dist, faults, pictures
 from bt_fast.config import Config
+from bt_fast.deferred import Deferred
 from bt_fast.dist import ALONE, Vote, World, copy_from_first, from_first
 from bt_fast.feed import feed
 from bt_fast.job import Job, build, describe, rehearse
 from bt_fast.log import Clock, RunLog, reason, summary_table
 from bt_fast.model import BarlowTwins
-from bt_fast.perf import synchronise
 from bt_fast.probe import learned, probe, probe_is_due, probed
 from bt_fast.run_directory import RunDirectory, choose_path, make_folder
 from bt_fast.saving import Saving
@@ -112,10 +115,11 @@ def train(
         probe(job, log, step)
 
     # Since the last log line: its step, seconds spent training, updates skipped.
-    settle = functools.partial(synchronise, job.performance.device)
-    logged_step, clock = step, Clock(settle)
-    skipped = torch.zeros((), dtype=torch.int32, device=job.performance.device)
-    skipped_in_a_row = 0
+    device = job.performance.device
+    logged_step, clock = step, Clock(device)
+    skipped = torch.zeros((), dtype=torch.int32, device=device)
+    report = functools.partial(write_log_line, job, log, SkippedUpdates())
+    deferred = Deferred(device)
     vote = Vote(job.world.group)
     batches = job.loader.batches(step, job.last_step)
     for views in feed(batches, (settings.view_a, settings.view_b), job.performance):
@@ -128,6 +132,7 @@ def train(
         invariance, redundancy, applied = update(job, faults.inject(views, step, job.world))
         skipped += ~applied
         step += 1
+        deferred.run(step)
         saving.look()
         give_up = not saving.saved and settings.if_save_fails == "stop"
         stopping = vote.ask(stop.requested or give_up)  # by any rank, and the same on all
@@ -135,33 +140,62 @@ def train(
         # Once in a while: log, save, probe.
         is_last = step == job.last_step
         if step % settings.log_every == 0 or step == 1 or is_last:
-            terms = torch.stack([invariance, redundancy, skipped.float()]).tolist()
-            num_steps, num_skipped = step - logged_step, int(terms[2])
-            log.training(
-                {
-                    "step": step,
-                    "epoch": step / steps_per_epoch,
-                    "loss": terms[0] + settings.lambd * terms[1],
-                    "invariance": terms[0],
-                    "redundancy": terms[1],
-                    **rates,
-                    "images_per_s": num_steps * settings.batch_size / clock.seconds(),
-                    "skipped": num_skipped,
-                }
-            )
-            skipped_in_a_row = skipped_in_a_row + num_steps if num_skipped == num_steps else 0
-            report_skipped(log, step, num_skipped, num_steps, skipped_in_a_row)
-            logged_step, clock = step, Clock(settle)
+            values = torch.stack([invariance, redundancy, skipped.float()])
+            values = values.to("cpu", non_blocking=True)  # page-locked, of a GPU's
+            line = functools.partial(report, step, step - logged_step, rates, values, clock.lap())
+            deferred.add(step, line)
+            logged_step = step
             skipped.zero_()
         if step % save_every == 0 or is_last or stopping:
-            with clock.paused():
-                saving.begin(step)
+            saving.begin(step, deferred)
         if stopping and not is_last:
             break
         if probe_is_due(job, step):
+            deferred.flush()
             with clock.paused():
                 probe(job, log, step)
+    deferred.flush()
     return step
+
+
+@dataclass(slots=True)
+class SkippedUpdates:
+    """How many updates were skipped, one after the other, up to now."""
+
+    in_a_row: int = 0
+
+
+def write_log_line(
+    job: Job,
+    log: RunLog,
+    skipped: SkippedUpdates,
+    step: int,
+    num_steps: int,
+    rates: dict[str, float],
+    values: torch.Tensor,
+    seconds: Callable[[], float],
+) -> None:
+    """Log the last `num_steps` steps; give up when nothing but skipped updates has happened.
+
+    values: [3], on the CPU: on-diagonal and off-diagonal term, updates skipped.
+    seconds: what these steps took.
+    """
+    settings = job.config
+    on, off, num_skipped = values.tolist()
+    log.training(
+        {
+            "step": step,
+            "epoch": step / job.loader.steps_per_epoch,
+            "loss": on + settings.lambd * off,
+            "invariance": on,
+            "redundancy": off,
+            **rates,
+            "images_per_s": num_steps * settings.batch_size / seconds(),
+            "skipped": int(num_skipped),
+        }
+    )
+    skipped.in_a_row = skipped.in_a_row + num_steps if num_skipped == num_steps else 0
+    report_skipped(log, step, int(num_skipped), num_steps, skipped.in_a_row)
 
 
 def update(job: Job, views: torch.Tensor):

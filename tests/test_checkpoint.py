@@ -29,7 +29,7 @@ def trained(steps: int = 2, seed: int = 0):
 
 
 def save(folder, step, model, optimizer, keep=2):
-    state = checkpoint.state_of(model, optimizer)
+    state = checkpoint.Snapshot().take(model, optimizer)
     return checkpoint.write(folder, step, state, {"note": "x"}, keep=keep)
 
 

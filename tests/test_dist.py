@@ -10,7 +10,7 @@ from ranks import run_ranks
 
 from bt_fast import loss, meeting, norm, train
 from bt_fast.cli import parse_pretrain
-from bt_fast.dist import Traffic, World, of_all, require_same_weights
+from bt_fast.dist import Traffic, World, compare_weights, of_all
 from bt_fast.feed import feed
 from bt_fast.job import build
 from bt_fast.model import BarlowTwins
@@ -275,7 +275,7 @@ def weights_that_differ(world: World, differ: bool) -> str:
         with torch.no_grad():
             layer.bias[2] = 1e-30
     try:
-        require_same_weights(layer, world.group)
+        compare_weights(layer, world.group)()
     except RuntimeError as error:
         return str(error)
     return ""

@@ -122,7 +122,7 @@ class Checkpoints:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         for step in (1, 2):
-            tensors = checkpoint.state_of(*made(step))
+            tensors = checkpoint.Snapshot().take(*made(step))
             checkpoint.write(folder, step, tensors, {"data": {"images": 9}}, keep=2)
         self.newest = folder / "checkpoints" / "step-00000002"
         self.originals = [(self.newest / name).read_bytes() for name in self.files]

@@ -1,0 +1,71 @@
+"""What is read from a device late: nothing is lost, and nothing else changes."""
+
+import json
+
+import pytest
+import torch
+from tiny_runs import comparable, learned, metrics, pretrain, same
+
+from bt_fast import deferred as module
+from bt_fast.deferred import DELAY, Deferred
+from bt_fast.feed import LEAD
+from bt_fast.saving import Saving
+
+
+def test_on_a_cpu_nothing_is_late():
+    done = []
+    Deferred(torch.device("cpu")).add(1, lambda: done.append("now"))
+    assert done == ["now"]
+
+
+@pytest.fixture
+def late(monkeypatch):
+    """As on a GPU, but for the events."""
+
+    class Late(Deferred):
+        def __init__(self, device) -> None:
+            super().__init__(device)
+            self._delay = DELAY
+
+    monkeypatch.setattr(module.torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr("bt_fast.train.Deferred", Late)
+    return Late
+
+
+def test_actions_run_in_order_when_the_prefetcher_has_waited_for_their_step(late):
+    assert DELAY > LEAD
+    done: list[str] = []
+    deferred = late(torch.device("cpu"))
+    deferred.add(1, lambda: done.append("line of 1"))
+    deferred.add(1, lambda: done.append("checkpoint of 1"))
+    for step in range(2, DELAY + 1):
+        deferred.run(step)
+        assert done == []
+    deferred.run(DELAY + 1)
+    assert done == ["line of 1", "checkpoint of 1"]
+    deferred.add(9, lambda: done.append("line of 9"))
+    deferred.flush()
+    assert done[2:] == ["line of 9"]
+
+
+@pytest.mark.parametrize("save_every", [1, 4])
+def test_a_run_read_late_is_the_same_run(late, small_beton, finished, tmp_path, save_every):
+    flags = "--data", small_beton, "--run-dir", tmp_path / "run", "--save-every", save_every
+    assert pretrain(*flags) == 0
+    assert comparable(metrics(tmp_path / "run")) == comparable(metrics(finished))
+    assert same(learned(tmp_path / "run"), learned(finished))
+
+
+def test_no_checkpoint_is_newer_than_the_log(late, small_beton, tmp_path, monkeypatch):
+    """A run killed behind a checkpoint has all lines that a resumed one would not write again."""
+    folder, seen = tmp_path / "run", []
+    write = Saving._write
+
+    def checked(self, step, *arguments):
+        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        seen.append((step, max(line["step"] for line in lines if line["kind"] == "train")))
+        return write(self, step, *arguments)
+
+    monkeypatch.setattr(Saving, "_write", checked)
+    assert pretrain("--data", small_beton, "--run-dir", folder, "--save-every", 4) == 0
+    assert seen == [(4, 4), (8, 8), (12, 12)]  # --log-every 2
