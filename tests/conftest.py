@@ -160,6 +160,22 @@ def imagenet_beton(imagenet_folder, tmp_path_factory) -> Path:
     return out
 
 
+@pytest.fixture(autouse=True, scope="session")
+def default_precision():
+    """BT_FAST_TEST_PRECISION=bf16 or fp32 is what --precision auto chooses in this process,
+    whatever the processor has. Processes that tests start and compare state theirs."""
+    wanted = os.environ.get("BT_FAST_TEST_PRECISION")
+    if wanted is None:
+        yield
+        return
+    from bt_fast import perf
+
+    assert wanted in ("bf16", "fp32"), f"BT_FAST_TEST_PRECISION={wanted}"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(perf, "has_bf16", lambda device: wanted == "bf16")
+        yield
+
+
 @pytest.fixture(autouse=True)
 def one_compute_thread():
     """As in the processes the tests start; importing ffcv (OpenCV) undoes it in this one."""
