@@ -6,17 +6,23 @@ BIN := .venv/bin
 READY := .venv/.ready
 FFCV := .venv/.ffcv
 DALI := .venv/.dali
+OLDEST := .venv-oldest/bin
+OLDEST_READY := .venv-oldest/.ready
+# What depends on torch and triton.
+OLDEST_TESTS := norm model loss dist update optim augment augment_triton ablations heads feed log \
+	train checkpoint resume export profile
 
-.PHONY: help demo test lint coverage bench dist clean
+.PHONY: help demo test test-oldest lint coverage bench dist clean
 
 help:
 	@echo "make demo      convert drawn pictures, pretrain on them, probe the result (minutes, CPU)"
 	@echo "make test      run the tests"
+	@echo "make test-oldest   run those that depend on torch with the oldest one, in .venv-oldest/"
 	@echo "make lint      ruff and mypy"
 	@echo "make coverage  run the tests and say which lines they do not reach"
 	@echo "make bench     converter and loader against their rivals; DATA=folder of images"
 	@echo "make dist      wheel and source archive of a release, in dist/"
-	@echo "make clean     remove what the other targets made, but not .venv/"
+	@echo "make clean     remove what the other targets made, but not .venv/ and .venv-oldest/"
 
 demo: demo/out.beton
 	$(BIN)/bt-fast pretrain --recipe demo --data demo/out.beton
@@ -24,6 +30,10 @@ demo: demo/out.beton
 # Two files of tests at a time: most wait for processes they have started.
 test: $(FFCV) $(DALI)
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+# The GPU machines' torch 2.11; no optional package, whose tests skip.
+test-oldest: $(OLDEST_READY)
+	$(OLDEST)/python -m pytest -n 2 --dist loadfile $(OLDEST_TESTS:%=tests/test_%.py)
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -59,6 +69,14 @@ $(READY): pyproject.toml constraints.txt
 	@command -v $(PYTHON) >/dev/null || (echo "Python 3.11 or newer is needed; set PYTHON=" >&2; exit 2)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	@touch $@
+
+# numpy 2.4 and newer do not work with the interpreter of Triton 3.6, whose tests would skip.
+$(OLDEST_READY): pyproject.toml
+	@command -v $(PYTHON) >/dev/null || (echo "Python 3.11 or newer is needed; set PYTHON=" >&2; exit 2)
+	test -x $(OLDEST)/python || $(PYTHON) -m venv .venv-oldest
+	$(OLDEST)/python -m pip install --quiet torch==2.11.0 torchvision==0.26.0 triton==3.6.0 \
+		"numpy<2.4" "pytest>=8.3" "pytest-xdist>=3.6" "hypothesis>=6.130" --editable .
 	@touch $@
 
 # ffcv is optional: where it cannot be built, the tests that need it skip and say why.

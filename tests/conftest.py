@@ -1,6 +1,7 @@
 """Pictures for the tests: real photographs where the sample is at hand, drawn ones otherwise."""
 
 import copy
+import importlib.metadata
 import io
 import os
 import signal
@@ -27,6 +28,26 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Triton kernels run without a GPU in its interpreter; read when triton is first imported. The tests
 # of CUDA paths want the kernels themselves: TRITON_INTERPRET=0 pytest tests/test_cuda.py
 os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+def interpreter_failure() -> str | None:
+    """Why Triton's interpreter cannot run kernels here; None where it can."""
+    try:
+        version = importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        return "needs triton"
+    if version.startswith("3.6.") and tuple(map(int, np.__version__.split(".")[:2])) >= (2, 4):
+        return f"the interpreter of triton {version} does not work with numpy {np.__version__}"
+    return None
+
+
+INTERPRETER_FAILS = interpreter_failure()
+
+
+def require_interpreter() -> None:
+    """Skip the test that runs kernels where they cannot run."""
+    if INTERPRETER_FAILS:
+        pytest.skip(INTERPRETER_FAILS)
 
 
 def drawn_picture(seed: int, width: int = 200, height: int = 150) -> Image.Image:
@@ -137,6 +158,22 @@ def imagenet_beton(imagenet_folder, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("converted") / "out.beton"
     assert convert(imagenet_folder, out) == 0
     return out
+
+
+@pytest.fixture(autouse=True, scope="session")
+def default_precision():
+    """BT_FAST_TEST_PRECISION=bf16 or fp32 is what --precision auto chooses in this process,
+    whatever the processor has. Processes that tests start and compare state theirs."""
+    wanted = os.environ.get("BT_FAST_TEST_PRECISION")
+    if wanted is None:
+        yield
+        return
+    from bt_fast import perf
+
+    assert wanted in ("bf16", "fp32"), f"BT_FAST_TEST_PRECISION={wanted}"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(perf, "has_bf16", lambda device: wanted == "bf16")
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -32,7 +32,7 @@ def _rank(rank: int, size: int, port: int, folder: str, function, arguments) -> 
         MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
     )  # fmt: skip
     try:
-        world = meeting.join(torch.device("cpu"), timeout=120)
+        world = meeting.join(torch.device("cpu"), timeout=300)
         result = function(world, *arguments)
         torch.save(result, Path(folder) / f"{rank}.pt")
         dist.wait_for_all(world.group)

@@ -9,6 +9,7 @@ from pathlib import Path
 from conftest import write_beton
 
 ROOT = Path(__file__).parents[1]
+COMMON = ["--device=cpu", "--precision=fp32"]
 
 # A guard on every connection, that first proves that it works; then the command lines of argv.
 AT_HOME = """
@@ -70,11 +71,11 @@ def test_training_and_evaluating_need_no_network_and_write_where_they_are_told(t
     data = write_beton(tmp_path / "data.beton", 40)
     for folder in ("home", "tmp", "elsewhere"):
         (tmp_path / folder).mkdir()
-    flags = ["--recipe=demo", "--device=cpu", "--size=32", "--batch-size=16", "--workers=1"]
+    flags = ["--recipe=demo", *COMMON, "--size=32", "--batch-size=16", "--workers=1"]
     flags += ["--epochs=1", "--projector", "32", "16", "--data", str(data)]
     commands = [
         ["pretrain", *flags, "--run-dir", "run"],
-        ["eval", "knn", "run", "--device=cpu", "--workers=1"],
+        ["eval", "knn", "run", *COMMON, "--workers=1"],
     ]
     environment = {
         "PATH": os.environ["PATH"],

@@ -122,9 +122,9 @@ def test_opening_a_large_file_is_quick(tmp_path):
     with BetonWriter(path, num_samples=100_000, class_names=list("abc")) as writer:
         for index in range(100_000):
             writer.add(b"x", 1, 1, index % 3, f"{index}.jpg", checksum=0)
-    start = time.perf_counter()
+    start = time.process_time()  # what else runs on the machine does not count
     assert len(BetonReader(path)) == 100_000
-    assert time.perf_counter() - start < 1
+    assert time.process_time() - start < 1
     assert beton.MAX_PIXELS < 1 << 31  # sizes stay within the decoders' C integers
 
 

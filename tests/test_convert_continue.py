@@ -175,7 +175,7 @@ def test_a_signal_keeps_what_is_done_only_if_told_to(tmp_path):
         (folder / "a" / f"{index}.jpg").symlink_to(folder / "large.bin")
     child = start_conversion(folder, tmp_path / "out.beton", "--continue")
     child.send_signal(signal.SIGTERM)
-    _, errors = child.communicate(timeout=30)
+    _, errors = child.communicate(timeout=300)
     assert child.returncode == 143 and "what is done stays for --continue" in errors
     assert names_in(tmp_path) == ["images", "out.beton.partial"]
 

@@ -83,15 +83,23 @@ def test_a_full_disk_stops_all_ranks(small_beton, tmp_path):
 def test_a_folder_that_turns_read_only_keeps_its_checkpoints(
     small_beton, finished, tmp_path, monkeypatch, capsys
 ):
-    folder, steps, real = tmp_path / "run", itertools.count(1), train.update
+    folder, steps = tmp_path / "run", itertools.count(1)
+    real_update, real_write, written = train.update, checkpoint.write, threading.Event()
     with contextlib.ExitStack() as stack:
 
         def update(job, views):
             if next(steps) == 6:
+                assert written.wait(300)  # the checkpoint of step 4, by a thread
                 stack.enter_context(mounted(folder / "checkpoints", "ro"))
-            return real(job, views)
+            return real_update(job, views)
+
+        def write(*arguments, **options):
+            path = real_write(*arguments, **options)
+            written.set()
+            return path
 
         monkeypatch.setattr(train, "update", update)
+        monkeypatch.setattr(checkpoint, "write", write)
         flags = ("--data", small_beton, "--run-dir", folder, "--save-every", 4)
         assert pretrain(*flags) == EXIT_UNSAVED
     assert "step 8 was not saved" in (output := capsys.readouterr().out)
@@ -131,7 +139,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(
         return real_update(job, views)
 
     def write(folder, step, *arguments, **options):
-        assert further.wait(60), "nothing was trained meanwhile"
+        assert further.wait(300), "nothing was trained meanwhile"
         return real_write(folder, step, *arguments, **options)
 
     monkeypatch.setattr(train, "update", update)
@@ -220,7 +228,7 @@ def test_a_run_goes_on_when_nobody_reads_what_it_prints(small_beton, tmp_path):
     process = start("--data", small_beton, "--run-dir", folder, "--save-every", 1)
     wait_for_step(process, folder, 2)
     process.stdout.close()
-    assert process.wait(timeout=120) == 0
+    assert process.wait(timeout=300) == 0
     assert (folder / "encoder.safetensors").exists()
 
 

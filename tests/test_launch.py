@@ -5,12 +5,11 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
-from tiny_runs import TINY, learned, metrics, pretrain, same, start, wait_for_step
+from tiny_runs import TINY, learned, metrics, pretrain, same, start, wait_for_step, wait_until
 
 from bt_fast import faults
 from bt_fast.cli import main
@@ -22,7 +21,7 @@ from bt_fast.signals import EXIT_STOPPED
 
 # Beside those of every tiny run: what makes ranks comparable.
 FLAGS = [
-    "--precision=fp32", "--workers=1", "--probe-every=0", "--log-every=1", "--lr-weights=0.5",
+    "--workers=1", "--probe-every=0", "--log-every=1", "--lr-weights=0.5",
 ]  # fmt: skip
 
 
@@ -92,12 +91,12 @@ def test_a_signal_to_any_rank_stops_all_at_the_same_step(two_ranks, small_beton,
 def test_a_stop_asked_for_before_the_first_step_leaves_nothing(small_beton, tmp_path):
     process = start(*FLAGS, "--data", small_beton, "--run-dir", tmp_path / "run")
     catches = 1 << (signal.SIGUSR1 - 1)
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline:
+
+    def is_caught() -> bool:
         status = Path(f"/proc/{process.pid}/status").read_text()
-        if int(re.search(r"SigCgt:\s*(\w+)", status)[1], 16) & catches:
-            break
-        time.sleep(0.01)
+        return bool(int(re.search(r"SigCgt:\s*(\w+)", status)[1], 16) & catches)
+
+    wait_until(is_caught, process)
     process.send_signal(signal.SIGUSR1)  # while torch is being imported
     output, _ = process.communicate(timeout=300)
     assert process.returncode == EXIT_STOPPED, output
@@ -199,7 +198,9 @@ def test_the_plan_counts_what_the_paper_says():
 @pytest.mark.parametrize("kind", ["exit", "exception", "kill", "hang"])
 def test_a_run_survives_a_fault_of_one_rank(two_ranks, small_beton, tmp_path, kind):
     folder = tmp_path / "run"
-    flags, fault = ("--save-every", 1, "--patience", 8), f"1:5:{kind}"
+    flags, fault = ["--save-every", 1], f"1:5:{kind}"
+    if kind == "hang":
+        flags += ["--patience", 15]  # seconds: more than a step takes on a busy machine
     done = start_two(small_beton, folder, *flags, env=with_fault(fault))
     output, _ = done.communicate(timeout=300)
     assert done.returncode == 0, output

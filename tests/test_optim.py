@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import require_interpreter
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -113,7 +114,7 @@ def mixed_parameters(shapes=ODD) -> list[torch.Tensor]:
 
 def optimizer_of(parameters: list[torch.Tensor], fused: bool) -> LARS:
     if fused:
-        pytest.importorskip("triton")
+        require_interpreter()
     groups = [
         {"params": [p for p in parameters if p.ndim > 1], "momentum": 0.8},
         {"params": [p for p in parameters if p.ndim <= 1], "lr": 0.3},
@@ -173,7 +174,7 @@ def test_a_guarded_step_that_is_not_finite_changes_nothing(fused):
 
 def test_launches_of_the_papers_model():
     """Counted by the tool: the released code's loop, foreach, and the fused kernels."""
-    pytest.importorskip("triton")
+    require_interpreter()
     done = subprocess.run(
         [sys.executable, ROOT / "tools" / "launches.py"], capture_output=True, text=True, check=True
     )

@@ -70,7 +70,7 @@ def test_a_signal_saves_and_says_how_to_go_on(small_beton, finished, tmp_path):
     process = start("--data", small_beton, "--run-dir", folder, "--save-every", 1)
     wait_for_step(process, folder, 2)
     process.send_signal(signal.SIGTERM)
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=300)
     assert process.returncode == EXIT_STOPPED
     assert f"bt-fast pretrain --resume {folder}" in output
     assert main(["pretrain", "--resume", str(folder)]) == 0
@@ -97,7 +97,7 @@ def test_a_terminal_that_is_closed_leaves_a_run_that_goes_on(
         closing.set()
         reader.join()
         os.close(ours)
-    assert process.wait(timeout=60) == EXIT_STOPPED
+    assert process.wait(timeout=300) == EXIT_STOPPED
     assert main(["pretrain", "--resume", str(folder)]) == 0
     assert same(learned(folder), learned(finished))
 

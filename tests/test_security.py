@@ -235,7 +235,14 @@ def test_a_record_that_decodes_to_another_size_is_refused(tmp_path, capsys):
     with BetonWriter(tmp_path / "x.beton", num_samples=8) as writer:
         for index in range(8):
             writer.add(huge, 8, 8, -1, str(index))
-    flags = ["--recipe=demo", "--device=cpu", "--batch-size=8", "--size=32", "--workers=1"]
+    flags = [
+        "--recipe=demo",
+        "--device=cpu",
+        "--precision=fp32",
+        "--batch-size=8",
+        "--size=32",
+        "--workers=1",
+    ]
     flags += ["--projector", "16", "--run-dir", str(tmp_path / "run")]
     assert main(["pretrain", *flags, "--data", str(tmp_path / "x.beton")]) == 2
     error = capsys.readouterr().err

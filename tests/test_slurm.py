@@ -166,8 +166,8 @@ def job_facts(job: str) -> str:
 
 
 def wait(job: str, ready, log: Path) -> None:
-    """Until `ready`; fails when the job has ended before, or after four minutes."""
-    deadline = time.monotonic() + 240
+    """Until `ready`; fails when the job has ended before, or after ten minutes."""
+    deadline = time.monotonic() + 600
     facts = job_facts(job)
     while not ready():
         on_its_way = not re.search("JobState=(COMPLETED|FAILED|CANCELLED)", facts)

@@ -142,14 +142,16 @@ def tiles(results: Results) -> None:
     images, parameters, n = batch_of_views()
     apply = partial(augment_triton.apply, images, parameters, dtype=torch.bfloat16)
 
-    def figures(tile: int, warps: int) -> dict[str, float]:
+    def figures(tile: int, warps: int, registers: int | None) -> dict[str, float]:
         augment_triton.TILE, augment_triton.INNER = tile, tile - 2 * augment_triton.REACH
-        augment_triton.NUM_WARPS = warps
+        augment_triton.NUM_WARPS, augment_triton.MAX_REGISTERS = warps, registers
         return {"us per view": 1e6 * seconds_per_call(apply, DEVICE, BUDGET)[0] / n}
 
-    for tile, warps in ((64, 8), (64, 4), (64, 16), (32, 4), (32, 2)):
-        row = f"tile {tile}, {warps} warps"
-        results.measure("The fused augmentation otherwise", row, partial(figures, tile, warps))
+    limited = (64, 8, augment_triton.MAX_REGISTERS)
+    for way in (limited, (64, 8, None), (64, 4, None), (64, 16, None), (32, 4, None), (32, 2, None)):
+        tile, warps, registers = way
+        row = f"tile {tile}, {warps} warps" + (f", {registers} registers" if registers else "")
+        results.measure("The fused augmentation otherwise", row, partial(figures, *way))
 
 
 def optimizers(results: Results) -> None:
