@@ -148,7 +148,14 @@ def tiles(results: Results) -> None:
         return {"us per view": 1e6 * seconds_per_call(apply, DEVICE, BUDGET)[0] / n}
 
     limited = (64, 8, augment_triton.MAX_REGISTERS)
-    for way in (limited, (64, 8, None), (64, 4, None), (64, 16, None), (32, 4, None), (32, 2, None)):
+    for way in (
+        limited,
+        (64, 8, None),
+        (64, 4, None),
+        (64, 16, None),
+        (32, 4, None),
+        (32, 2, None),
+    ):
         tile, warps, registers = way
         row = f"tile {tile}, {warps} warps" + (f", {registers} registers" if registers else "")
         results.measure("The fused augmentation otherwise", row, partial(figures, *way))
