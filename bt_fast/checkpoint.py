@@ -58,9 +58,9 @@ class Checkpoint:
 
 
 class Snapshot:
-    """Memory of the host for what a checkpoint holds, used again for every one.
+    """Host buffers for the tensors of a checkpoint, reused for every one.
 
-    Beside a GPU it is page-locked: a copy is only queued, and training goes on behind it.
+    Those of a GPU's tensors are page-locked, so that copies are only queued.
     """
 
     def __init__(self) -> None:
@@ -70,7 +70,7 @@ class Snapshot:
         self, model: torch.nn.Module, optimizer: torch.optim.Optimizer
     ) -> tuple[Tensors, Tensors]:
         """(parameters and batch statistics, momentum by parameter name), row-major on the CPU, and
-        valid until the next call; of a GPU's, once the GPU has done what is queued."""
+        valid until the next call; on a GPU, after the queued work has completed."""
         momentum = {
             name: optimizer.state[parameter]["momentum"]
             for name, parameter in model.named_parameters()

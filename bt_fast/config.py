@@ -59,8 +59,7 @@ class Config:
     bn_group: int = 0
     """Ranks whose samples batch norm normalises together, in a row; 0 = all, as in the paper."""
     separate_communicators: bool = True
-    """A communicator for gradients and another, of high priority, for batch norm and loss; else one
-    for everything."""
+    """Separate communicators for gradients and for batch norm and loss; without, one for all."""
     compress_gradients: bool = False
     """Send gradients between ranks as bf16."""
     patience: float = 600

@@ -25,8 +25,8 @@ from bt_fast.loss import choose_method
 
 RANKS_PER_MACHINE = 8
 INSIDE_BYTES_PER_S = 300e9  # a rank to its neighbour within a machine, over NVLink
-# Seconds of a collective that carries next to nothing: on one machine, and on several.
-LATENCY_INSIDE, LATENCY_ACROSS = 25e-6, 45e-6
+# Seconds of a small collective.
+LATENCY_INTRA_NODE, LATENCY_INTER_NODE = 25e-6, 45e-6
 _LOSS_COLLECTIVES = 3
 _OVERLAPPED = 0.9  # of the backward pass can hide the gradients' all-reduce
 
@@ -54,7 +54,7 @@ _WEIGHT_BYTES = 14  # per parameter: cast to bf16, the gradient in bf16 and in f
 
 
 def fixed_seconds(num_norm_layers: int, num_parameters: int, bytes_per_s: float) -> float:
-    """What encoder and projector take in a step, however few the images."""
+    """Seconds of encoder and projector that do not depend on the number of images."""
     kernels = _KERNELS_PER_NORM * num_norm_layers * _KERNEL_SECONDS
     return kernels + _WEIGHT_BYTES * num_parameters / bytes_per_s
 
@@ -100,13 +100,18 @@ class Prediction:
     efficiency: float  # of this many single devices
 
 
+def _latency(num_ranks: int) -> float:
+    return LATENCY_INTRA_NODE if num_ranks <= RANKS_PER_MACHINE else LATENCY_INTER_NODE
+
+
 def predict(
     measured: Measured,
     world_size: int,
     link_gbps: float,
     *,
     separate_communicators: bool = True,
-    alone: float | None = None,
+    norm_ranks: int = 0,
+    single_device_images_per_s: float | None = None,
 ) -> Prediction:
     """The step of W ranks that each do what was measured.
 
@@ -118,8 +123,8 @@ def predict(
     Args:
         link_gbps: of the network card of one rank, 10^9 bits per second.
         separate_communicators: whether batch norm and loss have one of their own.
-        alone: images/s of the single device that `efficiency` compares with. Default: the one that
-            was measured.
+        norm_ranks: ranks whose samples batch norm normalises together; 0 = all.
+        single_device_images_per_s: what `efficiency` compares with. Default: what was measured.
     """
     w, n, d = world_size, measured.images, measured.num_dimensions
     rate = INSIDE_BYTES_PER_S
@@ -128,7 +133,9 @@ def predict(
     bytes_per_parameter = 2 * (w - 1) / w * measured.gradient_itemsize
     gradient_bytes = bytes_per_parameter * measured.num_parameters
     embedding_bytes = (w - 1) * 2 * n * d * measured.embedding_itemsize
-    collectives = 2 * measured.num_norm_layers + _LOSS_COLLECTIVES if w > 1 else 0
+    norm_ranks = norm_ranks or w
+    of_norm = 2 * measured.num_norm_layers if norm_ranks > 1 else 0
+    of_loss = _LOSS_COLLECTIVES if w > 1 else 0
     queueing = 0.0
     if not separate_communicators:
         queueing = bytes_per_parameter * measured.num_projector_parameters / rate
@@ -140,21 +147,20 @@ def predict(
         "optimizer": measured.optimizer,
         "gradients, exposed": sending - hidden,
         "embeddings": embedding_bytes / rate,
-        "collectives, latency": collectives
-        * (LATENCY_INSIDE if w <= RANKS_PER_MACHINE else LATENCY_ACROSS),
+        "collectives, latency": of_norm * _latency(norm_ranks) + of_loss * _latency(w),
         "queueing behind gradients": queueing,
     }
     step = sum(seconds.values())
-    if alone is None:
-        alone = n / (measured.encoder + measured.loss + measured.optimizer)
+    if single_device_images_per_s is None:
+        single_device_images_per_s = n / (measured.encoder + measured.loss + measured.optimizer)
     return Prediction(
         world_size=w,
         gradient_bytes=gradient_bytes,
         embedding_bytes=embedding_bytes,
-        collectives=collectives,
+        collectives=of_norm + of_loss,
         seconds=seconds,
         hidden=hidden,
         step=step,
         images_per_s=w * n / step,
-        efficiency=n / step / alone,
+        efficiency=n / step / single_device_images_per_s,
     )

@@ -1,9 +1,9 @@
-"""What needs values from the GPU, done when they have long arrived, so that nothing waits for them.
+"""Deferred reads of GPU values: the copy is queued now and read a few steps later.
 
 The host is a few steps ahead of a GPU. Reading a value it has just asked for would empty the GPU's
-queue. So the copy to page-locked memory is queued like any other work, and the reading happens as
-many steps later as the host can be ahead: at the same step on every rank, whatever their speed. On
-a CPU it happens at once.
+queue. So the copy to page-locked memory is queued like any other work, and is read as many steps
+later as the host can be ahead: at the same step on every rank, whatever their speed. On a CPU it is
+read at once.
 """
 
 from collections import deque
@@ -14,21 +14,21 @@ import torch
 from bt_fast.feed import LEAD
 
 # The prefetcher has by then waited for the step in which the copy was queued.
-DELAY = LEAD + 1  # steps
+GPU_DELAY = LEAD + 1  # steps
 
 
 class Deferred:
-    """Actions in the order in which they were added."""
+    """Actions that need values of a device, run in the order in which they were added."""
 
-    def __init__(self, device: torch.device) -> None:
-        self._delay = DELAY if device.type == "cuda" else 0
+    def __init__(self, device: torch.device, delay: int | None = None) -> None:
+        """delay: in steps. Default: `GPU_DELAY` on a GPU, 0 on a CPU."""
+        self._on_gpu = device.type == "cuda"
+        self._delay = delay if delay is not None else GPU_DELAY * self._on_gpu
         self._waiting: deque[tuple[int, torch.cuda.Event | None, Callable[[], None]]] = deque()
 
     def add(self, step: int, action: Callable[[], None]) -> None:
-        """Run `action` when what is in the current stream's queue after `step` has been done."""
-        event = None
-        if torch.cuda.is_available() and self._delay:
-            event = torch.cuda.current_stream().record_event()
+        """Run `action` after the work now queued on the current stream has completed."""
+        event = torch.cuda.current_stream().record_event() if self._on_gpu else None
         self._waiting.append((step + self._delay, event, action))
         self.run(step)
 

@@ -30,7 +30,7 @@ class World:
     size: int
     local_rank: int  # on this machine
     local_size: int  # ranks of this machine
-    keeps_group: bool = False  # though it is alone: its collectives run, over one rank
+    single_rank_group: bool = False  # whether a single rank has a process group, too
 
     @property
     def is_first(self) -> bool:
@@ -39,19 +39,20 @@ class World:
 
     @property
     def group(self) -> Group:
-        """All ranks. On it travel gradients, and whatever is exchanged between two steps."""
-        there = self.size > 1 or self.keeps_group
-        return dist.group.WORLD if there else None  # type: ignore[return-value]
+        """All ranks; used for gradients and for exchanges between steps."""
+        exists = self.size > 1 or self.single_rank_group
+        return dist.group.WORLD if exists else None  # type: ignore[return-value]
 
     def share(self, samples: np.ndarray) -> np.ndarray:
         """This rank's of them, in a row; the first ranks have one more where they do not divide."""
         return np.array_split(samples, self.size)[self.rank]
 
     def new_group(self, device: torch.device, *, size: int = 0, timeout: float = 600) -> Group:
-        """A communicator of its own for this rank and its neighbours. All ranks call it.
+        """Create process groups of `size` consecutive ranks and return this rank's. Every rank must
+        call it.
 
-        On a GPU it has a stream of high priority: the small collectives that a step waits for do
-        not queue behind the gradients on `group`.
+        On a GPU the group has a stream of high priority: the small collectives that a step waits
+        for do not queue behind the gradients on `group`.
 
         Args:
             device: of this rank's tensors.
@@ -64,8 +65,9 @@ class World:
         size = size or self.size
         options: dict[str, Any] = {"timeout": timedelta(seconds=timeout)}
         if device.type == "cuda":
-            urgent = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
-            options |= {"backend": "nccl", "pg_options": urgent}
+            nccl_options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
+            nccl_options._timeout = options["timeout"]  # torch warns if it differs
+            options |= {"backend": "nccl", "pg_options": nccl_options}
         groups = [
             dist.new_group(list(range(first, first + size)), **options)
             for first in range(0, self.size, size)

@@ -20,7 +20,7 @@ from bt_fast.lars import LARS, parameter_groups
 from bt_fast.log import duration
 from bt_fast.loss_variants import objective_terms
 from bt_fast.model import BarlowTwins
-from bt_fast.norm import BatchStatistics
+from bt_fast.norm import RunningStatistics
 from bt_fast.perf import Performance
 from pipelines.crop import RandomResizedCrop
 from pipelines.loaders import BATCH, Data, Loader, choose, open_data, open_loader, open_val
@@ -42,7 +42,7 @@ class Job:
     model: BarlowTwins
     embed: Callable[[torch.Tensor], torch.Tensor]  # the model's forward pass, perhaps compiled
     objective: Callable  # the loss's two terms, perhaps compiled
-    statistics: BatchStatistics
+    statistics: RunningStatistics  # of the model's batch norms
     optimizer: LARS
     last_step: int
 
@@ -84,7 +84,7 @@ def build(settings: Config, world: World = ALONE) -> Job:
                 group=loss_group,
             )
         ),
-        statistics=BatchStatistics(model),
+        statistics=RunningStatistics(model),
         optimizer=LARS(
             parameter_groups(model.parameters()), lr=0.0, weight_decay=settings.weight_decay
         ),

@@ -23,21 +23,18 @@ from pipelines.report import shown
 _PLAIN_INTERVAL = 5.0  # seconds between plain lines
 
 
-_Moment = float | torch.cuda.Event
+_Timestamp = float | torch.cuda.Event
 
 
 class Clock:
-    """Seconds of training, lap by lap, without the pauses.
-
-    Moments are points in the device's work: on a GPU events in its queue, for which nothing waits.
-    """
+    """Training time per log interval, without pauses; on a GPU measured by CUDA events."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._started = self._now()
-        self._parts: list[tuple[_Moment, _Moment]] = []
+        self._parts: list[tuple[_Timestamp, _Timestamp]] = []
 
-    def _now(self) -> _Moment:
+    def _now(self) -> _Timestamp:
         if self._device.type != "cuda":
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
@@ -45,8 +42,8 @@ class Clock:
         return event
 
     def lap(self) -> Callable[[], float]:
-        """End a lap and begin the next. Returns what tells its seconds, once the device has got
-        there."""
+        """End an interval and begin the next. Returns a function that gives its seconds; call it
+        when the device has reached this point."""
         now = self._now()
         parts, self._parts, self._started = [*self._parts, (self._started, now)], [], now
         return lambda: sum(_seconds(start, end) for start, end in parts)
@@ -58,7 +55,7 @@ class Clock:
         self._started = self._now()
 
 
-def _seconds(start: _Moment, end: _Moment) -> float:
+def _seconds(start: _Timestamp, end: _Timestamp) -> float:
     if isinstance(start, float):
         assert isinstance(end, float)
         return end - start

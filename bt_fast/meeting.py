@@ -25,12 +25,12 @@ def described() -> World:
         size=size,
         local_rank=local_rank,
         local_size=local_size,
-        keeps_group=os.environ.get(GROUP_OF_ONE) == "1",
+        single_rank_group=os.environ.get(SINGLE_RANK_GROUP) == "1",
     )
 
 
 # Set to 1, a single rank has a process group too: collectives and their streams run on one GPU.
-GROUP_OF_ONE = "BT_FAST_GROUP_OF_ONE"
+SINGLE_RANK_GROUP = "BT_FAST_GROUP_OF_ONE"
 RESTARTS = "BT_FAST_RESTARTS"  # set where bt-fast itself starts ranks (start.py)
 
 
@@ -46,7 +46,7 @@ def join(device: torch.device, timeout: float) -> World:
     timeout: seconds after which a rank that does not answer ends the run.
     """
     world = described()
-    if (world.size > 1 or world.keeps_group) and not dist.is_initialized():
+    if (world.size > 1 or world.single_rank_group) and not dist.is_initialized():
         # Collectives of two communicators run on a GPU in the order in which the host starts them,
         # which is the same on every rank. Unordered, each could wait for the other's resources.
         os.environ.setdefault("NCCL_LAUNCH_ORDER_IMPLICIT", "1")

@@ -13,8 +13,8 @@ channel in one view over the samples of all ranks, weight w, bias b and M sample
     d L / d x = scale (g - sum(g) / M - (x - m) sum(g (x - m)) / (s^2 M))           g = d L / d y
 
 The gradients of w and b stay this rank's share, as those of any weight. Arithmetic is float32 or
-better, but nothing of an activation's size is written or saved in a wider dtype than the
-activation's: a compiled layer reads x twice and writes y once, and reads x and g twice and writes
+better, but nothing of an activation's size is saved, or written by a compiled layer, in a wider
+dtype than the activation's: it reads x twice and writes y once, and reads x and g twice and writes
 d L / d x once. Over ranks there is one all-reduce forwards, of sums and sums of squares, and one
 backwards, of the two sums above. The first is in float64, where the difference of mean square and
 squared mean loses nothing.
@@ -23,8 +23,8 @@ Alone and not compiled, a layer takes torch's own kernels, which need less memor
 
 Running statistics see view A, then view B, as two calls would show them. A layer on its own moves
 them in its forward pass. The layers of a model in training leave their batch's statistics to
-`BatchStatistics`, which moves all of them at once after the update, or not at all if the update is
-skipped.
+`RunningStatistics`, which moves all of them at once after the update, or not at all if the update
+is skipped.
 
 Fine-tuning has one view, and ranks that hold more samples than others, or none, in the last batch
 of an epoch (`over_uneven_ranks`): then counts travel with the sums.
@@ -146,9 +146,9 @@ class _PerView(nn.modules.batchnorm._BatchNorm):
     running_var: torch.Tensor
     num_batches_tracked: torch.Tensor
     group: Group = None  # the ranks whose samples are normalised together
-    # Where `BatchStatistics` moves the running statistics: of the last batch, each [V, C].
-    deferred = False
-    batch_statistics: tuple[torch.Tensor, ...] = ()  # mean and unbiased variance
+    # With `RunningStatistics`: mean and unbiased variance of the last batch, each [V, C].
+    updated_externally = False
+    batch_statistics: tuple[torch.Tensor, ...] = ()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: [2 n, C, ...] in training mode, view A first; any batch in evaluation mode."""
@@ -158,7 +158,7 @@ class _PerView(nn.modules.batchnorm._BatchNorm):
         if len(x) % self.num_views:
             raise ValueError(f"a training batch holds two views of every image, got {len(x)} rows")
         if self.group is None and not torch.compiler.is_compiling():
-            y, mean, variance = self._by_torch(x)
+            y, mean, variance = self._forward_native(x)
         else:
             y, mean, variance, count = normalise(
                 x,
@@ -172,15 +172,15 @@ class _PerView(nn.modules.batchnorm._BatchNorm):
             if not isinstance(count, torch.Tensor) and count < 2:
                 raise ValueError("batch norm needs more than one value per channel and view")
             variance = variance * (count / (count - 1))
-        if self.deferred:
+        if self.updated_externally:
             self.batch_statistics = mean, variance
         else:
             self.num_batches_tracked.add_(self.num_views)
-            _move(self.running_mean, mean, self.momentum)
-            _move(self.running_var, variance, self.momentum)
+            _update(self.running_mean, mean, self.momentum)
+            _update(self.running_var, variance, self.momentum)
         return y
 
-    def _by_torch(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def _forward_native(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """y, mean and unbiased variance by torch's kernels, whose running statistics with a
         momentum of 1 are those of the batch."""
         mean, variance = self.running_mean.new_zeros(2, self.num_views, self.num_features)
@@ -201,18 +201,18 @@ class _PerView(nn.modules.batchnorm._BatchNorm):
 
 
 @torch.no_grad()
-def _move(running: torch.Tensor, batch: torch.Tensor, momentum: float) -> None:
+def _update(running: torch.Tensor, batch: torch.Tensor, momentum: float) -> None:
     """Move running statistics [values] towards each view's, [V, values], in place."""
-    running.copy_(_moved(running, batch, momentum))
+    running.copy_(_updated(running, batch, momentum))
 
 
-def _moved(running: torch.Tensor, batch: torch.Tensor, momentum: float) -> torch.Tensor:
+def _updated(running: torch.Tensor, batch: torch.Tensor, momentum: float) -> torch.Tensor:
     for view in batch.to(running.dtype):
         running = running.lerp(view, momentum)
     return running
 
 
-class BatchStatistics:
+class RunningStatistics:
     """The running statistics of all batch norms of a model, moved together.
 
     The layers' buffers become parts of two tensors, so that a training step moves all of them with
@@ -227,7 +227,7 @@ class BatchStatistics:
         if len({layer.momentum for layer in self.layers}) > 1:
             raise ValueError("the batch norms of a model need the same momentum")
         for layer in self.layers:
-            layer.deferred = True
+            layer.updated_externally = True
         self.running = self._flatten("running_mean", "running_var")
         self.counts = self._flatten("num_batches_tracked")
 
@@ -245,8 +245,12 @@ class BatchStatistics:
 
         applied: bool scalar on their device; where it is false, nothing moves.
         """
-        batch = torch.cat([part for layer in self.layers for part in layer.batch_statistics], 1)
-        moved = _moved(self.running, batch, self.layers[0].momentum)
+        parts = [part for layer in self.layers for part in layer.batch_statistics]
+        assert len(parts) == 2 * len(self.layers), "no forward pass in training mode to update from"
+        batch = torch.cat(parts, 1)
+        for layer in self.layers:
+            layer.batch_statistics = ()
+        moved = _updated(self.running, batch, self.layers[0].momentum)
         self.running.copy_(torch.where(applied, moved, self.running))
         self.counts += applied * self.layers[0].num_views
 

@@ -1,8 +1,8 @@
 """Checkpoints written while training goes on.
 
-Between two steps a copy of what is to be saved is queued; when the device has made it, a thread
-writes it, checks its sums and flushes the disk, which takes seconds for a model with a wide
-projector. One at a time: the next one waits for it, and so does the end of a run, however it comes.
+Between two steps a copy of what is to be saved is queued; when it has completed, a thread writes
+it, checks its sums and flushes the disk, which takes seconds for a model with a wide projector. One
+at a time: the next one waits for it, and so does the end of a run, however it comes.
 """
 
 import functools
@@ -22,23 +22,27 @@ class Saving:
     Attributes: `saved`, whether the disk has taken the newest one, as far as is known.
     """
 
-    def __init__(self, job: Job, run: RunDirectory | None, log: RunLog) -> None:
+    def __init__(self, job: Job, run: RunDirectory | None, log: RunLog, deferred: Deferred) -> None:
         self.saved = True
+        self._deferred = deferred
         self._job, self._run, self._log = job, run, log
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._snapshot = checkpoint.Snapshot()
-        self._queued = False  # a copy that the device may not have made yet
+        self._queued = False  # a copy that may not have completed
         self._step = 0
         self._writing: Future | None = None
 
     def __enter__(self) -> "Saving":
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_) -> None:
+        # What is queued is sound, unless the device or other ranks may not answer any more.
+        if kind is None or issubclass(kind, (ValueError, OSError)):
+            self._deferred.flush()
         self.look(wait=True)
         self._thread.shutdown()
 
-    def begin(self, step: int, deferred: Deferred) -> None:
+    def begin(self, step: int) -> None:
         """Save the state after `step`. All ranks call it: where each one's reader stands is in the
         checkpoint, too. With --if-save-fails stop it returns when the disk has it, or has not.
 
@@ -46,21 +50,21 @@ class Saving:
         only queued here.
         """
         job = self._job
-        if self._queued:  # its memory is used again
-            deferred.flush()
+        if self._queued:  # the buffer is reused
+            self._deferred.flush()
         check = dist.compare_weights(job.model, job.world.group)
         readers = dist.of_all(job.loader.steps.state(step), job.world.group)
         if self._run is not None:
             self.look(wait=True)
             self._snapshot.take(job.model, job.optimizer)
         self._queued = True
-        deferred.add(step, functools.partial(self._write, step, check, readers))
+        self._deferred.add(step, functools.partial(self._write, step, check, readers))
         if job.config.if_save_fails == "stop":
-            deferred.flush()
+            self._deferred.flush()
             self.look(wait=True)
 
     def _write(self, step: int, check: Callable[[], None], readers: list) -> None:
-        """Let the thread write what the device has copied by now."""
+        """Start writing; the copy has completed."""
         self._queued = False
         check()
         if self._run is None:

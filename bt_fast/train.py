@@ -61,8 +61,9 @@ def pretrain(settings: Config, stop: StopFlag, world: World = ALONE) -> int:
         log = stack.enter_context(RunLog(console, run.path if run else None, step, job.last_step))
         if run:
             log.say(f"run directory: {run.path}")
-        with Saving(job, run, log) as saving:
-            step = train(job, run, log, stop, saving, step)
+        deferred = Deferred(job.performance.device)
+        with Saving(job, run, log, deferred) as saving:
+            step = train(job, run, log, stop, saving, deferred, step)
         status = 0 if step == job.last_step else EXIT_STOPPED
         if run:
             status = finish(job, run, log, step, saving.saved)
@@ -100,7 +101,13 @@ def finish(job: Job, run: RunDirectory, log: RunLog, step: int, saved: bool) -> 
 
 
 def train(
-    job: Job, run: RunDirectory | None, log: RunLog, stop: StopFlag, saving: Saving, step: int
+    job: Job,
+    run: RunDirectory | None,
+    log: RunLog,
+    stop: StopFlag,
+    saving: Saving,
+    deferred: Deferred,
+    step: int,
 ) -> int:
     """The loop. Returns the step it got to, which is being saved: the last step, or an earlier one
     after a request to stop to any rank.
@@ -118,8 +125,7 @@ def train(
     device = job.performance.device
     logged_step, clock = step, Clock(device)
     skipped = torch.zeros((), dtype=torch.int32, device=device)
-    report = functools.partial(write_log_line, job, log, SkippedUpdates())
-    deferred = Deferred(device)
+    skipped_in_a_row = SkippedInARow()
     vote = Vote(job.world.group)
     batches = job.loader.batches(step, job.last_step)
     for views in feed(batches, (settings.view_a, settings.view_b), job.performance):
@@ -142,12 +148,14 @@ def train(
         if step % settings.log_every == 0 or step == 1 or is_last:
             values = torch.stack([invariance, redundancy, skipped.float()])
             values = values.to("cpu", non_blocking=True)  # page-locked, of a GPU's
-            line = functools.partial(report, step, step - logged_step, rates, values, clock.lap())
-            deferred.add(step, line)
+            line = LogLine(step, step - logged_step, rates, values, clock.lap())
+            write = functools.partial(write_log_line, job, log, skipped_in_a_row, line)
+            deferred.add(step, write)
             logged_step = step
             skipped.zero_()
         if step % save_every == 0 or is_last or stopping:
-            saving.begin(step, deferred)
+            with clock.paused():
+                saving.begin(step)
         if stopping and not is_last:
             break
         if probe_is_due(job, step):
@@ -158,44 +166,42 @@ def train(
     return step
 
 
+@dataclass(frozen=True, slots=True)
+class LogLine:
+    """The steps since the line before, when they were queued."""
+
+    step: int  # the last of them
+    num_steps: int
+    rates: dict[str, float]
+    values: torch.Tensor  # [3], on the CPU: on-diagonal and off-diagonal term, updates skipped
+    seconds: Callable[[], float]  # that these steps took
+
+
 @dataclass(slots=True)
-class SkippedUpdates:
-    """How many updates were skipped, one after the other, up to now."""
+class SkippedInARow:
+    """How many updates in a row were skipped up to the newest log line."""
 
-    in_a_row: int = 0
+    count: int = 0
 
 
-def write_log_line(
-    job: Job,
-    log: RunLog,
-    skipped: SkippedUpdates,
-    step: int,
-    num_steps: int,
-    rates: dict[str, float],
-    values: torch.Tensor,
-    seconds: Callable[[], float],
-) -> None:
-    """Log the last `num_steps` steps; give up when nothing but skipped updates has happened.
-
-    values: [3], on the CPU: on-diagonal and off-diagonal term, updates skipped.
-    seconds: what these steps took.
-    """
+def write_log_line(job: Job, log: RunLog, skipped: SkippedInARow, line: LogLine) -> None:
+    """Read the values and log them; give up when updates have only been skipped for a while."""
     settings = job.config
-    on, off, num_skipped = values.tolist()
+    on, off, num_skipped = line.values.tolist()
     log.training(
         {
-            "step": step,
-            "epoch": step / job.loader.steps_per_epoch,
+            "step": line.step,
+            "epoch": line.step / job.loader.steps_per_epoch,
             "loss": on + settings.lambd * off,
             "invariance": on,
             "redundancy": off,
-            **rates,
-            "images_per_s": num_steps * settings.batch_size / seconds(),
+            **line.rates,
+            "images_per_s": line.num_steps * settings.batch_size / line.seconds(),
             "skipped": int(num_skipped),
         }
     )
-    skipped.in_a_row = skipped.in_a_row + num_steps if num_skipped == num_steps else 0
-    report_skipped(log, step, int(num_skipped), num_steps, skipped.in_a_row)
+    skipped.count = skipped.count + line.num_steps if num_skipped == line.num_steps else 0
+    report_skipped(log, line.step, int(num_skipped), line.num_steps, skipped.count)
 
 
 def update(job: Job, views: torch.Tensor):

@@ -13,13 +13,13 @@ from safetensors.torch import load_file, save_file
 from bt_fast import checkpoint
 from bt_fast.lars import LARS
 from bt_fast.model import BarlowTwins
-from bt_fast.norm import BatchStatistics
+from bt_fast.norm import RunningStatistics
 
 
 def trained(steps: int = 2, seed: int = 0):
     torch.manual_seed(seed)
     model = BarlowTwins("resnet18", (8, 8)).to(memory_format=torch.channels_last)
-    statistics = BatchStatistics(model)
+    statistics = RunningStatistics(model)
     optimizer = LARS(model.parameters(), 0.1)
     for _ in range(steps):
         model(torch.randn(4, 3, 32, 32)).square().sum().backward()

@@ -200,18 +200,27 @@ def test_dali_on_the_gpu_makes_natives_views(tmp_path):
         assert difference.mean(dim=(2, 3, 4)).max() < 1
 
 
-def test_nothing_waits_for_the_device_between_log_lines(small_beton):
+def test_no_step_waits_for_the_device(small_beton, tmp_path, monkeypatch):
+    """Neither at log lines nor at checkpoints; those of the first steps prepare memory."""
+    update, finish, steps = train.update, train.finish, 0
+
+    def counted(job, views):
+        nonlocal steps
+        steps += 1
+        if steps == 6:
+            torch.cuda.set_sync_debug_mode("error")
+        return update(job, views)
+
+    def finished(*arguments):
+        torch.cuda.set_sync_debug_mode("default")
+        return finish(*arguments)
+
+    monkeypatch.setattr(train, "update", counted)
+    monkeypatch.setattr(train, "finish", finished)
     flags = [*TINY, "--data", str(small_beton), "--device=cuda", "--compile=off"]
-    job = build(parse_pretrain(flags))
-    branches = (augment.VIEW_A, augment.VIEW_B)
-    steps = 0
+    flags += ["--log-every=1", "--save-every=4", "--run-dir", str(tmp_path / "run")]
     try:
-        for views in feed(job.loader.batches(0, 12), branches, job.performance):
-            train.set_learning_rates(job, 8)
-            train.update(job, views)
-            steps += 1
-            if steps == 3:  # kernels are loaded, memory is there
-                torch.cuda.set_sync_debug_mode("error")
+        assert main(["pretrain", *flags]) == 0
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert steps == 12
@@ -246,18 +255,25 @@ def test_a_deterministic_run_resumes_bit_for_bit(small_beton, tmp_path, compile)
     assert all(torch.equal(whole[name], part[name]) for name in whole)
 
 
-def test_a_group_of_one_rank_trains_over_nccl(small_beton, tmp_path):
-    """Every collective of a step, with its values unchanged, on the one GPU that is there."""
+@pytest.mark.parametrize("compile", ["off", COMPILED[0]])
+def test_a_group_of_one_rank_trains_over_nccl(small_beton, tmp_path, compile):
+    """Every collective of a step, on the one GPU that is there: the run without them."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     rank = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
     rank |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "BT_FAST_GROUP_OF_ONE": 1}
     command = [sys.executable, "-m", "bt_fast.cli", "pretrain", *TINY, "--data", small_beton]
-    command += ["--device=cuda", "--compile=off", "--max-steps=3", "--run-dir", tmp_path / "run"]
-    environment = os.environ | {name: str(value) for name, value in rank.items()}
-    assert subprocess.run(list(map(str, command)), env=environment).returncode == 0
-    assert learned(tmp_path / "run")
+    command += ["--device=cuda", "--precision=fp32", "--deterministic", "--max-steps=3"]
+    command += [f"--compile={compile}", "--run-dir"]
+    grouped = os.environ | {name: str(value) for name, value in rank.items()}
+    for name, environment in (("alone", os.environ), ("grouped", grouped)):
+        arguments = list(map(str, [*command, tmp_path / name]))
+        assert subprocess.run(arguments, env=environment).returncode == 0
+    alone, ours = learned(tmp_path / "alone"), learned(tmp_path / "grouped")
+    assert alone.keys() == ours.keys()
+    for name, value in alone.items():
+        assert (ours[name].float() - value.float()).norm() <= 1e-2 * value.float().norm() + 1e-4
 
 
 def test_views_grow_on_a_gpu(small_beton, tmp_path):

@@ -1,13 +1,14 @@
 """What is read from a device late: nothing is lost, and nothing else changes."""
 
 import json
+from functools import partial
 
 import pytest
 import torch
 from tiny_runs import comparable, learned, metrics, pretrain, same
 
-from bt_fast import deferred as module
-from bt_fast.deferred import DELAY, Deferred
+from bt_fast import train
+from bt_fast.deferred import GPU_DELAY, Deferred
 from bt_fast.feed import LEAD
 from bt_fast.saving import Saving
 
@@ -20,28 +21,22 @@ def test_on_a_cpu_nothing_is_late():
 
 @pytest.fixture
 def late(monkeypatch):
-    """As on a GPU, but for the events."""
-
-    class Late(Deferred):
-        def __init__(self, device) -> None:
-            super().__init__(device)
-            self._delay = DELAY
-
-    monkeypatch.setattr(module.torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr("bt_fast.train.Deferred", Late)
-    return Late
+    """Reads values as late as on a GPU."""
+    kind = partial(Deferred, delay=GPU_DELAY)
+    monkeypatch.setattr("bt_fast.train.Deferred", kind)
+    return kind
 
 
 def test_actions_run_in_order_when_the_prefetcher_has_waited_for_their_step(late):
-    assert DELAY > LEAD
+    assert GPU_DELAY > LEAD
     done: list[str] = []
     deferred = late(torch.device("cpu"))
     deferred.add(1, lambda: done.append("line of 1"))
     deferred.add(1, lambda: done.append("checkpoint of 1"))
-    for step in range(2, DELAY + 1):
+    for step in range(2, GPU_DELAY + 1):
         deferred.run(step)
         assert done == []
-    deferred.run(DELAY + 1)
+    deferred.run(GPU_DELAY + 1)
     assert done == ["line of 1", "checkpoint of 1"]
     deferred.add(9, lambda: done.append("line of 9"))
     deferred.flush()
@@ -69,3 +64,20 @@ def test_no_checkpoint_is_newer_than_the_log(late, small_beton, tmp_path, monkey
     monkeypatch.setattr(Saving, "_write", checked)
     assert pretrain("--data", small_beton, "--run-dir", folder, "--save-every", 4) == 0
     assert seen == [(4, 4), (8, 8), (12, 12)]  # --log-every 2
+
+
+def test_an_error_loses_no_checkpoint_that_was_begun(late, small_beton, tmp_path, monkeypatch):
+    """As that of a damaged record, one step after the weights were copied."""
+    update, calls = train.update, []
+
+    def failing(job, views):
+        calls.append(views)
+        if len(calls) == 6:
+            raise ValueError("a record is damaged")
+        return update(job, views)
+
+    monkeypatch.setattr(train, "update", failing)
+    folder = tmp_path / "run"
+    assert pretrain("--data", small_beton, "--run-dir", folder, "--save-every", 5) == 2
+    assert (folder / "checkpoints" / "step-00000005" / "state.json").exists()
+    assert metrics(folder)[-1]["step"] == 4  # --log-every 2

@@ -97,10 +97,10 @@ def test_a_broken_part_loses_nothing_of_the_others(broken_parts, small_beton, tm
     assert gpu_suite.run(options) == 1
     found = json.loads((tmp_path / "suite.json").read_text())["parts"]
     status = {name: part["status"] for name, part in found.items()}
-    assert status["kernels"].startswith("stopped at its limit of ")
+    assert status["kernels"].startswith("timed out after ")
     assert status["loss"] == "failed with 1"
     assert status["loader"].startswith("failed: result.json cannot be read: ")
-    assert status["variants"] == "failed: it left no results"
+    assert status["variants"] == "failed: no result file"
     assert status["dali"] == "ok"
     rows = {"Rows": {"first": {"ms": 1.5}}}
     for name in ("kernels", "loss", "loader", "dali"):
@@ -129,7 +129,7 @@ def test_what_ends_the_suite_loses_no_row(tmp_path, small_beton):
         time.sleep(0.1)
     found = json.loads((tmp_path / "out" / "suite.json").read_text())["parts"]
     assert found["loss"]["result"]["Rows"] == {"first": {"ms": 1.5}}
-    assert found["step"]["status"] == "left out: no time"
+    assert found["step"]["status"] == "skipped: no time"
     log = (tmp_path / "out" / "suite.log").read_text()
     folder = log.strip().splitlines()[-1].split()[-1]
     assert folder in all_commands()

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from bt_fast.model import BarlowTwins, build_encoder, feature_width
-from bt_fast.norm import BatchStatistics
+from bt_fast.norm import RunningStatistics
 
 
 @pytest.mark.parametrize("name,width", [("resnet18", 512), ("resnet50", 2048)])
@@ -38,7 +38,7 @@ def test_small_images_keep_their_resolution():
 
 def test_flat_statistics_are_the_models_own():
     model = BarlowTwins("resnet18", (16, 16))
-    running = BatchStatistics(model).running
+    running = RunningStatistics(model).running
     running[:64] = 3
     assert (model.state_dict()["encoder.bn1.running_mean"] == 3).all()
     assert (model.encoder.bn1.running_var == 1).all()

@@ -85,7 +85,7 @@ def main() -> int:
                 f"D = {d}, {method}",
                 case if torch.cuda.is_available() else functools.partial(apart, case),
             )
-    return 0
+    return min(results.num_failed, 1)
 
 
 def apart(case: Callable[[], dict]) -> dict:

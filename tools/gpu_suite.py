@@ -1,10 +1,10 @@
-"""Everything that only a GPU can tell, in the minutes that there are.
+"""GPU checks and benchmarks within a time budget.
 
     python tools/gpu_suite.py --set quick --out results          does it work: 240 seconds
     python tools/gpu_suite.py --set full --out results           how fast is it: 420 seconds
     python tools/gpu_suite.py --parts loss kernels --data imagenet.beton
 
-Parts come in the order of their worth. Every part runs in a process of its own and is ended at its
+Parts come in order of priority. Every part runs in a process of its own and is ended at its
 limit, which is what the parts after it leave of the time; what does not begin is listed. Writes
 suite.json (every figure) and performance.md (tables for docs/performance.md) while it runs,
 suite.log (what the parts print), profile.png, and a JUnit report of each part that runs tests.
@@ -52,7 +52,7 @@ LIMITS = {
 QUICK = ("correctness", "step", "kernels")
 FULL = (*QUICK, "compiled", "variants", "loss", "loader", "rivals", "deterministic")
 SETS = {"quick": (240, QUICK), "full": (420, FULL)}
-WORTH_A_START = 10  # seconds
+MIN_PART_SECONDS = 10  # seconds
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -80,6 +80,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options = parse_flags(Suite, "gpu_suite.py", arguments)
         if unknown := sorted(set(options.parts) - LIMITS.keys()):
             raise ValueError(f"--parts {' '.join(unknown)}: there is {' '.join(LIMITS)}")
+        if options.data is not None and not options.data.exists():
+            raise ValueError(f"--data {options.data} does not exist")
         if (options.out / "suite.json").exists():
             raise ValueError(f"--out {options.out} holds results already; choose another folder")
         with signals_raise_stopped():
@@ -111,7 +113,7 @@ def run(options: Suite) -> int:
     from tools import suite_report, synthetic
     from tools.results import write_json
 
-    parts = {name: {"status": "left out: no time", "seconds": 0.0} for name in names}
+    parts = {name: {"status": "skipped: no time", "seconds": 0.0} for name in names}
     results = {"facts": suite_report.facts(ROOT) | {"set": options.set}, "parts": parts}
 
     def save() -> None:
@@ -121,7 +123,7 @@ def run(options: Suite) -> int:
 
     save()
     with (
-        tempfile.TemporaryDirectory(prefix="gpu-suite-") as scratch,
+        tempfile.TemporaryDirectory(prefix="gpu-suite-", ignore_cleanup_errors=True) as scratch,
         open(options.out / "suite.log", "w+") as log,
     ):
         data = (options.data or synthetic.images(Path(scratch), 512)).resolve()
@@ -134,7 +136,7 @@ def run(options: Suite) -> int:
             command = command_of(name, data, folder)
             if isinstance(command, str):
                 parts[name]["status"] = f"left out: {command}"
-            elif limit >= WORTH_A_START:
+            elif limit >= MIN_PART_SECONDS:
                 run_part(parts[name], command, folder, limit, log, save)
                 for file in (*folder.glob("*.png"), *folder.glob("junit.xml")):
                     shutil.copy(file, options.out / file.name.replace("junit", name))
@@ -165,7 +167,7 @@ def run_part(
             part["seconds"] = time.monotonic() - started
             if collect(part, folder):
                 save()
-        part["status"] = {None: f"stopped at its limit of {limit:.0f} s", 0: "ok"}.get(
+        part["status"] = {None: f"timed out after {limit:.0f} s", 0: "ok"}.get(
             process.returncode, f"failed with {process.returncode}"
         )
     finally:
@@ -175,7 +177,7 @@ def run_part(
         collect(part, folder)
         save()
     if part["status"] == "ok" and ("unreadable" in part or "result" not in part):
-        part["status"] = f"failed: {part.get('unreadable', 'it left no results')}"
+        part["status"] = f"failed: {part.get('unreadable', 'no result file')}"
     if part["status"] != "ok":
         log.seek(max(begin, os.fstat(log.fileno()).st_size - 4000))
         print(log.read(), flush=True)

@@ -1,4 +1,4 @@
-"""Lowers a training step for an H100 that need not be there, and counts what its kernels move.
+"""Lowers a training step for an H100, without one, and counts what its kernels move.
 
 Inductor takes the forward and the backward pass to generated code on fake tensors; nothing is
 compiled or run. Dynamo sees CUDA tensors, so code that asks for them takes its GPU path. Autograd
@@ -174,7 +174,7 @@ def measure(
         stack.enter_context(_bf16())
         stack.enter_context(fake_mode)
         if any(isinstance(layer, nn.modules.batchnorm._BatchNorm) for layer in model.modules()):
-            norm.BatchStatistics(model)
+            norm.RunningStatistics(model)
         try:
             torch.compile(model, backend=backend, dynamic=False, fullgraph=True)(views)
         except _Lowered:
@@ -299,7 +299,7 @@ def _bf16() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _h100(traffic: Traffic) -> Iterator[None]:
-    """Let Inductor believe in an H100 and note what its kernels read and write."""
+    """Make Inductor target an H100 and note what its kernels read and write."""
 
     def convolution_format(x, weight, backend):  # as cuDNN does
         lasts = (torch._prims_common.suggest_memory_format(t) for t in (x, weight))

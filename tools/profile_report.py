@@ -92,6 +92,7 @@ class Report:
             world_size,
             link_gbps,
             separate_communicators=job.config.separate_communicators,
+            norm_ranks=job.config.bn_group,
         )
 
     def print(self, console: Console) -> None:
@@ -170,8 +171,8 @@ class Report:
             title_justify="left",
             caption=f"{prediction.images_per_s:,.0f} images/s,"
             f" {100 * prediction.efficiency:.0f} % of {prediction.world_size} single devices with"
-            f" this batch; assumed, not measured: {1e6 * costs.LATENCY_INSIDE:.0f} us for a small"
-            f" collective on one machine, {1e6 * costs.LATENCY_ACROSS:.0f} on several;"
+            f" this batch; assumed, not measured: {1e6 * costs.LATENCY_INTRA_NODE:.0f} us for a"
+            f" small collective on one machine, {1e6 * costs.LATENCY_INTER_NODE:.0f} on several;"
             f" {1e3 * prediction.hidden:.1f} ms of communication hidden under the backward pass",
         )
         for column in ("part", "ms", "MB sent per rank"):

@@ -158,7 +158,7 @@ def tiles(results: Results) -> None:
     ):
         tile, warps, registers = way
         row = f"tile {tile}, {warps} warps" + (f", {registers} registers" if registers else "")
-        results.measure("The fused augmentation otherwise", row, partial(figures, *way))
+        results.measure("Fused augmentation: tile sizes and warps", row, partial(figures, *way))
 
 
 def optimizers(results: Results) -> None:
@@ -191,10 +191,10 @@ def variants(results: Results, data: Path) -> None:
 
     The default mode is that of the part `step`.
     """
-    for mode in ("reduce-overhead", "off") if ON_GPU else ("off",):
-        step(results, data, f"--compile={mode}")
     if ON_GPU:
         tiles(results)
+        step(results, data, "--compile=reduce-overhead")
+    step(results, data, "--compile=off")
 
 
 def deterministic(results: Results, data: Path) -> None:
@@ -221,7 +221,7 @@ def step(results: Results, data: Path, *flags: str) -> None:
             "s to prepare": prepared,
         }
 
-    results.measure("Variants of the step, views there", " ".join(flags), figures)
+    results.measure("Step variants, views on the device", " ".join(flags), figures)
 
 
 def job_of(data: Path, *flags: str) -> Job:

@@ -1,5 +1,6 @@
 """The results of `gpu_suite.py` as the Markdown of docs/performance.md."""
 
+import os
 import platform
 import subprocess
 import time
@@ -22,6 +23,7 @@ def facts(root: Path) -> dict[str, str]:
         ).stdout.strip()
     except OSError:  # a machine without git
         commit = ""
+    commit = commit or os.environ.get("BT_FAST_COMMIT", "")  # of a copy without .git
     try:
         triton = version("triton")
     except PackageNotFoundError:
