@@ -8,16 +8,17 @@ FFCV := .venv/.ffcv
 DALI := .venv/.dali
 OLDEST := .venv-oldest/bin
 OLDEST_READY := .venv-oldest/.ready
-# What depends on torch and triton.
+# What depends on torch and triton and on no optional package.
 OLDEST_TESTS := norm model loss dist update optim augment augment_triton ablations heads feed log \
-	train checkpoint resume export profile
+	deferred train checkpoint resume export profile gpu_suite compiled_traffic cli knn collapse \
+	supervised eval_ranks parts
 
 .PHONY: help demo test test-oldest lint coverage bench dist clean
 
 help:
 	@echo "make demo      convert drawn pictures, pretrain on them, probe the result (minutes, CPU)"
 	@echo "make test      run the tests"
-	@echo "make test-oldest   run those that depend on torch with the oldest one, in .venv-oldest/"
+	@echo "make test-oldest   run those that depend on torch with the GPU machines' 2.11, in .venv-oldest/"
 	@echo "make lint      ruff and mypy"
 	@echo "make coverage  run the tests and say which lines they do not reach"
 	@echo "make bench     converter and loader against their rivals; DATA=folder of images"

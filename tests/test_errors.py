@@ -51,12 +51,14 @@ INTERNAL = {
     "bt_fast/norm.py": [
         "a training batch holds two views of every image, got … rows",
         "batch norm needs more than one value per channel and view",
+        "the batch norms of a model need the same momentum",
     ],
     "bt_fast/weights.py": ["it is a compressed archive, which torch does not write"],
     "pipelines/augment.py": [
         "images must be uint8 [n, H, W, 3], got … …",
         "… images but parameters for …",
     ],
+    "pipelines/augment_triton.py": ["images must have fewer than 2 ** 29 pixels, got … x …"],
     "pipelines/beton_writer.py": [
         "page_size …: must be a power of two from 2 MiB to 2 GiB",
         "…: more than the … announced images",

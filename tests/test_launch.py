@@ -189,10 +189,12 @@ def test_the_plan_of_any_number_of_ranks(tmp_path, monkeypatch, capsys, small_be
 
 
 def test_the_plan_counts_what_the_paper_says():
-    parameters, layers, flop, saved = count(Config())
-    assert parameters == 174_535_744 and layers == 55
-    assert flop / 2 == pytest.approx(3 * 2 * (4.09e9 + 0.151e9), rel=0.03)  # a view, both ways
-    assert 60e6 < saved < 120e6
+    counted = count(Config())
+    assert counted.num_parameters == 174_535_744 and counted.num_norm_layers == 55
+    assert counted.num_projector_parameters == 151_027_712
+    view = 3 * 2 * (4.09e9 + 0.151e9)  # FLOP, both ways
+    assert counted.flop / 2 == pytest.approx(view, rel=0.03)
+    assert 60e6 < counted.saved_bytes < 120e6
 
 
 @pytest.mark.parametrize("kind", ["exit", "exception", "kill", "hang"])

@@ -29,7 +29,7 @@ def by_torch(layer, x: torch.Tensor) -> torch.Tensor:
 def explicit(layer, x: torch.Tensor) -> torch.Tensor:
     """The same by the function that is compiled."""
     y, mean, variance, count = norm.normalise(x, layer.weight, layer.bias, eps=layer.eps)
-    values = x.detach().unflatten(0, (2, -1)).transpose(1, 2).flatten(2)  # [2, C, values]
+    values = x.detach().to(mean.dtype).unflatten(0, (2, -1)).transpose(1, 2).flatten(2)
     assert count == values.shape[2]
     assert torch.allclose(mean, values.mean(2), rtol=1e-5, atol=1e-5)
     assert torch.allclose(variance, values.var(2, correction=0), rtol=1e-5)
