@@ -71,7 +71,8 @@ class _Normalise(torch.autograd.Function):
         y = (x * _rows(scale, x) + _rows(bias - mean * scale, x)).to(x.dtype)
         ctx.save_for_backward(x, weight, mean, inverse)
         ctx.count, ctx.group = count, group
-        ctx.mark_non_differentiable(mean, variance, *([count] if uneven else []))
+        counted = [count] if isinstance(count, torch.Tensor) else []
+        ctx.mark_non_differentiable(mean, variance, *counted)
         return y, mean, variance, count
 
     @staticmethod

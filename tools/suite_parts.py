@@ -5,7 +5,6 @@ python tools/suite_parts.py NAME RESULT.json DATA.beton
 
 import _checkout  # noqa: F401  # isort: skip
 
-import importlib.util
 import os
 import sys
 import time
@@ -29,6 +28,7 @@ from pipelines.flags import usable_cores
 from pipelines.loader import NativeLoader
 from pipelines.order import view_keys
 from tools import reference, rivals, stages
+from tools.gpu_suite import is_installed
 from tools.results import Results
 from tools.timing import images_per_second, peak_memory, seconds_per_call
 
@@ -36,21 +36,21 @@ ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
 BUDGET = 0.5 if ON_GPU else 0.02
 TOY = ["--recipe=demo", "--size=32", "--batch-size=4", "--projector", "32", "32", "--device=cpu"]
-SECONDS_PER_TEST = 50
 
 
 def correctness(results: Results, data: Path) -> None:
     """Every CUDA path against its definition."""
-    run_tests(results, "tests/test_cuda.py", "-m", "not compiled")
+    run_tests(results, 50, "tests/test_cuda.py", "-m", "not compiled")
 
 
 def compiled(results: Results, data: Path) -> None:
     """The same for what torch.compile makes."""
-    run_tests(results, "tests/test_cuda.py", "-m", "compiled")
+    # Compilers start cold, in several processes.
+    run_tests(results, 150, "tests/test_cuda.py", "-m", "compiled")
 
 
-def run_tests(results: Results, *arguments: str) -> None:
-    """pytest in several processes, none of which may take too long over a test."""
+def run_tests(results: Results, seconds: int, *arguments: str) -> None:
+    """pytest in several processes; seconds: the most that a test may take."""
     import pytest
 
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "3")
@@ -60,9 +60,9 @@ def run_tests(results: Results, *arguments: str) -> None:
     if is_installed("xdist"):
         flags += ["-n", str(min(6, usable_cores()))]
     if is_installed("pytest_timeout"):
-        flags += [f"--timeout={SECONDS_PER_TEST}"]
+        flags += [f"--timeout={seconds}"]
     else:  # shows where a test hangs; the limit of the part ends it
-        flags += ["-o", f"faulthandler_timeout={SECONDS_PER_TEST}"]
+        flags += ["-o", f"faulthandler_timeout={seconds}"]
     status = pytest.main([*flags, *arguments], plugins=[Outcomes(results)])
     results.num_failed += status != pytest.ExitCode.OK
 
@@ -80,10 +80,6 @@ class Outcomes:
                 print(report.longreprtext, flush=True)
                 figures["error"] = report.longreprtext.strip().splitlines()[-1]
             self.results.record("tests", report.nodeid, figures)
-
-
-def is_installed(package: str) -> bool:
-    return importlib.util.find_spec(package) is not None
 
 
 def kernels(results: Results, data: Path) -> None:
