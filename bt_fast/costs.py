@@ -49,13 +49,13 @@ def lars_bytes(num_parameters: int) -> int:
 # Of a compiled step, forwards and backwards, per batch norm: its own kernels, those of the
 # convolution beside it, casts of weights (306 of 19 norms, by tools/compiled_traffic.py).
 _KERNELS_PER_NORM = 16
-_KERNEL_SECONDS = 3e-6  # that a kernel takes beyond its bytes and FLOP: launch, first and last wave
+KERNEL_SECONDS = 3e-6  # that a kernel takes beyond its bytes and FLOP: launch, first and last wave
 _WEIGHT_BYTES = 14  # per parameter: cast to bf16, the gradient in bf16 and in float32
 
 
 def fixed_seconds(num_norm_layers: int, num_parameters: int, bytes_per_s: float) -> float:
     """Seconds of encoder and projector that do not depend on the number of images."""
-    kernels = _KERNELS_PER_NORM * num_norm_layers * _KERNEL_SECONDS
+    kernels = _KERNELS_PER_NORM * num_norm_layers * KERNEL_SECONDS
     return kernels + _WEIGHT_BYTES * num_parameters / bytes_per_s
 
 

@@ -78,7 +78,18 @@ class World:
 def require_equal_groups(num_ranks: int, size: int) -> None:
     """Raise ValueError unless ranks form groups of `size`; 0 = one group."""
     if size and num_ranks % size:
-        raise ValueError(f"--bn-group {size} does not divide {num_ranks} ranks")
+        fitting = ", ".join(str(n) for n in range(1, num_ranks + 1) if num_ranks % n == 0)
+        raise ValueError(
+            f"--bn-group {size} does not divide {num_ranks} ranks; choose one of {fitting}, or 0"
+            " for all"
+        )
+
+
+def require_shares(batch_size: int, num_ranks: int, bn_group: int) -> None:
+    """Raise ValueError unless so many ranks can share a batch, and batch norm."""
+    if batch_size < 2 * num_ranks:
+        raise ValueError(f"--batch-size {batch_size} is less than 2 for each of {num_ranks} ranks")
+    require_equal_groups(num_ranks, bn_group)
 
 
 ALONE = World(rank=0, size=1, local_rank=0, local_size=1)

@@ -55,6 +55,7 @@ def launch(settings: Config, arguments: Sequence[str], stop: StopFlag) -> int:
     if not launcher and wanted == 1:
         return pretrain(settings, stop)
     if not launcher and settings.device != "cpu" and wanted > num_here:
+        dist.require_shares(settings.batch_size, wanted, settings.bn_group)
         print(elsewhere(arguments, wanted, num_here), file=sys.stderr)
         return 2
     check(settings, wanted)
@@ -101,13 +102,9 @@ def check(settings: Config, wanted: int) -> None:
     """What every rank would complain about, said once."""
     reader = open_data(settings.data, "--data")
     require_full_batches(settings.batch_size, wanted, len(reader), settings.data)
-    if settings.batch_size < 2 * wanted:
-        raise ValueError(
-            f"--batch-size {settings.batch_size} is less than 2 for each of {wanted} ranks"
-        )
+    dist.require_shares(settings.batch_size, wanted, settings.bn_group)
     if settings.resume is not None:
         RunDirectory(settings.resume).close()
-    dist.require_equal_groups(wanted, settings.bn_group)
 
 
 def run_rank(settings: Config, stop: StopFlag) -> int:

@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bt_fast import costs
 from bt_fast.config import Config
+from bt_fast.dist import require_shares
 from bt_fast.job import build_model
 from bt_fast.log import duration
 from bt_fast.loss import choose_method
@@ -39,6 +40,7 @@ def plan(settings: Config, world_size: int) -> dict[str, str]:
         num_images = IMAGENET_IMAGES
         data = f"{settings.data} does not exist yet; assuming ImageNet-1k"
     require_full_batches(settings.batch_size, world_size, num_images, settings.data)
+    require_shares(settings.batch_size, world_size, settings.bn_group)
     steps_per_epoch = num_images // settings.batch_size
     steps = settings.epochs * steps_per_epoch
     last_step = min(steps, settings.max_steps if settings.max_steps is not None else steps)
@@ -56,20 +58,27 @@ def plan(settings: Config, world_size: int) -> dict[str, str]:
         single_device_images_per_s=usual.images_per_s,
     )
     state = 3 * 4 * parameters  # weights, gradients, momentum
-    return {
+    norm_ranks = settings.bn_group or world_size
+    rows = {
         "ranks": f"{world_size}, each {share} of {settings.batch_size} images a step",
         "data": f"{num_images} images ({data})",
+        "batch norm": f"over the samples of {norm_ranks} ranks"
+        + ("" if norm_ranks == world_size else ", not of all as in the paper"),
         "steps": f"{settings.epochs} epochs x {steps_per_epoch}"
         + (f", stopping after {last_step}" if last_step < steps else ""),
-        "memory per rank": f"{(state + share * saved) / 1e9:.1f} GB: {state / 1e9:.1f} GB of"
+        "memory per rank": f"about {(state + share * saved) / 1e9:.1f} GB: {state / 1e9:.1f} GB of"
         f" weights, gradients and momentum, {share * saved / 1e9:.1f} GB for the backward pass",
         "loss": f"{method} form over {settings.batch_size} x {settings.projector[-1]}"
         + ("" if settings.objective == "barlow-twins" else f" assumed for {settings.objective}"),
         "sent per rank and step": f"gradients {prediction.gradient_bytes / 1e6:,.0f} MB,"
         f" embeddings {prediction.embedding_bytes / 1e6:,.1f} MB,"
         f" {prediction.collectives} small collectives of batch norm and loss",
+    }
+    if settings.device == "cpu":
+        return rows | {"predicted": "nothing: the assumptions are those of GPUs"}
+    return rows | {
         "predicted": f"{1e3 * prediction.step:.1f} ms a step, {prediction.images_per_s:,.0f}"
-        f" images/s, {duration(prediction.step * last_step)}"
+        f" images/s, {duration(prediction.step * last_step)} without data and probes"
         f" ({100 * prediction.efficiency:.0f} % of {world_size} single GPUs with {REFERENCE_BATCH}"
         " images each)",
         "breakdown, ms": ", ".join(
@@ -81,7 +90,9 @@ def plan(settings: Config, world_size: int) -> dict[str, str]:
         "assuming": f"{ENCODER_FLOP_PER_S / 1e12:.0f} TFLOP/s per GPU"
         " (the paper's model: 5,000 views/s)"
         f" with {REFERENCE_BATCH} images, {LINK_GBPS:.0f} Gbit/s per rank,"
-        f" {costs.RANKS_PER_MACHINE} ranks a machine,"
+        f" {costs.RANKS_PER_MACHINE} ranks a machine with"
+        f" {costs.INSIDE_BYTES_PER_S / 1e9:.0f} GB/s between them,"
+        f" {1e6 * costs.KERNEL_SECONDS:.0f} us per kernel beyond its bytes and FLOP,"
         f" {1e6 * costs.LATENCY_INTRA_NODE:.0f} us for a small collective on one machine and"
         f" {1e6 * costs.LATENCY_INTER_NODE:.0f} on several; not measured",
     }

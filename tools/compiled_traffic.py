@@ -37,6 +37,17 @@ class Options:
     out: Path | None = None
     """Folder for the generated code."""
 
+    def __post_init__(self) -> None:
+        for name, least in {"images": 2, "size": 32, "ranks": 1, "top": 0}.items():
+            if getattr(self, name) < least:
+                raise ValueError(f"--{name} must be at least {least}, got {getattr(self, name)}")
+        if self.blocks and min(self.blocks) < 1:
+            raise ValueError(f"--blocks {' '.join(map(str, self.blocks))}: every stage has one")
+        if self.blocks and self.encoder != "resnet50":
+            raise ValueError("--blocks stand instead of --encoder; leave one of them out")
+        if self.out is not None and self.out.exists() and not self.out.is_dir():
+            raise ValueError(f"--out {self.out} is not a folder")
+
 
 def main(arguments: list[str] | None = None) -> int:
     try:

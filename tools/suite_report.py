@@ -168,7 +168,7 @@ def _rivals(results: dict) -> list[str]:
     """Beside the same stages of the part `step`, where that has them."""
     profile, lines = _result(results, "step"), []
     ours = {name: 1e3 * stage["seconds"] for name, stage in profile.get("stages", {}).items()}
-    ours["step"] = 1e3 * profile.get("step_without_data_s", 0)
+    ours["step"] = 1e3 * (profile.get("step_without_data_s") or 0)
     ours["views"] = max(ours.get("loader", 0), ours.get("augment", 0))  # the two overlap
     for title, theirs in _result(results, "rivals").items():
         rows = [
