@@ -46,7 +46,7 @@ def normalise(
     num_views: int = 2,
     group: Group = None,
     uneven: bool = False,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, float | torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, int | torch.Tensor]:
     """Normalise every view of a batch by its own statistics.
 
     Args:
@@ -68,7 +68,7 @@ class _Normalise(torch.autograd.Function):
         mean, variance, count = _statistics(x, num_views, group, uneven)
         inverse = torch.rsqrt(variance + eps)
         scale = inverse * weight
-        y = (x * _rows(scale, x) + _rows(bias - mean * scale, x)).to(x.dtype)
+        y = _cast(x * _rows(scale, x) + _rows(bias - mean * scale, x), x.dtype)
         ctx.save_for_backward(x, weight, mean, inverse)
         ctx.count, ctx.group = count, group
         counted = [count] if isinstance(count, torch.Tensor) else []
@@ -86,7 +86,13 @@ class _Normalise(torch.autograd.Function):
         scale, slope = inverse * weight, means[1] * inverse.square()
         grad_x = (g - _rows(means[0], x) - centred * _rows(slope, x)) * _rows(scale, x)
         grad_weight = (sums[1] * inverse).sum(0)
-        return grad_x.to(x.dtype), grad_weight, sums[0].sum(0), None, None, None, None
+        return _cast(grad_x, x.dtype), grad_weight, sums[0].sum(0), None, None, None, None
+
+
+def _cast(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """x.to(dtype), never called for nothing: compiled by torch 2.11, a function whose output
+    `.to` has returned as it was loses its gradient."""
+    return x if x.dtype == dtype else x.to(dtype)
 
 
 def _by_view(x: torch.Tensor, num_views: int) -> torch.Tensor:
@@ -113,7 +119,7 @@ def _rows(values: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
 
 def _statistics(
     x: torch.Tensor, num_views: int, group: Group, uneven: bool
-) -> tuple[torch.Tensor, torch.Tensor, float | torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, int | torch.Tensor]:
     """Of all ranks' samples: mean and biased variance, [V, C], and count, a number or a scalar."""
     views = _by_view(x, num_views)
     views = views.to(torch.promote_types(x.dtype, torch.float32))
@@ -121,10 +127,10 @@ def _statistics(
         variance, mean = torch.var_mean(views, _reduced(x), correction=0)
     else:  # the statistics of no samples are not numbers
         variance = mean = views.sum(_reduced(x))
-    count = x.numel() / mean.numel()
+    count = x.numel() // mean.numel()
     if group is None:
         return mean, variance, count
-    total: float | torch.Tensor = count * size_of(group)
+    total: int | torch.Tensor = count * size_of(group)
     moments = torch.stack([mean.double(), variance.double() + mean.double().square()])
     sums = (count * moments).flatten()
     if uneven:
@@ -174,7 +180,8 @@ class _PerView(nn.modules.batchnorm._BatchNorm):
                 raise ValueError("batch norm needs more than one value per channel and view")
             variance = variance * (count / (count - 1))
         if self.updated_externally:
-            self.batch_statistics = mean, variance
+            # Detached: torch 2.11's DDP optimizer takes outputs of a graph for differentiable.
+            self.batch_statistics = mean.detach(), variance.detach()
         else:
             self.num_batches_tracked.add_(self.num_views)
             _update(self.running_mean, mean, self.momentum)
