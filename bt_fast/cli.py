@@ -40,6 +40,7 @@ _MAY_CHANGE = {
     "patience",
     "device",
     "compile",
+    "norm",
     "deterministic",
     "loader",
     "workers",

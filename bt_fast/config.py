@@ -13,6 +13,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from bt_fast.loss_variants import Objective
 from bt_fast.model import Encoder
+from bt_fast.norm import Norm
 from bt_fast.perf import Compile, Precision
 from pipelines.augment import VIEW_A, VIEW_B, Branch
 from pipelines.flags import usable_cores
@@ -71,6 +72,9 @@ class Config:
     a GPU, products in fp32 are TF32.)"""
     compile: Compile = "auto"
     """Mode of torch.compile for model and loss; auto is "default" on a GPU and "off" on a CPU."""
+    norm: Norm = "auto"
+    """Batch norm, residual sum and ReLU on a GPU: as torch's compiler makes them, or as fused
+    Triton kernels; auto is compiled."""
     deterministic: bool = False
     """On a GPU, repeat a run bit for bit: only such kernels, chosen by rule and not by trial. On a
     CPU that is always so."""

@@ -64,6 +64,8 @@ def build(settings: Config, world: World = ALONE) -> Job:
     perf.prepare(model, performance)
     norm_group, loss_group = communicators(settings, world, performance.device)
     norm.over_ranks(model, norm_group)
+    if norm.choose(settings.norm, performance.device) == "fused":
+        norm.fuse(model)
     return Job(
         config=settings,
         world=world,

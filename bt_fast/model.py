@@ -1,8 +1,8 @@
 """Encoder and projector.
 
-The encoder is a torchvision ResNet without its classifier, the last norm of every residual
-branch initialised to zero, as in the reference. The projector is linear layers without bias,
-batch norm and ReLU between them. The normalisation of the embeddings belongs to the loss. In
+The encoder is torchvision's ResNet (`resnet`) without its classifier, the last norm of every
+residual branch initialised to zero, as in the reference. The projector is linear layers without
+bias, batch norm and ReLU between them. The normalisation of the embeddings belongs to the loss. In
 training both views of a batch go through in one call; batch norm keeps them apart (`norm`).
 
 The paper's networks are twins. Its Table 6 makes them differ: a predictor for view A (two linear
@@ -69,9 +69,9 @@ def build_encoder(
     """
     if name not in get_args(Encoder):
         raise ValueError(f"--encoder {name} is not one of {', '.join(get_args(Encoder))}")
-    from torchvision import models  # takes a second, which --help and plans need not
+    from bt_fast import resnet  # torchvision takes a second, which --help and plans need not
 
-    encoder = getattr(models, name)(zero_init_residual=True, norm_layer=norm_layer)
+    encoder = resnet.build(name, norm_layer)
     encoder.fc = nn.Identity()
     if small_images:
         encoder.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
@@ -96,4 +96,17 @@ def build_projector(widths: tuple[int, ...], *, batch_norm: bool = True) -> nn.S
         layers += [norm.BatchNorm1d(fan_out)] if batch_norm else []
         layers.append(nn.ReLU(True))
     layers.append(nn.Linear(*pairs[-1], bias=False))
-    return nn.Sequential(*layers)
+    return Projector(*layers)
+
+
+class Projector(nn.Sequential):
+    """Layers one after the other, a batch norm and the ReLU after it as one."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        layers = list(self)
+        for layer, before in zip(layers, [None, *layers], strict=False):
+            if isinstance(layer, norm.BatchNorm1d):
+                x = norm.norm_act(layer, x)
+            elif not isinstance(before, norm.BatchNorm1d):
+                x = layer(x)
+        return x

@@ -21,6 +21,9 @@ squared mean loses nothing.
 
 Alone and not compiled, a layer takes torch's own kernels, which need less memory traffic there.
 
+Of a ResNet, `norm_act` does all that lies between two convolutions: norm, residual sum, ReLU and
+max-pool. `fuse` lets it run as the Triton kernels of `norm_triton`, which move half the bytes.
+
 Running statistics see view A, then view B, as two calls would show them. A layer on its own moves
 them in its forward pass. The layers of a model in training leave their batch's statistics to
 `RunningStatistics`, which moves all of them at once after the update, or not at all if the update
@@ -30,11 +33,19 @@ Fine-tuning has one view, and ranks that hold more samples than others, or none,
 of an epoch (`over_uneven_ranks`): then counts travel with the sums.
 """
 
+import os
+from typing import Literal, overload
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from bt_fast.dist import Group, all_sum, size_of
+
+Norm = Literal["auto", "compiled", "fused"]
+# What a block returns: y, or, from fused norms in training, y twice, one for each of two ways on
+# which it goes on: their gradients then arrive apart and are added without a pass of their own.
+Activation = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
 
 
 def normalise(
@@ -153,6 +164,7 @@ class _PerView(nn.modules.batchnorm._BatchNorm):
     running_var: torch.Tensor
     num_batches_tracked: torch.Tensor
     group: Group = None  # the ranks whose samples are normalised together
+    fused = False  # whether `norm_triton` does it in training
     # With `RunningStatistics`: mean and unbiased variance of the last batch, each [V, C].
     updated_externally = False
     batch_statistics: tuple[torch.Tensor, ...] = ()
@@ -164,6 +176,8 @@ class _PerView(nn.modules.batchnorm._BatchNorm):
         self._check_input_dim(x)
         if len(x) % self.num_views:
             raise ValueError(f"a training batch holds two views of every image, got {len(x)} rows")
+        if self.fused:
+            return ways(_fused(self, x, relu=False))[0]
         if self.group is None and not torch.compiler.is_compiling():
             y, mean, variance = self._forward_native(x)
         else:
@@ -179,6 +193,11 @@ class _PerView(nn.modules.batchnorm._BatchNorm):
             if not isinstance(count, torch.Tensor) and count < 2:
                 raise ValueError("batch norm needs more than one value per channel and view")
             variance = variance * (count / (count - 1))
+        self.keep(mean, variance)
+        return y
+
+    def keep(self, mean: torch.Tensor, variance: torch.Tensor) -> None:
+        """Take a batch's mean and unbiased variance, [V, C], for the running statistics."""
         if self.updated_externally:
             # Detached: torch 2.11's DDP optimizer takes outputs of a graph for differentiable.
             self.batch_statistics = mean.detach(), variance.detach()
@@ -186,7 +205,6 @@ class _PerView(nn.modules.batchnorm._BatchNorm):
             self.num_batches_tracked.add_(self.num_views)
             _update(self.running_mean, mean, self.momentum)
             _update(self.running_var, variance, self.momentum)
-        return y
 
     def _forward_native(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """y, mean and unbiased variance by torch's kernels, whose running statistics with a
@@ -261,6 +279,87 @@ class RunningStatistics:
         moved = _updated(self.running, batch, self.layers[0].momentum)
         self.running.copy_(torch.where(applied, moved, self.running))
         self.counts += applied * self.layers[0].num_views
+
+
+@overload
+def norm_act(layer: nn.Module, x: torch.Tensor) -> torch.Tensor: ...
+@overload
+def norm_act(
+    layer: nn.Module,
+    x: torch.Tensor,
+    *,
+    residual: torch.Tensor | None = None,
+    residual_norm: nn.Module | None = None,
+    pool: bool = False,
+    twice: bool,
+) -> Activation: ...
+def norm_act(layer, x, *, residual=None, residual_norm=None, pool=False, twice=False):
+    """relu(norm(x) + residual), and what a ResNet's stem has after it.
+
+    Args:
+        layer: a batch norm, torch's or one of this module's.
+        x: [n, C, H, W] or [n, C].
+        residual: like x; residual_norm: a batch norm that it passes first.
+        pool: 3 x 3 max-pool of stride 2 at the end.
+        twice: the result goes on along two ways.
+    Returns:
+        y, or y twice (see `Activation`).
+    """
+    if getattr(layer, "fused", False) and layer.training:
+        y = _fused(layer, x, residual=residual, residual_norm=residual_norm, pool=pool, twice=twice)
+        return y if twice else ways(y)[0]
+    y = layer(x)
+    if residual is not None:
+        y += residual if residual_norm is None else residual_norm(residual)
+    y = F.relu(y, inplace=True)
+    return F.max_pool2d(y, 3, 2, 1) if pool else y
+
+
+def ways(y: Activation) -> tuple[torch.Tensor, torch.Tensor]:
+    """y for each of the two ways on which it goes on."""
+    return y if isinstance(y, tuple) else (y, y)
+
+
+def _fused(layer, x, *, residual=None, residual_norm=None, **options) -> Activation:
+    from bt_fast import norm_triton  # triton comes with torch's CUDA builds only
+
+    layers = [layer] if residual_norm is None else [layer, residual_norm]
+    second = None if residual_norm is None else (residual_norm.weight, residual_norm.bias)
+    y, again, moments = norm_triton.norm_act(
+        x,
+        layer.weight,
+        layer.bias,
+        residual=residual,
+        residual_norm=second,
+        eps=layer.eps,
+        num_views=layer.num_views,
+        group=layer.group,
+        **options,
+    )
+    for one, (mean, variance) in zip(layers, moments, strict=True):
+        one.keep(mean, variance)
+    return y, again
+
+
+def choose(norm: Norm, device: torch.device) -> Literal["compiled", "fused"]:
+    """Settle what was left to `auto`, which is `compiled` until a GPU's figures say otherwise.
+
+    Raises ValueError for what this device cannot run.
+    """
+    # The interpreter runs the kernels on a CPU, slowly, for tests.
+    if norm == "fused" and device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise ValueError("--norm fused needs a GPU; leave it out")
+    return "fused" if norm == "fused" else "compiled"
+
+
+def fuse(model: nn.Module) -> None:
+    """Let the batch norms of a model, on its device, run as Triton kernels in training."""
+    from bt_fast import norm_triton
+
+    for layer in model.modules():
+        if isinstance(layer, _PerView):
+            layer.fused = True
+            norm_triton.prepare(layer.weight.device)
 
 
 def over_ranks(model: nn.Module, group: Group) -> None:

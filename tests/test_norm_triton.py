@@ -1,0 +1,329 @@
+"""The fused kernels of batch norm against the definition, in Triton's interpreter."""
+
+import itertools
+import os
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+pytest.importorskip("triton")
+
+from conftest import INTERPRETER_FAILS
+from ranks import run_ranks
+from torch import nn
+
+from bt_fast import norm
+from bt_fast.dist import World
+from bt_fast.model import BarlowTwins
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    from bt_fast import norm_triton
+
+pytestmark = [
+    pytest.mark.skipif(INTERPRETER_FAILS is not None, reason=str(INTERPRETER_FAILS)),
+    pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs the interpreter"),
+]
+
+FORMS = ("norm", "relu", "twice", "residual", "two norms", "pool")
+EPS = 1e-5
+
+
+def options(form: str) -> dict:
+    return {"relu": form != "norm", "pool": form == "pool", "twice": form not in ("norm", "relu")}
+
+
+def inputs(form: str, shape: tuple[int, ...], *, offset: float = 0.5, seed: int = 0):
+    """x, its weight and bias, and the residual, its weight and bias, as far as the form has them.
+
+    Every channel has a mean of `offset` deviations, or minus that.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    channels = shape[1]
+    signs = torch.where(torch.arange(channels) % 2 == 0, 1.0, -1.0)
+    signs = signs.view(1, -1, *[1] * (len(shape) - 2))
+    tensors = [torch.randn(shape, generator=generator) + offset * signs]
+    tensors += [torch.randn(channels, generator=generator) for _ in range(2)]
+    if form in ("residual", "two norms"):
+        tensors.append(torch.randn(shape, generator=generator) - offset * signs)
+    if form == "two norms":
+        tensors += [torch.randn(channels, generator=generator) for _ in range(2)]
+    return tensors
+
+
+def definition(form: str, x, weight, bias, residual=None, *of_residual, group=None):
+    """In plain torch operations, by the layers' own `normalise`."""
+    y = norm.normalise(x, weight, bias, eps=EPS, group=group)[0]
+    if residual is not None:
+        if of_residual:
+            residual = norm.normalise(residual, *of_residual, eps=EPS, group=group)[0]
+        y = y + residual
+    if form != "norm":
+        y = F.relu(y)
+    return F.max_pool2d(y, 3, 2, 1) if form == "pool" else y
+
+
+def by_torch(form: str, x, weight, bias, residual=None, *of_residual):
+    """By torch's batch norm, one view at a time."""
+
+    def layer(x, weight, bias):
+        views = [
+            F.batch_norm(v, None, None, weight, bias, training=True, eps=EPS) for v in x.chunk(2)
+        ]
+        return torch.cat(views)
+
+    y = layer(x, weight, bias)
+    if residual is not None:
+        y = y + (layer(residual, *of_residual) if of_residual else residual)
+    if form != "norm":
+        y = F.relu(y)
+    return F.max_pool2d(y, 3, 2, 1) if form == "pool" else y
+
+
+def fused(form: str, x, weight, bias, residual=None, *of_residual, group=None):
+    y, again, moments = norm_triton.norm_act(
+        x,
+        weight,
+        bias,
+        residual=residual,
+        residual_norm=of_residual or None,
+        eps=EPS,
+        group=group,
+        **options(form),
+    )
+    return y, again, moments
+
+
+def gradients(y, again, tensors, g):
+    """Of the sum of y g[0] + again g[1]."""
+    return torch.autograd.grad((y * g[0]).sum() + (again * g[1]).sum(), tensors)
+
+
+def both_gradients(form: str, shape) -> list[torch.Tensor]:
+    """d loss / d y on each of two ways; on one way, the second is zero."""
+    if form == "pool":
+        shape = (*shape[:2], (shape[2] + 1) // 2, (shape[3] + 1) // 2)
+    g = [torch.randn(shape, generator=torch.Generator().manual_seed(9)) for _ in range(2)]
+    return g if options(form)["twice"] else [g[0], torch.zeros(shape)]
+
+
+def error(found: torch.Tensor, true: torch.Tensor) -> float:
+    return ((found.double() - true).abs().max() / true.abs().max().clamp(min=1e-12)).item()
+
+
+def leaves(tensors, dtype=torch.float32, layout=torch.channels_last):
+    """Copies with gradients, of activations and of weights."""
+    made = []
+    for t in tensors:
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        t = t.to(dtype if t.ndim > 1 else wide)
+        made.append((t.to(memory_format=layout) if t.ndim == 4 else t.clone()).requires_grad_())
+    return made
+
+
+@pytest.mark.parametrize("offset", [0.5, 8.0])
+@pytest.mark.parametrize("shape", [(4, 64, 14, 14), (6, 67, 7, 5), (2, 24, 9, 8), (4, 130, 4, 4)])
+@pytest.mark.parametrize("form", FORMS)
+def test_results_and_gradients_are_nearer_to_the_truth_than_torchs(form, shape, offset):
+    tensors, g = inputs(form, shape, offset=offset), both_gradients(form, shape)
+    exact = leaves(tensors, torch.float64)
+    true = definition(form, *exact)
+    true_gradients = gradients(true, true, exact, [t.double() for t in g])
+    theirs = leaves(tensors)
+    y = by_torch(form, *theirs)
+    their_errors = [error(y, true)]
+    their_errors += map(error, gradients(y, y, theirs, g), true_gradients)
+    ours = leaves(tensors)
+    y, again, moments = fused(form, *ours)
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(y, again)
+    our_errors = [error(y, true)] + list(map(error, gradients(y, again, ours, g), true_gradients))
+    for ours_is, theirs_is in zip(our_errors, their_errors, strict=True):
+        assert ours_is <= max(theirs_is, 4e-7), (our_errors, their_errors)
+
+    normed = exact[::3] if form == "two norms" else exact[:1]
+    for x, (mean, variance) in zip(normed, moments, strict=True):
+        views = x.detach().unflatten(0, (2, -1))
+        torch.testing.assert_close(mean.double(), views.mean((1, 3, 4)), rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(variance.double(), views.var((1, 3, 4)), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_bf16_activations_are_rounded_once(form):
+    shape = (4, 64, 14, 14)
+    tensors, g = inputs(form, shape), both_gradients(form, shape)
+    tensors = [t.bfloat16().float() for t in tensors]
+    exact = leaves(tensors, torch.float64)
+    true = definition(form, *exact)
+    true_gradients = gradients(true, true, exact, [t.bfloat16().double() for t in g])
+    ours = leaves(tensors, torch.bfloat16)
+    y, again, _ = fused(form, *ours)
+    assert y.dtype == torch.bfloat16
+    # A step of bf16, relative to the value: the interpreter cuts off where a GPU rounds.
+    assert ((y.double() - true).abs() <= true.abs() * 2**-7 + 1e-6).all()
+    found = gradients(y.float(), again.float(), ours, [t.bfloat16().float() for t in g])
+    for ours_is, true_is in zip(found, true_gradients, strict=True):
+        assert ours_is.dtype == (torch.bfloat16 if ours_is.ndim == 4 else torch.float32)
+        # A sum of two gradients is rounded once more, and one ReLU in thousands falls otherwise.
+        wrong = (ours_is.double() - true_is).abs() > 2**-6 * true_is.abs().max()
+        assert wrong.double().mean() < 1e-3
+
+
+@pytest.mark.parametrize("form", ["norm", "relu"])
+def test_rows_of_features_need_no_image(form):
+    x, weight, bias = (t.requires_grad_() for t in inputs(form, (10, 70)))
+    y, again, _ = fused(form, x, weight, bias)
+    true = definition(form, *(t.double() for t in (x, weight, bias)))
+    torch.testing.assert_close(y.double(), true, rtol=1e-5, atol=1e-5)
+    assert all(g.isfinite().all() for g in gradients(y, again, [x, weight, bias], [y, 0 * y]))
+
+
+def test_another_memory_layout_gives_the_same():
+    tensors, g = inputs("residual", (4, 16, 5, 5)), both_gradients("residual", (4, 16, 5, 5))
+    found = []
+    for layout in (torch.channels_last, torch.contiguous_format):
+        made = leaves(tensors, layout=layout)
+        y, again, _ = fused("residual", *made)
+        found.append([y, *gradients(y, again, made, g)])
+    assert all(map(torch.equal, *found))
+
+
+def test_a_constant_channel_has_no_variance():
+    x, weight, bias = inputs("relu", (4, 8, 3, 3))
+    x[:, 3] = 4097.0
+    made = leaves((x, weight, bias))
+    y, _, moments = fused("relu", *made)
+    assert (moments[0, 1, :, 3] == 0).all() and (moments[0, 0, :, 3] == 4097).all()
+    assert torch.equal(y[:, 3], bias[3].clamp(min=0).expand(4, 3, 3))
+    (grad_x,) = torch.autograd.grad(y.sum(), made[:1])
+    assert grad_x.isfinite().all()
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_what_is_not_a_number_stays_so_in_its_view_and_channel(form):
+    tensors = inputs(form, (4, 16, 6, 6))
+    tensors[0][3, 5, 2, 2] = torch.nan  # of view B
+    made = leaves(tensors)
+    y, again, _ = fused(form, *made)
+    expected = torch.zeros(y.shape, dtype=torch.bool)
+    expected[2:, 5] = True
+    assert torch.equal(y.isnan(), expected)
+    (grad_x,) = gradients(y, again, made[:1], [torch.ones_like(y)] * 2)
+    nan = grad_x.isnan()
+    assert nan[2:, 5].all() and nan.sum() == nan[2:, 5].sum()
+
+
+def test_of_equal_values_the_first_gets_the_pools_gradient():
+    x = torch.zeros(2, 4, 6, 6)
+    x[:, :, 2:4, 2:4] = 1.0  # four equal maxima
+    made = leaves((x, torch.ones(4), torch.ones(4)))
+    y, again, _ = fused("pool", *made)
+    (ours,) = gradients(y, again, made[:1], [torch.ones_like(y), torch.zeros_like(y)])
+    theirs = leaves((x, torch.ones(4), torch.ones(4)))
+    (true,) = torch.autograd.grad(by_torch("pool", *theirs).sum(), theirs[:1])
+    torch.testing.assert_close(ours, true, rtol=0, atol=1e-5)
+
+
+def test_a_single_value_per_channel_is_refused():
+    with pytest.raises(ValueError, match="more than one value"):
+        fused("norm", *inputs("norm", (2, 3, 1, 1)))
+
+
+# Over ranks.
+
+
+def share_of(world: World, tensors, g):
+    """This rank's part of every view."""
+
+    def part(t):
+        return t.unflatten(0, (2, world.size, -1))[:, world.rank].flatten(0, 1) if t.ndim > 1 else t
+
+    return [part(t) for t in tensors], [part(t) for t in g]
+
+
+def train_a_share(world: World, form: str, shape) -> list[torch.Tensor]:
+    tensors, g = share_of(world, inputs(form, shape), both_gradients(form, shape))
+    made = leaves(tensors)
+    y, again, moments = fused(form, *made, group=world.group)
+    return [moments, y.detach(), *gradients(y, again, made, g)]
+
+
+@pytest.mark.parametrize("num_ranks", [1, 3])
+def test_statistics_are_those_of_all_ranks(num_ranks):
+    shape = (6, 20, 3, 5)
+    for form in FORMS:
+        of_ranks = run_ranks(num_ranks, train_a_share, form, shape)
+        tensors, g = leaves(inputs(form, shape), torch.float64), both_gradients(form, shape)
+        true = definition(form, *tensors)
+        exact = [true.detach(), *gradients(true, true, tensors, [t.double() for t in g])]
+        for index, value in enumerate(exact, 1):
+            found = [of_rank[index] for of_rank in of_ranks]
+            if value.ndim == 4:
+                views = [t.unflatten(0, (2, -1)) for t in found]
+                whole = torch.cat(views, 1).flatten(0, 1)
+            else:  # of a weight, each rank has its share
+                whole = torch.stack(found).sum(0)
+            assert error(whole, value) < 1e-6
+        assert all(torch.equal(of_ranks[0][0], of_rank[0]) for of_rank in of_ranks)
+
+
+# In a model.
+
+
+def train_a_step(encoder: str, size: int, small: bool, dtype: torch.dtype, fused: bool) -> dict:
+    """Everything that one forward and backward pass and the running statistics come to."""
+    views = torch.randn(8, 3, size, size, generator=torch.Generator().manual_seed(1))
+    torch.manual_seed(0)
+    model = BarlowTwins(encoder, (32, 32), small_images=small)
+    for layer in model.modules():  # zero would hide the branches
+        if isinstance(layer, nn.BatchNorm2d):
+            nn.init.uniform_(layer.weight, 0.5, 1.0)
+    model.to(dtype).to(memory_format=torch.channels_last)
+    views = views.to(dtype, memory_format=torch.channels_last)
+    statistics = norm.RunningStatistics(model)
+    if fused:
+        norm.fuse(model)
+    z = model(views)
+    (z * torch.linspace(-1, 1, z.numel(), dtype=dtype).view_as(z)).sum().backward()
+    statistics.update(torch.tensor(True))
+    found = {name: p.grad for name, p in model.named_parameters()}
+    found |= {"embeddings": z.detach(), "running": statistics.running}
+    assert (statistics.counts == 2).all()
+    with torch.no_grad():
+        return found | {"evaluated": model.eval()(views)}
+
+
+@pytest.mark.parametrize(
+    "encoder,size,small", [("resnet18", 12, True), ("resnet18", 40, False), ("resnet50", 32, False)]
+)
+def test_a_step_of_a_fused_model_is_as_near_to_the_truth(encoder, size, small):
+    arguments = encoder, size, small
+    true = train_a_step(*arguments, torch.float64, False)
+    theirs, ours = (train_a_step(*arguments, torch.float32, fused) for fused in (False, True))
+
+    def errors(found: dict) -> torch.Tensor:
+        """Relative, in the norm: a ReLU input within rounding of zero may fall otherwise."""
+        return torch.stack([(found[k] - t).norm() / t.norm() for k, t in true.items()])
+
+    assert (errors(ours) < 10 * errors(theirs) + 1e-5).all()
+    assert errors(ours).median() < 2 * errors(theirs).median()
+
+
+def test_fused_norms_need_a_gpu_or_the_interpreter(monkeypatch):
+    cpu = torch.device("cpu")
+    assert norm.choose("fused", cpu) == "fused"
+    monkeypatch.delenv("TRITON_INTERPRET")
+    with pytest.raises(ValueError, match="--norm fused needs a GPU"):
+        norm.choose("fused", cpu)
+    assert norm.choose("auto", cpu) == norm.choose("compiled", cpu) == "compiled"
+
+
+def test_rows_are_divided_by_the_shape_alone():
+    for (n, channels, side), views in itertools.product(
+        [(512, 64, 112), (512, 256, 56), (512, 2048, 7), (2, 3, 1), (64, 67, 5)], (1, 2)
+    ):
+        where = norm_triton.split(torch.empty(n, channels, side, side, device="meta"), views)
+        assert where.rows_per_part % norm_triton.BLOCK_ROWS == 0
+        assert (where.parts - 1) * where.rows_per_part < where.num_rows
+        assert where.num_rows <= where.parts * where.rows_per_part
+        assert where.columns * norm_triton.BLOCK_CHANNELS >= channels
