@@ -14,10 +14,6 @@ class Card:
     bytes_per_s: float = 0.0  # 0: not known, and so the other rate
     flop_per_s: float = 0.0  # bf16 on tensor cores, accumulated in float32, without sparsity
 
-    @property
-    def _words(self) -> set[str]:
-        return {word for word in self.name.split() if word not in ("40", "80", "GB")}
-
 
 # Rates of NVIDIA's data sheets and white papers; memory as MEMORY_SHARE of what torch shows: of
 # 24 GB 23.7e9 bytes on an L4 or A10 (25.3e9 on an RTX), of 40 GB 42.3e9, of 80 GB 85e9.
@@ -32,19 +28,19 @@ CARDS = (
     Card(name="H100", memory=80e9, bytes_per_s=3350e9, flop_per_s=989e12),
     Card(name="H200", memory=141e9, bytes_per_s=4800e9, flop_per_s=989e12),
 )
-CLASSES = {24: CARDS[:4], 40: CARDS[4:5], 80: CARDS[5:8]}  # GB
+CLASSES = {"GPUs of 24 GB": CARDS[:4], "GPUs of 40 GB": CARDS[4:5], "GPUs of 80 GB": CARDS[5:8]}
 H100, H200 = CARDS[-2:]
 
 
 def of_device(name: str, total_memory: int) -> Card:
     """The card behind torch's name of a device, with its own memory; without rates if unknown."""
-    words = set(name.replace("-", " ").split())
+    words = {"40", "80", "GB", *name.replace("-", " ").split()}
     known = [
         card
-        for card in CARDS
-        if card._words <= words and 0.85 < total_memory / card.memory < 1.2  # no laptop's, no MIG
+        for card in CARDS  # by their memory too: neither a laptop's nor a part of a card
+        if words.issuperset(card.name.split()) and 0.85 < total_memory / card.memory < 1.2
     ]
-    found = max(known, key=lambda card: len(card._words), default=Card(name="", memory=0))
+    found = max(known, key=lambda card: len(card.name), default=Card(name="", memory=0))
     return replace(found, name=name.removeprefix("NVIDIA "), memory=MEMORY_SHARE * total_memory)
 
 

@@ -254,8 +254,8 @@ def gpu_memory(settings: "Config", num_gpus: int) -> Row:
     counted, card = plan.count(settings), cards.present()
     if card is None:
         most = [
-            f"{plan.largest_batch(settings, counted, some[0])} on {size} GB"
-            for size, some in cards.CLASSES.items()
+            f"{plan.largest_batch(settings, counted, some[0])} on {title}"
+            for title, some in cards.CLASSES.items()
         ]
         value = f"recipe {settings.recipe}: at most {', '.join(most)}, reckoned"
         return Row("batch per GPU", value)

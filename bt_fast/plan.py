@@ -5,6 +5,7 @@ data is there. Times rest on published rates of GPUs and on the assumptions name
 `tools/profile.py --gpus` predicts from what it measured instead.
 """
 
+import itertools
 from dataclasses import dataclass
 
 import torch
@@ -54,9 +55,7 @@ def plan(settings: Config, world_size: int) -> dict[str, str]:
 
     counted = count(settings)
     here = cards.present() if settings.device != "cpu" else None
-    card = here if here is not None and here.flop_per_s else cards.H100
-    parts = memory(settings, counted, share, world_size)
-    needed = sum(parts.values())
+    card = here if here and here.flop_per_s else cards.H100
     method = choose_method(settings.batch_size, settings.projector[-1], world_size)
     usual = costs.predict(single_gpu(settings, counted, REFERENCE_BATCH, card), 1, LINK_GBPS)
     prediction = costs.predict(
@@ -75,7 +74,6 @@ def plan(settings: Config, world_size: int) -> dict[str, str]:
         + ("" if norm_ranks == world_size else ", not of all as in the paper"),
         "steps": f"{settings.epochs} epochs x {steps_per_epoch}"
         + (f", stopping after {last_step}" if last_step < steps else ""),
-        "memory per rank": described(parts),
         "loss": f"{method} form over {settings.batch_size} x {settings.projector[-1]}"
         + ("" if settings.objective == "barlow-twins" else f" assumed for {settings.objective}"),
         "sent per rank and step": f"gradients {prediction.gradient_bytes / 1e6:,.0f} MB,"
@@ -89,8 +87,7 @@ def plan(settings: Config, world_size: int) -> dict[str, str]:
         "predicted": f"{1e3 * prediction.step:.1f} ms a step, {prediction.images_per_s:,.0f}"
         f" images/s, {duration(prediction.step * last_step)} without data and probes"
         f" ({100 * prediction.efficiency:.0f} % of {world_size} single GPUs with {REFERENCE_BATCH}"
-        f" images each) on {card.name}"
-        + ("" if needed <= card.memory else ", which are too small"),
+        f" images each) on {card.name}",
         "breakdown, ms": ", ".join(
             f"{part} {1e3 * seconds:.1f}"
             for part, seconds in prediction.seconds.items()
@@ -109,32 +106,23 @@ def plan(settings: Config, world_size: int) -> dict[str, str]:
     }
 
 
-def on_one_gpu(settings: Config) -> dict[str, str]:
-    """What `--dry-run` adds to the description of a run that it could build here."""
-    counted = count(settings)
-    needed = memory(settings, counted, settings.batch_size)
-    return {"memory": described(needed), **fits(settings, counted, 1, cards.present())}
-
-
 def fits(
     settings: Config, counted: "Counted", world_size: int, here: Card | None = None
 ) -> dict[str, str]:
-    """Rows on the largest batch per GPU and its rate: for this machine's GPU, then by memory."""
-    classes: dict[str, tuple[Card, ...]] = {}
-    if here is not None:
-        classes[f"this {here.name}"] = (here,)
-    classes |= {f"GPUs of {size} GB": some for size, some in cards.CLASSES.items()}
-    rows = {}
-    for title, some in classes.items():
+    """Rows on a step's memory, and on the largest batch and its rate: here, then by memory."""
+    parts = memory(settings, counted, settings.batch_size // world_size, world_size)
+    listed = ", ".join(f"{part} {num_bytes / 1e9:.1f}" for part, num_bytes in parts.items())
+    rows = {"memory per GPU": f"about {sum(parts.values()) / 1e9:.1f} GB: {listed}"}
+    here_first = {f"this {here.name}": (here,)} if here else {}
+    for title, some in (here_first | cards.CLASSES).items():
         most = largest_batch(settings, counted, some[0], world_size)
         images = min(most, settings.batch_size // world_size)
-        rates = [
-            f"{card.name} {images / seconds(settings, counted, images, card):,.0f}"
-            for card in some
-            if images and card.flop_per_s
-        ]
         rows[title] = f"up to {most} images per GPU" if most else "does not fit"
-        if rates:
+        if most and some[0].flop_per_s:
+            rates = (
+                f"{card.name} {images / step_seconds(settings, counted, images, card):,.0f}"
+                for card in some
+            )
             rows[title] += f"; of {images}, reckoned images/s (not measured): {', '.join(rates)}"
     return rows
 
@@ -143,13 +131,9 @@ def largest_batch(
     settings: Config, counted: "Counted", card: Card, world_size: int = 1, multiple: int = 16
 ) -> int:
     """Images per GPU with which a step fits into a card's memory; 0 if none do."""
-    batch = 0
-    while (
-        sum(memory(settings, counted, batch + multiple, world_size).values()) <= card.memory
-        and batch < 1 << 16
-    ):
-        batch += multiple
-    return batch
+    batches = range(multiple, 1 << 16, multiple)
+    needs = (sum(memory(settings, counted, batch, world_size).values()) for batch in batches)
+    return multiple * sum(1 for _ in itertools.takewhile(lambda need: need <= card.memory, needs))
 
 
 def memory(
@@ -174,13 +158,7 @@ def memory(
     }
 
 
-def described(parts: dict[str, float]) -> str:
-    """A row of the plan: the sum, and the parts."""
-    listed = ", ".join(f"{part} {num_bytes / 1e9:.1f}" for part, num_bytes in parts.items())
-    return f"about {sum(parts.values()) / 1e9:.1f} GB on a GPU: {listed}"
-
-
-def seconds(settings: Config, counted: "Counted", images: int, card: Card) -> float:
+def step_seconds(settings: Config, counted: "Counted", images: int, card: Card) -> float:
     """Of a step on one GPU, without waiting for data."""
     measured = single_gpu(settings, counted, images, card)
     return measured.encoder + measured.loss + measured.optimizer

@@ -16,7 +16,7 @@ from shlex import quote
 import torch
 from rich.console import Console
 
-from bt_fast import checkpoint, dist, faults, pictures
+from bt_fast import cards, checkpoint, dist, faults, pictures
 from bt_fast.config import Config
 from bt_fast.deferred import Deferred
 from bt_fast.dist import ALONE, Vote, World, copy_from_first, from_first
@@ -24,7 +24,7 @@ from bt_fast.feed import feed
 from bt_fast.job import Job, build, describe, rehearse
 from bt_fast.log import Clock, RunLog, reason, summary_table
 from bt_fast.model import BarlowTwins
-from bt_fast.plan import on_one_gpu
+from bt_fast.plan import count, fits
 from bt_fast.probe import learned, probe, probe_is_due, probed
 from bt_fast.run_directory import RunDirectory, choose_path, make_folder
 from bt_fast.saving import Saving
@@ -49,7 +49,7 @@ def pretrain(settings: Config, stop: StopFlag, world: World = ALONE) -> int:
     seconds_per_step = rehearse(job)
     rows = describe(job, seconds_per_step)
     if settings.dry_run and settings.device != "cpu":
-        rows |= on_one_gpu(settings)
+        rows |= fits(settings, count(settings), 1, cards.present())
     console.print(summary_table("bt-fast pretrain", rows))
     if settings.dry_run:
         return 0
