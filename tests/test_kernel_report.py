@@ -32,9 +32,9 @@ def test_no_kernel_spills_or_wastes_bandwidth(capability):
     assert done.returncode == 0 and "DEFECT" not in done.stdout, done.stdout + done.stderr
     rows = [line for line in done.stdout.splitlines() if line.startswith(f"sm_{capability} ")]
     assert all("0 B local, 0 B stack" in row for row in rows)
-    (sums,) = (row for row in rows if " _sums:" in row)
-    (apply,) = (row for row in rows if " _apply:" in row)
-    (augment,) = (row for row in rows if " _augment " in row)
+    (sums,) = (row for row in rows if " lars_triton._sums:" in row)
+    (apply,) = (row for row in rows if " lars_triton._apply:" in row)
+    (augment,) = (row for row in rows if " augment_triton._augment " in row)
     # So few that two or four programs share an SM.
     assert int(re.search(r"(\d+) registers", augment)[1]) <= 128
     # A block of 2,048 elements on 256 threads: 8 float32 of each tensor, or two accesses of 16
@@ -50,7 +50,7 @@ import sys
 sys.path.append("tools")
 from dataclasses import replace
 import kernel_report as report
-(apply,) = (kernel for kernel in report.KERNELS if kernel.name == "_apply")
+(apply,) = (kernel for kernel in report.KERNELS if kernel.name == "lars_triton._apply")
 unaligned = replace(apply, constants=apply.constants | {"ALIGNED": False})
 limited = replace(apply, options=apply.options | {"maxnreg": 24})
 report.KERNELS[:] = [unaligned, limited]
@@ -61,6 +61,39 @@ print(report.main())
     assert done.stdout.endswith("\n1\n"), done.stdout + done.stderr
     assert done.stdout.count("DEFECT: spills") == 1, done.stdout
     assert done.stdout.count("DEFECT: accesses narrower than 16 B") == 1, done.stdout
+
+
+COPY = """
+import triton
+import triton.language as tl
+
+@triton.jit
+def copy(source, target, stride, rows, BLOCK: tl.constexpr):
+    columns = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    for row in range(rows):
+        tl.store(target + row * stride + columns, tl.load(source + row * stride + columns))
+"""
+
+
+@compiles
+def test_alignments_are_those_of_a_launch(tmp_path):
+    """Rows of bf16 are copied 16 bytes at a time only if their length is known to be divisible."""
+    (tmp_path / "kernels.py").write_text(COPY)
+    program = f"""
+import sys
+sys.path += ["tools", {str(tmp_path)!r}]
+import kernel_report as report
+from kernels import copy
+types = dict(source="*bf16", target="*bf16", stride="i32", rows="i32")
+for divisible in ((), ("stride",)):
+    kernel = report.Kernel(
+        function=copy, types=types, constants=dict(BLOCK=1024), options=dict(num_warps=4),
+        divisible=divisible,
+    )
+    print(set(report.measure(kernel, 90).widths))
+"""
+    done = report("-c", program)
+    assert done.stdout == "{2}\n{16}\n", done.stdout + done.stderr
 
 
 def listing(*instructions: str) -> str:

@@ -58,7 +58,8 @@ class Kernel:
 
     @property
     def name(self) -> str:
-        return f"{self.function.__name__} {self.variant}".rstrip()
+        module = self.function.fn.__module__.rpartition(".")[2]
+        return f"{module}.{self.function.fn.__name__} {self.variant}".rstrip()
 
 
 def _tile(capability: int) -> int:
@@ -213,10 +214,10 @@ def main() -> int:
             if not kernel.launched_on(capability):
                 continue
             usage = measure(kernel, capability)
-            print(f"sm_{capability} {kernel.name:>16}: {usage}")
+            print(f"sm_{capability} {kernel.name:>30}: {usage}")
             for defect in defects(kernel, usage):
                 defective = True
-                print(f"sm_{capability} {kernel.name:>16}: DEFECT: {defect}")
+                print(f"sm_{capability} {kernel.name:>30}: DEFECT: {defect}")
     exempt: dict[tuple[str, str], list[str]] = {}
     for kernel in KERNELS:
         for rule, reason in kernel.exempt.items():
