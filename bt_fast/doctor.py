@@ -108,6 +108,7 @@ def diagnose(options: Doctor) -> Iterator[Row]:
     yield decoding()
     yield from data(options.data, settings.num_threads())
     yield memory(settings)
+    yield gpu_memory(settings, max(num_gpus, 1))
     yield from limits(num_gpus)
     yield disk_space(options.run_dir, settings)
     ranks = max(num_gpus, 1)
@@ -244,6 +245,35 @@ def memory(settings: "Config") -> Row:
         return Row("memory", value + ", page-locked for GPUs")
     problem = f"batches of {settings.batch_size} x 2 views take most of it"
     return Row("memory", value, problem, "bt-fast pretrain --batch-size N, or more machines")
+
+
+def gpu_memory(settings: "Config", num_gpus: int) -> Row:
+    """The largest batch per GPU for the recipe: on the GPUs here, else by their memory."""
+    from bt_fast import cards, plan
+
+    counted, card = plan.count(settings), cards.present()
+    if card is None:
+        most = [
+            f"{plan.largest_batch(settings, counted, some[0])} on {title}"
+            for title, some in cards.CLASSES.items()
+        ]
+        value = f"recipe {settings.recipe}: at most {', '.join(most)}, reckoned"
+        return Row("batch per GPU", value)
+    share = -(-settings.batch_size // num_gpus)
+    most_here = plan.largest_batch(settings, counted, card, num_gpus)
+    need = sum(plan.memory(settings, counted, share, num_gpus).values())
+    value = (
+        f"recipe {settings.recipe}: at most {most_here} images on each {card.name}, reckoned;"
+        f" {settings.batch_size} a step need {need / 1e9:.0f} GB"
+        + (f" on each of {num_gpus}" if num_gpus > 1 else "")
+    )
+    if need <= card.memory:
+        return Row("batch per GPU", value)
+    flags = f"--gpus {num_gpus} --batch-size {num_gpus * most_here}, or more GPUs"
+    if not most_here:
+        flags = "--size 160, or a smaller --encoder or --projector"
+    fix = f"bt-fast pretrain --recipe {settings.recipe} {flags}"
+    return Row("batch per GPU", value, "a step does not fit into the memory of a GPU", fix)
 
 
 def limits(num_gpus: int) -> Iterator[Row]:

@@ -136,10 +136,9 @@ def _numel(numel, tensor, ALIGNED: tl.constexpr):
 
 
 @triton.jit
-def _update_of(p, g, hyper):
-    """Gradient plus weight decay, for the parameters that take it."""
-    decay = tl.load(hyper + _DECAY) * tl.load(hyper + _ADAPT)
-    return g + decay * p
+def _decay(hyper):
+    """Weight decay, of the parameters that take it; loaded once, not for every block."""
+    return tl.load(hyper + _DECAY) * tl.load(hyper + _ADAPT)
 
 
 @triton.jit
@@ -152,6 +151,7 @@ def _sums(
     hyper = table + tensor * _COLUMNS
     start = (chunk - tl.load(first + tensor)).to(tl.int64) * CHUNK
     end = _numel(numel, tensor, ALIGNED)
+    decay = _decay(hyper)
     p_at = _pointer(addresses, 0, tensor, num_tensors, ALIGNED)
     g_at = _pointer(addresses, 1, tensor, num_tensors, ALIGNED)
     of_p = tl.zeros([BLOCK], tl.float32)
@@ -160,7 +160,7 @@ def _sums(
         element = start + offset + tl.arange(0, BLOCK)
         inside = element < end
         p = tl.load(p_at + element, inside, other=0.0)
-        u = _update_of(p, tl.load(g_at + element, inside, other=0.0), hyper)
+        u = tl.load(g_at + element, inside, other=0.0) + decay * p
         of_p += p * p
         of_u += u * u
     tl.store(sums + chunk, tl.sum(of_p))
@@ -213,6 +213,7 @@ def _apply(
     hyper = table + tensor * _COLUMNS
     start = (chunk - tl.load(first + tensor)).to(tl.int64) * CHUNK
     end = _numel(numel, tensor, ALIGNED)
+    decay = _decay(hyper)
     ratio = tl.load(ratios + tensor)
     momentum = tl.load(hyper + _MOMENTUM)
     lr = tl.load(hyper + _LR)
@@ -223,7 +224,7 @@ def _apply(
         element = start + offset + tl.arange(0, BLOCK)
         inside = element < end
         p = tl.load(p_at + element, inside, other=0.0)
-        u = _update_of(p, tl.load(g_at + element, inside, other=0.0), hyper)
+        u = tl.load(g_at + element, inside, other=0.0) + decay * p
         m = momentum * tl.load(m_at + element, inside, other=0.0) + ratio * u
         tl.store(m_at + element, m, inside)
         tl.store(p_at + element, p - lr * m, inside)

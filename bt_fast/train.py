@@ -16,7 +16,7 @@ from shlex import quote
 import torch
 from rich.console import Console
 
-from bt_fast import checkpoint, dist, faults, pictures
+from bt_fast import cards, checkpoint, dist, faults, pictures
 from bt_fast.config import Config
 from bt_fast.deferred import Deferred
 from bt_fast.dist import ALONE, Vote, World, copy_from_first, from_first
@@ -24,6 +24,7 @@ from bt_fast.feed import feed
 from bt_fast.job import Job, build, describe, rehearse
 from bt_fast.log import Clock, RunLog, reason, summary_table
 from bt_fast.model import BarlowTwins
+from bt_fast.plan import count, fits
 from bt_fast.probe import learned, probe, probe_is_due, probed
 from bt_fast.run_directory import RunDirectory, choose_path, make_folder
 from bt_fast.saving import Saving
@@ -46,7 +47,10 @@ def pretrain(settings: Config, stop: StopFlag, world: World = ALONE) -> int:
     if from_first(job.data_facts, world.group) != job.data_facts:
         raise ValueError(f"--data {settings.data} of rank {world.rank} is not that of rank 0")
     seconds_per_step = rehearse(job)
-    console.print(summary_table("bt-fast pretrain", describe(job, seconds_per_step)))
+    rows = describe(job, seconds_per_step)
+    if settings.dry_run and settings.device != "cpu":
+        rows |= fits(settings, count(settings), 1, cards.present())
+    console.print(summary_table("bt-fast pretrain", rows))
     if settings.dry_run:
         return 0
     if dist.any_wish(stop.requested, world.group):

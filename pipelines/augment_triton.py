@@ -7,6 +7,7 @@ and one op that looks at neighbours, the blur. So there are two kernels:
                      own order, and reduces to one float per sample
     augment          reads the crop in 64 x 64 tiles of which the inner 52 x 52 are written: flip,
                      colour ops, grey, blur, solarize, normalise, and one store, channels-last
+                     (32 x 32 and 20 x 20 where tensor cores read registers: see `tiling`)
 
 Nothing is written in between, so a view costs two reads of uint8 and one write of half. Inside a
 tile the blur is two products with a banded 64 x 64 matrix of the sample's 13 taps, which is what
@@ -35,13 +36,21 @@ from pipelines.augment import (
     require_images,
 )
 
-TILE = 64  # side of what a program reads, pixels
 REACH = 6  # of the blur
-INNER = TILE - 2 * REACH  # side of what it writes
-NUM_WARPS = 8
+TILE, NUM_WARPS = 64, 8  # side of what a program reads, in pixels; it writes 2 * REACH fewer
+SMALL_TILE, SMALL_NUM_WARPS = 32, 4
 MAX_REGISTERS = 128  # per thread: two programs of 256 threads share the 65,536 of an SM
 BLOCK = 1024  # pixels that the mean is reduced over at a time
 NUM_WARPS_MEANS = 4
+
+
+def tiling(capability: tuple[int, int]) -> tuple[int, int]:
+    """(side of a tile, warps) on GPUs of a compute capability, so that no register is spilled.
+
+    Tensor cores of Hopper (9.0) and of data-centre Blackwell (10.x) read the blur's operands from
+    shared memory. All others read registers, of which a tile of 64 would take more than there are.
+    """
+    return (TILE, NUM_WARPS) if capability[0] in (9, 10) else (SMALL_TILE, SMALL_NUM_WARPS)
 
 
 def apply(
@@ -75,7 +84,10 @@ def apply(
     _contrast_means[(n,)](
         images, table, means, height * width, BLOCK=BLOCK, num_warps=NUM_WARPS_MEANS
     )
-    tiles = triton.cdiv(width, INNER), triton.cdiv(height, INNER)
+    cuda = device.type == "cuda"  # else Triton's interpreter
+    tile, num_warps = tiling(torch.cuda.get_device_capability(device) if cuda else (9, 0))
+    inner = tile - 2 * REACH
+    tiles = triton.cdiv(width, inner), triton.cdiv(height, inner)
     _augment[(*tiles, n)](
         images,
         table,
@@ -83,10 +95,10 @@ def apply(
         views,
         height,
         width,
-        TILE=TILE,
+        TILE=tile,
         REACH=REACH,
-        INNER=INNER,
-        num_warps=NUM_WARPS,
+        INNER=inner,
+        num_warps=num_warps,
         maxnreg=MAX_REGISTERS,
     )
     return views

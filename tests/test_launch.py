@@ -178,6 +178,8 @@ def test_the_plan_of_any_number_of_ranks(tmp_path, monkeypatch, capsys, small_be
     for part in (
         "32, each 64 of 2048 images", "assuming ImageNet-1k", "1281167 images", "1000 epochs x 625",
         "gram form over 2048 x 8192", "gradients 1,353 MB, embeddings 65.0 MB", "not measured",
+        "activations 5.6", "GPUs of 24 GB up to 176 images per GPU",
+        "RTX 4090", "A100 40 GB", "H100",
     ):  # fmt: skip
         assert part in " ".join(output.replace("│", " ").split()), part
     flags = ["--recipe", "demo", "--data", str(small_beton), "--batch-size", "16", "--gpus", "4"]
@@ -194,7 +196,6 @@ def test_the_plan_counts_what_the_paper_says():
     assert counted.num_projector_parameters == 151_027_712
     view = 3 * 2 * (4.09e9 + 0.151e9)  # FLOP, both ways
     assert counted.flop / 2 == pytest.approx(view, rel=0.03)
-    assert 60e6 < counted.saved_bytes < 120e6
 
 
 @pytest.mark.parametrize("kind", ["exit", "exception", "kill", "hang"])

@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from bt_fast import costs, perf, plan
+from bt_fast import cards, costs, perf, plan
 from bt_fast.recipes import RECIPES
 from pipelines.beton import BetonReader
 from tools import synthetic
@@ -175,22 +175,24 @@ def test_the_prediction_counts_bytes_and_what_the_backward_pass_hides():
 
 
 def test_the_plan_of_32_gpus_with_64_images_is_what_was_reckoned_by_hand():
-    """By hand: 39 ms with one communicator, of which the projector's 604 MB are 4 ms of waiting."""
+    """By hand, for H200: an encoder of 77 ms with 256 images, so 22 with 64; 5 of collectives, LARS
+    1.2; with one communicator the projector's 604 MB are 4 ms of waiting."""
     config = RECIPES["imagenet"]()
     counted = plan.count(config)
-    measured = plan.single_gpu(config, counted, 64)
+    measured = plan.single_gpu(config, counted, 64, cards.H200)
     apart, shared = (
         costs.predict(measured, 32, plan.LINK_GBPS, separate_communicators=separate)
         for separate in (True, False)
     )
-    assert 0.037 < shared.step < 0.040
+    assert 0.030 < shared.step < 0.034
     assert 0.0035 < shared.step - apart.step < 0.0045
     assert shared.hidden < apart.hidden
-    usual = costs.predict(plan.single_gpu(config, counted, 256), 1, plan.LINK_GBPS)
-    assert 2 * usual.images_per_s == pytest.approx(5_000, rel=0.01)
-    assert 0.7 < apart.images_per_s / (32 * usual.images_per_s) < 0.8
+    full = plan.single_gpu(config, counted, 256, cards.H200)
+    assert full.encoder == pytest.approx(0.077, rel=0.05)
+    usual = costs.predict(full, 1, plan.LINK_GBPS)
+    assert 0.65 < apart.images_per_s / (32 * usual.images_per_s) < 0.8
     # What does not shrink with the batch: a quarter of the images takes more than a quarter.
-    assert 0.002 < measured.encoder - plan.single_gpu(config, counted, 256).encoder / 4 < 0.003
+    assert 0.002 < measured.encoder - full.encoder / 4 < 0.003
 
 
 def test_batch_norm_in_groups_stays_on_a_machine():

@@ -1,10 +1,15 @@
-"""Compile the Triton kernels for a GPU that need not be there, and report what they use.
+"""Compile the Triton kernels for GPUs that need not be there, and report what they use.
 
-    python tools/kernel_report.py [sm]        sm = 90 by default (H100, H200)
+    python tools/kernel_report.py [sm ...]       sm = 80 89 90 by default (A100; RTX 4090, L4; H100)
 
-Registers per thread, bytes of local memory (spilled registers) and of shared memory, as ptxas and
-cuobjdump see them. Compiled with the options the kernels are launched with. A kernel that spills
-or needs more registers than those options allow is a defect: the exit status is then 1.
+Of each kernel, compiled with the options and alignments it is launched with: registers per thread,
+bytes of local memory and stack (spilled registers) and of shared memory; and of its main loop the
+machine instructions, the bytes that its loads and stores of global memory move per thread, and how
+wide the narrowest and the widest of them are. A kernel without such a loop is taken whole.
+
+The exit status is 1 if a kernel spills or needs more registers than its options allow, or if one
+that moves memory has an access narrower than 16 bytes in its main loop or takes more than 3
+instructions per byte. `KERNELS` says which kernel is exempt from which of the last two, and why.
 """
 
 import _checkout  # noqa: F401  # isort: skip
@@ -13,87 +18,212 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import triton
-from triton.backends.compiler import GPUTarget
+from triton.backends.compiler import BaseBackend, GPUTarget
 from triton.compiler import ASTSource
 
 from bt_fast import lars_triton
 from pipelines import augment_triton
-from pipelines.augment_triton import (
-    BLOCK,
-    INNER,
-    MAX_REGISTERS,
-    NUM_WARPS,
-    NUM_WARPS_MEANS,
-    REACH,
-    TILE,
-)
+from tools.machine_code import main_loop, parse
 
-POINTERS = {"images": "*u8", "table": "*fp32", "means": "*fp32"}
-TABLES = (
+ARCHITECTURES = (80, 89, 90)
+WIDTH = "width"  # every access in the main loop moves MIN_WIDTH bytes or more
+INSTRUCTIONS = "instructions"  # the main loop takes MAX_INSTRUCTIONS per byte or fewer
+MIN_WIDTH = 16
+MAX_INSTRUCTIONS = 3.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kernel:
+    """A kernel and how it is launched. Pointers are taken to be aligned to 16 bytes."""
+
+    function: triton.JITFunction
+    types: dict[str, str]
+    """Type of each argument that is no constant; names it does not have are ignored."""
+    constants: dict[str, object]
+    options: dict[str, int]
+    """num_warps, num_stages, maxnreg."""
+    divisible: tuple[str, ...] = ()
+    """Integer arguments that are multiples of 16, on which a launch specialises, too."""
+    exempt: dict[str, str] = field(default_factory=dict)
+    """The rules WIDTH and INSTRUCTIONS that do not apply, each with the reason."""
+    variant: str = ""
+    """What tells this row from others of the same kernel."""
+    launched_on: Callable[[int], bool] = lambda capability: True
+    """Whether this row is what a GPU of a capability (90 is sm_90) launches."""
+
+    @property
+    def name(self) -> str:
+        module = self.function.fn.__module__.rpartition(".")[2]
+        return f"{module}.{self.function.fn.__name__} {self.variant}".rstrip()
+
+
+def _tile(capability: int) -> int:
+    return augment_triton.tiling(divmod(capability, 10))[0]
+
+
+_IMAGES = {"images": "*u8", "table": "*fp32", "means": "*fp32", "views": "*bf16"} | dict.fromkeys(
+    ("num_pixels", "height", "width"), "i32"
+)
+_TABLES = (
     {"addresses": "*i64", "table": "*fp32", "tensors": "*i32", "first": "*i32"}
     | {"numel": "*i64", "sums": "*fp32", "ratios": "*fp32", "guard": "*fp32", "applied": "*i1"}
     | dict.fromkeys(("num_tensors", "num_chunks"), "i32")
 )
-SIZES = {"CHUNK": lars_triton.CHUNK, "BLOCK": lars_triton.BLOCK, "ALIGNED": True}
-LARS_OPTIONS = {"num_warps": lars_triton.NUM_WARPS}
-# Of each kernel: the types of its arguments, its constants, and the options it is launched with.
-KERNELS = {
-    augment_triton._contrast_means: (
-        POINTERS | {"num_pixels": "i32"},
-        {"BLOCK": BLOCK},
-        {"num_warps": NUM_WARPS_MEANS},
+_CHUNKS = {"CHUNK": lars_triton.CHUNK, "BLOCK": lars_triton.BLOCK, "ALIGNED": True}
+_REACH = augment_triton.REACH
+_TILINGS = sorted({augment_triton.tiling(capability) for capability in ((8, 0), (9, 0))})
+_COLOUR = "computes the colour operations of a pixel, dozens of instructions for each of its bytes"
+_FEW = "reads two sums for every 16,384 parameters: its time is that of a launch"
+
+KERNELS = [
+    Kernel(
+        function=augment_triton._contrast_means,
+        types=_IMAGES,
+        constants={"BLOCK": augment_triton.BLOCK},
+        options={"num_warps": augment_triton.NUM_WARPS_MEANS},
+        divisible=("num_pixels",),
+        exempt={WIDTH: _COLOUR, INSTRUCTIONS: _COLOUR},
     ),
-    augment_triton._augment: (
-        POINTERS | {"views": "*bf16", "height": "i32", "width": "i32"},
-        {"TILE": TILE, "REACH": REACH, "INNER": INNER},
-        {"num_warps": NUM_WARPS, "maxnreg": MAX_REGISTERS},
+    *(
+        Kernel(
+            function=augment_triton._augment,
+            types=_IMAGES,
+            constants={"TILE": tile, "REACH": _REACH, "INNER": tile - 2 * _REACH},
+            options={"num_warps": num_warps, "maxnreg": augment_triton.MAX_REGISTERS},
+            divisible=("height", "width"),
+            exempt={WIDTH: _COLOUR, INSTRUCTIONS: _COLOUR},
+            variant=f"{tile} px",
+            launched_on=lambda capability, tile=tile: _tile(capability) == tile,
+        )
+        for tile, num_warps in _TILINGS
     ),
-    lars_triton._sums: (TABLES, SIZES, LARS_OPTIONS),
-    lars_triton._ratios: (
-        TABLES,
-        {"CHECKED": True, "BLOCK": lars_triton.RATIO_BLOCK},
-        {"num_warps": 4},
+    Kernel(
+        function=lars_triton._sums,
+        types=_TABLES,
+        constants=_CHUNKS,
+        options={"num_warps": lars_triton.NUM_WARPS},
     ),
-    lars_triton._apply: (TABLES, SIZES | {"CHECKED": True, "TENSORS": 256}, LARS_OPTIONS),
-}
+    Kernel(
+        function=lars_triton._ratios,
+        types=_TABLES,
+        constants={"CHECKED": True, "BLOCK": lars_triton.RATIO_BLOCK},
+        options={"num_warps": 4},
+        exempt={WIDTH: _FEW, INSTRUCTIONS: _FEW},
+    ),
+    Kernel(
+        function=lars_triton._apply,
+        types=_TABLES,
+        constants=_CHUNKS | {"CHECKED": True, "TENSORS": 256},
+        options={"num_warps": lars_triton.NUM_WARPS},
+    ),
+]
 
 
-def resources(kernel, capability: int) -> dict[str, int]:
-    """{"REG": registers per thread, "STACK": ..., "LOCAL": ..., "SHARED": bytes} of one kernel."""
-    types, constants, options = KERNELS[kernel]
-    signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
+@dataclass(frozen=True, kw_only=True)
+class Usage:
+    """What a compiled kernel takes."""
+
+    registers: int
+    local: int  # bytes
+    stack: int  # bytes
+    shared: int  # bytes
+    loop: bool  # what follows is of its main loop, not of the whole kernel
+    instructions: int
+    widths: tuple[int, ...]  # bytes of each access to global memory
+
+    @property
+    def per_byte(self) -> float:
+        """Machine instructions per byte of global memory."""
+        return self.instructions / sum(self.widths) if self.widths else float("inf")
+
+    def __str__(self) -> str:
+        widths = f"{min(self.widths)} to {max(self.widths)} B wide" if self.widths else "none"
+        return (
+            f"{self.registers} registers, {self.local} B local, {self.stack} B stack,"
+            f" {self.shared} B shared memory;"
+            f" {'main loop' if self.loop else 'no loop'}: {self.instructions} instructions,"
+            f" {sum(self.widths)} B, {self.per_byte:.2f} per B, accesses {widths}"
+        )
+
+
+def measure(kernel: Kernel, capability: int) -> Usage:
+    """Compile a kernel for a compute capability (90 is sm_90) and read what came out."""
+    names = kernel.function.arg_names
+    signature = {name: kernel.types.get(name, "constexpr") for name in names}
+    attributes = {
+        (index,): BaseBackend.parse_attr("D")  # what a launch finds divisible by 16
+        for index, name in enumerate(names)
+        if signature[name].startswith("*") or name in kernel.divisible
+    }
     compiled = triton.compile(
-        ASTSource(fn=kernel, signature=signature, constexprs=constants),
+        ASTSource(kernel.function, signature, kernel.constants, attributes),
         target=GPUTarget("cuda", capability, 32),
-        options=options,
+        options=kernel.options,
     )
-    cuobjdump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    usage = {
+        name: int(value)
+        for name, value in re.findall(
+            r"(REG|STACK|LOCAL):(\d+)", _cuobjdump(compiled.asm["cubin"], "--dump-resource-usage")
+        )
+    }
+    loop, found = main_loop(parse(_cuobjdump(compiled.asm["cubin"], "--dump-sass")))
+    return Usage(
+        registers=usage["REG"],
+        local=usage["LOCAL"],
+        stack=usage["STACK"],
+        shared=compiled.metadata.shared,
+        loop=found,
+        instructions=len(loop),
+        widths=tuple(filter(None, (instruction.num_bytes for instruction in loop))),
+    )
+
+
+def _cuobjdump(cubin: bytes, what: str) -> str:
+    program = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
+        file.write(cubin)
         file.flush()
-        command = [cuobjdump, "--dump-resource-usage", file.name]
-        report = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    usage = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", report)}
-    return usage | {"SHARED": compiled.metadata.shared}
+        command = [program, what, file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def defects(kernel: Kernel, usage: Usage) -> Iterator[str]:
+    """The rules that it breaks."""
+    if usage.local or usage.stack:
+        yield f"spills {usage.local + usage.stack} B"
+    if usage.registers > (most := kernel.options.get("maxnreg", 255)):
+        yield f"{usage.registers} registers, of {most}"
+    if WIDTH not in kernel.exempt and min(usage.widths, default=0) < MIN_WIDTH:
+        yield f"accesses narrower than {MIN_WIDTH} B"
+    if INSTRUCTIONS not in kernel.exempt and usage.per_byte > MAX_INSTRUCTIONS:
+        yield f"more than {MAX_INSTRUCTIONS:g} instructions per B"
 
 
 def main() -> int:
-    if len(sys.argv) > 2 or not all(argument.isdecimal() for argument in sys.argv[1:]):
+    if not all(argument.isdecimal() for argument in sys.argv[1:]):
         print(__doc__)
         return 2
-    capability = int(sys.argv[1]) if len(sys.argv) > 1 else 90
     defective = False
-    for kernel, (_, _, options) in KERNELS.items():
-        usage = resources(kernel, capability)
-        defective |= usage["STACK"] > 0 or usage["LOCAL"] > 0
-        defective |= usage["REG"] > options.get("maxnreg", 255)
-        print(
-            f"sm_{capability} {kernel.__name__:>16}: {usage['REG']} registers, {usage['LOCAL']} B"
-            f" local, {usage['STACK']} B stack, {usage['SHARED']} B shared memory"
-        )
+    for capability in map(int, sys.argv[1:] or ARCHITECTURES):
+        for kernel in KERNELS:
+            if not kernel.launched_on(capability):
+                continue
+            usage = measure(kernel, capability)
+            print(f"sm_{capability} {kernel.name:>30}: {usage}")
+            for defect in defects(kernel, usage):
+                defective = True
+                print(f"sm_{capability} {kernel.name:>30}: DEFECT: {defect}")
+    exempt: dict[tuple[str, str], list[str]] = {}
+    for kernel in KERNELS:
+        for rule, reason in kernel.exempt.items():
+            exempt.setdefault((rule, reason), []).append(kernel.name)
+    for (rule, reason), names in exempt.items():
+        print(f"no rule on {rule} for {', '.join(names)}: {reason}")
     return int(defective)
 
 

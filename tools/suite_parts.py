@@ -139,8 +139,8 @@ def tiles(results: Results) -> None:
     apply = partial(augment_triton.apply, images, parameters, dtype=torch.bfloat16)
 
     def figures(tile: int, warps: int, registers: int | None) -> dict[str, float]:
-        augment_triton.TILE, augment_triton.INNER = tile, tile - 2 * augment_triton.REACH
-        augment_triton.NUM_WARPS, augment_triton.MAX_REGISTERS = warps, registers
+        augment_triton.tiling = lambda _: (tile, warps)
+        augment_triton.MAX_REGISTERS = registers
         return {"us per view": 1e6 * seconds_per_call(apply, DEVICE, BUDGET)[0] / n}
 
     limited = (64, 8, augment_triton.MAX_REGISTERS)
