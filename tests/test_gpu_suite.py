@@ -41,9 +41,11 @@ def test_a_set_runs_to_its_end_at_toy_sizes(small_beton, tmp_path, name):
     step = parts["step"]["result"]
     assert step["stages"].keys() >= {"loader", "augment", "forward", "backward", "optimizer"}
     assert len(step["kernels"]["longest"]) == 20 and step["step_s"] > 0
+    assert step["breakdown"]["classes"].keys() >= {"convolutions", "norm", "optimizer", "gaps"}
     report = (out / "performance.md").read_text()
     assert "none for this card" in report and "Training from JPEGs: " in report
     assert "cannot be written" not in report
+    assert "## The step by class of work: " in report and "| augmentation | " in report
     if name == "full":
         assert "times as fast as the released code's step" in report
         assert "## The native loader" in report and "--deterministic" in report

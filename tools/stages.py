@@ -1,11 +1,12 @@
 """The stages of a training step, each run alone and timed; used by `profile.py`.
 
 On a CPU a stage's time is what the clock says. On a GPU it is the time its kernels and copies keep
-the device busy; the host's share is timed apart, because it only counts where it is the longer one.
+the device busy.
 """
 
+import dataclasses
+import json
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice, repeat
@@ -13,15 +14,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from bt_fast import costs, train
 from bt_fast.feed import distort, feed
 from bt_fast.job import Job
 from bt_fast.loss import choose_method
-from bt_fast.perf import synchronise
+from bt_fast.perf import Performance, synchronise
+from pipelines.augment import Draw
 from pipelines.crop import cut
 from pipelines.loader import IMAGES_PER_TASK
+from tools.breakdown import AUGMENT, LOSS, Breakdown, activities, breakdown
 from tools.timing import images_per_second, seconds_of_parts, seconds_per_call
 
 _IMAGES_FOR_THREADS = 64
@@ -33,7 +35,6 @@ class Stage:
 
     name: str
     seconds: float
-    host: float = 0.0  # seconds the host is busy with it, where that is not the same
     flop: float = 0.0
     bytes: float = 0.0
     ceiling: str = ""  # which of the device's ceilings its rate is compared with
@@ -82,19 +83,18 @@ def loader_stages(job: Job, budget: float) -> Iterator[Stage]:
     yield Stage(name="loader", seconds=n / rate)
 
 
-def device_stages(job: Job, budget: float) -> Iterator[Stage]:
+def device_stages(job: Job, work: costs.Work, budget: float) -> Iterator[Stage]:
     """copy, augment, forward, backward, optimizer, loss, each alone.
 
     The optimizer comes before the loss: with CUDA graphs another compiled function may write over
     the gradients that the backward pass left.
     """
-    performance, device, n = job.performance, job.performance.device, job.config.batch_size
+    performance, device = job.performance, job.performance.device
     branches = job.config.view_a, job.config.view_b
     batch = next(job.loader.batches(0, 1))
 
     def stage(name: str, function: Callable[[], object], **counted) -> Stage:
-        seconds, host = seconds_per_call(function, device, budget)
-        return Stage(name=name, seconds=seconds, host=host, **counted)
+        return Stage(name=name, seconds=seconds_per_call(function, device, budget)[0], **counted)
 
     if device.type == "cuda":
         yield stage(
@@ -103,17 +103,11 @@ def device_stages(job: Job, budget: float) -> Iterator[Stage]:
             bytes=batch.views.nbytes,
             ceiling="link",
         )
-        batch = type(batch)(
-            step=batch.step,
-            samples=batch.samples,
-            keys=batch.keys,
-            views=batch.views.to(device),
-        )
-    moved = costs.augment_bytes(2 * n, job.config.size, performance.view_dtype)
+        batch = dataclasses.replace(batch, views=batch.views.to(device))
     yield stage(
         "augment",
         lambda: distort(batch, branches, performance),
-        bytes=moved,
+        bytes=work.bytes["augmentation"],
         ceiling="memory",
     )
 
@@ -129,20 +123,19 @@ def device_stages(job: Job, budget: float) -> Iterator[Stage]:
             z = job.embed(views)
 
     parts = [forward, lambda: z.backward(gradient.to(z.dtype))]
-    flops = encoder_flop(job, views)
-    for name, flop, (seconds, host) in zip(
+    flops = work.forward, work.backward
+    for name, flop, (seconds, _) in zip(
         ("forward", "backward"), flops, seconds_of_parts(parts, device, budget), strict=True
     ):
-        yield Stage(name=name, seconds=seconds, host=host, flop=flop, ceiling="flops")
+        yield Stage(name=name, seconds=seconds, flop=flop, ceiling="flops")
 
     leaf = z.detach().clone().requires_grad_()
     train.set_learning_rates(job, 0)
     guard = torch.zeros((), device=device)
-    parameters = sum(p.numel() for p in job.model.parameters())
     yield stage(
         "optimizer",
         lambda: job.optimizer.step(guard=guard),
-        bytes=costs.lars_bytes(parameters),
+        bytes=work.bytes["optimizer"],
         ceiling="memory",
     )
     job.optimizer.zero_grad(set_to_none=True)
@@ -152,28 +145,19 @@ def device_stages(job: Job, budget: float) -> Iterator[Stage]:
         invariance, redundancy = job.objective(*leaf.chunk(2))
         (invariance + job.config.lambd * redundancy).backward()
 
-    width = job.config.projector[-1]
-    flop = costs.loss_flop(choose_method(n, width), n, width)
-    yield stage("loss", loss, flop=flop)  # in another precision than the ceiling's
+    yield stage("loss", loss, flop=loss_flop(job))  # in another precision than the ceiling's
 
 
-def encoder_flop(job: Job, views: torch.Tensor) -> tuple[int, int]:
-    """(forward, backward) of encoder and projector for these views."""
-    some = views[:4]
-    with FlopCounterMode(display=False) as counter, job.performance.autocast():
-        z = job.model(some)
-    forward = counter.get_total_flops()
-    with FlopCounterMode(display=False) as counter:
-        z.sum().backward()
-    job.optimizer.zero_grad(set_to_none=True)
-    scale = len(views) / len(some)
-    return round(forward * scale), round(counter.get_total_flops() * scale)
+def loss_flop(job: Job, num_ranks: int = 1) -> int:
+    """Of one of `num_ranks` ranks that each have the job's batch."""
+    samples, width = job.config.batch_size * num_ranks, job.config.projector[-1]
+    return costs.loss_flop(choose_method(samples, width, num_ranks), samples, width, num_ranks)
 
 
 def step_alone(job: Job, budget: float) -> float:
     """Seconds of a step on views that are on the device already."""
     n, device = job.config.batch_size, job.performance.device
-    return n / images_per_second(steps(job, repeat(_views(job))), n, device, budget)
+    return n / images_per_second(steps(job, repeat(views_of(job))), n, device, budget)
 
 
 def step_from_jpegs(job: Job, budget: float) -> float:
@@ -183,7 +167,7 @@ def step_from_jpegs(job: Job, budget: float) -> float:
     return n / images_per_second(steps(job, batches), n, job.performance.device, budget)
 
 
-def _views(job: Job) -> torch.Tensor:
+def views_of(job: Job) -> torch.Tensor:
     branches = job.config.view_a, job.config.view_b
     return distort(next(job.loader.batches(0, 1)), branches, job.performance)
 
@@ -196,53 +180,49 @@ def steps(job: Job, batches: Iterable[torch.Tensor]) -> Iterator[None]:
         yield
 
 
-def longest_kernels(job: Job, count: int = 20) -> dict:
-    """The kernels that take longest in a step on views that are there; torch's operations on a CPU.
+def trace(job: Job, path: Path, num_steps: int = 3) -> Breakdown:
+    """A step's breakdown: the whole step on crops that are there, everything but the loader.
 
-    {"ms", "launches", "longest": [{"name", "ms", "launches", "share"}]}, all per step. The shares
-    are of the time of all kernels.
+    Every rank of the job must call it. Leaves the Chrome trace of `num_steps` steps in `path`.
+    Raises RuntimeError where the machine does not let its GPU be traced.
     """
-    num_steps, device = 3, job.performance.device
-    running = steps(job, repeat(_views(job)))
-    next(running)
-    synchronise(device)
-    kind = torch.profiler.ProfilerActivity
-    activity = kind.CUDA if device.type == "cuda" else kind.CPU
-    with torch.profiler.profile(activities=[activity]) as profile:
-        for _ in islice(running, num_steps):
+    config, device = job.config, job.performance.device
+    on_gpu = device.type == "cuda"
+    job = dataclasses.replace(job, objective=_within(LOSS, job.objective))
+    performance = _Ranged(**dataclasses.asdict(job.performance))
+    crops = repeat(next(job.loader.batches(0, 1)))
+    running = steps(job, feed(crops, (config.view_a, config.view_b), performance))
+
+    def run(count: int) -> float:
+        started = time.perf_counter()
+        for _ in islice(running, count):
             pass
         synchronise(device)
-    seconds: Counter[str] = Counter()
-    launches: Counter[str] = Counter()
-    for event in profile.events():
-        if device.type == "cpu":
-            seconds[event.name] += event.self_cpu_time_total / 1e6
-        elif event.device_type == torch.autograd.DeviceType.CUDA:
-            seconds[event.name] += event.time_range.elapsed_us() / 1e6
-        else:
-            continue
-        launches[event.name] += 1
-    total = seconds.total()
-    return {
-        "ms": 1e3 * total / num_steps,
-        "launches": launches.total() / num_steps,
-        "longest": [
-            {
-                "name": name,
-                "ms": 1e3 * value / num_steps,
-                "launches": launches[name] / num_steps,
-                "share": value / total,
-            }
-            for name, value in seconds.most_common(count)
-        ],
-    }
+        return (time.perf_counter() - started) / count
 
-
-def chrome_trace(job: Job, path: Path) -> None:
-    """Three whole steps, for chrome://tracing or Perfetto."""
-    branches = job.config.view_a, job.config.view_b
-    with torch.profiler.profile() as profile:
-        for views in feed(job.loader.batches(0, 3), branches, job.performance):
-            train.update(job, views)
-        synchronise(job.performance.device)
+    run(2)
+    seconds = run(10 if on_gpu else 2)
+    kind = torch.profiler.ProfilerActivity
+    kinds = [kind.CPU, kind.CUDA] if on_gpu else [kind.CPU]
+    with torch.profiler.profile(activities=kinds, acc_events=True) as profile:
+        run(num_steps)
     profile.export_chrome_trace(str(path))
+    work = activities(json.loads(path.read_bytes())["traceEvents"], on_gpu=on_gpu)
+    if not work:
+        raise RuntimeError("the profiler saw no kernels; may this user trace the GPU?")
+    return breakdown(work, num_steps, seconds)
+
+
+class _Ranged(Performance):
+    """Names the augmentation in a trace."""
+
+    def augment(self, images: torch.Tensor, parameters: Draw) -> torch.Tensor:
+        return _within(AUGMENT, super().augment)(images, parameters)
+
+
+def _within(name: str, function: Callable) -> Callable:
+    def named(*arguments):
+        with torch.profiler.record_function(name):
+            return function(*arguments)
+
+    return named

@@ -45,7 +45,7 @@ def markdown(results: dict) -> str:
     """The report; a section that the results do not allow says so and loses nothing of others."""
     facts = ", ".join(f"{name} {value}" for name, value in results["facts"].items())
     lines = ["# Figures from one run of `python tools/gpu_suite.py`", "", facts, ""]
-    for section in (_parts, _aims, _tests, _step, _kernels, _rivals, _tables):
+    for section in (_parts, _aims, _tests, _step, _breakdown, _kernels, _rivals, _tables):
         try:
             lines += section(results)
         except Exception as error:
@@ -152,10 +152,25 @@ def _step(results: dict) -> list[str]:
     return lines
 
 
+def _breakdown(results: dict) -> list[str]:
+    """The step by class of work, and the switches that would help."""
+    profile, rows = _result(results, "step"), []
+    if not (found := profile.get("breakdown")):
+        return []
+    for name, part in found["classes"].items():
+        seconds = [f"{1e3 * part[key]:.3f}" for key in ("seconds", "alone")]
+        rates = [f"{part[key] / (part['seconds'] or 1):,.4g}" for key in ("bytes", "flop")]
+        shares = [f"{part['share']:.1%}", f"{part['launches']:.0f}"]
+        rows.append([name, *seconds, *shares, *rates, f"{part['reached']:.0%}"])
+    columns = ["class", "ms", "ms alone", "share", "launches", "B/s", "FLOP/s", "of the ceiling"]
+    lines = _table(f"The step by class of work: {1e3 * found['step_s']:.2f} ms", columns, rows)
+    return [*lines, *(f"- {switch}" for switch in profile["switches"]), ""]
+
+
 def _kernels(results: dict) -> list[str]:
     kernels = _result(results, "step").get("kernels", {})
     if not kernels or "error" in kernels:
-        return [f"The longest kernels: {kernels['error']}", ""] if kernels else []
+        return [f"The longest kernels: {kernels['error']}", ""] if kernels.get("error") else []
     rows = [
         [f"`{k['name'][:100]}`", f"{k['ms']:.3f}", f"{k['launches']:.0f}", f"{k['share']:.1%}"]
         for k in kernels["longest"]
