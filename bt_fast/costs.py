@@ -128,7 +128,8 @@ def num_norm_layers(model: nn.Module) -> int:
     return sum(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
 
 
-def _loss_flop_of(num_samples: int, num_dimensions: int, world_size: int) -> int:
+def loss_flop_of_ranks(num_samples: int, num_dimensions: int, world_size: int) -> int:
+    """As `loss_flop`, by the method that so many ranks choose."""
     method = choose_method(num_samples, num_dimensions, world_size)
     return loss_flop(method, num_samples, num_dimensions, world_size)
 
@@ -209,7 +210,7 @@ def predict(
     hidden = min(sending, _OVERLAPPED * measured.backward)
     seconds = {
         "encoder": measured.encoder,
-        "loss": measured.loss * _loss_flop_of(n * w, d, w) / _loss_flop_of(n, d, 1),
+        "loss": measured.loss * loss_flop_of_ranks(n * w, d, w) / loss_flop_of_ranks(n, d, 1),
         "optimizer": measured.optimizer,
         "gradients, exposed": sending - hidden,
         "embeddings": embedding_bytes / rate,

@@ -15,7 +15,6 @@ from tools.breakdown import (
     LOSS,
     Activity,
     Breakdown,
-    Part,
     activities,
     advice,
     breakdown,
@@ -23,6 +22,7 @@ from tools.breakdown import (
     classify,
     slices,
 )
+from tools.timing import Ceilings, Stage
 
 BACKWARD = "autograd::engine::evaluate_function: ConvolutionBackward0"
 KERNELS = [
@@ -99,20 +99,28 @@ def test_gaps_and_exposed_communication_of_streams_that_overlap():
         kernel(CONVOLUTION, 2, 5),  # on another stream
     ]
     assert busy(work) == 19
-    found = breakdown(work, num_steps=2, step=12)
-    assert found.parts == {
-        "convolutions": Part(seconds=6.5, alone=3.5, launches=1.5),
-        "communication": Part(seconds=5, alone=1, launches=0.5),  # from 10 to 12
-        "other": Part(seconds=2, alone=1, launches=0.5),
-        "gaps": Part(seconds=2.5, alone=2.5),
+    found = breakdown(work, 2, 12, {"convolutions": 8.0}, {})
+    assert list(found.parts) == ["convolutions", "communication", "other", "gaps"]
+    figures = {
+        name: (part.seconds, part.alone, part.launches) for name, part in found.parts.items()
     }
+    assert figures == {
+        "convolutions": (6.5, 3.5, 1.5),
+        "communication": (5, 1, 0.5),  # alone from 10 to 12
+        "other": (2, 1, 0.5),
+        "gaps": (2.5, 2.5, 0),
+    }
+    ceilings = Ceilings(flops=2.0, memory=1.0, link=1.0)
+    reached = {name: part.reached(ceilings) for name, part in found.parts.items()}
+    assert reached == {"convolutions": 8 / 6.5 / 2, "communication": 0, "other": 0, "gaps": 0}
     assert found.kernels["launches"] == 2.5 and found.kernels["ms"] == pytest.approx(15_000)
     longest = found.kernels["longest"]
     assert [row["name"] for row in longest] == [CONVOLUTION, COLLECTIVE, "Memcpy HtoD"]
     assert longest[0] == {"name": CONVOLUTION, "ms": 8000, "launches": 1.5, "share": 16 / 30}
     assert sum(row["share"] for row in longest) == pytest.approx(1)
-    assert breakdown(work, num_steps=2, step=9).parts["gaps"].seconds == 0
-    assert not found.fused_norm and breakdown([kernel("_norm_sums", 0, 1)], 1, 1).fused_norm
+    assert breakdown(work, 2, 9, {}, {}).parts["gaps"].seconds == 0
+    assert not found.fused_norm
+    assert breakdown([kernel("_norm_sums", 0, 1)], 1, 1, {}, {}).fused_norm
 
 
 def test_operators_are_cut_where_they_call_others():
@@ -174,7 +182,7 @@ def test_operators_are_the_work_of_a_cpu():
         event("user_annotation", "gloo:all_reduce", 45, 35, 2),
         event("user_annotation", AUGMENT, 120, 30),
     ]
-    found = breakdown(activities(events, on_gpu=False), num_steps=1, step=150e-6).parts
+    found = breakdown(activities(events, on_gpu=False), 1, 150e-6, {}, {}).parts
     seconds = {name: round(1e6 * part.seconds) for name, part in found.items()}
     assert seconds == {"convolutions": 20, "augmentation": 30, "communication": 40, "gaps": 60}
 
@@ -199,16 +207,27 @@ def test_the_work_of_the_papers_model():
 
 
 def advised(
-    device="cuda", mode="default", *, fused=False, ranks=1, reached=None, waiting=0.0,
+    device="cuda", mode="default", *, fused=False, ranks=1, reached=0.0, waiting=0.0,
     settings=None, **shares,
 ) -> list[str]:  # fmt: skip
     """The advice for a step of a second."""
-    parts = {name: Part(seconds=share, alone=share / 2) for name, share in shares.items()}
+    parts = {
+        name: Stage(
+            name=name, seconds=share, alone=share / 2, bytes=share * reached, ceiling="memory"
+        )
+        for name, share in shares.items()
+    }
     found = Breakdown(step=1.0, parts=parts, kernels={}, fused_norm=fused)
     performance = perf.Performance(device=torch.device(device), precision="bf16", compile=mode)
-    config = dataclasses.replace(Config(), **(settings or {}))
-    return advice(config, performance, found, reached or {}, world_size=ranks, waiting=waiting,
-                  for_loader="--workers 8")  # fmt: skip
+    return advice(
+        dataclasses.replace(Config(), **(settings or {})),
+        performance,
+        found,
+        Ceilings(flops=1.0, memory=1.0, link=1.0),
+        world_size=ranks,
+        waiting=waiting,
+        for_loader="--workers 8",
+    )
 
 
 def test_the_switches_that_would_help():
@@ -223,7 +242,7 @@ def test_the_switches_that_would_help():
     assert advised(device="cpu", gaps=0.5) == advised(device="cpu", norm=0.5) == []
 
     assert advised(norm=0.4) == ["batch norm and ReLU take 40 % of the step: --norm fused"]
-    assert advised(norm=0.4, reached={"norm": 0.5}) and not advised(norm=0.4, reached={"norm": 0.8})
+    assert advised(norm=0.4, reached=0.5) and not advised(norm=0.4, reached=0.8)
     assert advised(norm=0.4, fused=True) == []
 
     assert "waits for data 20 % of the step: --workers 8" in advised(waiting=0.2)[0]
@@ -239,7 +258,7 @@ def test_the_switches_that_would_help():
 def test_the_switches_against_communication_count_what_nothing_hides():
     assert advised(communication=0.08) == []  # half of it is alone
     (line,) = advised(communication=0.2, ranks=32)
-    assert line.startswith("communication that nothing hides takes 10 % of the step: --compress")
+    assert line.startswith("exposed communication takes 10 % of the step: --compress")
     assert "--bn-group 8 keeps batch norm on a machine" in line and "--separate" not in line
     assert "--bn-group" not in advised(communication=0.2, ranks=8)[0]
     settings = {"compress_gradients": True, "bn_group": 8, "separate_communicators": False}

@@ -16,10 +16,9 @@ from bt_fast import costs, perf, plan
 from bt_fast.recipes import RECIPES
 from pipelines.beton import BetonReader
 from tools import synthetic
-from tools.breakdown import CLASSES, Breakdown, Part
+from tools.breakdown import CLASSES, Breakdown
 from tools.profile_report import Report
-from tools.stages import Stage
-from tools.timing import Ceilings
+from tools.timing import Ceilings, Stage
 
 ROOT = Path(__file__).parents[1]
 
@@ -60,12 +59,13 @@ def test_a_compiled_step_is_profiled_and_predicted(small_beton, tmp_path):
     assert found["stages"]["backward"]["flop"] > found["stages"]["forward"]["flop"] > 1e6
     assert found["environment"]["compile"] == "default" and found["prediction"]["step"] > 0
     assert found["ranks"] is None and found["verdict"] == found["switches"][0]
-    classes = found["breakdown"]["classes"]
+    classes, step = found["breakdown"]["parts"], found["breakdown"]["step"]
     assert list(classes) == [name for name in CLASSES if name != "communication"]
     for name in ("convolutions", "products", "optimizer", "augmentation"):
-        assert classes[name]["seconds"] > 0 and classes[name]["reached"] > 0, name
-    busy = sum(part["alone"] for name, part in classes.items() if name != "gaps")
-    assert busy + classes["gaps"]["seconds"] >= 0.99 * found["breakdown"]["step_s"]
+        assert classes[name]["seconds"] > 0 and classes[name]["ceiling"], name
+        assert classes[name]["flop"] + classes[name]["bytes"] > 0, name
+    alone = sum(part["alone"] for name, part in classes.items() if name != "gaps")
+    assert alone + classes["gaps"]["seconds"] >= 0.99 * step
     assert classes["other"]["flop"] == classes["other"]["bytes"] == 0
     with Image.open(tmp_path / "p" / "profile.png") as picture:
         assert len(np.unique(np.array(picture))) > 20
@@ -95,8 +95,8 @@ def test_ranks_of_torchrun_are_measured_beside_one_alone(small_beton, tmp_path):
     assert ranks["world_size"] == 2 and ranks["alone"] == alone and ranks["step"] > 0
     assert ranks["efficiency"] == pytest.approx(alone / ranks["step"])
     assert len(ranks["latency"]) == 6 and min(ranks["latency"].values()) > 1e-6
-    assert "communication" not in found["breakdown"]["classes"]
-    collectives = ranks["breakdown"]["classes"]["communication"]
+    assert "communication" not in found["breakdown"]["parts"]
+    collectives = ranks["breakdown"]["parts"]["communication"]
     assert collectives["seconds"] >= collectives["alone"] > 0
     # ResNet-18 has 20 batch norms, the projector one: two all-reduces each; loss and gradients.
     assert collectives["launches"] > 2 * 21 + 3
@@ -144,26 +144,24 @@ def report(device: str = "cuda", *, step: float, alone: float, **stages):
         stages={name: Stage(name=name, seconds=value) for name, value in seconds.items()},
         step=step,
         step_without_data=alone,
-        work=costs.Work(
-            forward=1e13, backward=2e13,
-            flop={"convolutions": 2.5e13, "products": 0.5e13}, bytes={"norm": 1e11},
-        ),
         breakdown=Breakdown(
             step=alone,
-            parts={"convolutions": Part(seconds=0.05), "norm": Part(seconds=0.04, alone=0.03)},
+            parts={
+                "convolutions": Stage(
+                    name="convolutions", seconds=0.05, flop=2.5e13, ceiling="flops"
+                ),
+                "norm": Stage(name="norm", seconds=0.04, bytes=1e11, ceiling="memory"),
+            },
             kernels={"longest": []},
             fused_norm=False,
         ),
-    )  # fmt: skip
+    )
 
 
 def test_classes_are_compared_with_their_ceilings():
     found = report(step=0.1, alone=0.1)
-    classes = found.classes(found.breakdown)
-    assert found.achieved(classes["convolutions"]) == "500 TFLOP/s (50 %)"
-    assert found.achieved(classes["norm"]) == "2.5e+03 GB/s (62 %)"
-    assert found.saved(found.breakdown)["classes"]["norm"]["share"] == pytest.approx(0.4)
-    assert found.saved(found.breakdown)["classes"]["norm"]["alone"] == 0.03
+    rates = [found.achieved(part) for part in found.breakdown.parts.values()]
+    assert rates == ["500 TFLOP/s (50%)", "2.5e+03 GB/s (62%)"]
 
 
 def test_the_advice_puts_first_what_takes_longest():

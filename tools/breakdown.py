@@ -25,6 +25,7 @@ from typing import Any
 from bt_fast import costs
 from bt_fast.config import Config
 from bt_fast.perf import Performance, has_bf16
+from tools.timing import Ceilings, Stage
 
 AUGMENT, LOSS = "bt-fast: augment", "bt-fast: loss"  # named ranges
 CLASSES = (
@@ -52,6 +53,7 @@ _NAMES = [
     ("norm", r"^aten::(add_?|cat|var_mean)$"),
 ]
 _PATTERNS = [(kind, re.compile(pattern, re.IGNORECASE)) for kind, pattern in _NAMES]
+_LONGEST = 20  # kernels that are listed
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -162,55 +164,56 @@ def busy(work: Iterable[Activity]) -> float:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Part:
-    """A class of work: seconds and launches per step."""
-
-    seconds: float  # in which at least one of its kernels runs
-    alone: float = 0.0  # of these, in which no other class's kernel runs
-    launches: float = 0.0
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class Breakdown:
     """A step's classes, in the order of `CLASSES`, without those that do not occur."""
 
     step: float  # seconds of a step that was not traced
-    parts: dict[str, Part]
+    parts: dict[str, Stage]
     kernels: dict[str, Any]  # per step: ms, launches, and the longest {name, ms, launches, share}
     fused_norm: bool  # whether batch norm has kernels of its own
 
 
-def breakdown(work: Sequence[Activity], num_steps: int, step: float, top: int = 20) -> Breakdown:
+def breakdown(
+    work: Sequence[Activity],
+    num_steps: int,
+    step: float,
+    flop: dict[str, float],
+    moved: dict[str, float],
+) -> Breakdown:
     """Break a step down.
 
     Args:
         work: what the device did in `num_steps` steps.
         step: seconds of a step without tracing, which delays launches.
-        top: the number of kernels to list.
+        flop, moved: of a step, by class; FLOP and bytes where they can be counted.
     """
     classes: dict[str, list[Activity]] = {name: [] for name in CLASSES}
     by_name: dict[str, list[Activity]] = defaultdict(list)
     for activity in work:
         classes[classify(activity.name, activity.ranges)].append(activity)
         by_name[activity.name].append(activity)
-    whole, parts = busy(work), {}
+    whole = busy(work)
+    gaps = max(step - whole / num_steps, 0.0)
+    parts = {}
     for name, members in classes.items():
+        others = [a for other, some in classes.items() if other != name for a in some]
         if members:
-            others = [a for other, some in classes.items() if other != name for a in some]
-            alone = (whole - busy(others)) / num_steps
-            parts[name] = Part(
+            parts[name] = Stage(
+                name=name,
                 seconds=busy(members) / num_steps,
-                alone=alone,
+                flop=flop.get(name, 0.0),
+                bytes=moved.get(name, 0.0),
+                ceiling="flops" if name in flop else "memory" if name in moved else "",
+                alone=(whole - busy(others)) / num_steps,
                 launches=_launches(members, num_steps),
             )
-    gaps = max(step - whole / num_steps, 0.0)
-    parts["gaps"] = Part(seconds=gaps, alone=gaps)
+    parts["gaps"] = Stage(name="gaps", seconds=gaps, alone=gaps)
     ms = {n: 1e3 * sum(a.end - a.start for a in some) / num_steps for n, some in by_name.items()}
     total = sum(ms.values())
     longest = [
         {"name": name, "ms": ms[name], "launches": _launches(by_name[name], num_steps),
          "share": ms[name] / total}
-        for name in sorted(ms, key=lambda name: -ms[name])[:top]
+        for name in sorted(ms, key=lambda name: -ms[name])[:_LONGEST]
     ]  # fmt: skip
     return Breakdown(
         step=step,
@@ -228,7 +231,7 @@ def advice(
     config: Config,
     performance: Performance,
     found: Breakdown,
-    reached: dict[str, float],
+    ceilings: Ceilings | None,
     *,
     world_size: int = 1,
     waiting: float = 0.0,
@@ -239,35 +242,32 @@ def advice(
 
     Args:
         found: of a step with all ranks' collectives.
-        reached: by class, the share of its ceiling.
         waiting: share of a step from JPEGs in which the device waits for data.
         for_loader: what helps against that.
     """
-    on_gpu, mode = performance.device.type == "cuda", performance.compile
-    share = dict.fromkeys(CLASSES, 0.0)
-    share |= {name: part.seconds / found.step for name, part in found.parts.items()}
-    exposed = found.parts.get("communication", Part(seconds=0)).alone / found.step
-    modes = {
-        "off": ["--compile default launches fewer kernels"],
-        "default": ["--compile reduce-overhead replays CUDA graphs"],
-    }
+    on_gpu, off = performance.device.type == "cuda", performance.compile == "off"
+    parts = {name: Stage(name=name, seconds=0.0) for name in CLASSES} | found.parts
+    share = {name: part.seconds / found.step for name, part in parts.items()}
     larger = ["a larger --batch-size"]
-    for_norm = on_gpu and not found.fused_norm and reached.get("norm", 0) < 0.7
+    launching = ["--compile default launches fewer kernels"] * off + larger
+    if performance.compile == "default":
+        launching = ["--compile reduce-overhead replays CUDA graphs", *larger]
+    slow_norm = on_gpu and not found.fused_norm and parts["norm"].reached(ceilings) < 0.7
     over_ranks = ["--compress-gradients sends half"] * (not config.compress_gradients)
     if world_size > costs.RANKS_PER_MACHINE and not config.bn_group:
         over_ranks += [f"--bn-group {costs.RANKS_PER_MACHINE} keeps batch norm on a machine"]
-    over_ranks += ["--separate-communicators"] * (not config.separate_communicators)
+    over_ranks += ["--separate-communicators"] * (not config.separate_communicators) + larger
+    fusing = ["--compile default fuses them"] * (on_gpu and off)
     rules = [
         (waiting, "the device waits for data", [for_loader]),
-        (share["gaps"], "no kernel runs for", [*modes.get(mode, []), *larger] if on_gpu else []),
+        (share["gaps"], "no kernel runs for", launching * on_gpu),
         (share["convolutions"], "convolutions take", _for_convolutions(config, performance)),
-        (share["norm"], "batch norm and ReLU take", ["--norm fused"] if for_norm else []),
+        (share["norm"], "batch norm and ReLU take", ["--norm fused"] * slow_norm),
         (share["products"], "matrix products take", ["a narrower --projector"]),
         (share["optimizer"], "the optimizer takes", larger),
-        (share["other"], "casts, copies and small kernels take",
-         ["--compile default fuses them"] if on_gpu and mode == "off" else []),
-        (exposed, "communication that nothing hides takes", [*over_ranks, *larger]),
-    ]  # fmt: skip
+        (share["other"], "casts, copies and small kernels take", fusing),
+        (parts["communication"].alone / found.step, "exposed communication takes", over_ranks),
+    ]
     return [
         f"{what} {100 * of_step:.0f} % of the step: {', or '.join(switches)}"
         for of_step, what, switches in sorted(rules, key=lambda rule: -rule[0])

@@ -95,7 +95,7 @@ def profile(options: Profile) -> int:
 def run(options: Profile, world) -> int:
     """Measure, print and write. All ranks but the first only take part in what all do."""
     from bt_fast.job import build
-    from tools import profile_report, ranks, synthetic
+    from tools import profile_report, stages, synthetic
 
     console = Console(soft_wrap=True, width=None if sys.stdout.isatty() else 110)
     out = options.out or Path("profiles") / time.strftime("%Y%m%d-%H%M%S")
@@ -104,11 +104,10 @@ def run(options: Profile, world) -> int:
         if not data.exists() and data == Config().data:
             data = synthetic.images(Path(scratch), max(options.batch_size * world.size, 64))
             what = "synthetic images"
-        names = [field.name for field in dataclasses.fields(Config)]
-        config = Config(**{name: getattr(options, name) for name in names} | {"gpus": None})
-        config = dataclasses.replace(config, data=data, probe_every=0)
+        values = {field.name: getattr(options, field.name) for field in dataclasses.fields(Config)}
+        config = Config(**values | {"gpus": None, "data": data, "probe_every": 0})
         if not world.is_first:
-            ranks.measure(config, world, None, 3 * options.seconds, Path(scratch))
+            stages.together(config, world, 3 * options.seconds, Path(scratch))
             return 0
         if (out / "profile.json").exists():
             raise ValueError(f"--out {out} holds a profile already; choose another folder")
@@ -118,7 +117,8 @@ def run(options: Profile, world) -> int:
         console.print(f"profiling {report.title}", markup=False)
         for stage in measure(report, options, world, Path(scratch), out):
             if stage is not None:
-                report.say(console, stage)
+                text = f"  {stage.name}: {report.rate(stage.seconds):,.0f} images/s"
+                console.print(text, highlight=False)
             report.save(out / "profile.json")
         report.print(console)
         try:
@@ -133,7 +133,7 @@ def measure(report, options: Profile, world, scratch: Path, out: Path):
     """Fill the report in, what counts most first; yields a stage or None after each measurement."""
     from bt_fast import costs
     from bt_fast.job import rehearse
-    from tools import ranks, rivals, stages, timing
+    from tools import rivals, stages, timing
 
     job, performance, seconds = report.job, report.job.performance, options.seconds
     report.ceilings = timing.measure_ceilings(performance.device, performance.view_dtype, seconds)
@@ -145,11 +145,8 @@ def measure(report, options: Profile, world, scratch: Path, out: Path):
     report.prepared = time.perf_counter() - started
     yield
     report.work = costs.count(job.model, stages.views_of(job), performance.autocast())
-    try:
-        path = (out if options.trace else scratch) / "trace.json"
-        report.breakdown = stages.trace(job, path)
-    except RuntimeError as error:  # a machine may not let programs be traced
-        report.untraced = str(error)
+    path = (out if options.trace else scratch) / "trace.json"
+    report.breakdown = stages.trace(job, report.work, path)
     yield
     for stage in stages.device_stages(job, report.work, seconds):
         report.stages[stage.name] = stage
@@ -166,9 +163,9 @@ def measure(report, options: Profile, world, scratch: Path, out: Path):
         report.predict(options.gpus or world.size, options.link_gbps)
         yield
     if world.group is not None:
-        job.embed = job.objective = None  # what they have compiled makes room for all ranks' step
-        alone = report.step_without_data
-        report.together = ranks.measure(job.config, world, alone, 3 * seconds, scratch)
+        job.embed = job.objective = None  # compiled; they make room
+        alone = report.step_without_data, report.work
+        report.together = stages.together(job.config, world, 3 * seconds, scratch, alone)
         yield
     for rival in options.against:
         report.rivals[rival] = {}

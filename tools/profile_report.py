@@ -15,10 +15,9 @@ from bt_fast.job import Job
 from bt_fast.run_directory import environment
 from pipelines.flags import usable_cores
 from tools.breakdown import Breakdown, advice
-from tools.ranks import Together
 from tools.results import write_json
-from tools.stages import Stage, loss_flop
-from tools.timing import Ceilings
+from tools.stages import Together
+from tools.timing import Ceilings, Stage
 
 IN_LOADER = ("read", "decode", "crop")
 IN_STEP = ("copy", "augment", "forward", "backward", "loss", "optimizer")
@@ -38,7 +37,6 @@ class Report:
     memory: int = 0
     work: costs.Work | None = None
     breakdown: Breakdown | None = None
-    untraced: str = ""  # why there is no breakdown
     together: Together | None = None  # all ranks of a launcher
     rivals: dict[str, dict[str, float]] = field(default_factory=dict)
     prediction: costs.Prediction | None = None
@@ -57,67 +55,29 @@ class Report:
         """Images per second of something that takes this long per batch."""
         return self.job.config.batch_size / seconds if seconds > 0 else float("inf")
 
-    def say(self, console: Console, stage: Stage) -> None:
-        console.print(f"  {stage.name}: {self.rate(stage.seconds):,.0f} images/s", highlight=False)
-
-    def reached(self, stage: Stage) -> float:
-        """The share of what this machine reaches at best; 0 where that is not known."""
-        if self.ceilings is None or not stage.ceiling or not stage.seconds:
-            return 0.0
-        return (stage.flop or stage.bytes) / stage.seconds / getattr(self.ceilings, stage.ceiling)
-
     def achieved(self, stage: Stage) -> str:
         """FLOP/s or bytes/s, and the share of what this machine reaches at best."""
         value, unit = (stage.flop / 1e3, "TFLOP/s") if stage.flop else (stage.bytes, "GB/s")
         if not value or not stage.seconds:
             return ""
-        share = f" ({100 * self.reached(stage):.0f} %)" if stage.ceiling and self.ceilings else ""
-        return f"{value / stage.seconds / 1e9:.3g} {unit}{share}"
-
-    def classes(self, found: Breakdown, num_ranks: int = 1) -> dict[str, Stage]:
-        """The classes of a breakdown, with the bytes or FLOP of those whose work can be counted."""
-        assert self.work is not None
-        flop = dict(self.work.flop)
-        flop["products"] += loss_flop(self.job, num_ranks)
-        return {
-            name: Stage(
-                name=name,
-                seconds=part.seconds,
-                flop=flop.get(name, 0.0),
-                bytes=self.work.bytes.get(name, 0.0),
-                ceiling="flops" if name in flop else "memory" if name in self.work.bytes else "",
-            )
-            for name, part in found.parts.items()
-        }
-
-    def saved(self, found: Breakdown, num_ranks: int = 1) -> dict:
-        """A breakdown for the JSON file."""
-        classes = {
-            name: dataclasses.asdict(stage)
-            | dataclasses.asdict(found.parts[name])
-            | {"share": stage.seconds / found.step, "reached": self.reached(stage)}
-            for name, stage in self.classes(found, num_ranks).items()
-        }
-        return {"step_s": found.step, "classes": classes}
+        reached = stage.reached(self.ceilings)
+        return f"{value / stage.seconds / 1e9:.3g} {unit}" + f" ({reached:.0%})" * (reached > 0)
 
     def advice(self) -> list[str]:
         """What takes longest, and the switches that would help; once all is measured."""
-        together, step = self.together, self.step
-        found, num_ranks = self.breakdown, 1
-        if together is not None:
-            found, num_ranks = together.breakdown, together.world_size
-        if found is None or not step or "loader" not in self.stages:
+        found = self.together.breakdown if self.together else self.breakdown
+        if found is None or not self.step or "loader" not in self.stages:
             return []
         # On a GPU the loader runs beside the step; on a CPU they share the cores.
         on_gpu = self.job.performance.device.type == "cuda"
-        waiting = 1 - self.step_without_data / step
+        waiting = self.step - self.step_without_data if on_gpu else self.stages["loader"].seconds
         return advice(
             self.job.config,
             self.job.performance,
             found,
-            {name: self.reached(stage) for name, stage in self.classes(found, num_ranks).items()},
-            world_size=num_ranks,
-            waiting=waiting if on_gpu else self.stages["loader"].seconds / step,
+            self.ceilings,
+            world_size=self.together.world_size if self.together else 1,
+            waiting=waiting / self.step,
             for_loader=_for_loader(self),
         )
 
@@ -148,17 +108,19 @@ class Report:
     def print(self, console: Console) -> None:
         console.print(self._stage_table())
         if self.breakdown is None:
-            console.print(f"no breakdown: {self.untraced}", markup=False)
+            console.print("no breakdown: the profiler saw no kernels; may this user trace the GPU?")
         else:
-            console.print(self._breakdown_table(self.breakdown))
+            console.print(self._breakdown_table(self.breakdown, 1))
             rows = [
                 (k["name"][:70], f"{k['ms']:.3f}", f"{k['launches']:.0f}", f"{k['share']:.1%}")
                 for k in self.breakdown.kernels["longest"]
             ]
             console.print(_table("longest kernels", ("name", "ms", "launches", "share"), rows))
-        if self.together is not None:
-            console.print(self._breakdown_table(self.together.breakdown, self.together.world_size))
-            console.print(self._ranks_table(self.together))
+        if self.together is not None and self.prediction is not None:
+            if self.together.breakdown is not None:
+                found = self.together.breakdown
+                console.print(self._breakdown_table(found, self.together.world_size))
+            console.print(self._ranks_table(self.together, self.prediction))
         for name, theirs in self.rivals.items():
             console.print(self._rival_table(name, theirs))
         if self.prediction is not None:
@@ -183,39 +145,30 @@ class Report:
             ],
         )
 
-    def _breakdown_table(self, found: Breakdown, num_ranks: int = 1) -> Table:
-        title = f"{1e3 * found.step:.2f} ms of a step, crops there, by class of work"
+    def _breakdown_table(self, found: Breakdown, num_ranks: int) -> Table:
         rows = []
-        for name, stage in self.classes(found, num_ranks).items():
-            part = found.parts[name]
+        for name, part in found.parts.items():
             figures = f"{1e3 * part.seconds:.2f}", f"{1e3 * part.alone:.2f}"
             share, launches = f"{part.seconds / found.step:.1%}", f"{part.launches:.0f}"
-            rows.append((name, *figures, share, launches, self.achieved(stage)))
-        return _table(
-            title + (f"; one of {num_ranks} ranks" if num_ranks > 1 else ""),
-            ("class", "ms", "ms alone", "share", "launches", "achieved"),
-            rows,
-        )
+            rows.append((name, *figures, share, launches, self.achieved(part)))
+        title = f"{1e3 * found.step:.2f} ms of a step, crops there, by class of work"
+        title += f"; one of {num_ranks} ranks" * (num_ranks > 1)
+        return _table(title, ("class", "ms", "ms alone", "share", "launches", "achieved"), rows)
 
-    def _ranks_table(self, together: Together) -> Table:
-        assert self.prediction is not None
-        predicted, part = self.prediction, together.breakdown.parts.get("communication")
+    def _ranks_table(self, measured: Together, predicted: costs.Prediction) -> Table:
+        found = measured.breakdown.parts if measured.breakdown else {}
+        exposed = 1e3 * found["communication"].alone if "communication" in found else 0.0
         own = sum(predicted.seconds[name] for name in ("encoder", "loss", "optimizer"))
-        assumed = f"{1e6 * costs.latency(together.world_size):.0f}"
+        assumed = f"{1e6 * costs.latency(measured.world_size):.0f}"
         rows = [
-            ("step of one rank alone, ms", f"{1e3 * together.alone:.2f}", ""),
-            ("step of all, ms", f"{1e3 * together.step:.2f}", f"{1e3 * predicted.step:.2f}"),
-            ("efficiency", f"{together.efficiency:.1%}", f"{predicted.efficiency:.1%}"),
-            ("communication, ms", f"{1e3 * part.seconds:.2f}" if part else "none", ""),
-            (
-                "  of it exposed, ms",
-                f"{1e3 * part.alone:.2f}" if part else "none",
-                f"{1e3 * (predicted.step - own):.2f}",
-            ),
+            ("step of one rank alone, ms", f"{1e3 * measured.alone:.2f}", ""),
+            ("step of all, ms", f"{1e3 * measured.step:.2f}", f"{1e3 * predicted.step:.2f}"),
+            ("efficiency", f"{measured.efficiency:.1%}", f"{predicted.efficiency:.1%}"),
+            ("exposed communication, ms", f"{exposed:.2f}", f"{1e3 * (predicted.step - own):.2f}"),
         ]
-        for size, seconds in together.latency.items():
+        for size, seconds in measured.latency.items():
             rows.append((f"all-reduce of {size}, us", f"{1e6 * seconds:.0f}", assumed))
-        title = f"{together.world_size} ranks, each with this batch, views there"
+        title = f"{measured.world_size} ranks, each with this batch, views there"
         return _table(title, ("", "measured", "predicted"), rows)
 
     def ours(self, stage: str) -> float:
@@ -257,30 +210,28 @@ class Report:
 
     def save(self, path: Path) -> None:
         """Write what is measured so far as JSON."""
-        switches, found, together = self.advice(), self.breakdown, self.together
+        switches = self.advice()
+
+        def plain(found) -> dict | None:
+            return dataclasses.asdict(found) if found else None
+
         write_json(
             path,
             {
                 "title": self.title,
                 "config": dataclasses.asdict(self.job.config),
                 "environment": environment(self.job.performance),
-                "ceilings": dataclasses.asdict(self.ceilings) if self.ceilings else None,
+                "ceilings": plain(self.ceilings),
                 "prepare_s": self.prepared,
-                "breakdown": self.saved(found) if found else None,
-                "kernels": found.kernels if found else {"error": self.untraced},
-                "stages": {name: dataclasses.asdict(stage) for name, stage in self.stages.items()},
+                "breakdown": plain(self.breakdown),
+                "stages": {name: plain(stage) for name, stage in self.stages.items()},
                 "step_s": self.step or None,
                 "step_without_data_s": self.step_without_data or None,
                 "images_per_s": self.rate(self.step) if self.step else None,
                 "peak_memory_bytes": self.memory,
                 "rivals_s": self.rivals,
-                "prediction": dataclasses.asdict(self.prediction) if self.prediction else None,
-                "ranks": together
-                and {
-                    **dataclasses.asdict(together),
-                    "efficiency": together.efficiency,
-                    "breakdown": self.saved(together.breakdown, together.world_size),
-                },
+                "prediction": plain(self.prediction),
+                "ranks": plain(self.together),
                 "verdict": switches[0] if switches else None,
                 "switches": switches,
             },
@@ -290,20 +241,19 @@ class Report:
         from matplotlib.figure import Figure
 
         stages = [*IN_LOADER, "loader", *(name for name in IN_STEP if name in self.stages)]
-        bars = [(name, self.stages[name].seconds, "C0" if i < 4 else "C1")
-                for i, name in enumerate(stages)]  # fmt: skip
+        bars = [(name, self.stages[name].seconds, "C0") for name in stages]
         bars += [("step, views there", self.step_without_data, "C2")]
         bars += [("step, with loader", self.step, "C2")]
         found = self.together.breakdown if self.together else self.breakdown
-        if found is not None:
-            bars += [(f"of it {name}", part.seconds, "C3") for name, part in found.parts.items()]
+        for name, part in (found.parts if found else {}).items():
+            bars += [(f"in it: {name}", part.seconds, "C1")]
         figure = Figure(figsize=(9, 0.36 * len(bars) + 1.4), layout="constrained")
         axis = figure.subplots()
         names, seconds, colours = zip(*bars, strict=True)
         drawn = axis.barh(names, [1e3 * value for value in seconds], color=colours)
         axis.bar_label(drawn, [f" {1e3 * value:.3g}" for value in seconds])
         axis.invert_yaxis()
-        axis.set_xlabel("ms per step (blue: decoding threads, orange: device, red: class of work)")
+        axis.set_xlabel("ms per step (blue: stages alone, orange: by class of work)")
         axis.margins(x=0.12)
         axis.set_title(self.title, fontsize=8)
         figure.savefig(path, dpi=110)

@@ -1,43 +1,35 @@
-"""The stages of a training step, each run alone and timed; used by `profile.py`.
+"""A training step: its stages alone, the whole traced, all ranks together; used by `profile.py`.
 
 On a CPU a stage's time is what the clock says. On a GPU it is the time its kernels and copies keep
 the device busy.
 """
 
 import dataclasses
+import gc
 import json
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
-from itertools import islice, repeat
+from dataclasses import dataclass, replace
+from itertools import islice, product, repeat
 from pathlib import Path
+from statistics import median
 
 import numpy as np
 import torch
 
 from bt_fast import costs, train
+from bt_fast.config import Config
+from bt_fast.dist import World, all_sum, from_first, wait_for_all
 from bt_fast.feed import distort, feed
-from bt_fast.job import Job
-from bt_fast.loss import choose_method
+from bt_fast.job import Job, build, rehearse
 from bt_fast.perf import Performance, synchronise
 from pipelines.augment import Draw
 from pipelines.crop import cut
 from pipelines.loader import IMAGES_PER_TASK
 from tools.breakdown import AUGMENT, LOSS, Breakdown, activities, breakdown
-from tools.timing import images_per_second, seconds_of_parts, seconds_per_call
+from tools.timing import Stage, images_per_second, seconds_of_parts, seconds_per_call
 
 _IMAGES_FOR_THREADS = 64
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Stage:
-    """One stage alone, for a batch of n images."""
-
-    name: str
-    seconds: float
-    flop: float = 0.0
-    bytes: float = 0.0
-    ceiling: str = ""  # which of the device's ceilings its rate is compared with
 
 
 def loader_stages(job: Job, budget: float) -> Iterator[Stage]:
@@ -103,7 +95,7 @@ def device_stages(job: Job, work: costs.Work, budget: float) -> Iterator[Stage]:
             bytes=batch.views.nbytes,
             ceiling="link",
         )
-        batch = dataclasses.replace(batch, views=batch.views.to(device))
+        batch = replace(batch, views=batch.views.to(device))
     yield stage(
         "augment",
         lambda: distort(batch, branches, performance),
@@ -145,13 +137,8 @@ def device_stages(job: Job, work: costs.Work, budget: float) -> Iterator[Stage]:
         invariance, redundancy = job.objective(*leaf.chunk(2))
         (invariance + job.config.lambd * redundancy).backward()
 
-    yield stage("loss", loss, flop=loss_flop(job))  # in another precision than the ceiling's
-
-
-def loss_flop(job: Job, num_ranks: int = 1) -> int:
-    """Of one of `num_ranks` ranks that each have the job's batch."""
-    samples, width = job.config.batch_size * num_ranks, job.config.projector[-1]
-    return costs.loss_flop(choose_method(samples, width, num_ranks), samples, width, num_ranks)
+    flop = costs.loss_flop_of_ranks(len(views) // 2, job.config.projector[-1], 1)
+    yield stage("loss", loss, flop=flop)  # in another precision than the ceiling's
 
 
 def step_alone(job: Job, budget: float) -> float:
@@ -180,37 +167,37 @@ def steps(job: Job, batches: Iterable[torch.Tensor]) -> Iterator[None]:
         yield
 
 
-def trace(job: Job, path: Path, num_steps: int = 3) -> Breakdown:
-    """A step's breakdown: the whole step on crops that are there, everything but the loader.
+def trace(job: Job, work: costs.Work, path: Path, num_steps: int = 3) -> Breakdown | None:
+    """A step's breakdown: the whole step on crops that are there, everything but the loader. None
+    where this user may not trace the GPU.
 
     Every rank of the job must call it. Leaves the Chrome trace of `num_steps` steps in `path`.
-    Raises RuntimeError where the machine does not let its GPU be traced.
     """
-    config, device = job.config, job.performance.device
+    config, device, ranks = job.config, job.performance.device, job.world.size
     on_gpu = device.type == "cuda"
-    job = dataclasses.replace(job, objective=_within(LOSS, job.objective))
+    job = replace(job, objective=_within(LOSS, job.objective))
     performance = _Ranged(**dataclasses.asdict(job.performance))
     crops = repeat(next(job.loader.batches(0, 1)))
     running = steps(job, feed(crops, (config.view_a, config.view_b), performance))
-
-    def run(count: int) -> float:
-        started = time.perf_counter()
-        for _ in islice(running, count):
-            pass
-        synchronise(device)
-        return (time.perf_counter() - started) / count
-
-    run(2)
-    seconds = run(10 if on_gpu else 2)
+    _seconds_per_step(job, running, 2)
+    seconds = _seconds_per_step(job, running, 10 if on_gpu else 2)
     kind = torch.profiler.ProfilerActivity
     kinds = [kind.CPU, kind.CUDA] if on_gpu else [kind.CPU]
     with torch.profiler.profile(activities=kinds, acc_events=True) as profile:
-        run(num_steps)
+        _seconds_per_step(job, running, num_steps)
     profile.export_chrome_trace(str(path))
-    work = activities(json.loads(path.read_bytes())["traceEvents"], on_gpu=on_gpu)
-    if not work:
-        raise RuntimeError("the profiler saw no kernels; may this user trace the GPU?")
-    return breakdown(work, num_steps, seconds)
+    done = activities(json.loads(path.read_bytes())["traceEvents"], on_gpu=on_gpu)
+    flop = dict(work.flop)
+    flop["products"] += costs.loss_flop_of_ranks(config.batch_size, config.projector[-1], ranks)
+    return breakdown(done, num_steps, seconds, flop, work.bytes) if done else None
+
+
+def _seconds_per_step(job: Job, running: Iterator[None], count: int) -> float:
+    started = time.perf_counter()
+    for _ in islice(running, count):
+        pass
+    synchronise(job.performance.device)
+    return (time.perf_counter() - started) / count
 
 
 class _Ranged(Performance):
@@ -226,3 +213,70 @@ def _within(name: str, function: Callable) -> Callable:
             return function(*arguments)
 
     return named
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Together:
+    """Steps of all ranks, seen by the first."""
+
+    world_size: int
+    alone: float  # seconds of a step of one rank without a process group
+    step: float  # of all of them, each with as many images; neither with the loader
+    efficiency: float
+    latency: dict[str, float]  # seconds of a small all-reduce, by its size
+    breakdown: Breakdown | None
+
+
+def together(
+    settings: Config,
+    world: World,
+    budget: float,
+    scratch: Path,
+    alone: tuple[float, costs.Work] | None = None,
+) -> Together:
+    """All ranks beside the first alone. Every rank calls it and waits here for the first.
+
+    Args:
+        settings: of one rank, whose batch every rank gets.
+        alone: of the first rank: seconds of a step, and its work.
+    """
+    torch._dynamo.reset()
+    gc.collect()  # what was compiled for the first rank alone makes room
+    seconds, work = from_first(alone, world.group)
+    job = build(replace(settings, batch_size=settings.batch_size * world.size), world)
+    rehearse(job)
+    running, count = steps(job, repeat(views_of(job))), max(2, min(20, round(budget / seconds)))
+    spells = []
+    for _ in range(4):
+        wait_for_all(world.group)
+        spells.append(_seconds_per_step(job, running, count))
+    step = median(spells[1:])
+    return Together(
+        world_size=world.size,
+        alone=seconds,
+        step=step,
+        efficiency=seconds / step,
+        latency=_latency(settings, world, job.performance.device),
+        breakdown=trace(job, work, scratch / f"trace-{world.rank}.json"),
+    )
+
+
+def _latency(settings: Config, world: World, device: torch.device) -> dict[str, float]:
+    """Seconds of an all-reduce of two sums per channel, as batch norm sends them: medians."""
+    group = world.new_group(device, size=settings.bn_group, timeout=settings.patience)
+    found = {}
+    for channels, dtype in product((64, 512, 2048), (torch.float64, torch.float32)):
+        sums = torch.zeros(2 * channels, dtype=dtype, device=device)
+
+        def in_a_row(sums: torch.Tensor = sums) -> float:
+            wait_for_all(world.group)
+            synchronise(device)
+            started = time.perf_counter()
+            for _ in range(10):
+                sums = all_sum(sums, group)
+            synchronise(device)
+            return (time.perf_counter() - started) / 10
+
+        name = f"2 x {channels} {str(dtype).removeprefix('torch.')}"
+        found[name] = median(in_a_row() for _ in range(20))
+    return found
