@@ -15,6 +15,7 @@ loss is other; of its compiled backward pass, whose kernels look like the encode
 """
 
 import bisect
+import functools
 import math
 import re
 from collections import defaultdict
@@ -53,7 +54,6 @@ _NAMES = [
     ("norm", r"^aten::(add_?|cat|var_mean)$"),
 ]
 _PATTERNS = [(kind, re.compile(pattern, re.IGNORECASE)) for kind, pattern in _NAMES]
-_LONGEST = 20  # kernels that are listed
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,12 +64,11 @@ class Activity:
     start: float  # seconds
     end: float
     ranges: tuple[str, ...] = ()  # open where it was launched, outermost first
-    is_launch: bool = True  # not the rest of an operator that called another
 
 
 def classify(name: str, ranges: Sequence[str] = ()) -> str:
     """The class of a kernel or operator launched within these ranges, outermost first."""
-    kind = _class_of(name)
+    kind = _class_of(name) or "norm" * ("CompiledFxGraph" in name)  # the generated loops of a CPU
     if kind == "communication" or name.startswith(("Memcpy", "Memset")):
         return kind
     kinds = [_class_of(entered) for entered in ranges]
@@ -83,6 +82,7 @@ def classify(name: str, ranges: Sequence[str] = ()) -> str:
     return kind or next(filter(None, reversed(kinds)), "other")
 
 
+@functools.cache
 def _class_of(name: str) -> str:
     return next((kind for kind, pattern in _PATTERNS if pattern.search(name)), "")
 
@@ -120,38 +120,33 @@ def activities(events: Iterable[dict[str, Any]], *, on_gpu: bool) -> list[Activi
 
 def _computes(name: str) -> bool:
     """Whether the time of this operator or range of a CPU's is work, and not Python's or a wait."""
-    if name == AUGMENT or "CompiledFxGraph" in name or name.startswith("gloo:"):
+    if re.match(rf"{AUGMENT}|gloo:|## Call CompiledFxGraph", name):
         return True
-    return "::" in name and not name.startswith(("autograd::", "torch::autograd"))
+    return "::" in name and "autograd::" not in name
 
 
 def slices(operators: Iterable[tuple[float, float, str]]) -> list[Activity]:
     """A thread's time, cut wherever one of its nested operators (start, end, name) begins or ends:
     each piece with the innermost operator's name, those around it as its ranges, in order."""
-    found: list[Activity] = []
+    pieces: list[Activity] = []
     nest: list[tuple[float, str]] = []  # end, name
-    now, is_launch = 0.0, True
+    now = 0.0
 
-    def cut(time: float, begins: bool) -> None:
-        nonlocal now, is_launch
-        if nest and time > now:
+    def go_on(until: float) -> None:
+        nonlocal now
+        if nest and until > now:
             *ranges, name = (name for _, name in nest)
-            found.append(
-                Activity(name=name, start=now, end=time, ranges=tuple(ranges), is_launch=is_launch)
-            )
-        now, is_launch = time, begins
+            pieces.append(Activity(name=name, start=now, end=until, ranges=tuple(ranges)))
+        now = until
 
-    def leave(time: float) -> None:
-        while nest and nest[-1][0] <= time:
-            cut(nest[-1][0], False)
+    in_order = sorted(operators, key=lambda operator: (operator[0], -operator[1]))
+    for start, end, name in [*in_order, (math.inf, math.inf, "")]:
+        while nest and nest[-1][0] <= start:
+            go_on(nest[-1][0])
             nest.pop()
-
-    for start, end, name in sorted(operators, key=lambda operator: (operator[0], -operator[1])):
-        leave(start)
-        cut(start, True)
+        go_on(start)
         nest.append((end, name))
-    leave(math.inf)
-    return found
+    return pieces
 
 
 def busy(work: Iterable[Activity]) -> float:
@@ -174,18 +169,14 @@ class Breakdown:
 
 
 def breakdown(
-    work: Sequence[Activity],
-    num_steps: int,
-    step: float,
-    flop: dict[str, float],
-    moved: dict[str, float],
+    work: Sequence[Activity], num_steps: int, step: float, flop: dict, moved: dict
 ) -> Breakdown:
     """Break a step down.
 
     Args:
         work: what the device did in `num_steps` steps.
         step: seconds of a step without tracing, which delays launches.
-        flop, moved: of a step, by class; FLOP and bytes where they can be counted.
+        flop, moved: of a step, FLOP and bytes of the classes where they can be counted.
     """
     classes: dict[str, list[Activity]] = {name: [] for name in CLASSES}
     by_name: dict[str, list[Activity]] = defaultdict(list)
@@ -205,26 +196,22 @@ def breakdown(
                 bytes=moved.get(name, 0.0),
                 ceiling="flops" if name in flop else "memory" if name in moved else "",
                 alone=(whole - busy(others)) / num_steps,
-                launches=_launches(members, num_steps),
+                launches=len(members) / num_steps,
             )
     parts["gaps"] = Stage(name="gaps", seconds=gaps, alone=gaps)
     ms = {n: 1e3 * sum(a.end - a.start for a in some) / num_steps for n, some in by_name.items()}
     total = sum(ms.values())
     longest = [
-        {"name": name, "ms": ms[name], "launches": _launches(by_name[name], num_steps),
+        {"name": name, "ms": ms[name], "launches": len(by_name[name]) / num_steps,
          "share": ms[name] / total}
-        for name in sorted(ms, key=lambda name: -ms[name])[:_LONGEST]
+        for name in sorted(ms, key=lambda name: -ms[name])[:20]
     ]  # fmt: skip
     return Breakdown(
         step=step,
         parts=parts,
-        kernels={"ms": total, "launches": _launches(work, num_steps), "longest": longest},
+        kernels={"ms": total, "launches": len(work) / num_steps, "longest": longest},
         fused_norm=any(name.startswith("_norm_") for name in by_name),
     )
-
-
-def _launches(work: Iterable[Activity], num_steps: int) -> float:
-    return sum(activity.is_launch for activity in work) / num_steps
 
 
 def advice(

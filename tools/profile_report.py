@@ -159,7 +159,7 @@ class Report:
         found = measured.breakdown.parts if measured.breakdown else {}
         exposed = 1e3 * found["communication"].alone if "communication" in found else 0.0
         own = sum(predicted.seconds[name] for name in ("encoder", "loss", "optimizer"))
-        assumed = f"{1e6 * costs.latency(measured.world_size):.0f}"
+        assumed = f"{1e6 * costs.latency(self.job.config.bn_group or measured.world_size):.0f}"
         rows = [
             ("step of one rank alone, ms", f"{1e3 * measured.alone:.2f}", ""),
             ("step of all, ms", f"{1e3 * measured.step:.2f}", f"{1e3 * predicted.step:.2f}"),
@@ -240,18 +240,17 @@ class Report:
     def draw(self, path: Path) -> None:
         from matplotlib.figure import Figure
 
-        stages = [*IN_LOADER, "loader", *(name for name in IN_STEP if name in self.stages)]
-        bars = [(name, self.stages[name].seconds, "C0") for name in stages]
-        bars += [("step, views there", self.step_without_data, "C2")]
-        bars += [("step, with loader", self.step, "C2")]
         found = self.together.breakdown if self.together else self.breakdown
-        for name, part in (found.parts if found else {}).items():
-            bars += [(f"in it: {name}", part.seconds, "C1")]
-        figure = Figure(figsize=(9, 0.36 * len(bars) + 1.4), layout="constrained")
+        steps = {"step, views there": self.step_without_data, "step, with loader": self.step}
+        alone = {name: stage.seconds for name, stage in self.stages.items()} | steps
+        within = {f"in it: {name}": p.seconds for name, p in (found.parts if found else {}).items()}
+        values = [1e3 * seconds for seconds in (alone | within).values()]
+        figure = Figure(figsize=(9, 0.36 * len(values) + 1.4), layout="constrained")
         axis = figure.subplots()
-        names, seconds, colours = zip(*bars, strict=True)
-        drawn = axis.barh(names, [1e3 * value for value in seconds], color=colours)
-        axis.bar_label(drawn, [f" {1e3 * value:.3g}" for value in seconds])
+        bars = axis.barh(
+            [*alone, *within], values, color=["C0"] * len(alone) + ["C1"] * len(within)
+        )
+        axis.bar_label(bars, [f" {value:.3g}" for value in values])
         axis.invert_yaxis()
         axis.set_xlabel("ms per step (blue: stages alone, orange: by class of work)")
         axis.margins(x=0.12)

@@ -103,9 +103,7 @@ def device_stages(job: Job, work: costs.Work, budget: float) -> Iterator[Stage]:
         ceiling="memory",
     )
 
-    views = distort(batch, branches, performance)
-
-    z = torch.empty(0)
+    views, z = distort(batch, branches, performance), torch.empty(0)
     gradient = torch.randn(len(views), job.config.projector[-1], device=device)
 
     def forward() -> None:
@@ -115,11 +113,9 @@ def device_stages(job: Job, work: costs.Work, budget: float) -> Iterator[Stage]:
             z = job.embed(views)
 
     parts = [forward, lambda: z.backward(gradient.to(z.dtype))]
-    flops = work.forward, work.backward
-    for name, flop, (seconds, _) in zip(
-        ("forward", "backward"), flops, seconds_of_parts(parts, device, budget), strict=True
-    ):
-        yield Stage(name=name, seconds=seconds, flop=flop, ceiling="flops")
+    (first, _), (second, _) = seconds_of_parts(parts, device, budget)
+    yield Stage(name="forward", seconds=first, flop=work.forward, ceiling="flops")
+    yield Stage(name="backward", seconds=second, flop=work.backward, ceiling="flops")
 
     leaf = z.detach().clone().requires_grad_()
     train.set_learning_rates(job, 0)
@@ -264,7 +260,9 @@ def together(
 def _latency(settings: Config, world: World, device: torch.device) -> dict[str, float]:
     """Seconds of an all-reduce of two sums per channel, as batch norm sends them: medians."""
     group = world.new_group(device, size=settings.bn_group, timeout=settings.patience)
-    found = {}
+    found: dict[str, float] = {}
+    if group is None:  # batch norm needs no other rank
+        return found
     for channels, dtype in product((64, 512, 2048), (torch.float64, torch.float32)):
         sums = torch.zeros(2 * channels, dtype=dtype, device=device)
 
