@@ -243,7 +243,7 @@ class Report:
         found = self.together.breakdown if self.together else self.breakdown
         steps = {"step, views there": self.step_without_data, "step, with loader": self.step}
         alone = {name: stage.seconds for name, stage in self.stages.items()} | steps
-        within = {f"in it: {name}": p.seconds for name, p in (found.parts if found else {}).items()}
+        within = {f"class: {name}": p.seconds for name, p in (found.parts if found else {}).items()}
         values = [1e3 * seconds for seconds in (alone | within).values()]
         figure = Figure(figsize=(9, 0.36 * len(values) + 1.4), layout="constrained")
         axis = figure.subplots()
