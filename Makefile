@@ -11,7 +11,7 @@ OLDEST_READY := .venv-oldest/.ready
 # What depends on torch and triton and on no optional package.
 OLDEST_TESTS := norm model loss dist update optim augment augment_triton ablations heads feed log \
 	deferred train checkpoint resume export profile gpu_suite compiled_traffic cli knn collapse \
-	supervised eval_ranks parts
+	supervised eval_ranks parts breakdown
 
 .PHONY: help demo test test-oldest lint coverage bench dist clean
 

@@ -4,6 +4,9 @@ Per rank, with n images on each of W ranks, N = n W images in the global batch, 
 parameters:
 
     augmentation   3 H W bytes read twice, 3 H W values written, per view
+    norm           fused with ReLU and residual sum, values of a batch norm's output: x read twice
+                   and y written, then x and g read twice and the gradient of x written; a residual
+                   read, then its gradient written
     loss           gram: a a^T and b b^T for its n rows, and as much again backwards: 8 n N D FLOP
                    dense: C and two gradients of it: 6 N D^2 FLOP
     LARS           28 P bytes: p and g read, then p, g, m read, p and m written, float32
@@ -20,6 +23,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from bt_fast.loss import choose_method
 
@@ -35,6 +39,17 @@ def augment_bytes(num_views: int, size: int, dtype: torch.dtype) -> int:
     return num_views * 3 * size * size * (2 + dtype.itemsize)
 
 
+def norm_bytes(num_normalised: int, num_residual: int, itemsize: int) -> int:
+    """What batch norm, ReLU and residual sums have to move at least, forwards and backwards, where
+    statistics need a pass of their own. Forms that are not fused move more.
+
+    Args:
+        num_normalised: values of all batch norms' outputs.
+        num_residual: values of all residual blocks' outputs.
+    """
+    return itemsize * (8 * num_normalised + 2 * num_residual)
+
+
 def loss_flop(method: str, num_samples: int, num_dimensions: int, world_size: int = 1) -> int:
     """Per rank; num_samples is the global batch."""
     if method == "gram":
@@ -44,6 +59,56 @@ def loss_flop(method: str, num_samples: int, num_dimensions: int, world_size: in
 
 def lars_bytes(num_parameters: int) -> int:
     return 28 * num_parameters
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Work:
+    """What a step of one rank computes and moves, but for the loss."""
+
+    forward: float  # FLOP of encoder and projector
+    backward: float
+    flop: dict[str, float]  # convolutions, products
+    bytes: dict[str, float]  # norm, optimizer, augmentation
+
+
+def count(model: nn.Module, views: torch.Tensor, autocast: torch.autocast) -> Work:
+    """Counted on four of these views, which pass through the model in training mode, uncompiled and
+    without other ranks. Leaves it without gradients."""
+    some, values = views[:4], {"normalised": 0, "residual": 0}
+    scale = len(views) / len(some)
+
+    def note(module: nn.Module, _, output: torch.Tensor) -> None:
+        values["residual" if hasattr(module, "downsample") else "normalised"] += output.numel()
+
+    hooks = [
+        module.register_forward_hook(note)
+        for module in model.modules()
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) or hasattr(module, "downsample")
+    ]
+    with FlopCounterMode(display=False) as counter:
+        with autocast:
+            z = model(some)
+        forward = counter.get_total_flops()
+        z.sum().backward()
+    model.zero_grad(set_to_none=True)
+    for hook in hooks:
+        hook.remove()
+    flop = {str(name): value for name, value in counter.get_flop_counts()["Global"].items()}
+    convolutions = sum(value for name, value in flop.items() if "convolution" in name)
+    norm = norm_bytes(values["normalised"], values["residual"], views.element_size())
+    return Work(
+        forward=scale * forward,
+        backward=scale * (sum(flop.values()) - forward),
+        flop={
+            "convolutions": scale * convolutions,
+            "products": scale * (sum(flop.values()) - convolutions),
+        },
+        bytes={
+            "norm": scale * norm,
+            "optimizer": lars_bytes(sum(p.numel() for p in model.parameters())),
+            "augmentation": augment_bytes(len(views), views.shape[-1], views.dtype),
+        },
+    )
 
 
 # Of a compiled step, forwards and backwards, per batch norm: its own kernels, those of the
@@ -63,7 +128,8 @@ def num_norm_layers(model: nn.Module) -> int:
     return sum(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
 
 
-def _loss_flop_of(num_samples: int, num_dimensions: int, world_size: int) -> int:
+def loss_flop_of_ranks(num_samples: int, num_dimensions: int, world_size: int) -> int:
+    """As `loss_flop`, by the method that so many ranks choose."""
     method = choose_method(num_samples, num_dimensions, world_size)
     return loss_flop(method, num_samples, num_dimensions, world_size)
 
@@ -100,7 +166,8 @@ class Prediction:
     efficiency: float  # of this many single devices
 
 
-def _latency(num_ranks: int) -> float:
+def latency(num_ranks: int) -> float:
+    """Seconds of a small collective among so many ranks, as assumed."""
     return LATENCY_INTRA_NODE if num_ranks <= RANKS_PER_MACHINE else LATENCY_INTER_NODE
 
 
@@ -143,11 +210,11 @@ def predict(
     hidden = min(sending, _OVERLAPPED * measured.backward)
     seconds = {
         "encoder": measured.encoder,
-        "loss": measured.loss * _loss_flop_of(n * w, d, w) / _loss_flop_of(n, d, 1),
+        "loss": measured.loss * loss_flop_of_ranks(n * w, d, w) / loss_flop_of_ranks(n, d, 1),
         "optimizer": measured.optimizer,
         "gradients, exposed": sending - hidden,
         "embeddings": embedding_bytes / rate,
-        "collectives, latency": of_norm * _latency(norm_ranks) + of_loss * _latency(w),
+        "collectives, latency": of_norm * latency(norm_ranks) + of_loss * latency(w),
         "queueing behind gradients": queueing,
     }
     step = sum(seconds.values())

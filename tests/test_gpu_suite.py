@@ -40,10 +40,12 @@ def test_a_set_runs_to_its_end_at_toy_sizes(small_beton, tmp_path, name):
         assert found["status"] == ("left out: no GPU" if needs_gpu else "ok"), part
     step = parts["step"]["result"]
     assert step["stages"].keys() >= {"loader", "augment", "forward", "backward", "optimizer"}
-    assert len(step["kernels"]["longest"]) == 20 and step["step_s"] > 0
+    assert len(step["breakdown"]["kernels"]["longest"]) == 20 and step["step_s"] > 0
+    assert step["breakdown"]["parts"].keys() >= {"convolutions", "norm", "optimizer", "gaps"}
     report = (out / "performance.md").read_text()
     assert "none for this card" in report and "Training from JPEGs: " in report
     assert "cannot be written" not in report
+    assert "## The step by class of work: " in report and "| augmentation | " in report
     if name == "full":
         assert "times as fast as the released code's step" in report
         assert "## The native loader" in report and "--deterministic" in report
@@ -148,7 +150,7 @@ def results(device: str) -> dict:
     """Made-up results: 256 images in 100 ms."""
     stages = {"forward": {"seconds": 0.03}, "backward": {"seconds": 0.06}}
     step = {
-        "title": "a step", "config": {"batch_size": 256}, "stages": stages, "kernels": {},
+        "title": "a step", "config": {"batch_size": 256}, "stages": stages, "breakdown": None,
         "step_without_data_s": 0.1, "step_s": 0.1, "ceilings": None,
     }  # fmt: skip
     augmentation = {"fused": {"us per view": 2.0}, "definition, compiled": {"us per view": 50.0}}

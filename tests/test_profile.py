@@ -1,4 +1,4 @@
-"""tools/profile.py: the table, the verdict, the prediction; and that it does not hide `profile`."""
+"""tools/profile.py: tables, advice, the prediction, ranks; and that it does not hide `profile`."""
 
 import json
 import os
@@ -16,19 +16,29 @@ from bt_fast import cards, costs, perf, plan
 from bt_fast.recipes import RECIPES
 from pipelines.beton import BetonReader
 from tools import synthetic
-from tools.profile_report import Report, verdict
-from tools.stages import Stage
-from tools.timing import Ceilings
+from tools.breakdown import CLASSES, Breakdown
+from tools.profile_report import Report
+from tools.timing import Ceilings, Stage
 
 ROOT = Path(__file__).parents[1]
 
 STAGES = ("read", "decode", "crop", "loader", "augment", "forward", "backward", "loss", "optimizer")
 
 
-def profile(folder, *flags) -> subprocess.CompletedProcess:
+def profile(folder, *flags, ranks: int = 0) -> subprocess.CompletedProcess:
     """Run the tool as a user does: its own folder comes first on sys.path."""
-    command = [sys.executable, ROOT / "tools" / "profile.py", "--recipe=demo", "--device=cpu"]
-    command += ["--batch-size=4", "--size=32", "--projector", "16", "16", "--seconds=0.02"]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    command = [sys.executable, *torchrun[: 4 * (ranks > 0)], ROOT / "tools" / "profile.py"]
+    command += [
+        "--recipe=demo",
+        "--device=cpu",
+        "--batch-size=4",
+        "--size=32",
+        "--projector",
+        "16",
+        "16",
+        "--seconds=0.02",
+    ]
     environment = {**os.environ, "TRITON_INTERPRET": "0"}
     return subprocess.run(
         [*map(str, command), *map(str, flags)],
@@ -48,6 +58,15 @@ def test_a_compiled_step_is_profiled_and_predicted(small_beton, tmp_path):
     assert found["step_s"] > 0 and found["images_per_s"] == pytest.approx(4 / found["step_s"])
     assert found["stages"]["backward"]["flop"] > found["stages"]["forward"]["flop"] > 1e6
     assert found["environment"]["compile"] == "default" and found["prediction"]["step"] > 0
+    assert found["ranks"] is None and found["verdict"] == found["switches"][0]
+    classes, step = found["breakdown"]["parts"], found["breakdown"]["step"]
+    assert list(classes) == [name for name in CLASSES if name != "communication"]
+    for name in ("convolutions", "products", "optimizer", "augmentation"):
+        assert classes[name]["seconds"] > 0 and classes[name]["ceiling"], name
+        assert classes[name]["flop"] + classes[name]["bytes"] > 0, name
+    alone = sum(part["alone"] for name, part in classes.items() if name != "gaps")
+    assert alone + classes["gaps"]["seconds"] >= 0.99 * step
+    assert classes["other"]["flop"] == classes["other"]["bytes"] == 0
     with Image.open(tmp_path / "p" / "profile.png") as picture:
         assert len(np.unique(np.array(picture))) > 20
     assert json.loads((tmp_path / "p" / "trace.json").read_text())["traceEvents"]
@@ -63,6 +82,32 @@ def test_against_the_reference_without_data(tmp_path):
     rivals = json.loads((folder / "profile.json").read_text())["rivals_s"]["reference"]
     names = {"decode", "augment", "views", "forward", "backward", "loss", "optimizer", "step"}
     assert set(rivals) == names and all(seconds > 0 for seconds in rivals.values())
+
+
+def test_ranks_of_torchrun_are_measured_beside_one_alone(small_beton, tmp_path):
+    done = profile(tmp_path, "--data", small_beton, "--out", tmp_path / "p", ranks=2)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("profiling ") == done.stdout.count("written: ") == 1  # one rank prints
+    for text in ("2 ranks, each with this batch", "predicted: 2 ranks", "all-reduce of 2 x 64"):
+        assert text in done.stdout
+    found = json.loads((tmp_path / "p" / "profile.json").read_text())
+    ranks, alone = found["ranks"], found["step_without_data_s"]
+    assert ranks["world_size"] == 2 and ranks["alone"] == alone and ranks["step"] > 0
+    assert ranks["efficiency"] == pytest.approx(alone / ranks["step"])
+    assert len(ranks["latency"]) == 6 and min(ranks["latency"].values()) > 1e-6
+    assert "communication" not in found["breakdown"]["parts"]
+    collectives = ranks["breakdown"]["parts"]["communication"]
+    assert collectives["seconds"] >= collectives["alone"] > 0
+    # ResNet-18 has 20 batch norms, the projector one: two all-reduces each; loss and gradients.
+    assert collectives["launches"] > 2 * 21 + 3
+    assert found["prediction"]["world_size"] == 2
+
+
+def test_a_mistake_is_said_once_by_all_ranks(small_beton, tmp_path):
+    (tmp_path / "profile.json").touch()
+    done = profile(tmp_path, "--data", small_beton, "--out", tmp_path, ranks=2)
+    assert done.returncode != 0
+    assert done.stderr.count("profile.py: --out") == 1 and "holds a profile already" in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -83,49 +128,56 @@ def test_a_wrong_flag_is_one_line(tmp_path, flags, message):
     assert not os.listdir(tmp_path)
 
 
-def report(device: str = "cuda", *, precision: str = "bf16", step: float, alone: float, **stages):
+def report(device: str = "cuda", *, step: float, alone: float, **stages):
     """A report of made-up measurements: seconds per batch of 100 images."""
     seconds = dict.fromkeys((*STAGES, "copy"), 1e-4) | stages
     config = RECIPES["imagenet"]()
-    performance = perf.Performance(
-        device=torch.device(device), precision=precision, compile="default"
-    )
+    performance = perf.Performance(device=torch.device(device), precision="bf16", compile="default")
     reader = types.SimpleNamespace(sizes=np.full((1000, 2), 400))
     job = types.SimpleNamespace(
         config=config, performance=performance, reader=reader, num_threads=10**6
     )
-    hosts = {"forward": seconds.pop("host", 0.0)}
     return Report(
         job=job,
         data="data",
         ceilings=Ceilings(flops=1e15, memory=4e12, link=5e10),
-        stages={
-            name: Stage(name=name, seconds=value, host=hosts.get(name, 0.0))
-            for name, value in seconds.items()
-        },
+        stages={name: Stage(name=name, seconds=value) for name, value in seconds.items()},
         step=step,
         step_without_data=alone,
+        breakdown=Breakdown(
+            step=alone,
+            parts={
+                "convolutions": Stage(
+                    name="convolutions", seconds=0.05, flop=2.5e13, ceiling="flops"
+                ),
+                "norm": Stage(name="norm", seconds=0.04, bytes=1e11, ceiling="memory"),
+            },
+            kernels={"longest": []},
+            fused_norm=False,
+        ),
     )
 
 
-def test_the_verdict_names_what_limits():
-    slow_loader = report(step=0.1, alone=0.04, loader=0.1, decode=0.08, forward=0.03)
-    assert verdict(slow_loader).startswith("the loader limits, at 20,480 images/s: --cache-gb")
-    slow_disk = report(step=0.1, alone=0.04, loader=0.1, read=0.1, decode=0.01, forward=0.03)
-    assert "the disk is slower" in verdict(slow_disk)
-    fed = report(step=0.1, alone=0.1, loader=0.05, forward=0.03, backward=0.06)
-    assert verdict(fed).startswith("the encoder limits: 90 % of the step; data could come 2.0")
-    assert "--resolution 160:224" in verdict(fed)
-    host = report(step=0.1, alone=0.1, loader=0.05, forward=0.01, backward=0.02, host=0.1)
-    assert verdict(host).startswith("the host limits")
-    wide = report(step=0.1, alone=0.1, loader=0.05, forward=0.01, loss=0.08)
-    assert verdict(wide).startswith("the loss limits") and "--projector" in verdict(wide)
-    odd = report(step=0.1, alone=0.1, loader=0.05, forward=0.01)
-    assert "run again" in verdict(odd)
-    cpu = report("cpu", step=1.0, alone=0.9, loader=0.08, forward=0.3, backward=0.5)
-    assert "a GPU, or a smaller" in verdict(cpu)
-    cpu_loader = report("cpu", step=1.0, alone=0.3, loader=0.8, forward=0.1, backward=0.2)
-    assert verdict(cpu_loader).startswith("the loader limits")
+def test_classes_are_compared_with_their_ceilings():
+    found = report(step=0.1, alone=0.1)
+    rates = [found.achieved(part) for part in found.breakdown.parts.values()]
+    assert rates == ["500 TFLOP/s (50%)", "2.5e+03 GB/s (62%)"]
+
+
+def test_the_advice_puts_first_what_takes_longest():
+    fed = report(step=0.1, alone=0.1, loader=0.05)
+    assert [line.partition(" take")[0] for line in fed.advice()] == [
+        "convolutions", "batch norm and ReLU",
+    ]  # fmt: skip
+    slow_loader = report(step=0.4, alone=0.1, loader=0.4, decode=0.08)
+    assert slow_loader.advice()[0].startswith(
+        "the device waits for data 75 % of the step: --cache-gb 1 keeps all images decoded"
+    )
+    slow_disk = report(step=0.4, alone=0.1, loader=0.4, read=0.1, decode=0.01)
+    assert "the disk is slower" in slow_disk.advice()[0]
+    # On a CPU the rest of the step is not waiting: the loader shares the cores.
+    assert "waits for data 25 %" in "".join(report("cpu", step=0.4, alone=0.1, loader=0.1).advice())
+    assert report(step=0.0, alone=0.1).advice() == []
 
 
 def test_a_profile_is_saved_before_it_is_complete(tmp_path):
@@ -221,8 +273,6 @@ TOOLS = sorted(
 
 @pytest.mark.parametrize("name", TOOLS)
 def test_every_tool_starts_beside_a_file_called_profile(name, tmp_path):
-    if name == "launches.py":
-        pytest.skip("has no flags; test_optim runs it")
     if name == "kernel_report.py":
         pytest.importorskip("triton")
     done = subprocess.run(

@@ -3,6 +3,7 @@
     python tools/profile.py                            out.beton here, else synthetic images
     python tools/profile.py --data imagenet.beton --against reference
     python tools/profile.py --gpus 32 --link-gbps 400  predict the step of 32 ranks
+    torchrun --nproc-per-node 8 tools/profile.py       one rank alone beside all of them; or srun
 
 The flags of `bt-fast pretrain` that shape a step apply; --batch-size is what one device does, by
 default 256 on a GPU and the work of eight 224 px images on a CPU. Writes profile.json after every
@@ -38,13 +39,13 @@ class Profile(Config):
     against: tuple[Literal["reference"], ...] = ()
     """Also time the released code's way of each stage."""
     link_gbps: float = 400.0
-    """With --gpus: of the network card of one rank, 10^9 bits per second."""
+    """Of the network card of one rank, 10^9 bits per second; for the prediction."""
     seconds: float = 1.0
     """Time for each measurement."""
     out: Path | None = None
     """Folder for profile.json, profile.png and trace.json. Default: profiles/DATE-TIME."""
     trace: bool = False
-    """Also write a Chrome trace of three steps."""
+    """Also keep the Chrome trace of three steps."""
 
     def __post_init__(self) -> None:
         Config.__post_init__(self)
@@ -74,33 +75,51 @@ def parse(arguments: list[str]) -> Profile:
 
 
 def profile(options: Profile) -> int:
+    """Profile this process, or be one of the ranks that torchrun or srun started."""
+    from bt_fast import launch, slurm
+    from bt_fast.dist import ALONE
+
+    slurm.adopt()
+    if "RANK" not in os.environ:
+        return run(options, ALONE)
+    world = launch.join(options.device, options.gpus, options.patience)
+    try:
+        status = run(options, world)
+    except (RuntimeError, ValueError, OSError) as error:
+        if world.size == 1:
+            raise
+        launch.give_up("profile.py", world, error)
+    return launch.end_rank(world, status)
+
+
+def run(options: Profile, world) -> int:
+    """Measure, print and write. All ranks but the first only take part in what all do."""
     from bt_fast.job import build
     from tools import profile_report, stages, synthetic
 
     console = Console(soft_wrap=True, width=None if sys.stdout.isatty() else 110)
     out = options.out or Path("profiles") / time.strftime("%Y%m%d-%H%M%S")
-    if (out / "profile.json").exists():
-        raise ValueError(f"--out {out} holds a profile already; choose another folder")
     with tempfile.TemporaryDirectory() as scratch:
         data, what = options.data, options.data.name
         if not data.exists() and data == Config().data:
-            data = synthetic.images(Path(scratch), max(options.batch_size, 64))
+            data = synthetic.images(Path(scratch), max(options.batch_size * world.size, 64))
             what = "synthetic images"
-        names = [field.name for field in dataclasses.fields(Config)]
-        config = Config(**{name: getattr(options, name) for name in names} | {"gpus": None})
-        job = build(dataclasses.replace(config, data=data, probe_every=0))
+        values = {field.name: getattr(options, field.name) for field in dataclasses.fields(Config)}
+        config = Config(**values | {"gpus": None, "data": data, "probe_every": 0})
+        if not world.is_first:
+            stages.together(config, world, 3 * options.seconds, Path(scratch))
+            return 0
+        if (out / "profile.json").exists():
+            raise ValueError(f"--out {out} holds a profile already; choose another folder")
+        job = build(config)
         out.mkdir(parents=True, exist_ok=True)
         report = profile_report.Report(job=job, data=what)
         console.print(f"profiling {report.title}", markup=False)
-        for stage in measure(report, options):
+        for stage in measure(report, options, world, Path(scratch), out):
             if stage is not None:
-                report.say(console, stage)
+                text = f"  {stage.name}: {report.rate(stage.seconds):,.0f} images/s"
+                console.print(text, highlight=False)
             report.save(out / "profile.json")
-        if options.gpus is not None:
-            report.predict(options.gpus, options.link_gbps)
-            report.save(out / "profile.json")
-        if options.trace:
-            stages.chrome_trace(job, out / "trace.json")
         report.print(console)
         try:
             report.draw(out / "profile.png")
@@ -110,8 +129,9 @@ def profile(options: Profile) -> int:
     return 0
 
 
-def measure(report, options: Profile):
+def measure(report, options: Profile, world, scratch: Path, out: Path):
     """Fill the report in, what counts most first; yields a stage or None after each measurement."""
+    from bt_fast import costs
     from bt_fast.job import rehearse
     from tools import rivals, stages, timing
 
@@ -124,15 +144,14 @@ def measure(report, options: Profile):
     rehearse(job)
     report.prepared = time.perf_counter() - started
     yield
-    for stage in stages.device_stages(job, seconds):
+    report.work = costs.count(job.model, stages.views_of(job), performance.autocast())
+    path = (out if options.trace else scratch) / "trace.json"
+    report.breakdown = stages.trace(job, report.work, path)
+    yield
+    for stage in stages.device_stages(job, report.work, seconds):
         report.stages[stage.name] = stage
         yield stage
     report.step_without_data = stages.step_alone(job, 3 * seconds)
-    yield
-    try:
-        report.kernels = stages.longest_kernels(job)
-    except RuntimeError as error:  # a machine may not let programs be traced
-        report.kernels = {"error": str(error), "longest": []}
     yield
     report.step = stages.step_from_jpegs(job, 3 * seconds)
     report.memory = timing.peak_memory(performance.device)
@@ -140,6 +159,14 @@ def measure(report, options: Profile):
     for stage in stages.loader_stages(job, seconds):
         report.stages[stage.name] = stage
         yield stage
+    if world.group is not None or options.gpus is not None:
+        report.predict(options.gpus or world.size, options.link_gbps)
+        yield
+    if world.group is not None:
+        job.embed = job.objective = None  # compiled; they make room
+        alone = report.step_without_data, report.work
+        report.together = stages.together(job.config, world, 3 * seconds, scratch, alone)
+        yield
     for rival in options.against:
         report.rivals[rival] = {}
         for name, value in rivals.reference_stages(job, seconds):

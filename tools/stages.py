@@ -1,42 +1,35 @@
-"""The stages of a training step, each run alone and timed; used by `profile.py`.
+"""A training step: its stages alone, the whole traced, all ranks together; used by `profile.py`.
 
 On a CPU a stage's time is what the clock says. On a GPU it is the time its kernels and copies keep
-the device busy; the host's share is timed apart, because it only counts where it is the longer one.
+the device busy.
 """
 
+import dataclasses
+import gc
+import json
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
-from itertools import islice, repeat
+from dataclasses import dataclass, replace
+from itertools import islice, product, repeat
 from pathlib import Path
+from statistics import median
 
 import numpy as np
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from bt_fast import costs, train
+from bt_fast.config import Config
+from bt_fast.dist import World, all_sum, from_first, wait_for_all
 from bt_fast.feed import distort, feed
-from bt_fast.job import Job
-from bt_fast.loss import choose_method
-from bt_fast.perf import synchronise
+from bt_fast.job import Job, build, rehearse
+from bt_fast.perf import Performance, synchronise
+from pipelines.augment import Draw
 from pipelines.crop import cut
 from pipelines.loader import IMAGES_PER_TASK
-from tools.timing import images_per_second, seconds_of_parts, seconds_per_call
+from tools.breakdown import AUGMENT, LOSS, Breakdown, activities, breakdown
+from tools.timing import Stage, images_per_second, seconds_of_parts, seconds_per_call
 
 _IMAGES_FOR_THREADS = 64
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Stage:
-    """One stage alone, for a batch of n images."""
-
-    name: str
-    seconds: float
-    host: float = 0.0  # seconds the host is busy with it, where that is not the same
-    flop: float = 0.0
-    bytes: float = 0.0
-    ceiling: str = ""  # which of the device's ceilings its rate is compared with
 
 
 def loader_stages(job: Job, budget: float) -> Iterator[Stage]:
@@ -82,19 +75,18 @@ def loader_stages(job: Job, budget: float) -> Iterator[Stage]:
     yield Stage(name="loader", seconds=n / rate)
 
 
-def device_stages(job: Job, budget: float) -> Iterator[Stage]:
+def device_stages(job: Job, work: costs.Work, budget: float) -> Iterator[Stage]:
     """copy, augment, forward, backward, optimizer, loss, each alone.
 
     The optimizer comes before the loss: with CUDA graphs another compiled function may write over
     the gradients that the backward pass left.
     """
-    performance, device, n = job.performance, job.performance.device, job.config.batch_size
+    performance, device = job.performance, job.performance.device
     branches = job.config.view_a, job.config.view_b
     batch = next(job.loader.batches(0, 1))
 
     def stage(name: str, function: Callable[[], object], **counted) -> Stage:
-        seconds, host = seconds_per_call(function, device, budget)
-        return Stage(name=name, seconds=seconds, host=host, **counted)
+        return Stage(name=name, seconds=seconds_per_call(function, device, budget)[0], **counted)
 
     if device.type == "cuda":
         yield stage(
@@ -103,23 +95,15 @@ def device_stages(job: Job, budget: float) -> Iterator[Stage]:
             bytes=batch.views.nbytes,
             ceiling="link",
         )
-        batch = type(batch)(
-            step=batch.step,
-            samples=batch.samples,
-            keys=batch.keys,
-            views=batch.views.to(device),
-        )
-    moved = costs.augment_bytes(2 * n, job.config.size, performance.view_dtype)
+        batch = replace(batch, views=batch.views.to(device))
     yield stage(
         "augment",
         lambda: distort(batch, branches, performance),
-        bytes=moved,
+        bytes=work.bytes["augmentation"],
         ceiling="memory",
     )
 
-    views = distort(batch, branches, performance)
-
-    z = torch.empty(0)
+    views, z = distort(batch, branches, performance), torch.empty(0)
     gradient = torch.randn(len(views), job.config.projector[-1], device=device)
 
     def forward() -> None:
@@ -129,20 +113,17 @@ def device_stages(job: Job, budget: float) -> Iterator[Stage]:
             z = job.embed(views)
 
     parts = [forward, lambda: z.backward(gradient.to(z.dtype))]
-    flops = encoder_flop(job, views)
-    for name, flop, (seconds, host) in zip(
-        ("forward", "backward"), flops, seconds_of_parts(parts, device, budget), strict=True
-    ):
-        yield Stage(name=name, seconds=seconds, host=host, flop=flop, ceiling="flops")
+    (first, _), (second, _) = seconds_of_parts(parts, device, budget)
+    yield Stage(name="forward", seconds=first, flop=work.forward, ceiling="flops")
+    yield Stage(name="backward", seconds=second, flop=work.backward, ceiling="flops")
 
     leaf = z.detach().clone().requires_grad_()
     train.set_learning_rates(job, 0)
     guard = torch.zeros((), device=device)
-    parameters = sum(p.numel() for p in job.model.parameters())
     yield stage(
         "optimizer",
         lambda: job.optimizer.step(guard=guard),
-        bytes=costs.lars_bytes(parameters),
+        bytes=work.bytes["optimizer"],
         ceiling="memory",
     )
     job.optimizer.zero_grad(set_to_none=True)
@@ -152,28 +133,14 @@ def device_stages(job: Job, budget: float) -> Iterator[Stage]:
         invariance, redundancy = job.objective(*leaf.chunk(2))
         (invariance + job.config.lambd * redundancy).backward()
 
-    width = job.config.projector[-1]
-    flop = costs.loss_flop(choose_method(n, width), n, width)
+    flop = costs.loss_flop_of_ranks(len(views) // 2, job.config.projector[-1], 1)
     yield stage("loss", loss, flop=flop)  # in another precision than the ceiling's
-
-
-def encoder_flop(job: Job, views: torch.Tensor) -> tuple[int, int]:
-    """(forward, backward) of encoder and projector for these views."""
-    some = views[:4]
-    with FlopCounterMode(display=False) as counter, job.performance.autocast():
-        z = job.model(some)
-    forward = counter.get_total_flops()
-    with FlopCounterMode(display=False) as counter:
-        z.sum().backward()
-    job.optimizer.zero_grad(set_to_none=True)
-    scale = len(views) / len(some)
-    return round(forward * scale), round(counter.get_total_flops() * scale)
 
 
 def step_alone(job: Job, budget: float) -> float:
     """Seconds of a step on views that are on the device already."""
     n, device = job.config.batch_size, job.performance.device
-    return n / images_per_second(steps(job, repeat(_views(job))), n, device, budget)
+    return n / images_per_second(steps(job, repeat(views_of(job))), n, device, budget)
 
 
 def step_from_jpegs(job: Job, budget: float) -> float:
@@ -183,7 +150,7 @@ def step_from_jpegs(job: Job, budget: float) -> float:
     return n / images_per_second(steps(job, batches), n, job.performance.device, budget)
 
 
-def _views(job: Job) -> torch.Tensor:
+def views_of(job: Job) -> torch.Tensor:
     branches = job.config.view_a, job.config.view_b
     return distort(next(job.loader.batches(0, 1)), branches, job.performance)
 
@@ -196,53 +163,118 @@ def steps(job: Job, batches: Iterable[torch.Tensor]) -> Iterator[None]:
         yield
 
 
-def longest_kernels(job: Job, count: int = 20) -> dict:
-    """The kernels that take longest in a step on views that are there; torch's operations on a CPU.
+def trace(job: Job, work: costs.Work, path: Path, num_steps: int = 3) -> Breakdown | None:
+    """A step's breakdown: the whole step on crops that are there, everything but the loader. None
+    where this user may not trace the GPU.
 
-    {"ms", "launches", "longest": [{"name", "ms", "launches", "share"}]}, all per step. The shares
-    are of the time of all kernels.
+    Every rank of the job must call it. Leaves the Chrome trace of `num_steps` steps in `path`.
     """
-    num_steps, device = 3, job.performance.device
-    running = steps(job, repeat(_views(job)))
-    next(running)
-    synchronise(device)
+    config, device, ranks = job.config, job.performance.device, job.world.size
+    on_gpu = device.type == "cuda"
+    job = replace(job, objective=_within(LOSS, job.objective))
+    performance = _Ranged(**dataclasses.asdict(job.performance))
+    crops = repeat(next(job.loader.batches(0, 1)))
+    running = steps(job, feed(crops, (config.view_a, config.view_b), performance))
+    _seconds_per_step(job, running, 2)
+    seconds = _seconds_per_step(job, running, 10 if on_gpu else 2)
     kind = torch.profiler.ProfilerActivity
-    activity = kind.CUDA if device.type == "cuda" else kind.CPU
-    with torch.profiler.profile(activities=[activity]) as profile:
-        for _ in islice(running, num_steps):
-            pass
-        synchronise(device)
-    seconds: Counter[str] = Counter()
-    launches: Counter[str] = Counter()
-    for event in profile.events():
-        if device.type == "cpu":
-            seconds[event.name] += event.self_cpu_time_total / 1e6
-        elif event.device_type == torch.autograd.DeviceType.CUDA:
-            seconds[event.name] += event.time_range.elapsed_us() / 1e6
-        else:
-            continue
-        launches[event.name] += 1
-    total = seconds.total()
-    return {
-        "ms": 1e3 * total / num_steps,
-        "launches": launches.total() / num_steps,
-        "longest": [
-            {
-                "name": name,
-                "ms": 1e3 * value / num_steps,
-                "launches": launches[name] / num_steps,
-                "share": value / total,
-            }
-            for name, value in seconds.most_common(count)
-        ],
-    }
-
-
-def chrome_trace(job: Job, path: Path) -> None:
-    """Three whole steps, for chrome://tracing or Perfetto."""
-    branches = job.config.view_a, job.config.view_b
-    with torch.profiler.profile() as profile:
-        for views in feed(job.loader.batches(0, 3), branches, job.performance):
-            train.update(job, views)
-        synchronise(job.performance.device)
+    kinds = [kind.CPU, kind.CUDA] if on_gpu else [kind.CPU]
+    with torch.profiler.profile(activities=kinds, acc_events=True) as profile:
+        _seconds_per_step(job, running, num_steps)
     profile.export_chrome_trace(str(path))
+    done = activities(json.loads(path.read_bytes())["traceEvents"], on_gpu=on_gpu)
+    flop = dict(work.flop)
+    flop["products"] += costs.loss_flop_of_ranks(config.batch_size, config.projector[-1], ranks)
+    return breakdown(done, num_steps, seconds, flop, work.bytes) if done else None
+
+
+def _seconds_per_step(job: Job, running: Iterator[None], count: int) -> float:
+    started = time.perf_counter()
+    for _ in islice(running, count):
+        pass
+    synchronise(job.performance.device)
+    return (time.perf_counter() - started) / count
+
+
+class _Ranged(Performance):
+    """Names the augmentation in a trace."""
+
+    def augment(self, images: torch.Tensor, parameters: Draw) -> torch.Tensor:
+        return _within(AUGMENT, super().augment)(images, parameters)
+
+
+def _within(name: str, function: Callable) -> Callable:
+    def named(*arguments):
+        with torch.profiler.record_function(name):
+            return function(*arguments)
+
+    return named
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Together:
+    """Steps of all ranks, seen by the first."""
+
+    world_size: int
+    alone: float  # seconds of a step of one rank without a process group
+    step: float  # of all of them, each with as many images; neither with the loader
+    efficiency: float
+    latency: dict[str, float]  # seconds of a small all-reduce, by its size
+    breakdown: Breakdown | None
+
+
+def together(
+    settings: Config,
+    world: World,
+    budget: float,
+    scratch: Path,
+    alone: tuple[float, costs.Work] | None = None,
+) -> Together:
+    """All ranks beside the first alone. Every rank calls it and waits here for the first.
+
+    Args:
+        settings: of one rank, whose batch every rank gets.
+        alone: of the first rank: seconds of a step, and its work.
+    """
+    torch._dynamo.reset()
+    gc.collect()  # what was compiled for the first rank alone makes room
+    seconds, work = from_first(alone, world.group)
+    job = build(replace(settings, batch_size=settings.batch_size * world.size), world)
+    rehearse(job)
+    running, count = steps(job, repeat(views_of(job))), max(2, min(20, round(budget / seconds)))
+    spells = []
+    for _ in range(4):
+        wait_for_all(world.group)
+        spells.append(_seconds_per_step(job, running, count))
+    step = median(spells[1:])
+    return Together(
+        world_size=world.size,
+        alone=seconds,
+        step=step,
+        efficiency=seconds / step,
+        latency=_latency(settings, world, job.performance.device),
+        breakdown=trace(job, work, scratch / f"trace-{world.rank}.json"),
+    )
+
+
+def _latency(settings: Config, world: World, device: torch.device) -> dict[str, float]:
+    """Seconds of an all-reduce of two sums per channel, as batch norm sends them: medians."""
+    group = world.new_group(device, size=settings.bn_group, timeout=settings.patience)
+    found: dict[str, float] = {}
+    if group is None:  # batch norm needs no other rank
+        return found
+    for channels, dtype in product((64, 512, 2048), (torch.float64, torch.float32)):
+        sums = torch.zeros(2 * channels, dtype=dtype, device=device)
+
+        def in_a_row(sums: torch.Tensor = sums) -> float:
+            wait_for_all(world.group)
+            synchronise(device)
+            started = time.perf_counter()
+            for _ in range(10):
+                sums = all_sum(sums, group)
+            synchronise(device)
+            return (time.perf_counter() - started) / 10
+
+        name = f"2 x {channels} {str(dtype).removeprefix('torch.')}"
+        found[name] = median(in_a_row() for _ in range(20))
+    return found

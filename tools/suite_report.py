@@ -1,5 +1,6 @@
 """The results of `gpu_suite.py` as the Markdown of docs/performance.md."""
 
+import math
 import os
 import platform
 import subprocess
@@ -45,7 +46,7 @@ def markdown(results: dict) -> str:
     """The report; a section that the results do not allow says so and loses nothing of others."""
     facts = ", ".join(f"{name} {value}" for name, value in results["facts"].items())
     lines = ["# Figures from one run of `python tools/gpu_suite.py`", "", facts, ""]
-    for section in (_parts, _aims, _tests, _step, _kernels, _rivals, _tables):
+    for section in (_parts, _aims, _tests, _step, _breakdown, _rivals, _tables):
         try:
             lines += section(results)
         except Exception as error:
@@ -152,16 +153,27 @@ def _step(results: dict) -> list[str]:
     return lines
 
 
-def _kernels(results: dict) -> list[str]:
-    kernels = _result(results, "step").get("kernels", {})
-    if not kernels or "error" in kernels:
-        return [f"The longest kernels: {kernels['error']}", ""] if kernels else []
+def _breakdown(results: dict) -> list[str]:
+    """The step by class of work, the switches that would help, the longest kernels."""
+    profile = _result(results, "step")
+    if not (found := profile.get("breakdown")):
+        return []
+    rows, kernels = [], found["kernels"]
+    for name, part in found["parts"].items():
+        seconds, ceiling = part["seconds"] or 1.0, (profile["ceilings"] or {}).get(part["ceiling"])
+        rate = (part["flop"] or part["bytes"]) / seconds
+        share, reached = f"{part['seconds'] / found['step']:.1%}", rate / (ceiling or math.inf)
+        figures = [f"{1e3 * part['seconds']:.3f}", f"{1e3 * part['alone']:.3f}", share]
+        rows.append([name, *figures, f"{part['launches']:.0f}", f"{rate:.4g}", f"{reached:.0%}"])
+    columns = ["class", "ms", "ms alone", "share", "launches", "FLOP/s or B/s", "of the ceiling"]
+    lines = _table(f"The step by class of work: {1e3 * found['step']:.2f} ms", columns, rows)
+    lines += [*(f"- {switch}" for switch in profile["switches"]), ""]
     rows = [
         [f"`{k['name'][:100]}`", f"{k['ms']:.3f}", f"{k['launches']:.0f}", f"{k['share']:.1%}"]
         for k in kernels["longest"]
     ]
     title = f"The longest of {kernels['launches']:.0f} launches, {kernels['ms']:.1f} ms, per step"
-    return _table(title, ["kernel", "ms", "launches", "share"], rows)
+    return lines + _table(title, ["kernel", "ms", "launches", "share"], rows)
 
 
 def _rivals(results: dict) -> list[str]:

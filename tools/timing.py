@@ -24,6 +24,25 @@ class Ceilings:
     link: float  # bytes per second from page-locked memory to the device; 0 on a CPU
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Stage:
+    """A part of a step: seconds, and what is done in them."""
+
+    name: str
+    seconds: float
+    flop: float = 0.0
+    bytes: float = 0.0
+    ceiling: str = ""  # of `Ceilings`, with which its rate is compared
+    alone: float = 0.0  # of a class of work: seconds in which no other class's kernel runs
+    launches: float = 0.0
+
+    def reached(self, ceilings: Ceilings | None) -> float:
+        """The share of the ceiling; 0 where that is not known."""
+        if ceilings is None or not self.ceiling or not self.seconds:
+            return 0.0
+        return (self.flop or self.bytes) / self.seconds / getattr(ceilings, self.ceiling)
+
+
 def seconds_per_call(
     function: Callable[[], object], device: torch.device, budget: float
 ) -> tuple[float, float]:
