@@ -176,7 +176,7 @@ def split(x: Tensor, num_views: int) -> _Split:
     return _Split(num_rows, channels, columns, triton.cdiv(num_rows, rows_per_part), rows_per_part)
 
 
-_BLOCKS = {"BLOCK_ROWS": BLOCK_ROWS, "BLOCK_CHANNELS": BLOCK_CHANNELS}
+BLOCKS = {"BLOCK_ROWS": BLOCK_ROWS, "BLOCK_CHANNELS": BLOCK_CHANNELS}
 # By device: how many programs of each block of channels have finished; zero between kernels.
 _arrived: dict[torch.device, Tensor] = {}
 
@@ -232,7 +232,7 @@ def norm_moments(xs: list[Tensor], num_views: int) -> Tensor:
         _norm_moments[(where.columns, where.parts, num_views)](
             _channels_last(x), parts, sums_of_x, counters,
             where.num_rows, where.channels, where.rows_per_part,
-            VIEWS=num_views, BLOCK_PARTS=BLOCK_PARTS, **_BLOCKS, **OPTIONS,
+            VIEWS=num_views, BLOCK_PARTS=BLOCK_PARTS, **BLOCKS, **OPTIONS,
         )  # fmt: skip
     return sums
 
@@ -269,7 +269,7 @@ def norm_forward(
         xs[0], _channels_last(added) if added is not None else y, y, bits,
         sums, moments, weights[0], biases[0], weights[last], biases[last],
         where.num_rows, where.channels, where.rows_per_part, total, eps,
-        VIEWS=num_views, RELU=relu, RESIDUAL=added is not None, NORMS=len(xs), **_BLOCKS, **OPTIONS,
+        VIEWS=num_views, RELU=relu, RESIDUAL=added is not None, NORMS=len(xs), **BLOCKS, **OPTIONS,
     )  # fmt: skip
     return y, bits, moments
 
@@ -315,7 +315,7 @@ def norm_sums(
         parts, sums, grad_weights, grad_bias, _counters(xs[0], where.columns),
         where.num_rows, where.channels, where.rows_per_part,
         VIEWS=num_views, RELU=relu, BITS=bits is not None, GRADIENTS=len(gradients), NORMS=len(xs),
-        BLOCK_PARTS=BLOCK_PARTS, **_BLOCKS, **OPTIONS,
+        BLOCK_PARTS=BLOCK_PARTS, **BLOCKS, **OPTIONS,
     )  # fmt: skip
     return masked, sums, grad_weights, grad_bias
 
@@ -360,7 +360,7 @@ def norm_backward(
         _channels_last(g), xs[0], xs[last], inputs[0], inputs[last],
         moments, sums, weights[0], biases[0], weights[last],
         where.num_rows, where.channels, where.rows_per_part, total,
-        VIEWS=num_views, RELU=relu, NORMS=len(xs), **_BLOCKS, **OPTIONS,
+        VIEWS=num_views, RELU=relu, NORMS=len(xs), **BLOCKS, **OPTIONS,
     )  # fmt: skip
     return inputs
 
@@ -843,7 +843,10 @@ def _norm_pool_forward(
     # same afterwards; the largest wins here, the first in torch.)
     sign = tl.where(scale < 0.0, -1.0, 1.0)
     x += tl.cast(image, tl.int64) * height * width * channels
-    first_pooled = tl.cast(image, tl.int64) * pooled_height * pooled_width
+    first_pooled = tl.cast(image, tl.int64) * pooled_height * pooled_width * channels
+    y += first_pooled
+    peaks += first_pooled
+    taps += first_pooled
     first = rows * ROWS
     for start in range(0, pooled_width, BLOCK):
         j = start + tl.arange(0, BLOCK)
@@ -859,7 +862,7 @@ def _norm_pool_forward(
             won = tl.where(is_better, tap, won)
             best = tl.where(is_better, value, best)
             peak = best * sign[None, :]
-            at = (first_pooled + i * pooled_width + j)[:, None] * channels + channel[None, :]
+            at = (i * pooled_width + j)[:, None] * channels + channel[None, :]
             result = _relu(_affine(peak, mean, scale, shift))
             tl.store(y + at, result.to(y.dtype.element_ty), mask)
             tl.store(peaks + at, peak.to(peaks.dtype.element_ty), mask)
