@@ -35,6 +35,10 @@ def build(name: str, norm_layer: type[nn.Module]) -> "ResNet":
 class ResNet(resnet.ResNet):
     """images [n, 3, H, W] -> what `fc` makes of the pooled features [n, C]."""
 
+    def __init__(self, *arguments: Any, **keywords: Any) -> None:
+        super().__init__(*arguments, **keywords)
+        self.layer4[-1].is_last = True
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         pool = isinstance(self.maxpool, nn.MaxPool2d)  # small images have none
         y = norm_act(self.bn1, self.conv1(x), pool=pool, twice=True)
@@ -46,6 +50,8 @@ class ResNet(resnet.ResNet):
 class BasicBlock(resnet.BasicBlock):
     """[n, C, H, W] -> [n, planes, H / stride, W / stride]."""
 
+    is_last = False  # what it returns is only pooled
+
     def forward(self, x: Activation) -> Activation:
         x, shortcut = ways(x)
         y = norm_act(self.bn1, self.conv1(x))
@@ -54,6 +60,8 @@ class BasicBlock(resnet.BasicBlock):
 
 class Bottleneck(resnet.Bottleneck):
     """[n, C, H, W] -> [n, 4 planes, H / stride, W / stride]."""
+
+    is_last = False
 
     def forward(self, x: Activation) -> Activation:
         x, shortcut = ways(x)
@@ -64,9 +72,10 @@ class Bottleneck(resnet.Bottleneck):
 
 def _join(block: Any, norm: nn.Module, y: torch.Tensor, shortcut: torch.Tensor) -> Activation:
     """relu(norm(y) + shortcut), the shortcut through the block's own convolution if it has one."""
-    if block.downsample is None:
-        return norm_act(norm, y, residual=shortcut, twice=True)
-    convolution, residual_norm = block.downsample
+    residual_norm = None
+    if block.downsample is not None:
+        convolution, residual_norm = block.downsample
+        shortcut = convolution(shortcut)
     return norm_act(
-        norm, y, residual=convolution(shortcut), residual_norm=residual_norm, twice=True
+        norm, y, residual=shortcut, residual_norm=residual_norm, twice=not block.is_last
     )

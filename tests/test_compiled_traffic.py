@@ -17,6 +17,7 @@ triton = pytest.importorskip("triton", reason="Inductor's GPU code needs triton"
 
 from triton import language as tl  # noqa: E402
 
+from bt_fast import norm  # noqa: E402
 from tools import lowering  # noqa: E402
 from tools.lowering import Kernel, Traffic  # noqa: E402
 
@@ -100,8 +101,11 @@ class Wrong(nn.Module):
         return x.reshape(3, -1) * self.weight.of_no_use
 
 
-def step(num_ranks: int) -> Traffic:
-    return lowering.measure(lowering.build(blocks=(1, 1, 1, 1)), SHAPE, num_ranks=num_ranks)
+def step(num_ranks: int, fused: bool = False) -> Traffic:
+    model = lowering.build(blocks=(1, 1, 1, 1))
+    if fused:
+        norm.fuse(model)
+    return lowering.measure(model, SHAPE, num_ranks=num_ranks)
 
 
 def small(kind: type[nn.Module], shape: tuple[int, ...]) -> Traffic:
@@ -158,6 +162,20 @@ def test_a_bottleneck_of_each_stage_moves_no_more_than_this(steps, num_ranks):
     # 17 convolutions and 3 linear layers, each with a gradient of weights and one of its input.
     assert len(traffic.of("library", backward=False)) == 20
     assert bool(traffic.of("collective")) == (num_ranks > 1)
+
+
+@pytest.mark.parametrize("num_ranks", [1, 8])
+def test_fused_norms_pass_through_the_compiler_whole(workers, num_ranks):
+    """Nothing of an activation's size is copied, filled or added beside them."""
+    traffic = result(workers.submit(step, num_ranks, True))
+    assert traffic.gigabytes("own") < 39.0 and traffic.gigabytes() < 41.2
+    assert traffic.gigabytes("fused", backward=True) < 1.3  # weights' gradients, the pooled one
+    assert traffic.saved / 1e9 < 9.0
+    # Of 19 norms, 4 share all but the pass for their statistics with another. With ranks, an
+    # all-reduce for each of 15 passes, forwards and backwards.
+    own = [len(traffic.of("own", backward=backward)) for backward in (False, True)]
+    assert own == [30, 30]
+    assert len(traffic.of("collective")) == (30 if num_ranks > 1 else 0)
 
 
 def test_a_tensor_counts_in_every_loop_that_reads_it(workers):

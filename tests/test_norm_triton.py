@@ -12,6 +12,9 @@ pytest.importorskip("triton")
 from conftest import INTERPRETER_FAILS
 from ranks import run_ranks
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from triton.runtime import interpreter
 
 from bt_fast import norm
 from bt_fast.dist import World
@@ -327,3 +330,96 @@ def test_rows_are_divided_by_the_shape_alone():
         assert (where.parts - 1) * where.rows_per_part < where.num_rows
         assert where.num_rows <= where.parts * where.rows_per_part
         assert where.columns * norm_triton.BLOCK_CHANNELS >= channels
+
+
+# What the kernels move.
+
+
+class CountedMemory:
+    """The interpreter's access to memory, with the bytes of its loads and stores."""
+
+    def __init__(self, memory) -> None:
+        self.memory, self.bytes = memory, 0
+
+    def __getattr__(self, name: str):
+        return getattr(self.memory, name)
+
+    def load(self, pointers, mask, other, dtype):
+        self.bytes += int(mask.sum()) * dtype.itemsize
+        return self.memory.load(pointers, mask, other, dtype)
+
+    def store(self, pointers, values, mask):
+        self.bytes += int(mask.sum()) * values.dtype.itemsize
+        return self.memory.store(pointers, values, mask)
+
+
+class Operators(TorchDispatchMode):
+    """Of every norm operator that is called: its name, and the bytes of arguments and results."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[str, int]] = []
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        results = function(*arguments, **(keywords or {}))
+        if function.namespace == "bt_fast":
+            tensors = tree_leaves((arguments, results))
+            total = sum(t.nbytes for t in tensors if isinstance(t, torch.Tensor))
+            self.calls.append((function._schema.name.partition("::")[2], total))
+        return results
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_kernels_move_their_arguments_once(form, monkeypatch):
+    """Counted by the interpreter, load by load. (Windows of the pool overlap; caches help.)"""
+    monkeypatch.setattr(norm_triton, "PROGRAMS", 2)  # of a size at which their sums weigh little
+    monkeypatch.setattr(norm_triton, "POOL_ROWS", 1 << 16)
+    memory = CountedMemory(interpreter._interpreter)
+    monkeypatch.setattr(interpreter, "_interpreter", memory)
+    tensors, g = inputs(form, (2, 64, 48, 48)), both_gradients(form, (2, 64, 48, 48))
+    made = leaves(tensors, torch.bfloat16)
+    counted = []
+    with Operators() as operators:
+        y, again, _ = fused(form, *made)
+        counted.append(memory.bytes)
+        gradients(y.float(), again.float(), made, g)
+        counted.append(memory.bytes - counted[0])
+    backward = ("norm_sums", "norm_backward", "norm_pool_backward")
+    expected = [
+        sum(size for name, size in operators.calls if (name in backward) == is_backward)
+        for is_backward in (False, True)
+    ]
+    overlap = {"pool": (1.5, 2.0)}.get(form, (1.02, 1.02))
+    for found, argued, most in zip(counted, expected, overlap, strict=True):
+        assert 0.99 < found / argued < most, (counted, expected)
+
+
+def bytes_of_operators(model: nn.Module, num_images: int, size: int) -> list[tuple[str, int]]:
+    """Of a training step under bf16 autocast: every norm operator, and what it moves."""
+    views = torch.empty(2 * num_images, 3, size, size, dtype=torch.bfloat16, device="meta")
+    with torch.autocast("cpu", torch.bfloat16), Operators() as operators:
+        z = model(views.to(memory_format=torch.channels_last))
+    with operators:
+        z.sum().backward()
+    return operators.calls
+
+
+def test_a_step_of_the_papers_network_moves_half_of_what_the_compiler_moves():
+    with torch.device("meta"):
+        model = BarlowTwins("resnet50", (8192, 8192, 8192))
+    norm.fuse(model)
+    calls = bytes_of_operators(model, 256, 224)
+    names = [name for name, _ in calls]
+    # Statistics, normalise, sums and input gradient of 53 + 2 norms; 4 share all but the first.
+    assert [names.count(name) for name in sorted(set(names))] == [50, 50, 51, 1, 1, 51]
+    total = sum(size for _, size in calls) / 1e9
+    assert 98 < total < 102  # torch 2.11 compiles the definition to 184 GB
+
+    block = model.encoder.layer1[1]
+    x = torch.empty(512, 256, 56, 56, dtype=torch.bfloat16, device="meta")
+    x = x.to(memory_format=torch.channels_last).requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        y, again = block((x, x))
+    with Operators() as operators:
+        (y.sum() + again.sum()).backward()
+    assert 7.5 < sum(size for _, size in operators.calls) / 1e9 < 8.2  # compiled: 16.5

@@ -1,6 +1,6 @@
 """Bytes and kernels of a compiled training step on an H100, counted without one.
 
-    python tools/compiled_traffic.py --blocks 1 1 1 1 [--images 256] [--ranks 8] [--out DIR]
+    python tools/compiled_traffic.py --blocks 1 1 1 1 [--images 256] [--ranks 8] [--norm fused]
 
 Lowers the forward and the backward pass of encoder and projector, views in bf16 and channels-last;
 loss, augmentation and optimizer are not part of it. `lowering` says how, and what is counted. The
@@ -13,7 +13,10 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from bt_fast import model as models
+from bt_fast.norm import Norm, choose, fuse
 from pipelines.flags import parse_flags
 from tools.lowering import Traffic, Unsupported, build, measure
 
@@ -32,6 +35,8 @@ class Options:
     """Side of a view, in pixels."""
     ranks: int = 1
     """Ranks whose batches are normalised together."""
+    norm: Norm = "auto"
+    """Batch norm as pretrain's --norm has it."""
     top: int = 20
     """Number of kernels to list, the largest first."""
     out: Path | None = None
@@ -54,6 +59,8 @@ def main(arguments: list[str] | None = None) -> int:
         options = parse_flags(Options, "compiled_traffic", arguments)
         shape = (2 * options.images, 3, options.size, options.size)
         model = build(options.encoder, options.blocks)
+        if choose(options.norm, torch.device("cuda")) == "fused":
+            fuse(model)
         traffic = measure(model, shape, num_ranks=options.ranks, out=options.out)
     except (ValueError, Unsupported) as error:
         print(f"compiled_traffic: {error}", file=sys.stderr)

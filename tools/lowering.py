@@ -117,13 +117,13 @@ class Traffic:
 
 def build(encoder: str = "resnet50", blocks: tuple[int, ...] | None = None) -> nn.Module:
     """Encoder and the paper's projector on the meta device; blocks: bottlenecks per stage."""
-    from torchvision.models import resnet
+    from bt_fast import resnet
 
     with torch.device("meta"):
         model = models.BarlowTwins("resnet50" if blocks else encoder, (8192, 8192, 8192))
         if blocks:
             model.encoder = resnet.ResNet(
-                resnet.Bottleneck, blocks, zero_init_residual=True, norm_layer=norm.BatchNorm2d
+                resnet.Bottleneck, list(blocks), norm_layer=norm.BatchNorm2d
             )
             model.encoder.fc = nn.Identity()
     return model
