@@ -20,6 +20,7 @@ kernel and per weight (`fixed_seconds`).
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -72,9 +73,12 @@ class Work:
 
 
 def count(model: nn.Module, views: torch.Tensor, autocast: torch.autocast) -> Work:
-    """Counted on four of these views, which pass through the model in training mode, uncompiled and
-    without other ranks. Leaves it without gradients."""
+    """Counted on four of these views, which pass through the model in training mode, uncompiled,
+    without other ranks and without fused norms. Leaves it without gradients."""
     some, values = views[:4], {"normalised": 0, "residual": 0}
+    fused: list[Any] = [m for m in model.modules() if getattr(m, "fused", False)]
+    for module in fused:
+        module.fused = False
     scale = len(views) / len(some)
 
     def note(module: nn.Module, _, output: torch.Tensor) -> None:
@@ -93,6 +97,8 @@ def count(model: nn.Module, views: torch.Tensor, autocast: torch.autocast) -> Wo
     model.zero_grad(set_to_none=True)
     for hook in hooks:
         hook.remove()
+    for module in fused:
+        module.fused = True
     flop = {str(name): value for name, value in counter.get_flop_counts()["Global"].items()}
     convolutions = sum(value for name, value in flop.items() if "convolution" in name)
     norm = norm_bytes(values["normalised"], values["residual"], views.element_size())
@@ -125,7 +131,13 @@ def fixed_seconds(num_norm_layers: int, num_parameters: int, bytes_per_s: float)
 
 
 def num_norm_layers(model: nn.Module) -> int:
-    return sum(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
+    """Of those that have kernels and collectives of their own: where a residual has a norm, fused
+    ones share them."""
+    modules = list(model.modules())
+    layers = [m for m in modules if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    if not any(getattr(layer, "fused", False) for layer in layers):
+        return len(layers)
+    return len(layers) - sum(getattr(m, "downsample", None) is not None for m in modules)
 
 
 def loss_flop_of_ranks(num_samples: int, num_dimensions: int, world_size: int) -> int:

@@ -254,6 +254,7 @@ def describe(job: Job, seconds_per_step: dict[int, float]) -> dict[str, str]:
         "warm-up": warmup,
         "device": f"{performance.device.type}, {performance.precision},"
         f" torch.compile {performance.compile},"
+        f" batch norm {norm.choose(settings.norm, performance.device)},"
         f" {job.num_threads} decoding threads",
         "loader": job.loader_choice,
         "kNN probe": job.knn_data.description if job.knn_data else "none (no classes)",

@@ -33,6 +33,7 @@ Fine-tuning has one view, and ranks that hold more samples than others, or none,
 of an epoch (`over_uneven_ranks`): then counts travel with the sums.
 """
 
+import importlib.util
 import os
 from typing import Literal, overload
 
@@ -347,8 +348,11 @@ def choose(norm: Norm, device: torch.device) -> Literal["compiled", "fused"]:
     Raises ValueError for what this device cannot run.
     """
     # The interpreter runs the kernels on a CPU, slowly, for tests.
-    if norm == "fused" and device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if norm == "fused" and device.type != "cuda" and not interpreted:
         raise ValueError("--norm fused needs a GPU; leave it out")
+    if norm == "fused" and importlib.util.find_spec("triton") is None:
+        raise ValueError("--norm fused needs triton, of torch's builds for CUDA; leave it out")
     return "fused" if norm == "fused" else "compiled"
 
 

@@ -194,7 +194,8 @@ def _counters(x: Tensor, columns: int) -> Tensor:
     prepare(x.device)
     counters = _arrived[x.device]
     if columns > len(counters):
-        raise ValueError(f"--norm fused takes at most {BLOCK_CHANNELS * len(counters)} channels")
+        most = BLOCK_CHANNELS * len(counters)
+        raise ValueError(f"fused batch norm takes at most {most} channels, got {x.shape[1]}")
     return counters
 
 

@@ -7,12 +7,13 @@ data is there. Times rest on published rates of GPUs and on the assumptions name
 
 import itertools
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from bt_fast import cards, costs
+from bt_fast import cards, costs, norm
 from bt_fast.cards import Card
 from bt_fast.config import Config
 from bt_fast.dist import require_shares
@@ -31,9 +32,9 @@ REFERENCE_BATCH = 256  # images of the single GPU that a prediction is compared 
 # memory. With them an A100 of 80 GB takes the 2,500 views/s that were published for ResNet-50.
 FLOP_SHARE, BANDWIDTH_SHARE = 0.5, 0.9
 # Bytes that encoder and projector move, forwards and backwards, for each that is saved for the
-# backward pass: of ResNet-50 about 215 GB for 22.5 (7.7 with one block per stage, counted by
-# tools/compiled_traffic.py).
-MOVED_PER_SAVED = 9.5
+# backward pass, by form of batch norm: of ResNet-50 about 215 GB for 22.5 (7.7 with one block per
+# stage), and 160 for 21.6 with fused norms, counted by tools/compiled_traffic.py.
+MOVED_PER_SAVED = {"compiled": 9.5, "fused": 7.4}
 RESERVED_BYTES = 2e9  # CUDA's context, workspaces of cuDNN and cuBLAS, buffers of NCCL
 
 _SOME = 64  # images whose cost is counted
@@ -173,7 +174,7 @@ def single_gpu(settings: Config, counted: "Counted", images: int, card: Card) ->
     encoder = (
         costs.fixed_seconds(counted.num_norm_layers, counted.num_parameters, bytes_per_s)
         + images * tf32 * counted.flop / flop_per_s
-        + images * MOVED_PER_SAVED * counted.saved_bytes / bytes_per_s
+        + images * MOVED_PER_SAVED[counted.norm] * counted.saved_bytes / bytes_per_s
     )
     loss_flop = costs.loss_flop(choose_method(images, width), images, width)
     return costs.Measured(
@@ -198,6 +199,7 @@ class Counted:
     num_parameters: int
     num_projector_parameters: int
     num_norm_layers: int
+    norm: Literal["compiled", "fused"]
     itemsize: int  # bytes of a value in encoder and projector
     flop: float  # of an image: both views, forwards and backwards
     saved_bytes: float  # that an image keeps for the backward pass, uncompiled
@@ -212,6 +214,9 @@ def count(settings: Config) -> Counted:
             if isinstance(layer, (nn.Conv2d, nn.Linear)):
                 layer.to(dtype)
         views = torch.empty(2 * _SOME, 3, settings.size, settings.size, dtype=dtype)
+    form = norm.choose(settings.norm, torch.device("cuda"))
+    if form == "fused":
+        norm.fuse(model)
     with FlopCounterMode(display=False) as counter:
         embeddings, saved_bytes = forward(model, views)
         embeddings.sum().backward()
@@ -219,6 +224,7 @@ def count(settings: Config) -> Counted:
         num_parameters=sum(p.numel() for p in model.parameters()),
         num_projector_parameters=sum(p.numel() for p in model.projector.parameters()),
         num_norm_layers=costs.num_norm_layers(model),
+        norm=form,
         itemsize=dtype.itemsize,
         flop=counter.get_total_flops() / _SOME,
         saved_bytes=saved_bytes / _SOME,

@@ -2,6 +2,7 @@
 
 import fcntl
 import hashlib
+import importlib.util
 import json
 
 import torch
@@ -15,6 +16,10 @@ PRETRAIN = (
     " --data {data} --run-dir new"
 )
 RESUME = "pretrain --resume run --device cpu"
+
+
+def no_triton(place):
+    place.monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
 
 
 def no_gpu(place: Place) -> None:
@@ -130,6 +135,12 @@ SETTINGS = [
 ]
 PRETRAINING = [
     Case("--device cuda: no usable GPU", PRETRAIN + " --device cuda", no_gpu),
+    Case(
+        "--norm fused needs a GPU",
+        PRETRAIN + " --norm fused",
+        lambda place: place.monkeypatch.delenv("TRITON_INTERPRET"),
+    ),
+    Case("--norm fused needs triton", PRETRAIN + " --norm fused --dry-run --gpus 2", no_triton),
     Case(
         "… is not a configuration of this version",
         RESUME,

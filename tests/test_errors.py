@@ -53,6 +53,10 @@ INTERNAL = {
         "batch norm needs more than one value per channel and view",
         "the batch norms of a model need the same momentum",
     ],
+    "bt_fast/norm_triton.py": [
+        "batch norm needs more than one value per channel and view",
+        "fused batch norm takes at most … channels, got …",
+    ],
     "bt_fast/weights.py": ["it is a compressed archive, which torch does not write"],
     "pipelines/augment.py": [
         "images must be uint8 [n, H, W, 3], got … …",
