@@ -29,6 +29,8 @@ free of side effects, so that CUDA graphs may record them. They run under Triton
 CPU tensors.
 """
 
+import contextlib
+import functools
 from typing import NamedTuple
 
 import torch
@@ -177,22 +179,42 @@ def split(x: Tensor, num_views: int) -> _Split:
 
 
 BLOCKS = {"BLOCK_ROWS": BLOCK_ROWS, "BLOCK_CHANNELS": BLOCK_CHANNELS}
+_OPERATORS = (
+    "norm_moments",
+    "norm_forward",
+    "norm_sums",
+    "norm_backward",
+    "norm_pool_forward",
+    "norm_pool_backward",
+)
 # By device: how many programs of each block of channels have finished; zero between kernels.
 _arrived: dict[torch.device, Tensor] = {}
 
 
 def prepare(device: torch.device) -> None:
-    """Allocate the counters of finished programs; call it before a CUDA graph is recorded.
+    """Allocate the counters of finished programs and make the operators known to the compiler.
 
-    All norms of a device must run on one stream.
+    To be called before a model is compiled or a CUDA graph recorded. All norms of a device must run
+    on one stream.
     """
+    _arrived_on(device)
+    # Of an operator that is new to it, torch 2.11 prints the arguments with all that they were
+    # computed from, more than memory holds for a deep network; not of those in this list.
+    with contextlib.suppress(ImportError, AttributeError):
+        from torch._inductor.lowering import FALLBACK_ALLOW_LIST
+
+        for name in _OPERATORS:
+            FALLBACK_ALLOW_LIST.add(f"bt_fast::{name}")
+
+
+def _arrived_on(device: torch.device) -> Tensor:
     if device not in _arrived:
         _arrived[device] = torch.zeros(4096, dtype=torch.int32, device=device)
+    return _arrived[device]
 
 
 def _counters(x: Tensor, columns: int) -> Tensor:
-    prepare(x.device)
-    counters = _arrived[x.device]
+    counters = _arrived_on(x.device)
     if columns > len(counters):
         most = BLOCK_CHANNELS * len(counters)
         raise ValueError(f"fused batch norm takes at most {most} channels, got {x.shape[1]}")
@@ -221,8 +243,12 @@ def _bits_of(x: Tensor) -> Tensor:
 
 # Operators --------------------------------------------------------------------------------------
 
+_operator = functools.partial(
+    torch.library.custom_op, mutates_args=(), tags=[torch.Tag.needs_fixed_stride_order]
+)
 
-@torch.library.custom_op("bt_fast::norm_moments", mutates_args=())
+
+@_operator("bt_fast::norm_moments")
 def norm_moments(xs: list[Tensor], num_views: int) -> Tensor:
     """Sums of x and of its square of each x [V n, C, ...]: float64 [norms, 2, V, C]."""
     where = split(xs[0], num_views)
@@ -243,7 +269,7 @@ def _(xs, num_views):
     return xs[0].new_empty(len(xs), 2, num_views, xs[0].shape[1], dtype=torch.float64)
 
 
-@torch.library.custom_op("bt_fast::norm_forward", mutates_args=())
+@_operator("bt_fast::norm_forward")
 def norm_forward(
     xs: list[Tensor],
     residual: Tensor | None,
@@ -287,7 +313,7 @@ def _(xs, residual, sums, weights, biases, total, eps, relu):
     return _norm_forward_results(xs, residual, sums)
 
 
-@torch.library.custom_op("bt_fast::norm_sums", mutates_args=())
+@_operator("bt_fast::norm_sums")
 def norm_sums(
     gradients: list[Tensor],
     xs: list[Tensor],
@@ -337,7 +363,7 @@ def _(gradients, xs, bits, moments, weights, biases, relu):
     return _norm_sums_results(gradients, xs, bits, moments)
 
 
-@torch.library.custom_op("bt_fast::norm_backward", mutates_args=())
+@_operator("bt_fast::norm_backward")
 def norm_backward(
     g: Tensor,
     xs: list[Tensor],
@@ -371,7 +397,7 @@ def _(g, xs, moments, sums, weights, biases, total, relu):
     return [_like(x) for x in xs]
 
 
-@torch.library.custom_op("bt_fast::norm_pool_forward", mutates_args=())
+@_operator("bt_fast::norm_pool_forward")
 def norm_pool_forward(
     x: Tensor, sums: Tensor, weight: Tensor, bias: Tensor, total: int, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -407,7 +433,7 @@ def _(x, sums, weight, bias, total, eps):
     return _norm_pool_forward_results(x, sums)
 
 
-@torch.library.custom_op("bt_fast::norm_pool_backward", mutates_args=())
+@_operator("bt_fast::norm_pool_backward")
 def norm_pool_backward(
     g: Tensor,
     taps: Tensor,

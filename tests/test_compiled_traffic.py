@@ -101,8 +101,8 @@ class Wrong(nn.Module):
         return x.reshape(3, -1) * self.weight.of_no_use
 
 
-def step(num_ranks: int, fused: bool = False) -> Traffic:
-    model = lowering.build(blocks=(1, 1, 1, 1))
+def step(num_ranks: int, fused: bool = False, blocks: tuple[int, ...] = (1, 1, 1, 1)) -> Traffic:
+    model = lowering.build(blocks=blocks)
     if fused:
         norm.fuse(model)
     return lowering.measure(model, SHAPE, num_ranks=num_ranks)
@@ -164,18 +164,22 @@ def test_a_bottleneck_of_each_stage_moves_no_more_than_this(steps, num_ranks):
     assert bool(traffic.of("collective")) == (num_ranks > 1)
 
 
-@pytest.mark.parametrize("num_ranks", [1, 8])
-def test_fused_norms_pass_through_the_compiler_whole(workers, num_ranks):
-    """Nothing of an activation's size is copied, filled or added beside them."""
-    traffic = result(workers.submit(step, num_ranks, True))
-    assert traffic.gigabytes("own") < 39.0 and traffic.gigabytes() < 41.2
-    assert traffic.gigabytes("fused", backward=True) < 1.3  # weights' gradients, the pooled one
-    assert traffic.saved / 1e9 < 9.0
-    # Of 19 norms, 4 share all but the pass for their statistics with another. With ranks, an
-    # all-reduce for each of 15 passes, forwards and backwards.
+@pytest.mark.parametrize("num_ranks,blocks", [(1, (3, 4, 6, 3)), (8, (1, 1, 1, 1))])
+def test_fused_norms_pass_through_the_compiler_whole(workers, num_ranks, blocks):
+    """Nothing of an activation's size is copied, filled or added beside them; and torch 2.11 must
+    not print a deep network for each operator that is new to it."""
+    traffic = result(workers.submit(step, num_ranks, True, blocks))
+    most, saved = (101.5, 21.8) if num_ranks == 1 else (39.0, 9.0)
+    assert 0.9 * most < traffic.gigabytes("own") < most
+    assert traffic.saved / 1e9 < saved
+    # Weights' gradients, bf16 to float32: 1.05 GB with ResNet-50; and the pooled features'.
+    assert traffic.gigabytes("fused", backward=True) < 1.3
+    # Of a norm three passes over the batch; but 4 of them share all but their statistics with
+    # another. With ranks, an all-reduce for each pass that sums.
+    passes = 3 * sum(blocks) + 1 + 2
     own = [len(traffic.of("own", backward=backward)) for backward in (False, True)]
-    assert own == [30, 30]
-    assert len(traffic.of("collective")) == (30 if num_ranks > 1 else 0)
+    assert own == [2 * passes, 2 * passes]
+    assert len(traffic.of("collective")) == (2 * passes if num_ranks > 1 else 0)
 
 
 def test_a_tensor_counts_in_every_loop_that_reads_it(workers):
