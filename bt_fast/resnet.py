@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torchvision.models import resnet
 
+from bt_fast import casts
 from bt_fast.norm import Activation, norm_act, ways
 
 # Of each encoder: its blocks, how many in each stage, and other arguments.
@@ -39,7 +40,7 @@ class ResNet(resnet.ResNet):
         pool = isinstance(self.maxpool, nn.MaxPool2d)  # small images have none
         y = norm_act(self.bn1, self.conv1(x), pool=pool, twice=True)
         for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
-            y = stage(y)
+            y = casts.forward(stage, y)
         return self.fc(torch.flatten(self.avgpool(ways(y)[0]), 1))
 
 
