@@ -30,7 +30,11 @@ def build(name: str, norm_layer: type[nn.Module]) -> "ResNet":
     """One of `ARCHITECTURES`, the last norm of every residual branch initialised to zero."""
     block, stages, arguments = ARCHITECTURES[name]
     kind = {"BasicBlock": BasicBlock, "Bottleneck": Bottleneck}[block]
-    return ResNet(kind, list(stages), zero_init_residual=True, norm_layer=norm_layer, **arguments)
+    network = ResNet(
+        kind, list(stages), zero_init_residual=True, norm_layer=norm_layer, **arguments
+    )
+    network.layer4[-1].twice = False
+    return network
 
 
 class ResNet(resnet.ResNet):
@@ -41,11 +45,14 @@ class ResNet(resnet.ResNet):
         y = norm_act(self.bn1, self.conv1(x), pool=pool, twice=True)
         for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
             y = casts.forward(stage, y)
-        return self.fc(torch.flatten(self.avgpool(ways(y)[0]), 1))
+        # The average pool; written so that its gradient is channels-last, too.
+        return self.fc(ways(y)[0].permute(0, 2, 3, 1).mean((1, 2)))
 
 
 class BasicBlock(resnet.BasicBlock):
     """[n, C, H, W] -> [n, planes, H / stride, W / stride]."""
+
+    twice = True  # whether what it returns goes on along two ways
 
     def forward(self, x: Activation) -> Activation:
         x, shortcut = ways(x)
@@ -55,6 +62,8 @@ class BasicBlock(resnet.BasicBlock):
 
 class Bottleneck(resnet.Bottleneck):
     """[n, C, H, W] -> [n, 4 planes, H / stride, W / stride]."""
+
+    twice = True  # whether what it returns goes on along two ways
 
     def forward(self, x: Activation) -> Activation:
         x, shortcut = ways(x)
@@ -66,8 +75,7 @@ class Bottleneck(resnet.Bottleneck):
 def _join(block: Any, norm: nn.Module, y: torch.Tensor, shortcut: torch.Tensor) -> Activation:
     """relu(norm(y) + shortcut), the shortcut through the block's own convolution if it has one."""
     if block.downsample is None:
-        return norm_act(norm, y, residual=shortcut, twice=True)
+        return norm_act(norm, y, residual=shortcut, twice=block.twice)
     convolution, residual_norm = block.downsample
-    return norm_act(
-        norm, y, residual=convolution(shortcut), residual_norm=residual_norm, twice=True
-    )
+    shortcut = convolution(shortcut)
+    return norm_act(norm, y, residual=shortcut, residual_norm=residual_norm, twice=block.twice)
