@@ -156,12 +156,12 @@ def gather_shares(part: torch.Tensor, num_rows: int, group: Group) -> torch.Tens
     return torch.cat([parts[:full].flatten(0, 1), parts[full:, :-1].flatten(0, 1)])
 
 
-def all_sum(value: torch.Tensor, group: Group) -> torch.Tensor:
-    """The sum over ranks, on every rank."""
+def all_sum(value: torch.Tensor, group: Group, *, overwrite: bool = False) -> torch.Tensor:
+    """The sum over ranks, on every rank; in the value's own memory if that may be overwritten."""
     if group is None:
         return value
     _note("all_reduce", 2 * (group.size() - 1) / group.size() * value.nbytes)
-    total = value.clone(memory_format=torch.contiguous_format)
+    total = value if overwrite else value.clone(memory_format=torch.contiguous_format)
     dist.all_reduce(total, group=group)
     return total
 

@@ -149,7 +149,7 @@ def _statistics(
         sums = all_sum(torch.cat([sums, sums.new_full((1,), count)]), group)
         sums, total = sums[:-1], sums[-1]
     else:
-        sums = all_sum(sums, group)
+        sums = all_sum(sums, group, overwrite=True)
     first, second = (sums / total).view_as(moments).unbind()  # of x, and of its square
     variance = (second - first.square()).clamp(min=0).to(mean.dtype)
     return first.to(mean.dtype), variance, total
@@ -278,8 +278,8 @@ class RunningStatistics:
         for layer in self.layers:
             layer.batch_statistics = ()
         moved = _updated(self.running, batch, self.layers[0].momentum)
-        self.running.copy_(torch.where(applied, moved, self.running))
-        self.counts += applied * self.layers[0].num_views
+        torch.where(applied, moved, self.running, out=self.running)
+        self.counts.add_(applied, alpha=self.layers[0].num_views)
 
 
 @overload

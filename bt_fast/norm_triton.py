@@ -106,7 +106,8 @@ class _NormAct(torch.autograd.Function):
         total = size_of(group) * x.numel() // (num_views * x.shape[1])  # values of a channel
         if total < 2:
             raise ValueError("batch norm needs more than one value per channel and view")
-        sums = all_sum(torch.ops.bt_fast.norm_moments(normed, num_views), group)
+        sums = torch.ops.bt_fast.norm_moments(normed, num_views)
+        sums = all_sum(sums, group, overwrite=True)
         saved: list[Tensor | None]
         if pool:
             y, peaks, taps, moments = torch.ops.bt_fast.norm_pool_forward(
@@ -123,39 +124,41 @@ class _NormAct(torch.autograd.Function):
         ctx.options, ctx.total, ctx.num_norms = options, total, len(normed)
         ctx.has_residual = residual is not None
         ctx.mark_non_differentiable(moments)
+        if not torch.compiler.is_compiling():  # which drops the zeros that are not used
+            ctx.set_materialize_grads(False)
         return y, y.view_as(y) if twice else None, moments
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, g, g_again, _):
-        _, _, relu, pool, twice, group = ctx.options
+        _, _, relu, pool, _, group = ctx.options
         n = ctx.num_norms
         moments, *rest = ctx.saved_tensors
         normed, weights, biases = rest[:n], rest[n : 2 * n], rest[2 * n : 3 * n]
         saved = rest[3 * n :]
-        gradients = [g, g_again] if twice else [g]
-        masked, sums, grad_weights, grad_bias = torch.ops.bt_fast.norm_sums(
+        gradients = [gradient for gradient in (g, g_again) if gradient is not None]
+        masked, sums, grad_weights, grad_biases = torch.ops.bt_fast.norm_sums(
             gradients, [saved[0]] if pool else normed, None if pool else saved[0],
             moments, weights, biases, relu,
         )  # fmt: skip
-        is_masked = ctx.has_residual or twice
-        g = masked if is_masked else g
-        sums = all_sum(sums, group)
+        is_masked = ctx.has_residual or len(gradients) == 2
+        g = masked if is_masked else gradients[0]
+        sums = all_sum(sums, group, overwrite=True)
         if pool:
             grad_x = torch.ops.bt_fast.norm_pool_backward(
                 g, saved[1], normed[0], moments, sums, weights[0], biases[0], ctx.total
             )
-            return grad_x, grad_weights[0], grad_bias, None, None, None, None
+            return grad_x, grad_weights[0], grad_biases[0], None, None, None, None
         inputs = torch.ops.bt_fast.norm_backward(
             g, normed, moments, sums, weights, biases, ctx.total, relu and not is_masked
         )
         if n == 2:
             return (
-                inputs[0], grad_weights[0], grad_bias, inputs[1], grad_weights[1],
-                grad_bias.clone(), None,
+                inputs[0], grad_weights[0], grad_biases[0], inputs[1], grad_weights[1],
+                grad_biases[1], None,
             )  # fmt: skip
         grad_residual = g if ctx.has_residual else None
-        return inputs[0], grad_weights[0], grad_bias, grad_residual, None, None, None
+        return inputs[0], grad_weights[0], grad_biases[0], grad_residual, None, None, None
 
 
 class _Split(NamedTuple):
@@ -328,23 +331,23 @@ def norm_sums(
     gradients: one or two of y, to be added. bits: where y > 0, if that cannot be found from x.
     Returns the masked gradient (empty where it is not needed again: one gradient and no bits); sums
     of the masked gradient g and of g (x - mean), float32 [norms, 2, V, C]; this rank's gradients of
-    the weights [norms, C] and of the bias [C], which is that of both norms.
+    the weights and of the biases, alike for two norms, each [norms, C].
     """
     num_views = moments.shape[2]
     where = split(xs[0], num_views)
-    masked, sums, grad_weights, grad_bias = _norm_sums_results(gradients, xs, bits, moments)
+    masked, sums, grad_weights, grad_biases = _norm_sums_results(gradients, xs, bits, moments)
     num_sums = 1 + len(xs)
     parts = sums.new_empty(num_views, where.parts, num_sums, where.channels)
     gradients = [_channels_last(g) for g in gradients]
     _norm_sums[(where.columns, where.parts, num_views)](
         gradients[0], gradients[-1], _channels_last(xs[0]), _channels_last(xs[-1]),
         bits if bits is not None else masked, masked, moments, weights[0], biases[0],
-        parts, sums, grad_weights, grad_bias, _counters(xs[0], where.columns),
+        parts, sums, grad_weights, grad_biases, _counters(xs[0], where.columns),
         where.num_rows, where.channels, where.rows_per_part,
         VIEWS=num_views, RELU=relu, BITS=bits is not None, GRADIENTS=len(gradients), NORMS=len(xs),
         BLOCK_PARTS=BLOCK_PARTS, **BLOCKS, **OPTIONS,
     )  # fmt: skip
-    return masked, sums, grad_weights, grad_bias
+    return masked, sums, grad_weights, grad_biases
 
 
 def _norm_sums_results(gradients, xs, bits, moments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -354,7 +357,7 @@ def _norm_sums_results(gradients, xs, bits, moments) -> tuple[Tensor, Tensor, Te
         _like(gradients[0]) if is_written else gradients[0].new_empty(0),
         moments.new_empty(num_norms, 2, num_views, channels),
         moments.new_empty(num_norms, channels),
-        moments.new_empty(channels),
+        moments.new_empty(num_norms, channels),
     )
 
 
@@ -700,7 +703,7 @@ def _load_bits(
 @triton.jit
 def _norm_sums(
     g, other_g, x, other_x, bits, masked, moments, weight, bias,
-    parts, sums, grad_weights, grad_bias, arrived, num_rows, channels, rows_per_part,
+    parts, sums, grad_weights, grad_biases, arrived, num_rows, channels, rows_per_part,
     VIEWS: tl.constexpr, RELU: tl.constexpr, BITS: tl.constexpr, GRADIENTS: tl.constexpr,
     NORMS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr,
     BLOCK_PARTS: tl.constexpr,
@@ -778,10 +781,9 @@ def _norm_sums(
                 weight_gradient += sum_product * inverse.to(tl.float64)
                 if norm == 0:
                     bias_gradient += sum_g
-            tl.store(
-                grad_weights + norm * channels + channel, weight_gradient.to(tl.float32), inside
-            )
-        tl.store(grad_bias + channel, bias_gradient.to(tl.float32), inside)
+            at = norm * channels + channel
+            tl.store(grad_weights + at, weight_gradient.to(tl.float32), inside)
+            tl.store(grad_biases + at, bias_gradient.to(tl.float32), inside)
 
 
 @triton.jit

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torchvision.models import resnet
 
+from bt_fast import casts
 from bt_fast.norm import Activation, norm_act, ways
 
 # Of each encoder: its blocks, how many in each stage, and other arguments.
@@ -37,20 +38,21 @@ class ResNet(resnet.ResNet):
 
     def __init__(self, *arguments: Any, **keywords: Any) -> None:
         super().__init__(*arguments, **keywords)
-        self.layer4[-1].is_last = True
+        self.layer4[-1].twice = False  # its output is only pooled
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         pool = isinstance(self.maxpool, nn.MaxPool2d)  # small images have none
         y = norm_act(self.bn1, self.conv1(x), pool=pool, twice=True)
         for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
-            y = stage(y)
-        return self.fc(torch.flatten(self.avgpool(ways(y)[0]), 1))
+            y = casts.forward(stage, y)
+        # The average pool; written so that its gradient is channels-last, too.
+        return self.fc(ways(y)[0].permute(0, 2, 3, 1).mean((1, 2)))
 
 
 class BasicBlock(resnet.BasicBlock):
     """[n, C, H, W] -> [n, planes, H / stride, W / stride]."""
 
-    is_last = False  # what it returns is only pooled
+    twice = True  # whether what it returns goes on along two ways
 
     def forward(self, x: Activation) -> Activation:
         x, shortcut = ways(x)
@@ -61,7 +63,7 @@ class BasicBlock(resnet.BasicBlock):
 class Bottleneck(resnet.Bottleneck):
     """[n, C, H, W] -> [n, 4 planes, H / stride, W / stride]."""
 
-    is_last = False
+    twice = True  # whether what it returns goes on along two ways
 
     def forward(self, x: Activation) -> Activation:
         x, shortcut = ways(x)
@@ -72,10 +74,8 @@ class Bottleneck(resnet.Bottleneck):
 
 def _join(block: Any, norm: nn.Module, y: torch.Tensor, shortcut: torch.Tensor) -> Activation:
     """relu(norm(y) + shortcut), the shortcut through the block's own convolution if it has one."""
-    residual_norm = None
-    if block.downsample is not None:
-        convolution, residual_norm = block.downsample
-        shortcut = convolution(shortcut)
-    return norm_act(
-        norm, y, residual=shortcut, residual_norm=residual_norm, twice=not block.is_last
-    )
+    if block.downsample is None:
+        return norm_act(norm, y, residual=shortcut, twice=block.twice)
+    convolution, residual_norm = block.downsample
+    shortcut = convolution(shortcut)
+    return norm_act(norm, y, residual=shortcut, residual_norm=residual_norm, twice=block.twice)

@@ -218,7 +218,7 @@ def update(job: Job, views: torch.Tensor):
     invariance, redundancy = job.objective(z_a, z_b)
     loss = invariance + job.config.lambd * redundancy
     # Ranks' gradients are averaged, and this rank's are its share of the true one.
-    (loss * job.config.grad_scale * job.world.size).backward()
+    (loss * (job.config.grad_scale * job.world.size)).backward()
 
     applied = job.optimizer.step(guard=loss.detach())
     assert applied is not None

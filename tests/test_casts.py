@@ -1,0 +1,132 @@
+"""Weights cast together: the step is that of autocast alone, bit for bit."""
+
+import copy
+
+import pytest
+import torch
+from ranks import run_ranks
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from bt_fast import casts, resnet
+from bt_fast.dist import ALONE, World
+from bt_fast.loss import barlow_twins_loss
+from bt_fast.model import BarlowTwins
+
+
+def with_casts_of_autocast(part: nn.Module, x):
+    return part(x)
+
+
+def train_a_step(world: World, encoder: str, together: bool) -> dict[str, torch.Tensor]:
+    """Loss, gradients and running statistics under bf16 autocast, over DDP where there are ranks.
+    Convolutions are 1 x 1 and 3 x 3, channels-last."""
+    torch.manual_seed(0)
+    model = BarlowTwins(encoder, (32, 32), small_images=True)
+    for layer in model.modules():  # zero would hide the branches
+        if isinstance(layer, nn.BatchNorm2d):
+            nn.init.uniform_(layer.weight, 0.5, 1.0)
+    model.to(memory_format=torch.channels_last)
+    views = torch.randn(16, 3, 16, 16, generator=torch.Generator().manual_seed(world.rank))
+    views = views.to(torch.bfloat16, memory_format=torch.channels_last)
+    embed = model if world.group is None else DistributedDataParallel(model)
+    with pytest.MonkeyPatch.context() as patch:
+        if not together:
+            patch.setattr(casts, "forward", with_casts_of_autocast)
+        with torch.autocast("cpu", torch.bfloat16):
+            z_a, z_b = embed(views).chunk(2)
+        loss = barlow_twins_loss(z_a, z_b, group=world.group)
+        loss.backward()
+    found = {name: p.grad for name, p in model.named_parameters()}
+    for name, p in model.named_parameters():
+        assert p.grad.dtype == torch.float32 and p.grad.stride() == p.stride(), name
+    return found | dict(model.named_buffers()) | {"loss": loss.detach(), "z": z_a.detach()}
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2])
+@pytest.mark.parametrize("encoder", ["resnet18", "resnet50"])
+def test_a_step_is_that_of_autocast(encoder, num_ranks):
+    if num_ranks == 1:
+        found = [[train_a_step(ALONE, encoder, together)] for together in (True, False)]
+    else:
+        found = [run_ranks(2, train_a_step, encoder, together) for together in (True, False)]
+    for ours, theirs in zip(*found, strict=True):
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+class Casts(torch.utils._python_dispatch.TorchDispatchMode):
+    """Counts casts of single tensors with more than one dimension, and of lists."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.single, self.lists = 0, []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten._to_copy.default:
+            self.single += args[0].ndim > 1
+        if func is torch.ops.aten._foreach_copy_.default:
+            self.lists.append([source.dtype for source in args[1]])
+        return func(*args, **(kwargs or {}))
+
+
+def stage() -> nn.Module:
+    return resnet.build("resnet18", nn.BatchNorm2d).layer2  # five convolutions
+
+
+def test_a_stages_weights_are_cast_once_each_way():
+    part, x = stage(), torch.randn(4, 64, 8, 8).bfloat16()
+    names = list(part.state_dict())
+    with Casts() as seen, torch.autocast("cpu", torch.bfloat16):
+        casts.forward(part, x)[0].sum().backward()
+    assert seen.lists == [[torch.float32] * 5, [torch.bfloat16] * 5]
+    assert seen.single == 0
+    assert list(part.state_dict()) == names
+    assert all(type(p) is nn.Parameter and p.dtype == torch.float32 for p in part.parameters())
+
+
+@pytest.mark.parametrize("case", ["evaluation", "no autocast", "bf16 weights", "frozen"])
+def test_elsewhere_nothing_changes(case):
+    part, x = stage(), torch.randn(4, 64, 8, 8)
+    if case == "evaluation":
+        part.eval()
+    if case == "bf16 weights":
+        part, x = part.bfloat16(), x.bfloat16()
+    part.requires_grad_(case != "frozen")
+    plain = copy.deepcopy(part)
+    with Casts() as seen, torch.autocast("cpu", torch.bfloat16, enabled=case != "no autocast"):
+        y = casts.forward(part, x)
+        assert not seen.lists
+        assert torch.equal(y, plain(x))
+
+
+def test_frozen_weights_are_left_to_autocast():
+    part, x = stage(), torch.randn(4, 64, 8, 8).bfloat16()
+    part[0].requires_grad_(False)
+    with Casts() as seen, torch.autocast("cpu", torch.bfloat16):
+        casts.forward(part, x).sum().backward()
+    assert seen.lists == [[torch.float32] * 2, [torch.bfloat16] * 2]
+    assert all((p.grad is None) != p.requires_grad for p in part.parameters())
+
+
+def test_a_failure_leaves_the_weights_in_place():
+    part = stage()
+    before = dict(part.named_parameters())
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(RuntimeError):
+        casts.forward(part, torch.randn(4, 63, 8, 8))
+    assert all(p is before[name] for name, p in part.named_parameters())
+
+
+def test_a_compiled_stage_is_that_of_autocast():
+    """One graph, without casts of lists."""
+    graphs = []
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    part, x = stage(), torch.randn(4, 64, 8, 8).bfloat16()
+    compiled = torch.compile(lambda x: casts.forward(part, x), backend=backend, fullgraph=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        compiled(x)
+    assert len(graphs) == 1 and "_foreach_copy_" not in graphs[0].code

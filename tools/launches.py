@@ -1,0 +1,233 @@
+"""Kernel launches of one training step that is not compiled, counted without a GPU.
+
+    python tools/launches.py [--norm fused] [--ranks 8]
+
+Takes `train.update` through ResNet-50 with the paper's projector (or another encoder) on tensors
+without memory and counts the operators that torch dispatches. Views and allocations launch nothing.
+A convolution's backward pass launches one kernel for each gradient, an operator of `norm_triton` as
+many as it has, and one for each activation that it must first copy to channels-last memory; a
+multi-tensor copy as many as torch's `multi_tensor_apply` cuts it into with CUDA 12; anything else
+one. What libraries launch inside of one operator (splits of a product, workspaces to be cleared)
+is not known here. The optimizer's three kernels and two tables that it copies to the GPU are added
+by name: `tests/test_optim.py` counts them.
+
+The tensors are the CPU's, whose autocast treats every operator of a step as the GPU's does. Over
+ranks collectives are counted, but not the copies of gradients into DDP's buckets.
+"""
+
+import _checkout  # noqa: F401  # isort: skip
+
+import contextlib
+import functools
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any, Literal
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from bt_fast import lars_triton, norm, train
+from bt_fast import model as models
+from bt_fast.lars import LARS, parameter_groups
+from bt_fast.loss_variants import objective_terms
+from bt_fast.perf import Performance
+from pipelines.flags import parse_flags
+
+GROUPS = {
+    "convolutions": {"convolution", "convolution_backward"},
+    "products": {"mm", "bmm"},
+    "norm": {
+        *("native_batch_norm", "native_batch_norm_backward", "relu_", "threshold_backward"),
+        *("max_pool2d_with_indices", "max_pool2d_with_indices_backward"),
+    },
+    "casts": {"_to_copy", "_foreach_copy_"},
+}
+NOTHING = {"empty", "empty_like", "empty_strided", "new_empty", "detach", "_unsafe_view"}
+# Of torch's MultiTensorApply.cuh, for two lists of tensors; with CUDA 13 they are 448 and 2240.
+MAX_TENSORS, MAX_CHUNKS, CHUNK = 64, 320, 65_536
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Kernel launches of one training step that is not compiled, counted without a GPU."""
+
+    encoder: models.Encoder = "resnet50"
+    """Encoder of the step."""
+    norm: Literal["torch", "fused"] = "fused"
+    """Kernels of batch norm: torch's, or those of --norm fused."""
+    ranks: int = 1
+    """Ranks whose batches are normalised together."""
+
+    def __post_init__(self) -> None:
+        if self.ranks < 1:
+            raise ValueError(f"--ranks must be at least 1, got {self.ranks}")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    try:
+        options = parse_flags(Options, "launches", arguments)
+    except ValueError as error:
+        print(f"launches: {error}", file=sys.stderr)
+        return 2
+    counted = count(options.encoder, fused=options.norm == "fused", num_ranks=options.ranks)
+    for group, launches in counted.items():
+        print(f"{group:14} {launches:5}")
+    print(f"{'all':14} {counted.total():5}")
+    return 0
+
+
+def count(encoder: str = "resnet50", *, fused: bool = True, num_ranks: int = 1) -> Counter[str]:
+    """Launches of one step by group: those of `GROUPS`, statistics, optimizer, collectives, other.
+
+    fused: whether batch norm runs as the kernels of `norm_triton`.
+    """
+    performance = Performance(device=torch.device("cpu"), precision="bf16", compile="off")
+    with _group_of(num_ranks) as group, FakeTensorMode():
+        model = _placed(encoder)
+        norm.over_ranks(model, group)
+        if fused:
+            norm.fuse(model)
+        optimizer = LARS(parameter_groups(model.parameters()), lr=0.1, fused=True)
+        for p in model.parameters():
+            optimizer.momentum(p)
+        launches = Launches()
+        job: Any = SimpleNamespace(
+            config=SimpleNamespace(lambd=5e-3, grad_scale=1 / 16),
+            world=SimpleNamespace(size=num_ranks),
+            performance=performance,
+            embed=model,
+            objective=functools.partial(objective_terms, "barlow-twins", group=group),
+            optimizer=launches.within("optimizer", optimizer),
+            statistics=launches.within("statistics", norm.RunningStatistics(model)),
+        )
+        views = torch.empty(512, 3, 224, 224, dtype=torch.bfloat16)
+        views = views.to(memory_format=torch.channels_last)
+        update = functools.partial(_update, launches.counted)
+        with mock.patch.object(lars_triton, "update", update), launches:
+            train.update(job, views)
+    return launches.counted
+
+
+class Launches(TorchDispatchMode):
+    """Counts what a GPU would launch, by group."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counted: Counter[str] = Counter()
+        self._within: str | None = None
+
+    def within(self, group: str, part: Any) -> Any:
+        """A part of a job; what its step or update launches counts as this group."""
+
+        def method(name):
+            def call(*arguments, **keywords):
+                self._within = group
+                try:
+                    return getattr(part, name)(*arguments, **keywords)
+                finally:
+                    self._within = None
+
+            return call
+
+        methods = {name: method(name) for name in ("step", "update") if hasattr(part, name)}
+        zero_grad = getattr(part, "zero_grad", None)
+        return SimpleNamespace(**methods, zero_grad=zero_grad)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        number = _launches_of(func, args)
+        if number:
+            self.counted[self._within or _group(func)] += number
+        return func(*args, **(kwargs or {}))
+
+
+def _group(func) -> str:
+    name = func.overloadpacket.__name__
+    namespaces = {"bt_fast": "norm", "c10d": "collectives"}
+    for group, names in GROUPS.items():
+        if func.namespace == "aten" and name in names:
+            return group
+    return namespaces.get(func.namespace, "other")
+
+
+def _launches_of(func, args) -> int:
+    name = func.overloadpacket.__name__
+    if func.namespace in ("prim", "profiler") or func.is_view or name in NOTHING:
+        return 0
+    if name == "convolution_backward":
+        return sum(args[-1])  # which gradients are asked for
+    if name == "_foreach_copy_":
+        return _multi_tensor_launches([t.numel() for t in args[0]])
+    if func.namespace == "bt_fast":
+        tensors = [t for t in pytree.tree_leaves(args) if isinstance(t, torch.Tensor)]
+        images = [t for t in tensors if t.ndim == 4 and t.is_floating_point()]
+        images = [t for t in images if t.dtype == torch.bfloat16]  # float are sums of channels
+        moved = sum(not t.is_contiguous(memory_format=torch.channels_last) for t in images)
+        return moved + (len(args[0]) if name == "norm_moments" else 1)
+    return 1
+
+
+def _multi_tensor_launches(sizes: list[int]) -> int:
+    """A launch ends with its last free place for a tensor or for a chunk."""
+    launches = tensors = chunks = 0
+    for size in sizes:
+        tensors += 1
+        for _ in range(-(-size // CHUNK)):
+            chunks += 1
+            if chunks == MAX_CHUNKS:
+                launches, chunks, tensors = launches + 1, 0, 1
+        if tensors == MAX_TENSORS:
+            launches, chunks, tensors = launches + 1, 0, 0
+    return launches + (chunks > 0)
+
+
+def _update(counted, params, momenta, groups, guard) -> torch.Tensor:
+    """In place of `lars_triton.update`, which needs addresses."""
+    for p in params:
+        lars_triton._like(p, p.grad)  # copies a gradient that lies in memory in another order
+    counted["optimizer"] += 3 + 2
+    return torch.empty((), dtype=torch.bool)
+
+
+def _placed(encoder: str) -> nn.Module:
+    """The model on tensors without memory, channels-last."""
+
+    def like(t: torch.Tensor) -> torch.Tensor:
+        return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="cpu")
+
+    with torch.device("meta"), torch.utils._python_dispatch._disable_current_modes():
+        model = models.BarlowTwins(encoder, (8192, 8192, 8192))
+        model.to(memory_format=torch.channels_last)
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                module._parameters[name] = nn.Parameter(like(parameter))
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = like(buffer)
+    return model
+
+
+@contextlib.contextmanager
+def _group_of(num_ranks: int) -> Iterator[dist.ProcessGroup | None]:
+    """A process group whose collectives do nothing; None for one rank."""
+    if num_ranks == 1:
+        yield None
+        return
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=num_ranks)
+    try:
+        yield dist.group.WORLD
+    finally:
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
