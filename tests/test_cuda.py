@@ -145,7 +145,7 @@ def test_fused_norms_equal_the_definition_in_double(form, shape, dtype):
 
 
 @pytest.mark.parametrize("channels,num_rows", [(64, 16_384), (256, 8192), (2048, 1600), (70, 5000)])
-def test_the_last_program_adds_the_parts_of_all(channels, num_rows):
+def test_fused_norms_add_the_parts_of_all_programs(channels, num_rows):
     """With the queue full and memory busy, so that a missing fence would show."""
     source = torch.zeros(2**28, device=CUDA)  # 1 GiB
     target, other_stream = torch.empty_like(source), torch.cuda.Stream()
