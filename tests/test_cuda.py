@@ -15,6 +15,15 @@ import numpy as np
 import pytest
 import torch
 from conftest import jpeg_bytes, photographs
+from norm_forms import (
+    FORMS,
+    batches_of_views,
+    require_equal_steps,
+    require_the_definition,
+    require_the_same_bits,
+    require_whole_sums,
+    step_of,
+)
 from safetensors.torch import load_file
 
 from bt_fast import loss, perf, train
@@ -122,6 +131,92 @@ def test_fused_lars_repeats_bit_for_bit():
     assert all(map(torch.equal, *results))
 
 
+# Fused batch norm.
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize(
+    "shape", [(64, 256, 56, 56), (16, 2048, 7, 7), (16, 64, 112, 112), (6, 67, 7, 5)], ids=str
+)
+@pytest.mark.parametrize("form", FORMS)
+def test_fused_norms_equal_the_definition_in_double(form, shape, dtype):
+    require_the_definition(form, shape, dtype, CUDA)
+    torch.cuda.empty_cache()  # other processes test beside this one
+
+
+@pytest.mark.parametrize("channels,num_rows", [(64, 16_384), (256, 8192), (2048, 1600), (70, 5000)])
+def test_fused_norms_add_the_parts_of_all_programs(channels, num_rows):
+    """With the queue full and memory busy, so that a missing fence would show."""
+    source = torch.zeros(2**28, device=CUDA)  # 1 GiB
+    target, other_stream = torch.empty_like(source), torch.cuda.Stream()
+
+    def beside(launch: int) -> None:
+        if launch % 100 == 0:
+            torch.cuda._sleep(50_000_000)  # 25 ms: the launches that follow are queued meanwhile
+        with torch.cuda.stream(other_stream):
+            target.copy_(source)
+
+    require_whole_sums(channels, num_rows, torch.bfloat16, CUDA, launches=1500, beside=beside)
+    torch.cuda.synchronize()
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_fused_norms_repeat_bit_for_bit(form):
+    for shape in ((32, 256, 28, 28), (6, 67, 7, 5)):
+        require_the_same_bits(form, shape, torch.bfloat16, CUDA, repetitions=100)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("compile", COMPILED)
+def test_a_compiled_fused_step_equals_the_eager_one(compile, dtype):
+    """Several, since graphs are recorded at the second step and replayed after it."""
+    full_float32()
+
+    def wrap(model):
+        return torch.compile(model, dynamic=False, mode=compile)
+
+    step = step_of(is_fused=True, dtype=dtype, device=CUDA, wrap=wrap)
+    require_equal_steps(step, batches_of_views(5, 64, 64), dtype, CUDA)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_a_fused_step_can_be_recorded_as_a_cuda_graph(dtype):
+    full_float32()
+    step = step_of(is_fused=True, dtype=dtype, device=CUDA)
+    batches = batches_of_views(4, 64, 64)
+    views, stream = batches[0].to(CUDA), torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step(views)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = step(views)
+
+    def replay(batch: torch.Tensor) -> list[torch.Tensor]:
+        views.copy_(batch)
+        graph.replay()
+        return found
+
+    require_equal_steps(replay, batches, dtype, CUDA)
+
+
+def test_deterministic_fused_steps_repeat_bit_for_bit(small_beton):
+    flags = [*TINY, "--data", str(small_beton), "--device=cuda", "--compile=off", "--norm=fused"]
+    results = []
+    try:
+        for _ in range(2):
+            job = build(parse_pretrain([*flags, "--deterministic"]))
+            for views in batches_of_views(5, 32, 32):
+                train.set_learning_rates(job, 8)
+                train.update(job, views.to(CUDA, memory_format=torch.channels_last))
+            results.append([*job.model.state_dict().values()])
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(map(torch.equal, *results))
+
+
 @pytest.mark.parametrize("method", ["dense", "gram"])
 def test_the_loss_and_its_gradient(method):
     full_float32()
@@ -136,11 +231,13 @@ def test_the_loss_and_its_gradient(method):
         assert (part.grad.double().cpu() - other.grad).norm() <= 1e-4 * other.grad.norm()
 
 
+@pytest.mark.parametrize("norm", ["compiled", "fused"])
 @pytest.mark.parametrize("compile", ["off", *COMPILED])
-def test_updates_equal_those_of_the_cpu(small_beton, compile):
+def test_updates_equal_those_of_the_cpu(small_beton, compile, norm):
     """fp32, five updates of which the third is not finite."""
     flags = [*TINY, "--data", str(small_beton), "--precision=fp32"]
-    gpu = build(parse_pretrain([*flags, "--device=cuda", f"--compile={compile}"]))
+    on_gpu = ["--device=cuda", f"--compile={compile}", f"--norm={norm}"]
+    gpu = build(parse_pretrain([*flags, *on_gpu]))
     cpu = build(parse_pretrain([*flags, "--device=cpu"]))
     full_float32()
     start = copy.deepcopy(cpu.model.state_dict())
@@ -200,7 +297,8 @@ def test_dali_on_the_gpu_makes_natives_views(tmp_path):
         assert difference.mean(dim=(2, 3, 4)).max() < 1
 
 
-def test_no_step_waits_for_the_device(small_beton, tmp_path, monkeypatch):
+@pytest.mark.parametrize("norm", ["compiled", "fused"])
+def test_no_step_waits_for_the_device(small_beton, tmp_path, monkeypatch, norm):
     """Neither at log lines nor at checkpoints; those of the first steps prepare memory."""
     update, finish, steps = train.update, train.finish, 0
 
@@ -218,7 +316,13 @@ def test_no_step_waits_for_the_device(small_beton, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "update", counted)
     monkeypatch.setattr(train, "finish", finished)
     flags = [*TINY, "--data", str(small_beton), "--device=cuda", "--compile=off"]
-    flags += ["--log-every=1", "--save-every=4", "--run-dir", str(tmp_path / "run")]
+    flags += [
+        f"--norm={norm}",
+        "--log-every=1",
+        "--save-every=4",
+        "--run-dir",
+        str(tmp_path / "run"),
+    ]
     try:
         assert main(["pretrain", *flags]) == 0
     finally:
@@ -234,10 +338,17 @@ def learned(folder) -> dict[str, torch.Tensor]:
     }
 
 
-@pytest.mark.parametrize("compile", ["off", COMPILED[0]])
-def test_a_deterministic_run_resumes_bit_for_bit(small_beton, tmp_path, compile):
+@pytest.mark.parametrize(
+    "compile,norm",
+    [
+        ("off", "compiled"),
+        ("off", "fused"),
+        pytest.param("default", "compiled", marks=COMPILED[0].marks),
+    ],
+)
+def test_a_deterministic_run_resumes_bit_for_bit(small_beton, tmp_path, compile, norm):
     """Beside a whole run that compiles for itself: nothing was compiled before either."""
-    flags = [*TINY, "--data", small_beton, "--deterministic"]
+    flags = [*TINY, "--data", small_beton, "--deterministic", f"--norm={norm}"]
     flags += ["--device=cuda", f"--compile={compile}"]
 
     def pretrain(name, *more) -> subprocess.Popen:
@@ -255,8 +366,9 @@ def test_a_deterministic_run_resumes_bit_for_bit(small_beton, tmp_path, compile)
     assert all(torch.equal(whole[name], part[name]) for name in whole)
 
 
+@pytest.mark.parametrize("norm", ["compiled", "fused"])
 @pytest.mark.parametrize("compile", ["off", COMPILED[0]])
-def test_a_group_of_one_rank_trains_over_nccl(small_beton, tmp_path, compile):
+def test_a_group_of_one_rank_trains_over_nccl(small_beton, tmp_path, compile, norm):
     """Every collective of a step, on the one GPU that is there: the run without them."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -265,7 +377,7 @@ def test_a_group_of_one_rank_trains_over_nccl(small_beton, tmp_path, compile):
     rank |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "BT_FAST_GROUP_OF_ONE": 1}
     command = [sys.executable, "-m", "bt_fast.cli", "pretrain", *TINY, "--data", small_beton]
     command += ["--device=cuda", "--precision=fp32", "--deterministic", "--max-steps=3"]
-    command += [f"--compile={compile}", "--run-dir"]
+    command += [f"--compile={compile}", f"--norm={norm}", "--run-dir"]
     grouped = os.environ | {name: str(value) for name, value in rank.items()}
     for name, environment in (("alone", os.environ), ("grouped", grouped)):
         arguments = list(map(str, [*command, tmp_path / name]))

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from conftest import INTERPRETER_FAILS
 
 ROOT = Path(__file__).parents[1]
 
@@ -16,19 +17,23 @@ sys.path.append(str(ROOT / "tools"))  # where a script finds `_checkout`
 from tools import gpu_suite, suite_report  # noqa: E402
 
 NO_GPU = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
+NO_GPU["TRITON_INTERPRET"] = "0"
+INTERPRETS = INTERPRETER_FAILS is None and os.environ["TRITON_INTERPRET"] == "1"
 
 
-def suite(*flags, **options) -> subprocess.CompletedProcess:
+def suite(*flags, env=NO_GPU, **options) -> subprocess.CompletedProcess:
     command = [sys.executable, ROOT / "tools" / "gpu_suite.py", *flags]
     return subprocess.run(
-        list(map(str, command)), capture_output=True, text=True, env=NO_GPU, **options
+        list(map(str, command)), capture_output=True, text=True, env=env, **options
     )
 
 
 @pytest.mark.parametrize("name", ["quick", "full"])
 def test_a_set_runs_to_its_end_at_toy_sizes(small_beton, tmp_path, name):
-    out = tmp_path / "out"
-    done = suite("--set", name, "--out", out, "--data", small_beton, cwd=tmp_path)
+    """The full set with fused norms, as far as there is an interpreter for them."""
+    out, interprets = tmp_path / "out", name == "full" and INTERPRETS
+    env = NO_GPU | {"TRITON_INTERPRET": str(int(interprets))}
+    done = suite("--set", name, "--out", out, "--data", small_beton, cwd=tmp_path, env=env)
     assert done.returncode == 0, done.stdout + done.stderr
     assert os.listdir(tmp_path) == ["out"]  # scratch is elsewhere
     files = ["performance.md", "profile.png", "suite.json", "suite.log"]
@@ -36,8 +41,11 @@ def test_a_set_runs_to_its_end_at_toy_sizes(small_beton, tmp_path, name):
     parts = json.loads((out / "suite.json").read_text())["parts"]
     assert tuple(parts) == gpu_suite.SETS[name][1]
     for part, found in parts.items():
-        needs_gpu = part in ("correctness", "compiled")
-        assert found["status"] == ("left out: no GPU" if needs_gpu else "ok"), part
+        left_out = {"correctness": "no GPU", "compiled": "no GPU"}
+        if not interprets:
+            left_out["norms"] = "no GPU and no TRITON_INTERPRET=1"
+        wanted = f"left out: {left_out[part]}" if part in left_out else "ok"
+        assert found["status"] == wanted, part
     step = parts["step"]["result"]
     assert step["stages"].keys() >= {"loader", "augment", "forward", "backward", "optimizer"}
     assert len(step["breakdown"]["kernels"]["longest"]) == 20 and step["step_s"] > 0
@@ -46,7 +54,13 @@ def test_a_set_runs_to_its_end_at_toy_sizes(small_beton, tmp_path, name):
     assert "none for this card" in report and "Training from JPEGs: " in report
     assert "cannot be written" not in report
     assert "## The step by class of work: " in report and "| augmentation | " in report
+    if interprets:
+        assert "`--norm=fused --compile=off`, times as fast as the default" in report
+        assert "| stem, pool: norm_pool_backward | " in report
+        forms = parts["kernels"]["result"]["Batch norm, forward and backward pass"]
+        assert len(forms) == 4 and all(form["times as fast"] > 0 for form in forms.values())
     if name == "full":
+        assert "| --norm=compiled --compile=off | " in report
         assert "times as fast as the released code's step" in report
         assert "## The native loader" in report and "--deterministic" in report
 
@@ -156,9 +170,11 @@ def results(device: str) -> dict:
     augmentation = {"fused": {"us per view": 2.0}, "definition, compiled": {"us per view": 50.0}}
     found = {"step": step, "kernels": {"Augmentation": augmentation}}
     found["rivals"] = {"Released": {"step": {"ms": 210.0}, "loss": {"ms": 1.0}}}
-    found["correctness"] = {
-        "tests": {"a": {"outcome": "passed"}, "b": {"outcome": "failed", "error": "E  assert 0"}}
-    }
+    found["norms"] = {"Steps": {"--norm=fused --compile=default": {"ms": 80.0}}}
+    passed = {"outcome": "passed"}
+    tests = {"a": passed, "b": {"outcome": "failed", "error": "E  assert 0"}}
+    tests |= {"test_fused_lars": passed, "test_fused_norms[x]": passed, "test_c[off-fused]": passed}
+    found["correctness"] = {"tests": tests}
     parts = {name: {"status": "ok", "seconds": 1.0, "result": r} for name, r in found.items()}
     return {"facts": {"device": device}, "parts": parts}
 
@@ -170,20 +186,25 @@ def test_aims_are_the_cards():
     assert "| step without encoder and projector | <= 4 % | 10.0% |" in report
     assert "| times as fast as definition, compiled | >= 20 | 25.0 |" in report
     assert "| times as fast as the released code's step | >= 2 | 2.10 |" in report
-    assert "1 failed, 1 passed" in report and "- `b`: `E  assert 0`" in report
+    row = "| `--norm=fused --compile=default`, times as fast as the default | >= 1.3 | 1.25 |"
+    assert row in report
+    assert "`--norm fused` among them, `correctness`: 2 passed." in report
+    assert "1 failed, 4 passed" in report and "- `b`: `E  assert 0`" in report
     assert "| 5,000, then 7,200 | 5,120 |" in suite_report.markdown(results("NVIDIA H200"))
     other = suite_report.markdown(results("NVIDIA L4"))
     assert "none for this card" in other and "MLPerf" not in other
 
 
 @pytest.mark.parametrize("odd", [[], {"stages": 3}, {"Rows": None}, "text", 7])
-@pytest.mark.parametrize("part", ["step", "kernels", "rivals", "correctness"])
+@pytest.mark.parametrize("part", ["step", "norms", "kernels", "rivals", "correctness"])
 def test_odd_results_do_not_stop_the_report(part, odd):
     found = results("NVIDIA H100")
     found["parts"][part]["result"] = odd
     report = suite_report.markdown(found)
     assert "## Parts" in report
-    others = {"step": "## Augmentation", "kernels": "## The step", "rivals": "## The step"}
+    others = {"step": "## Augmentation"} | dict.fromkeys(
+        ("norms", "kernels", "rivals"), "## The step"
+    )
     assert others.get(part, "## Augmentation") in report
 
 

@@ -5,11 +5,27 @@ import os
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 pytest.importorskip("triton")
 
 from conftest import INTERPRETER_FAILS
+from norm_forms import (
+    FORMS,
+    batches_of_views,
+    both_gradients,
+    by_torch,
+    definition,
+    error,
+    fused,
+    gradients,
+    inputs,
+    leaves,
+    require_equal_steps,
+    require_the_definition,
+    require_the_same_bits,
+    require_whole_sums,
+    step_of,
+)
 from ranks import run_ranks
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -27,101 +43,6 @@ pytestmark = [
     pytest.mark.skipif(INTERPRETER_FAILS is not None, reason=str(INTERPRETER_FAILS)),
     pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs the interpreter"),
 ]
-
-FORMS = ("norm", "relu", "twice", "residual", "two norms", "pool")
-EPS = 1e-5
-
-
-def options(form: str) -> dict:
-    return {"relu": form != "norm", "pool": form == "pool", "twice": form not in ("norm", "relu")}
-
-
-def inputs(form: str, shape: tuple[int, ...], *, offset: float = 0.5, seed: int = 0):
-    """x, its weight and bias, and the residual, its weight and bias, as far as the form has them.
-
-    Every channel has a mean of `offset` deviations, or minus that.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    channels = shape[1]
-    signs = torch.where(torch.arange(channels) % 2 == 0, 1.0, -1.0)
-    signs = signs.view(1, -1, *[1] * (len(shape) - 2))
-    tensors = [torch.randn(shape, generator=generator) + offset * signs]
-    tensors += [torch.randn(channels, generator=generator) for _ in range(2)]
-    if form in ("residual", "two norms"):
-        tensors.append(torch.randn(shape, generator=generator) - offset * signs)
-    if form == "two norms":
-        tensors += [torch.randn(channels, generator=generator) for _ in range(2)]
-    return tensors
-
-
-def definition(form: str, x, weight, bias, residual=None, *of_residual, group=None):
-    """In plain torch operations, by the layers' own `normalise`."""
-    y = norm.normalise(x, weight, bias, eps=EPS, group=group)[0]
-    if residual is not None:
-        if of_residual:
-            residual = norm.normalise(residual, *of_residual, eps=EPS, group=group)[0]
-        y = y + residual
-    if form != "norm":
-        y = F.relu(y)
-    return F.max_pool2d(y, 3, 2, 1) if form == "pool" else y
-
-
-def by_torch(form: str, x, weight, bias, residual=None, *of_residual):
-    """By torch's batch norm, one view at a time."""
-
-    def layer(x, weight, bias):
-        views = [
-            F.batch_norm(v, None, None, weight, bias, training=True, eps=EPS) for v in x.chunk(2)
-        ]
-        return torch.cat(views)
-
-    y = layer(x, weight, bias)
-    if residual is not None:
-        y = y + (layer(residual, *of_residual) if of_residual else residual)
-    if form != "norm":
-        y = F.relu(y)
-    return F.max_pool2d(y, 3, 2, 1) if form == "pool" else y
-
-
-def fused(form: str, x, weight, bias, residual=None, *of_residual, group=None):
-    y, again, moments = norm_triton.norm_act(
-        x,
-        weight,
-        bias,
-        residual=residual,
-        residual_norm=of_residual or None,
-        eps=EPS,
-        group=group,
-        **options(form),
-    )
-    return y, again, moments
-
-
-def gradients(y, again, tensors, g):
-    """Of the sum of y g[0] + again g[1]."""
-    return torch.autograd.grad((y * g[0]).sum() + (again * g[1]).sum(), tensors)
-
-
-def both_gradients(form: str, shape) -> list[torch.Tensor]:
-    """d loss / d y on each of two ways; on one way, the second is zero."""
-    if form == "pool":
-        shape = (*shape[:2], (shape[2] + 1) // 2, (shape[3] + 1) // 2)
-    g = [torch.randn(shape, generator=torch.Generator().manual_seed(9)) for _ in range(2)]
-    return g if options(form)["twice"] else [g[0], torch.zeros(shape)]
-
-
-def error(found: torch.Tensor, true: torch.Tensor) -> float:
-    return ((found.double() - true).abs().max() / true.abs().max().clamp(min=1e-12)).item()
-
-
-def leaves(tensors, dtype=torch.float32, layout=torch.channels_last):
-    """Copies with gradients, of activations and of weights."""
-    made = []
-    for t in tensors:
-        wide = torch.float64 if dtype == torch.float64 else torch.float32
-        t = t.to(dtype if t.ndim > 1 else wide)
-        made.append((t.to(memory_format=layout) if t.ndim == 4 else t.clone()).requires_grad_())
-    return made
 
 
 @pytest.mark.parametrize("offset", [0.5, 8.0])
@@ -153,23 +74,27 @@ def test_results_and_gradients_are_nearer_to_the_truth_than_torchs(form, shape, 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_bf16_activations_are_rounded_once(form):
-    shape = (4, 64, 14, 14)
-    tensors, g = inputs(form, shape), both_gradients(form, shape)
-    tensors = [t.bfloat16().float() for t in tensors]
-    exact = leaves(tensors, torch.float64)
-    true = definition(form, *exact)
-    true_gradients = gradients(true, true, exact, [t.bfloat16().double() for t in g])
-    ours = leaves(tensors, torch.bfloat16)
-    y, again, _ = fused(form, *ours)
-    assert y.dtype == torch.bfloat16
-    # A step of bf16, relative to the value: the interpreter cuts off where a GPU rounds.
-    assert ((y.double() - true).abs() <= true.abs() * 2**-7 + 1e-6).all()
-    found = gradients(y.float(), again.float(), ours, [t.bfloat16().float() for t in g])
-    for ours_is, true_is in zip(found, true_gradients, strict=True):
-        assert ours_is.dtype == (torch.bfloat16 if ours_is.ndim == 4 else torch.float32)
-        # A sum of two gradients is rounded once more, and one ReLU in thousands falls otherwise.
-        wrong = (ours_is.double() - true_is).abs() > 2**-6 * true_is.abs().max()
-        assert wrong.double().mean() < 1e-3
+    """By a step of bf16: the interpreter cuts off where a GPU rounds."""
+    require_the_definition(form, (4, 64, 14, 14), torch.bfloat16, half_step=2**-7)
+
+
+def test_what_a_gpu_is_tested_with():
+    """The checks of test_cuda.py at small sizes."""
+    require_the_definition("two norms", (4, 8, 3, 3), torch.float32)
+    for dtype in (torch.float32, torch.bfloat16):
+        require_whole_sums(10, 3 * norm_triton.BLOCK_ROWS + 1, dtype, launches=3)
+    require_the_same_bits("residual", (4, 8, 5, 5), torch.float32, repetitions=2)
+
+
+def test_a_compiled_step_equals_the_eager_one():
+    """As far as a compiler is asked: it sees the operators and their shapes, and emits no code."""
+    dtype = torch.float32
+    step = step_of(
+        is_fused=True,
+        dtype=dtype,
+        wrap=lambda model: torch.compile(model, backend="aot_eager", dynamic=False),
+    )
+    require_equal_steps(step, batches_of_views(1, 8, 12), dtype)
 
 
 @pytest.mark.parametrize("form", ["norm", "relu"])

@@ -27,7 +27,7 @@ from pipelines.crop import RandomResizedCrop
 from pipelines.flags import usable_cores
 from pipelines.loader import NativeLoader
 from pipelines.order import view_keys
-from tools import reference, rivals, stages
+from tools import bench_norm, reference, rivals, stages
 from tools.gpu_suite import is_installed
 from tools.results import Results
 from tools.timing import images_per_second, peak_memory, seconds_per_call
@@ -83,7 +83,9 @@ class Outcomes:
 
 
 def kernels(results: Results, data: Path) -> None:
-    """LARS and augmentation, every way there is. The one that has to be compiled comes last."""
+    """Norms, LARS, augmentation, every way there is. What has to be compiled comes last."""
+    if ON_GPU or os.environ.get("TRITON_INTERPRET") == "1":
+        bench_norm.measure(results, DEVICE, BUDGET / 20)
     optimizers(results)
     augmentations(results)
 
@@ -182,23 +184,27 @@ def optimizers(results: Results) -> None:
         results.measure("LARS, encoder and projector", name, partial(figures, make))
 
 
-def variants(results: Results, data: Path) -> None:
-    """What only a clock can decide: modes of the compiler, tiles and warps of the augmentation.
+def norms(results: Results, data: Path) -> None:
+    """Steps with fused norms, beside the default's of the part `step`."""
+    step(results, data, "--norm=fused", "--compile=default")
+    step(results, data, "--norm=fused", "--compile=off")
 
-    The default mode is that of the part `step`.
-    """
+
+def variants(results: Results, data: Path) -> None:
+    """What else only a clock can decide; the default again, to be there in the same process."""
+    step(results, data, "--norm=compiled", "--compile=default")
+    step(results, data, "--norm=fused", "--compile=reduce-overhead")
+    step(results, data, "--norm=compiled", "--compile=reduce-overhead")
+    step(results, data, "--norm=compiled", "--compile=off")
+    step(results, data, "--deterministic")
     if ON_GPU:
         tiles(results)
-        step(results, data, "--compile=reduce-overhead")
-    step(results, data, "--compile=off")
-
-
-def deterministic(results: Results, data: Path) -> None:
-    step(results, data, "--deterministic")
 
 
 def step(results: Results, data: Path, *flags: str) -> None:
-    """A step on views that are there, with these flags of `bt-fast pretrain`."""
+    """A step on views that are there, with these flags. On a CPU: one, never compiled."""
+    if not ON_GPU and flags[-1] in ("--compile=default", "--compile=reduce-overhead"):
+        return
 
     def figures() -> dict[str, float]:
         torch._dynamo.reset()
@@ -206,10 +212,10 @@ def step(results: Results, data: Path, *flags: str) -> None:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
         started = time.perf_counter()
-        job = job_of(data, *flags)
-        rehearse(job)
+        job = job_of(data, *flags, *([] if ON_GPU else ["--size=8", "--batch-size=2"]))
+        rehearse(job) if ON_GPU else next(stages.steps(job, [stages.views_of(job)]))
         prepared = time.perf_counter() - started
-        seconds = stages.step_alone(job, 3 * BUDGET)
+        seconds = stages.step_alone(job, 3 * BUDGET) if ON_GPU else prepared
         return {
             "ms": 1e3 * seconds,
             "views/s": 2 * job.config.batch_size / seconds,
@@ -288,11 +294,11 @@ def busy(job: Job, batches: Iterator) -> dict[str, float]:
 PARTS: dict[str, Callable[[Results, Path], None]] = {
     "correctness": correctness,
     "compiled": compiled,
+    "norms": norms,
     "kernels": kernels,
     "variants": variants,
     "loader": loader,
     "rivals": released_code,
-    "deterministic": deterministic,
     "dali": dali,
 }
 

@@ -3,6 +3,7 @@
 import math
 import os
 import platform
+import re
 import subprocess
 import time
 from collections.abc import Iterator
@@ -11,6 +12,8 @@ from pathlib import Path
 
 # By a word of the card's name: views/s of MLPerf Training v4.0's ResNet-50, and two aims.
 CARDS = {"H200": (7_960, 5_000, 7_200), "H100": (7_160, 4_500, 6_450)}
+
+OF_FUSED_NORMS = re.compile(r"fused_(norms|step)|\bfused\]")  # names of tests
 
 
 def facts(root: Path) -> dict[str, str]:
@@ -89,6 +92,13 @@ def _comparisons(results: dict) -> Iterator[tuple[str, str, str]]:
         yield "views/s, views there", aim, f"{rate:,.0f}"
         if card:
             yield "of MLPerf's rate on this card", "", f"{rate / card[0]:.0%}"
+    tables = [t for part in ("norms", "variants") for t in _result(results, part).values()]
+    variants = {name: row.get("ms") for table in tables for name, row in table.items()}
+    default = variants.pop("--norm=compiled --compile=default", None) or 1e3 * (alone or 0)
+    for name, ms in variants.items():
+        if default and ms:
+            aim = ">= 1.3" if "fused --compile=default" in name else ""
+            yield f"`{name}`, times as fast as the default", aim, f"{default / ms:.2f}"
     if alone and step:
         yield "from JPEGs / on views that are there", ">= 97 %", f"{alone / step:.1%}"
     if step and {"forward", "backward"} <= seconds.keys():
@@ -111,10 +121,12 @@ def _tests(results: dict) -> list[str]:
     lines = []
     for part in ("correctness", "compiled"):
         tests = _result(results, part).get("tests", {})
-        outcomes = [test["outcome"] for test in tests.values()]
-        if tests:
+        fused = {name: test for name, test in tests.items() if OF_FUSED_NORMS.search(name)}
+        for what, some in (("CUDA paths", tests), ("`--norm fused` among them", fused)):
+            outcomes = [test["outcome"] for test in some.values()]
             counts = ", ".join(f"{outcomes.count(o)} {o}" for o in sorted(set(outcomes)))
-            lines += [f"Tests of CUDA paths, `{part}`: {counts}.", ""]
+            if some:
+                lines += [f"Tests of {what}, `{part}`: {counts}.", ""]
         failed = {name: test["error"] for name, test in tests.items() if "error" in test}
         lines += [f"- `{name}`: `{error}`" for name, error in failed.items()] + [""] * bool(failed)
     return lines
@@ -195,7 +207,7 @@ def _rivals(results: dict) -> list[str]:
 def _tables(results: dict) -> list[str]:
     """One row per entry, one column per figure."""
     lines: list[str] = []
-    for part in ("kernels", "variants", "deterministic", "loss", "loader", "dali"):
+    for part in ("kernels", "norms", "variants", "loss", "loader", "dali"):
         for title, found in _result(results, part).items():
             columns = list(dict.fromkeys(key for figures in found.values() for key in figures))
             rows = [
