@@ -211,9 +211,12 @@ def prepare(device: torch.device) -> None:
 
 
 def _arrived_on(device: torch.device) -> Tensor:
-    if device not in _arrived:
-        _arrived[device] = torch.zeros(4096, dtype=torch.int32, device=device)
-    return _arrived[device]
+    if device in _arrived:
+        return _arrived[device]
+    counters = torch.zeros(4096, dtype=torch.int32, device=device)
+    if type(counters) is Tensor:  # none that the compiler or a test has put in its place
+        _arrived[device] = counters
+    return counters
 
 
 def _counters(x: Tensor, columns: int) -> Tensor:
