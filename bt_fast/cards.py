@@ -35,6 +35,8 @@ H100, H200 = CARDS[-2:]
 def of_device(name: str, total_memory: int) -> Card:
     """The card behind torch's name of a device, with its own memory; without rates if unknown."""
     words = {"40", "80", "GB", *name.replace("-", " ").split()}
+    if words & {"D", "Ti", "SUPER", "Laptop", "Mobile"}:  # another GPU than that of the same number
+        words = set()
     known = [
         card
         for card in CARDS  # by their memory too: neither a laptop's nor a part of a card

@@ -89,16 +89,18 @@ def count(model: nn.Module, views: torch.Tensor, autocast: torch.autocast) -> Wo
         for module in model.modules()
         if isinstance(module, nn.modules.batchnorm._BatchNorm) or hasattr(module, "downsample")
     ]
-    with FlopCounterMode(display=False) as counter:
-        with autocast:
-            z = model(some)
-        forward = counter.get_total_flops()
-        z.sum().backward()
-    model.zero_grad(set_to_none=True)
-    for hook in hooks:
-        hook.remove()
-    for module in fused:
-        module.fused = True
+    try:
+        with FlopCounterMode(display=False) as counter:
+            with autocast:
+                z = model(some)
+            forward = counter.get_total_flops()
+            z.sum().backward()
+    finally:
+        model.zero_grad(set_to_none=True)
+        for hook in hooks:
+            hook.remove()
+        for module in fused:
+            module.fused = True
     flop = {str(name): value for name, value in counter.get_flop_counts()["Global"].items()}
     convolutions = sum(value for name, value in flop.items() if "convolution" in name)
     norm = norm_bytes(values["normalised"], values["residual"], views.element_size())

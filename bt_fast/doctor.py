@@ -257,13 +257,13 @@ def gpu_memory(settings: "Config", num_gpus: int) -> Row:
             f"{plan.largest_batch(settings, counted, some[0])} on {title}"
             for title, some in cards.CLASSES.items()
         ]
-        value = f"recipe {settings.recipe}: at most {', '.join(most)}, reckoned"
+        value = f"recipe {settings.recipe}: at most {', '.join(most)}, computed"
         return Row("batch per GPU", value)
     share = -(-settings.batch_size // num_gpus)
     most_here = plan.largest_batch(settings, counted, card, num_gpus)
     need = sum(plan.memory(settings, counted, share, num_gpus).values())
     value = (
-        f"recipe {settings.recipe}: at most {most_here} images on each {card.name}, reckoned;"
+        f"recipe {settings.recipe}: at most {most_here} images on each {card.name}, computed;"
         f" {settings.batch_size} a step need {need / 1e9:.0f} GB"
         + (f" on each of {num_gpus}" if num_gpus > 1 else "")
     )

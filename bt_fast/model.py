@@ -103,10 +103,11 @@ class Projector(nn.Sequential):
     """Layers one after the other, a batch norm and the ReLU after it as one."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        layers = list(self)
-        for layer, before in zip(layers, [None, *layers], strict=False):
-            if isinstance(layer, norm.BatchNorm1d):
-                x = norm.norm_act(layer, x)
-            elif not isinstance(before, norm.BatchNorm1d):
-                x = layer(x)
+        is_done = False
+        for layer, following in itertools.pairwise([*self, None]):
+            if is_done:  # with the norm before it
+                is_done = False
+                continue
+            is_done = isinstance(layer, norm.BatchNorm1d) and isinstance(following, nn.ReLU)
+            x = norm.norm_act(layer, x) if is_done else layer(x)
         return x

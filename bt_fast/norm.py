@@ -22,7 +22,8 @@ squared mean loses nothing.
 Alone and not compiled, a layer takes torch's own kernels, which need less memory traffic there.
 
 Of a ResNet, `norm_act` does all that lies between two convolutions: norm, residual sum, ReLU and
-max-pool. `fuse` lets it run as the Triton kernels of `norm_triton`, which move half the bytes.
+max-pool. `fuse` lets it run as the Triton kernels of `norm_triton`, which move three quarters of
+the bytes.
 
 Running statistics see view A, then view B, as two calls would show them. A layer on its own moves
 them in its forward pass. The layers of a model in training leave their batch's statistics to
@@ -174,9 +175,7 @@ class _PerView(nn.modules.batchnorm._BatchNorm):
         """x: [2 n, C, ...] in training mode, view A first; any batch in evaluation mode."""
         if not self.training:
             return super().forward(x)
-        self._check_input_dim(x)
-        if len(x) % self.num_views:
-            raise ValueError(f"a training batch holds two views of every image, got {len(x)} rows")
+        self.check(x)
         if self.fused:
             return ways(_fused(self, x, relu=False))[0]
         if self.group is None and not torch.compiler.is_compiling():
@@ -196,6 +195,12 @@ class _PerView(nn.modules.batchnorm._BatchNorm):
             variance = variance * (count / (count - 1))
         self.keep(mean, variance)
         return y
+
+    def check(self, x: torch.Tensor) -> None:
+        """Raise ValueError unless x is a training batch of this layer."""
+        self._check_input_dim(x)
+        if len(x) % self.num_views:
+            raise ValueError(f"a training batch holds two views of every image, got {len(x)} rows")
 
     def keep(self, mean: torch.Tensor, variance: torch.Tensor) -> None:
         """Take a batch's mean and unbiased variance, [V, C], for the running statistics."""
@@ -291,29 +296,37 @@ def norm_act(
     *,
     residual: torch.Tensor | None = None,
     residual_norm: nn.Module | None = None,
-    pool: bool = False,
+    pool: nn.Module | None = None,
     twice: bool,
 ) -> Activation: ...
-def norm_act(layer, x, *, residual=None, residual_norm=None, pool=False, twice=False):
+def norm_act(layer, x, *, residual=None, residual_norm=None, pool=None, twice=False):
     """relu(norm(x) + residual), and what a ResNet's stem has after it.
 
     Args:
         layer: a batch norm, torch's or one of this module's.
         x: [n, C, H, W] or [n, C].
         residual: like x; residual_norm: a batch norm that it passes first.
-        pool: 3 x 3 max-pool of stride 2 at the end.
+        pool: what comes at the end, a 3 x 3 max-pool of stride 2 and padding 1.
         twice: the result goes on along two ways.
     Returns:
         y, or y twice (see `Activation`).
     """
     if getattr(layer, "fused", False) and layer.training:
-        y = _fused(layer, x, residual=residual, residual_norm=residual_norm, pool=pool, twice=twice)
+        assert pool is None or (pool.kernel_size, pool.stride, pool.padding) == (3, 2, 1)
+        y = _fused(
+            layer,
+            x,
+            residual=residual,
+            residual_norm=residual_norm,
+            pool=pool is not None,
+            twice=twice,
+        )
         return y if twice else ways(y)[0]
     y = layer(x)
     if residual is not None:
         y += residual if residual_norm is None else residual_norm(residual)
     y = F.relu(y, inplace=True)
-    return F.max_pool2d(y, 3, 2, 1) if pool else y
+    return y if pool is None else pool(y)
 
 
 def ways(y: Activation) -> tuple[torch.Tensor, torch.Tensor]:
@@ -324,6 +337,7 @@ def ways(y: Activation) -> tuple[torch.Tensor, torch.Tensor]:
 def _fused(layer, x, *, residual=None, residual_norm=None, **options) -> Activation:
     from bt_fast import norm_triton  # triton comes with torch's CUDA builds only
 
+    layer.check(x)
     layers = [layer] if residual_norm is None else [layer, residual_norm]
     second = None if residual_norm is None else (residual_norm.weight, residual_norm.bias)
     y, again, moments = norm_triton.norm_act(
@@ -362,6 +376,7 @@ def fuse(model: nn.Module) -> None:
 
     for layer in model.modules():
         if isinstance(layer, _PerView):
+            assert not layer.uneven, "the kernels take as many samples from every rank"
             layer.fused = True
             norm_triton.prepare(layer.weight.device)
 

@@ -137,6 +137,8 @@ class _NormAct(torch.autograd.Function):
         normed, weights, biases = rest[:n], rest[n : 2 * n], rest[2 * n : 3 * n]
         saved = rest[3 * n :]
         gradients = [gradient for gradient in (g, g_again) if gradient is not None]
+        if not gradients:
+            return (None,) * 7
         masked, sums, grad_weights, grad_biases = torch.ops.bt_fast.norm_sums(
             gradients, [saved[0]] if pool else normed, None if pool else saved[0],
             moments, weights, biases, relu,
@@ -474,7 +476,7 @@ def _(g, taps, x, moments, sums, weight, bias, total):
 
 @triton.jit
 def _load(at, mask):
-    """Float32 values. A bf16 is the upper half of one: said so, it takes one instruction."""
+    """Float32 values. A bf16 is the upper half of one: as a shift, one instruction."""
     value = tl.load(at, mask, other=0.0)
     if value.dtype == tl.bfloat16:
         bits = value.to(tl.int16, bitcast=True).to(tl.int32) << 16
@@ -492,7 +494,7 @@ def _load_channels(base, row, channels, channel, inside):
 @triton.jit
 def _mean_and_inverse(sums, norm, view, channel, inside, channels, total, eps, VIEWS: tl.constexpr):
     """Mean, 1 / deviation and biased variance of a norm in one view, from float64 sums."""
-    share = 1.0 / total.to(tl.float64)
+    share = 1.0 / tl.cast(total, tl.float64)
     row = norm * 2 * VIEWS + view
     mean = _load_channels(sums, row, channels, channel, inside) * share
     square = _load_channels(sums, row + VIEWS, channels, channel, inside) * share
@@ -506,7 +508,7 @@ def _store_moments(
     moments, norm, view, channel, inside, channels, mean, inverse, variance, total,
     VIEWS: tl.constexpr,
 ):  # fmt: skip
-    count = total.to(tl.float64)
+    count = tl.cast(total, tl.float64)
     at = moments + (norm * 3 * VIEWS + view) * channels + channel
     tl.store(at, mean, inside)
     tl.store(at + VIEWS * channels, inverse, inside)
@@ -589,7 +591,7 @@ def _norm_moments(
     tl.store(at, tl.sum(of_x, 0), inside)
     tl.store(at + channels, tl.sum(of_square, 0), inside)
     if _is_last(arrived, column, num_parts * VIEWS):
-        count = num_rows.to(tl.float64)
+        count = tl.cast(num_rows, tl.float64)
         for v in tl.static_range(VIEWS):
             about = _mean_of_first_rows(
                 x + v * step, num_rows, channels, channel, inside, BLOCK_ROWS, BLOCK_CHANNELS
@@ -784,9 +786,9 @@ def _norm_sums(
                 weight_gradient += sum_product * inverse.to(tl.float64)
                 if norm == 0:
                     bias_gradient += sum_g
-            at = norm * channels + channel
-            tl.store(grad_weights + at, weight_gradient.to(tl.float32), inside)
-            tl.store(grad_biases + at, bias_gradient.to(tl.float32), inside)
+            of_norm = norm * channels + channel
+            tl.store(grad_weights + of_norm, weight_gradient.to(tl.float32), inside)
+            tl.store(grad_biases + of_norm, bias_gradient.to(tl.float32), inside)
 
 
 @triton.jit
@@ -798,7 +800,7 @@ def _coefficients(
     mean = _load_channels(moments, row, channels, channel, inside)
     inverse = _load_channels(moments, row + VIEWS, channels, channel, inside)
     scale = inverse * tl.load(weight + channel, inside, other=0.0)
-    count = total.to(tl.float32)
+    count = tl.cast(total, tl.float32)
     row = norm * 2 * VIEWS + view
     mean_g = tl.div_rn(_load_channels(sums, row, channels, channel, inside), count)
     slope = tl.div_rn(_load_channels(sums, row + VIEWS, channels, channel, inside), count)

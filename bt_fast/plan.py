@@ -124,7 +124,7 @@ def fits(
                 f"{card.name} {images / step_seconds(settings, counted, images, card):,.0f}"
                 for card in some
             )
-            rows[title] += f"; of {images}, reckoned images/s (not measured): {', '.join(rates)}"
+            rows[title] += f"; of {images}, computed images/s (not measured): {', '.join(rates)}"
     return rows
 
 

@@ -1,9 +1,10 @@
 """Torchvision's ResNets, with everything between two convolutions in one call.
 
-Names, shapes, initialisation and results are torchvision's, so state dicts load both ways. What is
-other is the forward pass: batch norm, the residual sum, ReLU and the stem's max-pool go together
-to `norm.norm_act`, which may run them as one kernel. While those kernels train, what a block
-returns is a pair, its output twice, for the two ways on which it goes on; see `norm.Activation`.
+Names, shapes, initialisation and results are torchvision's, so state dicts load both ways. Only the
+forward pass differs: batch norm, the residual sum, ReLU and the stem's max-pool go together to
+`norm.norm_act`, which may run them as one kernel; the modules `relu` and `avgpool` are not called.
+While those kernels train, a block returns a pair, its output twice, for the two ways on which it
+goes on; see `norm.Activation`.
 """
 
 from typing import Any
@@ -41,7 +42,7 @@ class ResNet(resnet.ResNet):
         self.layer4[-1].twice = False  # its output is only pooled
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        pool = isinstance(self.maxpool, nn.MaxPool2d)  # small images have none
+        pool = None if isinstance(self.maxpool, nn.Identity) else self.maxpool
         y = norm_act(self.bn1, self.conv1(x), pool=pool, twice=True)
         for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
             y = casts.forward(stage, y)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from bt_fast.model import BarlowTwins, build_encoder, feature_width
+from bt_fast.model import BarlowTwins, build_encoder, build_projector, feature_width
 from bt_fast.norm import RunningStatistics
 
 
@@ -26,6 +26,14 @@ def test_projector_is_the_papers():
     assert kinds == ["Linear", "BatchNorm1d", "ReLU", "Linear", "BatchNorm1d", "ReLU", "Linear"]
     assert all(layer.bias is None for layer in model.projector if hasattr(layer, "in_features"))
     assert sum(p.numel() for p in model.parameters()) == 23_508_032 + 151_027_712
+
+
+def test_a_projector_has_a_relu_only_where_it_says_so():
+    layers = build_projector((8, 8, 8))
+    x = torch.randn(6, 8)
+    assert (layers[:2](x) < 0).any()
+    expected = torch.nn.Sequential(*layers)(x)
+    assert torch.equal(layers(x), expected)
 
 
 def test_small_images_keep_their_resolution():

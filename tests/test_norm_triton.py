@@ -45,10 +45,30 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize("offset", [0.5, 8.0])
-@pytest.mark.parametrize("shape", [(4, 64, 14, 14), (6, 67, 7, 5), (2, 24, 9, 8), (4, 130, 4, 4)])
-@pytest.mark.parametrize("form", FORMS)
-def test_results_and_gradients_are_nearer_to_the_truth_than_torchs(form, shape, offset):
+SMALL = [(4, 64, 14, 14), (6, 67, 7, 5), (2, 24, 9, 8), (4, 130, 4, 4)]
+OF_MODELS = [  # of views of 224 px and of 32 px
+    *[("pool", (2, 64, 112, 112)), ("residual", (2, 64, 56, 56)), ("two norms", (2, 128, 28, 28))],
+    *[("twice", (2, 64, 32, 32)), ("relu", (2, 64, 32, 32)), ("norm", (2, 512, 7, 7))],
+]
+
+
+@pytest.mark.parametrize(
+    "form,shape,offset",
+    [
+        *itertools.product(FORMS, SMALL, (0.5, 8.0)),
+        *((form, shape, 0.5) for form, shape in OF_MODELS),
+    ],
+)
+def test_results_and_gradients_are_nearer_to_the_truth_than_torchs(
+    form, shape, offset, monkeypatch
+):
+    if (form, shape) in OF_MODELS:
+        # Few and large programs, or the interpreter takes minutes.
+        monkeypatch.setattr(norm_triton, "PROGRAMS", 8)
+        monkeypatch.setattr(norm_triton, "BLOCK_ROWS", 256)
+        monkeypatch.setitem(norm_triton.BLOCKS, "BLOCK_ROWS", 256)
+        monkeypatch.setattr(norm_triton, "POOL_BLOCK", 64)
+        monkeypatch.setattr(norm_triton, "POOL_ROWS", 56)
     tensors, g = inputs(form, shape, offset=offset), both_gradients(form, shape)
     exact = leaves(tensors, torch.float64)
     true = definition(form, *exact)
@@ -150,6 +170,33 @@ def test_of_equal_values_the_first_gets_the_pools_gradient():
     theirs = leaves((x, torch.ones(4), torch.ones(4)))
     (true,) = torch.autograd.grad(by_torch("pool", *theirs).sum(), theirs[:1])
     torch.testing.assert_close(ours, true, rtol=0, atol=1e-5)
+
+
+def test_a_batch_that_is_no_two_views_is_refused():
+    layer = norm.BatchNorm2d(4)
+    norm.fuse(layer)
+    with pytest.raises(ValueError, match="two views of every image, got 3 rows"):
+        norm.norm_act(layer, torch.randn(3, 4, 2, 2))
+
+
+def test_without_a_gradient_of_its_result_there_is_none():
+    x, weight, bias = leaves(inputs("twice", (4, 8, 3, 3)))
+    y, again, _ = fused("twice", x, weight, bias)
+    assert torch.autograd.grad(
+        Stop.apply(y).sum() + Stop.apply(again).sum(), [x], allow_unused=True
+    ) == (None,)
+
+
+class Stop(torch.autograd.Function):
+    """Has no gradient, not even zeros."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, g):
+        return None
 
 
 def test_a_single_value_per_channel_is_refused():
@@ -329,7 +376,7 @@ def bytes_of_operators(model: nn.Module, num_images: int, size: int) -> list[tup
     return operators.calls
 
 
-def test_a_step_of_the_papers_network_moves_half_of_what_the_compiler_moves():
+def test_a_step_of_the_papers_network_moves_101_gb_in_norms():
     with torch.device("meta"):
         model = BarlowTwins("resnet50", (8192, 8192, 8192))
     norm.fuse(model)
@@ -338,7 +385,7 @@ def test_a_step_of_the_papers_network_moves_half_of_what_the_compiler_moves():
     # Statistics, normalise, sums and input gradient of 53 + 2 norms; 4 share all but the first.
     assert [names.count(name) for name in sorted(set(names))] == [50, 50, 51, 1, 1, 51]
     total = sum(size for _, size in calls) / 1e9
-    assert 98 < total < 102  # torch 2.11 compiles the definition to 184 GB
+    assert 98 < total < 102
 
     block = model.encoder.layer1[1]
     x = torch.empty(512, 256, 56, 56, dtype=torch.bfloat16, device="meta")
@@ -347,4 +394,4 @@ def test_a_step_of_the_papers_network_moves_half_of_what_the_compiler_moves():
         y, again = block((x, x))
     with Operators() as operators:
         (y.sum() + again.sum()).backward()
-    assert 7.5 < sum(size for _, size in operators.calls) / 1e9 < 8.2  # compiled: 16.5
+    assert 7.5 < sum(size for _, size in operators.calls) / 1e9 < 8.2

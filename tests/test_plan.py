@@ -81,6 +81,8 @@ def test_rates_are_those_that_were_published():
     [
         ("NVIDIA GeForce RTX 4090", 23.6, "RTX 4090"),
         ("NVIDIA GeForce RTX 4090 Laptop GPU", 15.7, None),
+        ("NVIDIA GeForce RTX 4090 D", 23.6, None),
+        ("NVIDIA GeForce RTX 3090 Ti", 23.6, None),
         ("NVIDIA L4", 22.0, "L4"),
         ("NVIDIA L40S", 44.4, None),
         ("NVIDIA A10", 22.1, "A10"),

@@ -131,7 +131,7 @@ _ACTIVATIONS = dict.fromkeys(
 )
 _OF_CHANNELS = dict.fromkeys(
     ("moments", "weight", "bias", "other_weight", "other_bias", "parts", "grad_weights")
-    + ("grad_bias",),
+    + ("grad_biases",),
     "*fp32",
 )
 _COUNTS = ("num_rows", "channels", "rows_per_part", "total")
@@ -196,6 +196,7 @@ KERNELS += [
             ("", False, 1, 1),
             ("twice", False, 2, 1),
             ("residual", True, 2, 1),
+            ("residual, last", True, 1, 1),
             ("two norms", True, 2, 2),
         )
     ),
@@ -238,6 +239,8 @@ class Usage:
 def measure(kernel: Kernel, capability: int) -> Usage:
     """Compile a kernel for a compute capability (90 is sm_90) and read what came out."""
     names = kernel.function.arg_names
+    if unknown := set(names) - set(kernel.types) - set(kernel.constants):
+        raise ValueError(f"{kernel.name}: no type of {', '.join(sorted(unknown))}")
     signature = {name: kernel.types.get(name, "constexpr") for name in names}
     attributes = {
         (index,): BaseBackend.parse_attr("D")  # what a launch finds divisible by 16

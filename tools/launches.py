@@ -62,8 +62,8 @@ class Options:
 
     encoder: models.Encoder = "resnet50"
     """Encoder of the step."""
-    norm: Literal["torch", "fused"] = "fused"
-    """Kernels of batch norm: torch's, or those of --norm fused."""
+    norm: Literal["compiled", "fused"] = "fused"
+    """Batch norm as pretrain's --norm has it; without the compiler, compiled is torch's own."""
     ranks: int = 1
     """Ranks whose batches are normalised together."""
 

@@ -67,8 +67,8 @@ def seconds_of_parts(
     if device.type != "cuda":
         return [(seconds, 0.0) for seconds in medians]
 
-    # On the device: it first waits until the host has said all it has to say, so that it is never
-    # idle between two kernels. (The host says at most about a thousand things ahead.)
+    # On the device: it first waits until the host has queued every launch, so that it is never idle
+    # between two kernels. (The host queues at most about a thousand launches ahead.)
     ahead = round(1.5 * sum(medians) * _CLOCK) + _CLOCK // 100
     busy = []
     for _ in range(max(3, min(len(host), 20))):
