@@ -41,6 +41,7 @@ def _to_cast(part: nn.Module) -> dict[str, torch.Tensor]:
         if isinstance(layer, nn.Conv2d)
         and layer.weight.requires_grad
         and layer.weight.dtype == torch.float32
+        and not layer.weight.is_meta  # which autocast does not know
         and torch.is_autocast_enabled(layer.weight.device.type)
     }
 

@@ -231,7 +231,7 @@ class SmallNet(nn.Module):
         self.last = norm.BatchNorm1d(16)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = norm.norm_act(self.norm, self.stem(x), pool=True, twice=True)
+        y = norm.norm_act(self.norm, self.stem(x), pool=nn.MaxPool2d(3, 2, 1), twice=True)
         y = norm.ways(self.second(self.first(y)))[0]
         return self.last(y.mean((2, 3)))
 
