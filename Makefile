@@ -9,9 +9,9 @@ DALI := .venv/.dali
 OLDEST := .venv-oldest/bin
 OLDEST_READY := .venv-oldest/.ready
 # What depends on torch and triton and on no optional package.
-OLDEST_TESTS := norm model loss dist update optim augment augment_triton ablations heads feed log \
-	deferred train checkpoint resume export profile gpu_suite compiled_traffic cli knn collapse \
-	supervised eval_ranks parts breakdown
+OLDEST_TESTS := norm norm_triton resnet casts launches kernel_report plan model loss dist update \
+	optim augment augment_triton ablations heads feed log deferred train checkpoint resume export \
+	profile gpu_suite compiled_traffic cli knn collapse supervised eval_ranks parts breakdown
 
 .PHONY: help demo test test-oldest lint coverage bench dist clean
 
