@@ -74,7 +74,7 @@ class Config:
     """Mode of torch.compile for model and loss; auto is "default" on a GPU and "off" on a CPU."""
     norm: Norm = "auto"
     """Batch norm, residual sum and ReLU on a GPU: as torch's compiler makes them, or as fused
-    Triton kernels; auto is compiled."""
+    Triton kernels, which need a GPU and move three quarters of the bytes; auto is compiled."""
     deterministic: bool = False
     """On a GPU, repeat a run bit for bit: only such kernels, chosen by rule and not by trial. On a
     CPU that is always so."""

@@ -235,6 +235,9 @@ def describe(job: Job, seconds_per_step: dict[int, float]) -> dict[str, str]:
         warmup += f" (--warmup-epochs {settings.warmup_epochs:g} is not shorter than the run)"
     projector = "-".join(map(str, settings.projector))
     seconds = expected_seconds(job, seconds_per_step)
+    form: str = norm.choose(settings.norm, performance.device)
+    if form == "compiled" and performance.compile == "off":
+        form = "torch's own"
     return {
         "recipe": settings.title,
         "data": f"{len(job.reader)} images, {job.reader.num_classes} classes in {settings.data}",
@@ -254,7 +257,7 @@ def describe(job: Job, seconds_per_step: dict[int, float]) -> dict[str, str]:
         "warm-up": warmup,
         "device": f"{performance.device.type}, {performance.precision},"
         f" torch.compile {performance.compile},"
-        f" batch norm {norm.choose(settings.norm, performance.device)},"
+        f" batch norm {form},"
         f" {job.num_threads} decoding threads",
         "loader": job.loader_choice,
         "kNN probe": job.knn_data.description if job.knn_data else "none (no classes)",

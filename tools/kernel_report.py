@@ -31,6 +31,7 @@ from pipelines import augment_triton
 from tools.machine_code import main_loop, parse
 
 ARCHITECTURES = (80, 89, 90)
+KNOWN = (80, 86, 87, 89, 90, 100, 120)  # those before sm_80 have no bf16
 WIDTH = "width"  # every access in the main loop moves MIN_WIDTH bytes or more
 INSTRUCTIONS = "instructions"  # the main loop takes MAX_INSTRUCTIONS per byte or fewer
 MIN_WIDTH = 16
@@ -293,9 +294,14 @@ def defects(kernel: Kernel, usage: Usage) -> Iterator[str]:
 
 
 def main() -> int:
-    if not all(argument.isdecimal() for argument in sys.argv[1:]):
+    if "-h" in sys.argv or "--help" in sys.argv:
         print(__doc__)
-        return 2
+        return 0
+    for argument in sys.argv[1:]:
+        if argument not in map(str, KNOWN):
+            known = ", ".join(map(str, KNOWN))
+            print(f"kernel_report.py: {argument} is not one of {known}", file=sys.stderr)
+            return 2
     defective = False
     for capability in map(int, sys.argv[1:] or ARCHITECTURES):
         for kernel in KERNELS:
