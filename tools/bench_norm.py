@@ -4,7 +4,7 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -89,11 +89,12 @@ def passes(
     options = dict(zip(("residual", "residual_norm"), (*inputs[1:], *layers[1:]), strict=False))
     ways = 1 if form == "relu" else 2  # on which y goes on
     pooled = (*shape[:2], shape[2] // 2, shape[3] // 2) if form == "pool" else shape
+    pool = nn.MaxPool2d(3, 2, 1) if form == "pool" else None
     gradients = [activation(pooled) for _ in range(ways)]
     outputs: list[Tensor] = []
 
     def forward() -> None:
-        y = norm.norm_act(layers[0], inputs[0], pool=form == "pool", twice=ways == 2, **options)
+        y = norm.norm_act(layers[0], inputs[0], pool=pool, twice=ways == 2, **options)
         outputs[:] = norm.ways(y)[:ways]
 
     return [forward, lambda: torch.autograd.grad(outputs, leaves, gradients)]
