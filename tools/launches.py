@@ -17,21 +17,17 @@ ranks collectives are counted, but not the copies of gradients into DDP's bucket
 
 import _checkout  # noqa: F401  # isort: skip
 
-import contextlib
 import functools
 import sys
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any, Literal
 from unittest import mock
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -41,6 +37,7 @@ from bt_fast.lars import LARS, parameter_groups
 from bt_fast.loss_variants import objective_terms
 from bt_fast.perf import Performance
 from pipelines.flags import parse_flags
+from tools.lowering import group_of, replace_tensors
 
 GROUPS = {
     "convolutions": {"convolution", "convolution_backward"},
@@ -91,7 +88,7 @@ def count(encoder: str = "resnet50", *, fused: bool = True, num_ranks: int = 1) 
     fused: whether batch norm runs as the kernels of `norm_triton`.
     """
     performance = Performance(device=torch.device("cpu"), precision="bf16", compile="off")
-    with _group_of(num_ranks) as group, FakeTensorMode():
+    with group_of(num_ranks) as group, FakeTensorMode():
         model = _placed(encoder)
         norm.over_ranks(model, group)
         if fused:
@@ -206,27 +203,8 @@ def _placed(encoder: str) -> nn.Module:
     with torch.device("meta"), torch.utils._python_dispatch._disable_current_modes():
         model = models.BarlowTwins(encoder, (8192, 8192, 8192))
         model.to(memory_format=torch.channels_last)
-    for module in model.modules():
-        for name, parameter in module._parameters.items():
-            if parameter is not None:
-                module._parameters[name] = nn.Parameter(like(parameter))
-        for name, buffer in module._buffers.items():
-            if buffer is not None:
-                module._buffers[name] = like(buffer)
+    replace_tensors(model, like)
     return model
-
-
-@contextlib.contextmanager
-def _group_of(num_ranks: int) -> Iterator[dist.ProcessGroup | None]:
-    """A process group whose collectives do nothing; None for one rank."""
-    if num_ranks == 1:
-        yield None
-        return
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=num_ranks)
-    try:
-        yield dist.group.WORLD
-    finally:
-        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

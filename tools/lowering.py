@@ -27,7 +27,7 @@ import inspect
 import math
 import types
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from unittest import mock
@@ -166,7 +166,7 @@ def measure(
     }
     fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
     with contextlib.ExitStack() as stack:
-        group = stack.enter_context(_group_of(num_ranks))
+        group = stack.enter_context(group_of(num_ranks))
         with _errors_of_internals():
             stack.enter_context(_h100(traffic))
         norm.over_ranks(model, group)
@@ -257,19 +257,24 @@ def _place(model: nn.Module, shape: tuple[int, ...], fake_mode) -> torch.Tensor:
     """Move a model to a fake GPU, channels-last; returns an input for it."""
     model.to(memory_format=torch.channels_last)
     with fake_mode:
-        for module in model.modules():
-            for name, parameter in module._parameters.items():
-                if parameter is not None:
-                    module._parameters[name] = nn.Parameter(_like(parameter.detach(), "cuda"))
-            for name, buffer in module._buffers.items():
-                if buffer is not None:
-                    module._buffers[name] = _like(buffer, "cuda")
+        replace_tensors(model, lambda tensor: _like(tensor.detach(), "cuda"))
         views = torch.empty(shape, dtype=torch.bfloat16, device="cuda")
         return views.to(memory_format=torch.channels_last) if len(shape) == 4 else views
 
 
+def replace_tensors(model: nn.Module, like: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    """Put another tensor in the place of each parameter and buffer of a model."""
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                module._parameters[name] = nn.Parameter(like(parameter))
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = like(buffer)
+
+
 @contextlib.contextmanager
-def _group_of(num_ranks: int) -> Iterator[dist.ProcessGroup | None]:
+def group_of(num_ranks: int) -> Iterator[dist.ProcessGroup | None]:
     """A process group whose collectives do nothing; None for one rank."""
     if num_ranks == 1:
         yield None
