@@ -99,7 +99,7 @@ def in_one_line(program: str, command: Callable[[], int]) -> int:
         print(f"{program}: {error}", file=sys.stderr)
         return 2
     except RuntimeError as error:
-        from bt_fast.perf import OUT_OF_MEMORY, is_out_of_memory
+        from bt_fast.runtime import OUT_OF_MEMORY, is_out_of_memory
 
         if not is_out_of_memory(error):
             raise
@@ -111,10 +111,10 @@ def in_one_line(program: str, command: Callable[[], int]) -> int:
 
 
 def _pretrain(arguments: list[str]) -> int:
-    from bt_fast.signals import StopFlag
+    from bt_fast.distributed.signals import StopFlag
 
     with StopFlag() as stop:  # before torch is imported, which takes a while
-        from bt_fast.launch import launch
+        from bt_fast.distributed.launcher import launch
 
         return launch(parse_pretrain(arguments), arguments, stop)
 
@@ -126,8 +126,8 @@ def parse_pretrain(arguments: list[str]):
     from bt_fast.ablations import ablate
     from bt_fast.config import Config
     from bt_fast.recipes import RECIPES
-    from bt_fast.run_directory import load_config
-    from pipelines.flags import parse_flags, value_of
+    from bt_fast.run.directory import load_config
+    from pipelines.common.flags import parse_flags, value_of
 
     resume, recipe, ablation = (
         value_of(flag, arguments) for flag in ("--resume", "--recipe", "--ablation")
@@ -162,8 +162,8 @@ def learns_otherwise(config, saved) -> list[str]:
 
 
 def _eval(name: str, arguments: list[str]) -> int:
-    from bt_fast.evaluate.ranks import on_ranks
-    from pipelines.flags import parse_flags
+    from bt_fast.evaluate.command import on_ranks
+    from pipelines.common.flags import parse_flags
 
     room, options, function = _EVALUATIONS[name]
     module = importlib.import_module(f"bt_fast.evaluate.{room}")
@@ -172,15 +172,15 @@ def _eval(name: str, arguments: list[str]) -> int:
 
 
 def _export(arguments: list[str]) -> int:
-    from bt_fast.export import Export, run_export
-    from pipelines.flags import parse_flags
+    from bt_fast.export.export import Export, run_export
+    from pipelines.common.flags import parse_flags
 
     return run_export(parse_flags(Export, "bt-fast export", arguments))
 
 
 def _doctor(arguments: list[str]) -> int:
-    from bt_fast.doctor import Doctor, run_doctor
-    from pipelines.flags import parse_flags
+    from bt_fast.doctor.doctor import Doctor, run_doctor
+    from pipelines.common.flags import parse_flags
 
     return run_doctor(parse_flags(Doctor, "bt-fast doctor", arguments))
 

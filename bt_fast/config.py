@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from bt_fast.loss_variants import Objective
-from bt_fast.model import Encoder
-from bt_fast.norm import Norm
-from bt_fast.perf import Compile, Precision
+from bt_fast.models.batch_norm import Norm
+from bt_fast.models.networks import Encoder
+from bt_fast.runtime import Compile, Precision
 from pipelines.augment import VIEW_A, VIEW_B, Branch
-from pipelines.flags import usable_cores
+from pipelines.common.cpu import usable_cores
 
 RecipeName = Literal["imagenet", "imagenet-8gpu", "cifar10", "cifar10-cpu", "demo"]
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import torch
 
-from bt_fast.feed import LEAD
+from bt_fast.prefetch import LEAD
 
 # The prefetcher has by then waited for the step in which the copy was queued.
 GPU_DELAY = LEAD + 1  # steps

@@ -28,7 +28,7 @@ from typing import Literal
 import torch
 
 from bt_fast import loss_sharded
-from bt_fast.dist import Group, size_of
+from bt_fast.distributed.collectives import Group, size_of
 from bt_fast.loss_sharded import EPS
 
 Method = Literal["auto", "dense", "gram", "columns"]

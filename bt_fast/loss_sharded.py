@@ -31,7 +31,15 @@ columns (N large, or anything that needs the elements of C): rank r owns D / W c
 
 import torch
 
-from bt_fast.dist import Group, all_gather, all_sum, exchange, rank_in, size_of, sum_parts
+from bt_fast.distributed.collectives import (
+    Group,
+    all_gather,
+    all_sum,
+    exchange,
+    rank_in,
+    size_of,
+    sum_parts,
+)
 
 EPS = 1e-5
 

@@ -32,7 +32,7 @@ from typing import Literal
 
 import torch
 
-from bt_fast.dist import Group, all_gather, rank_in
+from bt_fast.distributed.collectives import Group, all_gather, rank_in
 from bt_fast.loss import correlation_terms, require_pairs, standardise
 from bt_fast.loss_sharded import EPS, compute_dtype
 

@@ -16,21 +16,23 @@ from shlex import quote
 import torch
 from rich.console import Console
 
-from bt_fast import cards, checkpoint, dist, faults, pictures
+from bt_fast.build import Job, build, describe, rehearse
 from bt_fast.config import Config
 from bt_fast.deferred import Deferred
-from bt_fast.dist import ALONE, Vote, World, copy_from_first, from_first
-from bt_fast.feed import feed
-from bt_fast.job import Job, build, describe, rehearse
-from bt_fast.log import Clock, RunLog, reason, summary_table
-from bt_fast.model import BarlowTwins
-from bt_fast.plan import count, fits
-from bt_fast.probe import learned, probe, probe_is_due, probed
-from bt_fast.run_directory import RunDirectory, choose_path, make_folder
-from bt_fast.saving import Saving
+from bt_fast.distributed import collectives, fault_injection
+from bt_fast.distributed.collectives import ALONE, Vote, World, copy_from_first, from_first
+from bt_fast.distributed.signals import EXIT_STOPPED, EXIT_UNSAVED, StopFlag
+from bt_fast.models.networks import BarlowTwins
+from bt_fast.plan import gpus
+from bt_fast.plan.dry_run import count, fits
+from bt_fast.prefetch import feed
+from bt_fast.run import checkpoint, plots
+from bt_fast.run.async_checkpoint import Saving
+from bt_fast.run.console import Clock, RunLog, reason, summary_table
+from bt_fast.run.directory import RunDirectory, choose_path, make_folder
+from bt_fast.run.knn_probe import learned, probe, probe_is_due, probed
 from bt_fast.schedule import learning_rate
-from bt_fast.signals import EXIT_STOPPED, EXIT_UNSAVED, StopFlag
-from pipelines.report import shown
+from pipelines.common.console import shown
 
 MAX_SKIPPED = 10  # updates skipped in a row before a run gives up
 
@@ -49,11 +51,11 @@ def pretrain(settings: Config, stop: StopFlag, world: World = ALONE) -> int:
     seconds_per_step = rehearse(job)
     rows = describe(job, seconds_per_step)
     if settings.dry_run and settings.device != "cpu":
-        rows |= fits(settings, count(settings), 1, cards.present())
+        rows |= fits(settings, count(settings), 1, gpus.present())
     console.print(summary_table("bt-fast pretrain", rows))
     if settings.dry_run:
         return 0
-    if dist.any_wish(stop.requested, world.group):
+    if collectives.any_wish(stop.requested, world.group):
         console.print("stopped before the first step")
         return EXIT_STOPPED
     stop.training = True
@@ -81,7 +83,7 @@ def finish(job: Job, run: RunDirectory, log: RunLog, step: int, saved: bool) -> 
     """
     metrics = run.path / "metrics.jsonl"
     with log.can_do_without("curves.png"):
-        pictures.curves(metrics, run.path / "curves.png")
+        plots.curves(metrics, run.path / "curves.png")
     complete = step == job.last_step
     if complete:
         log.say(learned(metrics))
@@ -135,11 +137,13 @@ def train(
     for views in feed(batches, (settings.view_a, settings.view_b), job.performance):
         if run and step == 0:
             with clock.paused(), log.can_do_without("views.png"):
-                pictures.contact_sheet(views, run.path / "views.png")
+                plots.contact_sheet(views, run.path / "views.png")
 
         # One update.
         rates = set_learning_rates(job, step)
-        invariance, redundancy, applied = update(job, faults.inject(views, step, job.world))
+        invariance, redundancy, applied = update(
+            job, fault_injection.inject(views, step, job.world)
+        )
         skipped += ~applied
         step += 1
         deferred.run(step)

@@ -1,8 +1,19 @@
-"""`python -m pipelines`: the command `bt-convert`, also in a checkout that is not installed."""
+"""The command `bt-convert`, also as `python -m pipelines` in a checkout that is not installed."""
 
+import signal
 import sys
 
-from pipelines.stop import bt_convert
+
+def main() -> int:
+    """Run bt-convert; Ctrl-C ends it in one line also while its modules are imported."""
+    try:
+        from pipelines.convert.command import main as convert
+
+        return convert()
+    except KeyboardInterrupt:
+        print("bt-convert: stopped by SIGINT; nothing was written", file=sys.stderr)
+        return 128 + signal.SIGINT
+
 
 if __name__ == "__main__":
-    sys.exit(bt_convert())
+    sys.exit(main())

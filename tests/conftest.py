@@ -91,7 +91,7 @@ def photos() -> list[Image.Image]:
 
 def write_beton(path: Path, count: int, num_classes: int = 4, sizes=((40, 56), (64, 48))) -> Path:
     """A small .beton of drawn pictures; the class is the hue of a big square."""
-    from pipelines.beton_writer import BetonWriter
+    from pipelines.beton.writer import BetonWriter
 
     colours = [(220, 40, 40), (40, 200, 60), (50, 70, 220), (210, 200, 50)]
     names = [f"class-{label}" for label in range(num_classes)]
@@ -110,7 +110,7 @@ def write_beton(path: Path, count: int, num_classes: int = 4, sizes=((40, 56), (
 
 def write_photo_beton(path: Path, count: int, side: int = 96) -> Path:
     """A small .beton of `photographs`, at most `side` pixels wide or high, without classes."""
-    from pipelines.beton_writer import BetonWriter
+    from pipelines.beton.writer import BetonWriter
 
     with BetonWriter(path, num_samples=count, class_names=["photograph"]) as writer:
         for index, picture in enumerate(photographs(count)):
@@ -125,13 +125,13 @@ def with_torchs_batch_norm(model):
     """A copy of a model that takes one view a call, as the released code's does."""
     from torch import nn
 
-    from bt_fast import norm
+    from bt_fast.models import batch_norm
 
     model = copy.deepcopy(model)
     for layer in model.modules():
-        if isinstance(layer, norm.BatchNorm1d):
+        if isinstance(layer, batch_norm.BatchNorm1d):
             layer.__class__ = nn.BatchNorm1d
-        elif isinstance(layer, norm.BatchNorm2d):
+        elif isinstance(layer, batch_norm.BatchNorm2d):
             layer.__class__ = nn.BatchNorm2d
     return model
 
@@ -168,11 +168,11 @@ def default_precision():
     if wanted is None:
         yield
         return
-    from bt_fast import perf
+    from bt_fast import runtime
 
     assert wanted in ("bf16", "fp32"), f"BT_FAST_TEST_PRECISION={wanted}"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(perf, "has_bf16", lambda device: wanted == "bf16")
+        patch.setattr(runtime, "has_bf16", lambda device: wanted == "bf16")
         yield
 
 

@@ -10,7 +10,7 @@ from sample_beton import NUM_IMAGES, PAGE_SIZE, write_sample
 from test_beton_damage import HUGE, IMAGE_TYPE, METADATA, regions
 
 from pipelines.beton import BetonReader
-from pipelines.beton_layout import EXTRAS, HEADER
+from pipelines.beton.layout import EXTRAS, HEADER
 from tools.fuzz_kinds import forged
 
 READ = "pretrain --recipe demo --device cpu --batch-size 8 --workers 1 --run-dir new --data x.beton"

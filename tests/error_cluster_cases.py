@@ -6,8 +6,8 @@ import sys
 from error_list import Case, Place
 from error_pretrain_cases import PRETRAIN, no_gpu, raises
 
-from bt_fast.dist import World
-from bt_fast.meeting import RESTARTS
+from bt_fast.distributed.collectives import World
+from bt_fast.distributed.rendezvous import RESTARTS
 
 SLURM = PRETRAIN + " --slurm fast"
 
@@ -22,22 +22,24 @@ def ranks_started(place: Place) -> None:
 def one_of_two_ranks(place: Place, rank: int = 0) -> None:
     ranks_started(place)
     world = World(rank=rank, size=2, local_rank=rank, local_size=2)
-    place.patch("bt_fast.meeting.join", lambda device, timeout: world)
-    place.patch("bt_fast.meeting.leave", lambda: None)
+    place.patch("bt_fast.distributed.rendezvous.join", lambda device, timeout: world)
+    place.patch("bt_fast.distributed.rendezvous.leave", lambda: None)
     place.patch("os._exit", lambda status: raises(SystemExit(status))())
 
 
 def failing_rank(place: Place) -> None:
     """The second of two ranks, whose collective fails."""
     one_of_two_ranks(place, 1)
-    place.patch("bt_fast.meeting.silent_ranks", lambda world: [0])
-    place.patch("bt_fast.launch.pretrain", raises(RuntimeError("connection closed\nby peer")))
+    place.patch("bt_fast.distributed.rendezvous.silent_ranks", lambda world: [0])
+    place.patch(
+        "bt_fast.distributed.launcher.pretrain", raises(RuntimeError("connection closed\nby peer"))
+    )
 
 
 def failing_ranks(place: Place) -> None:
     """Both die whenever they are started."""
     command = [sys.executable, "-c", "import os; os.kill(os.getpid(), 9)"]
-    place.patch("bt_fast.start._rank_command", lambda arguments: command)
+    place.patch("bt_fast.distributed.supervisor._rank_command", lambda arguments: command)
     place.monkeypatch.setenv(RESTARTS, "0")  # is counted up
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from error_list import Case, Place
 
-from pipelines.convert import main
+from pipelines.convert.command import main
 
 CONVERT = "bt-convert images out.beton"
 
@@ -57,7 +57,9 @@ def failing(name: str, error: BaseException):
 
 def killed(place: Place) -> None:
     images(place)
-    place.patch("pipelines.convert.find_splits", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    place.patch(
+        "pipelines.convert.command.find_splits", lambda *_: os.kill(os.getpid(), signal.SIGTERM)
+    )
 
 
 def broken(place: Place, *, all_of_them: bool = False) -> None:
@@ -130,20 +132,20 @@ USAGE = [
     Case(
         "cannot write …: …; free some space",
         CONVERT,
-        failing("pipelines.beton_writer.BetonWriter.add", OSError(errno.ENOSPC, "No space left")),
+        failing("pipelines.beton.writer.BetonWriter.add", OSError(errno.ENOSPC, "No space left")),
         status=1,
     ),
     Case("stopped by …", CONVERT, killed, status=143),
     Case(
         "the reader of the output",
         CONVERT,
-        failing("pipelines.convert.find_splits", BrokenPipeError()),
+        failing("pipelines.convert.command.find_splits", BrokenPipeError()),
         status=1,
     ),
     Case(
         "a worker process died",
         CONVERT + " --workers 2",
-        lambda place: (images(place), place.patch("pipelines.workers._serve", os.abort)),
+        lambda place: (images(place), place.patch("pipelines.convert.workers._serve", os.abort)),
         status=1,
     ),
     Case("… broken (listed above)", CONVERT, broken, status=1),

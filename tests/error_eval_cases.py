@@ -8,8 +8,8 @@ from error_list import Case, Place
 from error_pretrain_cases import data_with, jpeg_of, no_gpu, quick_doctor, writes
 from error_source_cases import shards
 
-from bt_fast.model import build_encoder
-from bt_fast.weights import Pretrained
+from bt_fast.export.encoder_files import Pretrained
+from bt_fast.models.networks import build_encoder
 
 KNN, LINEAR = (f"eval {name} {{run}} --device cpu --workers 1" for name in ("knn", "linear"))
 TRANSFER, SEMI = (f"eval {name} {{run}} --device cpu --workers 1" for name in ("transfer", "semi"))
@@ -35,7 +35,7 @@ def unlabelled(place: Place) -> None:
     """FFCV's way: no extras, and the first image's label is negative."""
     from test_beton_damage import METADATA
 
-    from pipelines.beton_layout import HEADER
+    from pipelines.beton.layout import HEADER
 
     content = bytearray(place.beton("x.beton").read_bytes())
     start = HEADER.itemsize + 17
@@ -72,7 +72,7 @@ def exporting(place: Place, architecture: str, small_images: bool) -> None:
         projector=None,
         source=place.path,
     )
-    place.patch("bt_fast.export.read_pretrained", lambda path: found)
+    place.patch("bt_fast.export.export.read_pretrained", lambda path: found)
 
 
 EVALUATING = [

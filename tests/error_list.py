@@ -13,7 +13,7 @@ from conftest import write_beton
 from hostile import make_folder
 
 from bt_fast import cli
-from pipelines import convert
+from pipelines.convert import command
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "errors.md"
 ENTRIES = re.findall(r"^\| `(.+?)` \|", DOCUMENT.read_text(), re.M)
@@ -90,7 +90,7 @@ def run_case(case: Case, place: Place, capsys) -> None:
     arguments = shlex.split(case.command.format(data=place.data, run=place.run))
     try:
         if arguments[0] == "bt-convert":
-            status = convert.main(
+            status = command.main(
                 arguments[1:] + ["--workers", "1"] * ("--workers" not in arguments)
             )
         else:

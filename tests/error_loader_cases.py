@@ -22,14 +22,14 @@ def failing(method: str):
 def without_ffcv(place: Place) -> None:
     """Nor anything that has imported it before."""
     place.without(*[name for name in sys.modules if name.split(".")[0] == "ffcv"], "ffcv")
-    place.monkeypatch.delitem(sys.modules, "pipelines.ffcv_stream", raising=False)
-    place.monkeypatch.delattr("pipelines.ffcv_stream", raising=False)
+    place.monkeypatch.delitem(sys.modules, "pipelines.loading.ffcv_stream", raising=False)
+    place.monkeypatch.delattr("pipelines.loading.ffcv_stream", raising=False)
 
 
 def for_others_only(place: Place) -> None:
     """Cut off, but native takes it."""
     data_with(place, jpeg_bytes(drawn_picture(0).resize((8, 8)))[:-20])
-    place.patch("pipelines.loader.CropCutter.decode", lambda cutter, sample: None)
+    place.patch("pipelines.loading.native.CropCutter.decode", lambda cutter, sample: None)
 
 
 def no_training_images(place: Place) -> None:
@@ -53,7 +53,7 @@ def vanished_later(place: Place) -> None:
     """When DALI opens them."""
     shards(place)
     blocks = [("gone.tar", "gone.idx")]
-    place.patch("pipelines.dali_shards._write_blocks", lambda reader, folder: blocks)
+    place.patch("pipelines.loading.dali_shards._write_blocks", lambda reader, folder: blocks)
 
 
 LOADERS = [

@@ -9,7 +9,7 @@ import torch
 from error_list import Case, Place
 from safetensors.torch import save
 
-from pipelines.beton_writer import BetonWriter
+from pipelines.beton.writer import BetonWriter
 
 PRETRAIN = (
     "pretrain --recipe demo --device cpu --size 32 --batch-size 16 --workers 1 --projector 32 16"
@@ -28,7 +28,7 @@ def no_gpu(place: Place) -> None:
 
 
 def quick_doctor(place: Place) -> None:
-    place.patch("bt_fast.machine.SECONDS", 0.01)
+    place.patch("bt_fast.doctor.hardware.SECONDS", 0.01)
 
 
 def raises(error: BaseException):
@@ -40,7 +40,9 @@ def raises(error: BaseException):
 
 def not_finite(place: Place) -> None:
     place.patch("bt_fast.train.MAX_SKIPPED", 1)
-    place.patch("bt_fast.faults.inject", lambda views, step, world: views * torch.nan)
+    place.patch(
+        "bt_fast.distributed.fault_injection.inject", lambda views, step, world: views * torch.nan
+    )
 
 
 def forged_checkpoint(place: Place, content: bytes) -> None:
@@ -98,7 +100,9 @@ ANY = [
     Case(
         "interrupted",
         PRETRAIN,
-        lambda place: place.patch("bt_fast.launch.launch", raises(KeyboardInterrupt())),
+        lambda place: place.patch(
+            "bt_fast.distributed.launcher.launch", raises(KeyboardInterrupt())
+        ),
         status=130,
     ),
 ]

@@ -11,8 +11,8 @@ from conftest import drawn_picture, jpeg_bytes
 from error_convert_cases import CONVERT, done, failing, images
 from error_list import Case, Place
 
-from pipelines import workers
-from pipelines.webdataset import NAMES
+from pipelines.convert import workers
+from pipelines.webdataset.writer import NAMES
 
 JPEG = jpeg_bytes(drawn_picture(0, 40, 30))
 VAL = "ILSVRC2012_img_val.tar"
@@ -63,7 +63,7 @@ def meanwhile(change):
             change(place)
             return original(*arguments, **options)
 
-        place.patch("pipelines.write_split.prepare_all", prepare_all)
+        place.patch("pipelines.convert.write_split.prepare_all", prepare_all)
 
     return patch
 
@@ -111,7 +111,9 @@ SOURCES = [
     Case(
         "SOURCE … cannot be read",
         CONVERT,
-        failing("pipelines.sources.shards.is_ours", PermissionError(13, "Permission denied")),
+        failing(
+            "pipelines.convert.sources.shards.is_ours", PermissionError(13, "Permission denied")
+        ),
     ),
     Case(
         "SOURCE … cannot be read",

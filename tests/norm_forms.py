@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from bt_fast import norm, resnet
+from bt_fast.models import batch_norm, resnet
 
 FORMS = ("norm", "relu", "twice", "residual", "two norms", "pool")
 EPS = 1e-5
@@ -45,10 +45,10 @@ def inputs(form: str, shape: tuple[int, ...], *, offset: float = 0.5, seed: int 
 
 def definition(form: str, x, weight, bias, residual=None, *of_residual, group=None, relu=F.relu):
     """In plain torch operations, by the layers' own `normalise`."""
-    y = norm.normalise(x, weight, bias, eps=EPS, group=group)[0]
+    y = batch_norm.normalise(x, weight, bias, eps=EPS, group=group)[0]
     if residual is not None:
         if of_residual:
-            residual = norm.normalise(residual, *of_residual, eps=EPS, group=group)[0]
+            residual = batch_norm.normalise(residual, *of_residual, eps=EPS, group=group)[0]
         y = y + residual
     if form != "norm":
         y = relu(y)
@@ -73,9 +73,9 @@ def by_torch(form: str, x, weight, bias, residual=None, *of_residual):
 
 
 def fused(form: str, x, weight, bias, residual=None, *of_residual, group=None):
-    from bt_fast import norm_triton  # triton comes with torch's CUDA builds only
+    from bt_fast.models import batch_norm_triton  # triton comes with torch's CUDA builds only
 
-    y, again, moments = norm_triton.norm_act(
+    y, again, moments = batch_norm_triton.norm_act(
         x,
         weight,
         bias,
@@ -170,9 +170,9 @@ def require_whole_sums(
 
     num_rows: of each of two views. beside: called before every launch with its number.
     """
-    from bt_fast import norm_triton
+    from bt_fast.models import batch_norm_triton
 
-    first = norm_triton.BLOCK_ROWS
+    first = batch_norm_triton.BLOCK_ROWS
     assert num_rows > first
     x, g = torch.zeros(2, 2, num_rows, channels, dtype=dtype, device=device)  # [V, rows, C] each
     others = [torch.full_like(x, value).flatten(0, 1) for value in (3, 5)]
@@ -201,7 +201,7 @@ def require_whole_sums(
         num_wrong += (grad_weights != of_weights).sum() + (grad_bias != of_g.sum(0)).sum()
         num_wrong += (masked.view_as(g) != 2 * g).sum()
     assert num_wrong.item() == 0
-    assert not norm_triton._arrived[x.device].any()
+    assert not batch_norm_triton._arrived[x.device].any()
 
 
 def require_the_same_bits(
@@ -224,15 +224,15 @@ class SmallNet(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.stem = nn.Conv2d(3, 8, 3, 2, 1, bias=False)
-        self.norm = norm.BatchNorm2d(8)
-        down = nn.Sequential(nn.Conv2d(8, 16, 1, 2, bias=False), norm.BatchNorm2d(16))
-        self.first = resnet.BasicBlock(8, 16, 2, down, norm_layer=norm.BatchNorm2d)
-        self.second = resnet.BasicBlock(16, 16, norm_layer=norm.BatchNorm2d)
-        self.last = norm.BatchNorm1d(16)
+        self.norm = batch_norm.BatchNorm2d(8)
+        down = nn.Sequential(nn.Conv2d(8, 16, 1, 2, bias=False), batch_norm.BatchNorm2d(16))
+        self.first = resnet.BasicBlock(8, 16, 2, down, norm_layer=batch_norm.BatchNorm2d)
+        self.second = resnet.BasicBlock(16, 16, norm_layer=batch_norm.BatchNorm2d)
+        self.last = batch_norm.BatchNorm1d(16)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = norm.norm_act(self.norm, self.stem(x), pool=nn.MaxPool2d(3, 2, 1), twice=True)
-        y = norm.ways(self.second(self.first(y)))[0]
+        y = batch_norm.norm_act(self.norm, self.stem(x), pool=nn.MaxPool2d(3, 2, 1), twice=True)
+        y = batch_norm.ways(self.second(self.first(y)))[0]
         return self.last(y.mean((2, 3)))
 
 
@@ -255,9 +255,9 @@ def step_of(
             nn.init.uniform_(layer.bias, -0.2, 0.2)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     model.to(device, wide).to(memory_format=torch.channels_last)
-    statistics = norm.RunningStatistics(model)
+    statistics = batch_norm.RunningStatistics(model)
     if is_fused:
-        norm.fuse(model)
+        batch_norm.fuse(model)
     call = wrap(model)
 
     def step(views: torch.Tensor) -> list[torch.Tensor]:

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 import torch.multiprocessing
 
-from bt_fast import dist, meeting
+from bt_fast.distributed import collectives, rendezvous
 
 
 def run_ranks(size: int, function, *arguments) -> list:
@@ -32,13 +32,13 @@ def _rank(rank: int, size: int, port: int, folder: str, function, arguments) -> 
         MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
     )  # fmt: skip
     try:
-        world = meeting.join(torch.device("cpu"), timeout=300)
+        world = rendezvous.join(torch.device("cpu"), timeout=300)
         result = function(world, *arguments)
         torch.save(result, Path(folder) / f"{rank}.pt")
-        dist.wait_for_all(world.group)
+        collectives.wait_for_all(world.group)
     except BaseException:
         traceback.print_exc()
         raise
     finally:
-        meeting.leave()
+        rendezvous.leave()
     os._exit(0)  # a thread of torch's has aborted the interpreter's way out, once, under load

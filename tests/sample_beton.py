@@ -4,7 +4,7 @@ from pathlib import Path
 
 from conftest import drawn_picture, jpeg_bytes
 
-from pipelines.beton_writer import BetonWriter
+from pipelines.beton.writer import BetonWriter
 
 CLASSES = ["cat", "dog", "é ☕"]
 NUM_IMAGES = 23

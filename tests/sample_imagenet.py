@@ -4,7 +4,7 @@ from pathlib import Path
 
 from conftest import drawn_picture, jpeg_bytes
 
-from pipelines.convert import main
+from pipelines.convert.command import main
 
 CLASSES = {"n01440764": 5, "n01443537": 9, "n15075141": 3}
 

@@ -16,7 +16,7 @@ from PIL import Image
 
 from bt_fast.ablations import ABLATIONS
 from bt_fast.cli import main
-from bt_fast.run_directory import load_config, read_metrics
+from bt_fast.run.directory import load_config, read_metrics
 
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "tools"))  # where a script finds `_checkout`
@@ -40,7 +40,7 @@ def data(tmp_path_factory) -> Path:
 
 
 def start(out: Path, data: Path, *names: str, fault: str = "") -> subprocess.Popen:
-    """The grid in a session of its own; `fault` (see bt_fast.faults) befalls its first run."""
+    """The grid in a session of its own; `fault` (see `fault_injection`) befalls its first run."""
     return subprocess.Popen(
         [sys.executable, ROOT / "tools" / "ablate.py", *names, "--out", out]
         + ["--", *TINY, "--data", data],

@@ -13,15 +13,15 @@ from test_dist import TINY, embeddings
 
 from bt_fast import train
 from bt_fast.ablations import ABLATIONS, BATCHES, GRIDS, ablate
+from bt_fast.build import build
 from bt_fast.cli import main, parse_pretrain
 from bt_fast.config import Config
-from bt_fast.dist import ALONE, World
-from bt_fast.feed import feed
-from bt_fast.job import build
+from bt_fast.distributed.collectives import ALONE, World
+from bt_fast.export.encoder_files import read_pretrained
 from bt_fast.loss_variants import Objective, objective_terms
-from bt_fast.model import BarlowTwins
+from bt_fast.models.networks import BarlowTwins
+from bt_fast.prefetch import feed
 from bt_fast.recipes import RECIPES
-from bt_fast.weights import read_pretrained
 
 OBJECTIVES = Objective.__args__
 T = 0.3

@@ -9,8 +9,8 @@ import torch
 import torchvision.transforms.functional as TF
 from PIL import ImageFilter, ImageOps
 
-from pipelines import augment, augment_threads
-from pipelines.augment import VIEW_A, VIEW_B, Branch, Draw
+from pipelines import augment
+from pipelines.augment import VIEW_A, VIEW_B, Branch, Draw, threads
 from pipelines.order import view_keys
 
 
@@ -293,7 +293,7 @@ def test_joined_draws_are_those_of_both_batches():
 def test_threads_give_the_same_views(photos):
     images = to_batch(photo.resize((40, 33)) for photo in photos[:11])
     parameters = augment.draw(Branch(blur=0.5, solarize=0.5), keys_of(11))
-    views = augment_threads.apply(images, parameters, dtype=torch.float32)
+    views = threads.apply(images, parameters, dtype=torch.float32)
     assert views.is_contiguous(memory_format=torch.channels_last)
     assert torch.allclose(views, augment.apply(images, parameters, dtype=torch.float32), atol=1e-5)
-    assert torch.equal(views, augment_threads.apply(images, parameters, dtype=torch.float32))
+    assert torch.equal(views, threads.apply(images, parameters, dtype=torch.float32))

@@ -14,7 +14,8 @@ import triton.language as tl  # noqa: F401  # the module of a kernel must have i
 from conftest import INTERPRETER_FAILS, photographs
 from triton.runtime import interpreter
 
-from pipelines import augment, augment_triton
+from pipelines import augment
+from pipelines.augment import triton as augment_triton
 from pipelines.order import view_keys
 
 ROOT = Path(__file__).parents[1]
@@ -122,8 +123,8 @@ def test_tensor_cores_do_not_darken_blurred_views(rounded, tensor_cores, monkeyp
     keys = view_keys(np.arange(len(images)), seed=1, epoch=0, view=0)
     parameters = augment.draw(augment.VIEW_A, keys)
     if not rounded:
-        monkeypatch.setattr(augment_triton, "_round_to_tf32", unrounded)
-        monkeypatch.setattr(augment_triton, "tf32_kernels", augment.blur_kernels)
+        monkeypatch.setattr(triton, "_round_to_tf32", unrounded)
+        monkeypatch.setattr(triton, "tf32_kernels", augment.blur_kernels)
         assert difference(images, parameters).mean() < -0.1
         return
     found = difference(images, parameters).mean((1, 2, 3))  # grey levels, of each view
@@ -137,7 +138,7 @@ def test_small_tiles_of_other_gpus_give_the_same_views(monkeypatch):
     large = augment_triton.apply(images, parameters, dtype=torch.float32)
     small = augment_triton.tiling((8, 9))
     assert small != augment_triton.tiling((9, 0))
-    monkeypatch.setattr(augment_triton, "tiling", lambda _: small)
+    monkeypatch.setattr(triton, "tiling", lambda _: small)
     views = augment_triton.apply(images, parameters, dtype=torch.float32)
     assert torch.allclose(views, large, atol=1e-5)
 

@@ -15,7 +15,7 @@ from sample_beton import CLASSES, NUM_IMAGES, PAGE_SIZE, write_sample
 
 from pipelines import beton
 from pipelines.beton import BetonReader
-from pipelines.beton_writer import BetonWriter
+from pipelines.beton.writer import BetonWriter
 
 # Our writer, our reader
 

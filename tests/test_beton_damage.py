@@ -10,8 +10,8 @@ import pytest
 from sample_beton import NUM_IMAGES, PAGE_SIZE, write_sample
 
 from pipelines.beton import BetonError, BetonReader
-from pipelines.beton_layout import EXTRAS, FIELD, HEADER, tables_crc
-from pipelines.beton_writer import BetonWriter
+from pipelines.beton.layout import EXTRAS, FIELD, HEADER, tables_crc
+from pipelines.beton.writer import BetonWriter
 
 
 @pytest.fixture

@@ -6,9 +6,10 @@ import json
 import pytest
 import torch
 
-from bt_fast import costs, perf
+from bt_fast import runtime
 from bt_fast.config import Config
-from bt_fast.model import BarlowTwins
+from bt_fast.models.networks import BarlowTwins
+from bt_fast.plan import step_costs
 from tools.breakdown import (
     AUGMENT,
     CLASSES,
@@ -195,7 +196,7 @@ def test_the_work_of_the_papers_model():
         model = BarlowTwins("resnet50", (8192, 8192, 8192))
         views = torch.empty(512, 3, 224, 224, dtype=torch.bfloat16)
         off = torch.autocast("cpu", enabled=False)
-        work = costs.count(model.bfloat16(), views, off)
+        work = step_costs.count(model.bfloat16(), views, off)
     stem = 64 * 147 * 112**2
     assert work.flop["convolutions"] == pytest.approx(2 * 512 * (3 * 4.087e9 - stem), rel=0.001)
     projector = 2048 * 8192 + 2 * 8192**2
@@ -219,7 +220,7 @@ def advised(
         for name, share in shares.items()
     }
     found = Breakdown(step=1.0, parts=parts, kernels={}, fused_norm=fused)
-    performance = perf.Performance(device=torch.device(device), precision="bf16", compile=mode)
+    performance = runtime.Performance(device=torch.device(device), precision="bf16", compile=mode)
     return advice(
         dataclasses.replace(Config(), **(settings or {})),
         performance,

@@ -8,10 +8,10 @@ from ranks import run_ranks
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from bt_fast import casts, resnet
-from bt_fast.dist import ALONE, World
+from bt_fast.distributed.collectives import ALONE, World
 from bt_fast.loss import barlow_twins_loss
-from bt_fast.model import BarlowTwins
+from bt_fast.models import resnet, weight_casts
+from bt_fast.models.networks import BarlowTwins
 
 
 def with_casts_of_autocast(part: nn.Module, x):
@@ -32,7 +32,7 @@ def train_a_step(world: World, encoder: str, together: bool) -> dict[str, torch.
     embed = model if world.group is None else DistributedDataParallel(model)
     with pytest.MonkeyPatch.context() as patch:
         if not together:
-            patch.setattr(casts, "forward", with_casts_of_autocast)
+            patch.setattr(weight_casts, "forward", with_casts_of_autocast)
         with torch.autocast("cpu", torch.bfloat16):
             z_a, z_b = embed(views).chunk(2)
         loss = barlow_twins_loss(z_a, z_b, group=world.group)
@@ -78,7 +78,7 @@ def test_a_stages_weights_are_cast_once_each_way():
     part, x = stage(), torch.randn(4, 64, 8, 8).bfloat16()
     names = list(part.state_dict())
     with Casts() as seen, torch.autocast("cpu", torch.bfloat16):
-        casts.forward(part, x)[0].sum().backward()
+        weight_casts.forward(part, x)[0].sum().backward()
     assert seen.lists == [[torch.float32] * 5, [torch.bfloat16] * 5]
     assert seen.single == 0
     assert list(part.state_dict()) == names
@@ -95,7 +95,7 @@ def test_elsewhere_nothing_changes(case):
     part.requires_grad_(case != "frozen")
     plain = copy.deepcopy(part)
     with Casts() as seen, torch.autocast("cpu", torch.bfloat16, enabled=case != "no autocast"):
-        y = casts.forward(part, x)
+        y = weight_casts.forward(part, x)
         assert not seen.lists
         assert torch.equal(y, plain(x))
 
@@ -104,7 +104,7 @@ def test_frozen_weights_are_left_to_autocast():
     part, x = stage(), torch.randn(4, 64, 8, 8).bfloat16()
     part[0].requires_grad_(False)
     with Casts() as seen, torch.autocast("cpu", torch.bfloat16):
-        casts.forward(part, x).sum().backward()
+        weight_casts.forward(part, x).sum().backward()
     assert seen.lists == [[torch.float32] * 2, [torch.bfloat16] * 2]
     assert all((p.grad is None) != p.requires_grad for p in part.parameters())
 
@@ -113,7 +113,7 @@ def test_a_failure_leaves_the_weights_in_place():
     part = stage()
     before = dict(part.named_parameters())
     with torch.autocast("cpu", torch.bfloat16), pytest.raises(RuntimeError):
-        casts.forward(part, torch.randn(4, 63, 8, 8))
+        weight_casts.forward(part, torch.randn(4, 63, 8, 8))
     assert all(p is before[name] for name, p in part.named_parameters())
 
 
@@ -126,7 +126,9 @@ def test_a_compiled_stage_is_that_of_autocast():
         return graph.forward
 
     part, x = stage(), torch.randn(4, 64, 8, 8).bfloat16()
-    compiled = torch.compile(lambda x: casts.forward(part, x), backend=backend, fullgraph=True)
+    compiled = torch.compile(
+        lambda x: weight_casts.forward(part, x), backend=backend, fullgraph=True
+    )
     with torch.autocast("cpu", torch.bfloat16):
         compiled(x)
     assert len(graphs) == 1 and "_foreach_copy_" not in graphs[0].code

@@ -10,10 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from bt_fast import checkpoint
 from bt_fast.lars import LARS
-from bt_fast.model import BarlowTwins
-from bt_fast.norm import RunningStatistics
+from bt_fast.models.batch_norm import RunningStatistics
+from bt_fast.models.networks import BarlowTwins
+from bt_fast.run import checkpoint
 
 
 def trained(steps: int = 2, seed: int = 0):

@@ -79,7 +79,7 @@ def test_help_exits_with_0():
     assert done.returncode == 0 and "--batch-size" in done.stdout and not done.stderr
 
 
-@pytest.mark.parametrize("module", ["bt_fast.cli pretrain", "pipelines.convert"])
+@pytest.mark.parametrize("module", ["bt_fast.cli pretrain", "pipelines.convert.command"])
 def test_help_that_nobody_reads_to_the_end(module):
     command = f"{sys.executable} -m {module} --help"
     child = subprocess.Popen(command.split(), stdout=subprocess.PIPE, stderr=subprocess.PIPE)

@@ -17,7 +17,7 @@ triton = pytest.importorskip("triton", reason="Inductor's GPU code needs triton"
 
 from triton import language as tl  # noqa: E402
 
-from bt_fast import norm  # noqa: E402
+from bt_fast.models import batch_norm  # noqa: E402
 from tools import lowering  # noqa: E402
 from tools.lowering import Kernel, Traffic  # noqa: E402
 
@@ -104,7 +104,7 @@ class Wrong(nn.Module):
 def step(num_ranks: int, fused: bool = False, blocks: tuple[int, ...] = (1, 1, 1, 1)) -> Traffic:
     model = lowering.build(blocks=blocks)
     if fused:
-        norm.fuse(model)
+        batch_norm.fuse(model)
     return lowering.measure(model, SHAPE, num_ranks=num_ranks)
 
 

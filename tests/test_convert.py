@@ -10,8 +10,8 @@ from hostile import BROKEN, STORED, make_folder, make_hostile_folder
 from PIL import Image
 
 from pipelines.beton import BetonReader
-from pipelines.convert import main
-from pipelines.images import prepare
+from pipelines.convert.command import main
+from pipelines.convert.jpeg import prepare
 
 
 @pytest.fixture(scope="module")

@@ -11,9 +11,9 @@ from conftest import drawn_picture, jpeg_bytes
 from hostile import make_folder
 from test_convert_stops import COMMAND, ROOT, names_in, start_conversion
 
-import pipelines.write_split
+import pipelines.convert.write_split
 from pipelines.beton import BetonReader
-from pipelines.convert import main
+from pipelines.convert.command import main
 
 NUM_TRAIN, NUM_VAL = 24, 9
 FORMATS = {"beton": [], "webdataset": ["--format", "webdataset", "--shard-size", "1"]}
@@ -58,8 +58,8 @@ class Interruption:
 
     def __init__(self, monkeypatch):
         self.count, self.limit = 0, 0
-        self._prepare_all = pipelines.write_split.prepare_all
-        monkeypatch.setattr(pipelines.write_split, "prepare_all", self)
+        self._prepare_all = pipelines.convert.write_split.prepare_all
+        monkeypatch.setattr(pipelines.convert.write_split, "prepare_all", self)
 
     def __call__(self, *arguments, **options):
         for pair in self._prepare_all(*arguments, **options):

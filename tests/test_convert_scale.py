@@ -13,14 +13,14 @@ from conftest import drawn_picture, jpeg_bytes
 from hostile import make_folder
 from PIL import Image
 
-import pipelines.webdataset
-import pipelines.write_split
+import pipelines.convert.write_split
+import pipelines.webdataset.writer
 from pipelines.beton import BetonReader
-from pipelines.beton_writer import BetonWriter
-from pipelines.convert import main
-from pipelines.listing import Image as Listed
-from pipelines.listing import Listing, Place, Split
-from pipelines.webdataset import ShardWriter
+from pipelines.beton.writer import BetonWriter
+from pipelines.convert.command import main
+from pipelines.convert.manifest import Image as Listed
+from pipelines.convert.manifest import Listing, Place, Split
+from pipelines.webdataset.writer import ShardWriter
 
 CLASSES = ["cat", "dog"]
 
@@ -66,7 +66,7 @@ def sharded(count: int, folder: Path) -> None:
 @pytest.mark.parametrize("work", [listed, written, sharded])
 def test_memory_does_not_grow_with_the_number_of_images(work, tmp_path, monkeypatch):
     """Five times the images; a table of one number an image would take 8 B more for each."""
-    monkeypatch.setattr(pipelines.webdataset, "MAX_IMAGES", 1000)
+    monkeypatch.setattr(pipelines.webdataset.writer, "MAX_IMAGES", 1000)
     work(100, tmp_path)  # what is allocated once and for all
     few, many = 5_000, 25_000
     assert peak(work, many, tmp_path) < peak(work, few, tmp_path) + 4 * (many - few)
@@ -164,7 +164,7 @@ def test_a_read_only_target(tmp_path, capsys):
 def test_a_source_that_vanishes(tmp_path, capsys, monkeypatch, what):
     """One file is a broken image; all of them, a disk that is gone, are not listed one by one."""
     folder = make_folder(tmp_path / "images", {"a": 9})
-    prepare = pipelines.write_split.prepare_all
+    prepare = pipelines.convert.write_split.prepare_all
 
     def vanish(*arguments, **options):
         if what == "file":
@@ -173,7 +173,7 @@ def test_a_source_that_vanishes(tmp_path, capsys, monkeypatch, what):
             folder.rename(tmp_path / "gone")
         return prepare(*arguments, **options)
 
-    monkeypatch.setattr(pipelines.write_split, "prepare_all", vanish)
+    monkeypatch.setattr(pipelines.convert.write_split, "prepare_all", vanish)
     out = tmp_path / "out.beton"
     assert main([str(folder), str(out), "--workers", "1"]) == (1 if what == "file" else 2)
     error = capsys.readouterr().err

@@ -12,11 +12,11 @@ import pytest
 from conftest import drawn_picture, jpeg_bytes
 from hostile import make_folder
 
-from pipelines.convert import main
-from pipelines.stop import bt_convert
+from pipelines.__main__ import main as bt_convert
+from pipelines.convert.command import main
 
 ROOT = Path(__file__).parents[1]
-COMMAND = [sys.executable, "-m", "pipelines.convert"]
+COMMAND = [sys.executable, "-m", "pipelines.convert.command"]
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +100,9 @@ def test_ctrl_c_while_modules_are_imported(monkeypatch, capsys):
         def __getattr__(self, name):
             raise KeyboardInterrupt
 
-    monkeypatch.setitem(sys.modules, "pipelines.convert", Interrupted("pipelines.convert"))
+    monkeypatch.setitem(
+        sys.modules, "pipelines.convert.command", Interrupted("pipelines.convert.command")
+    )
     assert bt_convert() == 128 + signal.SIGINT
     assert capsys.readouterr().err == "bt-convert: stopped by SIGINT; nothing was written\n"
 

@@ -26,16 +26,16 @@ from norm_forms import (
 )
 from safetensors.torch import load_file
 
-from bt_fast import loss, perf, train
+from bt_fast import loss, runtime, train
+from bt_fast.build import build
 from bt_fast.cli import main, parse_pretrain
-from bt_fast.feed import feed
-from bt_fast.job import build
 from bt_fast.lars import LARS
+from bt_fast.prefetch import feed
 from pipelines import augment
 from pipelines.beton import BetonReader
-from pipelines.beton_writer import BetonWriter
+from pipelines.beton.writer import BetonWriter
 from pipelines.crop import RandomResizedCrop
-from pipelines.loader import NativeLoader
+from pipelines.loading.native import NativeLoader
 from pipelines.order import view_keys
 
 if not torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1":
@@ -80,7 +80,7 @@ def require_the_definitions_views(function, branch, height: int, width: int) -> 
 @pytest.mark.parametrize("size", [(224, 224), (32, 32), (33, 47), (105, 52), (160, 192), (1, 5)])
 @pytest.mark.parametrize("branch", [augment.VIEW_A, augment.VIEW_B, STRONG])
 def test_fused_views_equal_the_definition(size, branch):
-    from pipelines import augment_triton
+    from pipelines.augment import triton as augment_triton
 
     require_the_definitions_views(augment_triton.apply, branch, *size)
 
@@ -282,7 +282,7 @@ def test_the_feed_hands_out_every_batch_in_order(small_beton, loader, tolerance)
 def test_dali_on_the_gpu_makes_natives_views(tmp_path):
     """nvJPEG and DALI's resize on whole photographs; the views stay on the GPU."""
     pytest.importorskip("nvidia.dali", reason="DALI is not installed")
-    from pipelines.dali_loader import DaliLoader
+    from pipelines.loading.dali import DaliLoader
 
     pictures = photographs(16)
     with BetonWriter(tmp_path / "x.beton", num_samples=16, class_names=["a"]) as writer:
@@ -394,4 +394,4 @@ def test_views_grow_on_a_gpu(small_beton, tmp_path):
 
 
 def test_bf16_is_chosen():
-    assert perf.choose("auto", "auto", "auto").precision == "bf16"
+    assert runtime.choose("auto", "auto", "auto").precision == "bf16"

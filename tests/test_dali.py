@@ -10,14 +10,14 @@ from conftest import jpeg_bytes, photographs, write_beton
 from test_loader import damaged
 
 from pipelines.beton import BetonReader
-from pipelines.beton_writer import BetonWriter
+from pipelines.beton.writer import BetonWriter
 from pipelines.crop import RandomResizedCrop
-from pipelines.loader import NativeLoader
+from pipelines.loading.native import NativeLoader
 
 pytest.importorskip("nvidia.dali", reason="DALI is not installed")
 
-from pipelines import loaders
-from pipelines.dali_loader import CPU, DaliLoader
+from pipelines.loading import choose
+from pipelines.loading.dali import CPU, DaliLoader
 
 CROP = RandomResizedCrop(size=24)
 
@@ -51,7 +51,7 @@ def test_samples_keys_and_boxes_are_natives_and_so_are_pixels_nearly(tmp_path):
 
 def test_three_loaders_one_order(reader):
     pytest.importorskip("ffcv", reason="ffcv is not installed")
-    from pipelines.ffcv_loader import FfcvLoader
+    from pipelines.loading.ffcv import FfcvLoader
 
     loaders = [
         kind(reader, CROP, batch_size=12, seed=7) for kind in (NativeLoader, DaliLoader, FfcvLoader)
@@ -100,12 +100,12 @@ def test_raw_records(small_beton):
 
 
 def test_auto_measures_both(reader, monkeypatch):
-    monkeypatch.setattr(loaders, "SECONDS", 0.2)
-    name, why = loaders.choose(
+    monkeypatch.setattr(choose, "SECONDS", 0.2)
+    name, why = choose.choose_backend(
         "auto",
         reader,
         10**8,
-        lambda name: loaders.open_loader(name, reader, CROP, device=CPU, batch_size=12),
+        lambda name: choose.open_loader(name, reader, CROP, device=CPU, batch_size=12),
         cache=False,
         device=torch.device("cuda", 0),
     )

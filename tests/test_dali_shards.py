@@ -13,16 +13,16 @@ from test_dali import CROP, DaliLoader, stopped_by
 from tiny_runs import TINY, learned, start, wait_for_step
 
 from bt_fast import train
+from bt_fast.build import build
 from bt_fast.cli import main, parse_pretrain
-from bt_fast.job import build
-from bt_fast.run_directory import RunDirectory
-from pipelines import dali_shards
+from bt_fast.run.directory import RunDirectory
 from pipelines.beton import BetonReader
-from pipelines.convert import main as convert
-from pipelines.dali_shards import ShardLoader
-from pipelines.loader import NativeLoader
+from pipelines.convert.command import main as convert
+from pipelines.loading import dali_shards
+from pipelines.loading.dali_shards import ShardLoader
+from pipelines.loading.native import NativeLoader
 from pipelines.order import view_keys
-from pipelines.shard_reader import ShardReader
+from pipelines.webdataset.reader import ShardReader
 
 
 @pytest.fixture(scope="module")

@@ -9,8 +9,8 @@ from tiny_runs import comparable, learned, metrics, pretrain, same
 
 from bt_fast import train
 from bt_fast.deferred import GPU_DELAY, Deferred
-from bt_fast.feed import LEAD
-from bt_fast.saving import Saving
+from bt_fast.prefetch import LEAD
+from bt_fast.run.async_checkpoint import Saving
 
 
 def test_on_a_cpu_nothing_is_late():

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from bt_fast.evaluate.detection import c4_detector
-from bt_fast.model import build_encoder
+from bt_fast.models.networks import build_encoder
 
 
 @pytest.fixture(scope="module")

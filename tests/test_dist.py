@@ -8,12 +8,14 @@ import torch
 from conftest import write_photo_beton
 from ranks import run_ranks
 
-from bt_fast import loss, meeting, norm, train
+from bt_fast import loss, train
+from bt_fast.build import build
 from bt_fast.cli import parse_pretrain
-from bt_fast.dist import Traffic, World, compare_weights, of_all
-from bt_fast.feed import feed
-from bt_fast.job import build
-from bt_fast.model import BarlowTwins
+from bt_fast.distributed import rendezvous
+from bt_fast.distributed.collectives import Traffic, World, compare_weights, of_all
+from bt_fast.models import batch_norm
+from bt_fast.models.networks import BarlowTwins
+from bt_fast.prefetch import feed
 
 TINY = [
     "--recipe=demo", "--device=cpu", "--precision=fp32", "--encoder=resnet18", "--size=32",
@@ -103,9 +105,9 @@ def test_bytes_and_memory_of_the_loss_on_four_ranks():
 
 
 def sharded_norm(world: World, x: torch.Tensor, grad: torch.Tensor, group_size: int) -> tuple:
-    layer = norm.BatchNorm2d(x.shape[2]).to(x.dtype)
+    layer = batch_norm.BatchNorm2d(x.shape[2]).to(x.dtype)
     torch.nn.init.normal_(layer.weight, generator=torch.Generator().manual_seed(3))
-    norm.over_ranks(layer, world.new_group(torch.device("cpu"), size=group_size))
+    batch_norm.over_ranks(layer, world.new_group(torch.device("cpu"), size=group_size))
     share = slice(
         world.rank * x.shape[1] // world.size, (world.rank + 1) * x.shape[1] // world.size
     )
@@ -224,7 +226,7 @@ def test_compiled_ranks_update_as_one_process_does(tmp_path):
 
 def collectives_of_the_papers_model(world: World) -> dict:
     model = BarlowTwins("resnet50", (64, 64, 64))
-    norm.over_ranks(model, world.group)
+    batch_norm.over_ranks(model, world.group)
     with Traffic() as traffic:
         z_a, z_b = model(torch.randn(4, 3, 32, 32)).chunk(2)
         loss.barlow_twins_loss(z_a, z_b, group=world.group).backward()
@@ -266,7 +268,7 @@ def group_of_one(world: World, data: str) -> tuple:
 
 def test_a_single_rank_can_keep_its_group(small_beton, monkeypatch):
     """So that the collectives of a step run in a test on one GPU."""
-    monkeypatch.setenv(meeting.SINGLE_RANK_GROUP, "1")
+    monkeypatch.setenv(rendezvous.SINGLE_RANK_GROUP, "1")
     ((size, kind, calls),) = run_ranks(1, group_of_one, str(small_beton))
     assert (size, kind) == (1, "DistributedDataParallel")
     assert calls == 2 * 21 + 3  # ResNet-18's and the projector's batch norms, the loss

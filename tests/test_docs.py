@@ -21,7 +21,7 @@ from sample_imagenet import write_folder
 from sample_voc import write_devkit
 
 from bt_fast.cli import main as bt_fast
-from pipelines.convert import main as bt_convert
+from pipelines.convert.command import main as bt_convert
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])

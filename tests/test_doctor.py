@@ -12,14 +12,14 @@ import torch
 from conftest import write_beton
 from packaging.requirements import Requirement
 
-from bt_fast import doctor, machine, packages
 from bt_fast.cli import main
-from bt_fast.doctor import Doctor, diagnose
+from bt_fast.doctor import doctor, hardware, requirements
+from bt_fast.doctor.doctor import Doctor, diagnose
 
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    monkeypatch.setattr(machine, "SECONDS", 0.02)
+    monkeypatch.setattr(hardware, "SECONDS", 0.02)
 
 
 def rows(**options) -> dict[str, doctor.Row]:
@@ -76,7 +76,7 @@ def test_too_old_and_missing_packages_are_broken(monkeypatch, capsys):
         "dali": [Requirement("no-dali>=2")],
         "dev": [],
     }
-    monkeypatch.setattr(packages, "requirements", lambda: wanted)
+    monkeypatch.setattr(requirements, "requirements", lambda: wanted)
     assert main(["doctor"]) == 1
     output = capsys.readouterr().out
     assert "pip install 'torch>=99' 'no-such-package>=1'" in output
@@ -85,12 +85,12 @@ def test_too_old_and_missing_packages_are_broken(monkeypatch, capsys):
 
 def test_what_an_installation_asks_for_is_what_the_checkout_does(monkeypatch, tmp_path):
     """Read from the metadata, as where there is no pyproject.toml."""
-    here = packages.requirements()
+    here = requirements.requirements()
     lines = [str(r) for r in here[""]]
     lines += [f'{r} ; extra == "{e}"' for e in here if e for r in here[e]]
-    monkeypatch.setattr(packages, "__file__", str(tmp_path / "bt_fast" / "packages.py"))
-    monkeypatch.setattr(packages.importlib.metadata, "requires", lambda name: lines)
-    installed = packages.requirements()
+    monkeypatch.setattr(requirements, "__file__", str(tmp_path / "bt_fast" / "packages.py"))
+    monkeypatch.setattr(requirements.importlib.metadata, "requires", lambda name: lines)
+    installed = requirements.requirements()
     assert {e: [r.name for r in installed[e]] for e in installed} == {
         e: [r.name for r in here[e]] for e in here
     }
@@ -98,14 +98,14 @@ def test_what_an_installation_asks_for_is_what_the_checkout_does(monkeypatch, tm
 
 def test_page_locked_batches_are_counted_as_torch_allocates_them(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert machine.bytes_of_batch(2048, 224) == 2 * 2048 * 224 * 224 * 3
+    assert hardware.bytes_of_batch(2048, 224) == 2 * 2048 * 224 * 224 * 3
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert machine.bytes_of_batch(2048, 224) == 8 * machine.bytes_of_batch(256, 224) == 2**30
+    assert hardware.bytes_of_batch(2048, 224) == 8 * hardware.bytes_of_batch(256, 224) == 2**30
 
 
 def test_a_gpu_that_torch_cannot_use_is_broken_and_a_hidden_one_is_not(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(machine, "nvidia_driver", lambda: "470.82")
+    monkeypatch.setattr(hardware, "nvidia_driver", lambda: "470.82")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     (row,) = doctor.gpus()
     assert row.broken and "470.82" in row.value
@@ -125,19 +125,19 @@ def test_what_several_gpus_need_of_the_system(monkeypatch):
 
 
 def test_a_containers_limits_count(monkeypatch, tmp_path):
-    monkeypatch.setattr(machine, "_GROUP", tmp_path)
-    assert machine.granted_cores() is None
+    monkeypatch.setattr(hardware, "_GROUP", tmp_path)
+    assert hardware.granted_cores() is None
     (tmp_path / "cpu.max").write_text("max 100000\n")
-    assert machine.granted_cores() is None
+    assert hardware.granted_cores() is None
     (tmp_path / "cpu.max").write_text("50000 100000\n")
-    assert machine.granted_cores() == 0.5
+    assert hardware.granted_cores() == 0.5
     assert doctor.cores().fix == "bt-fast pretrain --workers 1"
-    free = machine.free_memory()
+    free = hardware.free_memory()
     (tmp_path / "memory.max").write_text("max\n")
     (tmp_path / "memory.current").write_text("4000\n")
-    assert machine.free_memory() > free / 2
+    assert hardware.free_memory() > free / 2
     (tmp_path / "memory.max").write_text("10000\n")
-    assert machine.free_memory() == 6000
+    assert hardware.free_memory() == 6000
     assert "--batch-size" in rows()["memory"].fix
 
 
@@ -177,10 +177,10 @@ def test_cards_that_do_not_answer_are_broken_and_those_that_do_are_not(monkeypat
 
 
 def test_kernels_need_a_compiler(monkeypatch):
-    assert doctor.compiler().broken == (machine.c_compiler()[0] is None)
-    monkeypatch.setattr(machine, "c_compiler", lambda: (None, None))
+    assert doctor.compiler().broken == (hardware.c_compiler()[0] is None)
+    monkeypatch.setattr(hardware, "c_compiler", lambda: (None, None))
     assert doctor.compiler().broken and "gcc" in doctor.compiler().fix
-    monkeypatch.setattr(machine, "c_compiler", lambda: ("/usr/bin/cc", None))
+    monkeypatch.setattr(hardware, "c_compiler", lambda: ("/usr/bin/cc", None))
     assert doctor.compiler().problem and not doctor.compiler().broken
 
 

@@ -35,11 +35,11 @@ ERRORS = {
 # message of the list, and warnings.
 INTERNAL = {
     "bt_fast/ablations.py": ["the authors give no learning rate for batch …"],
-    "bt_fast/checkpoint.py": ["state.json is not as it was saved", "… is not as it was saved"],
+    "bt_fast/run/checkpoint.py": ["state.json is not as it was saved", "… is not as it was saved"],
     "bt_fast/evaluate/detection.py": [
         "detectors need an encoder with the ImageNet stem; this has the CIFAR one"
     ],
-    "bt_fast/evaluate/voc.py": ["average precision needs a positive image"],
+    "bt_fast/evaluate/voc07.py": ["average precision needs a positive image"],
     "bt_fast/loss.py": [
         "z_a and z_b must be [n, D] and alike, got … … and … …",
         "the loss needs at least two samples: it normalises over the batch",
@@ -47,32 +47,32 @@ INTERNAL = {
         "method must be auto, dense, gram or columns, got …",
     ],
     "bt_fast/loss_variants.py": ["there is no objective …"],
-    "bt_fast/model.py": ["--encoder … is not one of …"],
-    "bt_fast/norm.py": [
+    "bt_fast/models/networks.py": ["--encoder … is not one of …"],
+    "bt_fast/models/batch_norm.py": [
         "a training batch holds two views of every image, got … rows",
         "batch norm needs more than one value per channel and view",
         "the batch norms of a model need the same momentum",
     ],
-    "bt_fast/norm_triton.py": [
+    "bt_fast/models/batch_norm_triton.py": [
         "batch norm needs more than one value per channel and view",
         "fused batch norm takes at most … channels, got …",
     ],
-    "bt_fast/weights.py": ["it is a compressed archive, which torch does not write"],
-    "pipelines/augment.py": [
+    "bt_fast/export/encoder_files.py": ["it is a compressed archive, which torch does not write"],
+    "pipelines/augment/__init__.py": [
         "images must be uint8 [n, H, W, 3], got … …",
         "… images but parameters for …",
     ],
-    "pipelines/augment_triton.py": ["images must have fewer than 2 ** 29 pixels, got … x …"],
-    "pipelines/beton_writer.py": [
+    "pipelines/augment/triton.py": ["images must have fewer than 2 ** 29 pixels, got … x …"],
+    "pipelines/beton/writer.py": [
         "page_size …: must be a power of two from 2 MiB to 2 GiB",
         "…: more than the … announced images",
         "…: no images were added",
         "…: a name cannot contain NUL",
         "…: … bytes cannot be stored",
     ],
-    "pipelines/images.py": ["JPEG without a frame header"],
+    "pipelines/convert/jpeg.py": ["JPEG without a frame header"],
     "pipelines/order.py": ["num_samples must not be negative, got …"],
-    "pipelines/webdataset.py": ["…: no images were added"],
+    "pipelines/webdataset/writer.py": ["…: no images were added"],
 }
 
 

@@ -9,13 +9,13 @@ import torch.nn.functional as F
 from ranks import run_ranks
 from safetensors.torch import load_file
 
-from bt_fast import norm
 from bt_fast.cli import main
-from bt_fast.dist import ALONE, gather_shares
+from bt_fast.distributed.collectives import ALONE, gather_shares
 from bt_fast.evaluate.supervised import Classifier, _sum_gradients
-from bt_fast.model import build_encoder
-from bt_fast.run_directory import read_metrics
-from bt_fast.weights import load_encoder
+from bt_fast.export.encoder_files import load_encoder
+from bt_fast.models import batch_norm
+from bt_fast.models.networks import build_encoder
+from bt_fast.run.directory import read_metrics
 
 COMMON = ["--device=cpu", "--precision=fp32", "--workers=1"]
 # Of three ranks none has the same share of every batch: 64 images are four batches of 14 and one of
@@ -118,7 +118,7 @@ def tuned_step(world, counts: tuple[int, ...]) -> tuple[dict, dict]:
     images, labels = torch.randn(7, 3, 32, 32, dtype=torch.float64), torch.arange(7) % 3
     model = Classifier(build_encoder("resnet18"), 512, 3, seed=0).double().train()
     torch.nn.init.constant_(model.encoder.layer4[1].bn2.weight, 0.5)  # zero would hide a branch
-    norm.over_uneven_ranks(model, world.group)
+    batch_norm.over_uneven_ranks(model, world.group)
     own = slice(sum(counts[: world.rank]), sum(counts[: world.rank + 1]))
     loss = F.cross_entropy(model(images[own]), labels[own], reduction="sum") / 7
     loss.backward()

@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 
 import bt_fast
 from bt_fast.cli import main
-from bt_fast.model import BarlowTwins, build_encoder
-from bt_fast.weights import read_pretrained
+from bt_fast.export.encoder_files import read_pretrained
+from bt_fast.models.networks import BarlowTwins, build_encoder
 
 ARCHITECTURES = ("resnet18", "resnet50")
 

@@ -15,11 +15,11 @@ pytest.importorskip("ffcv", reason="ffcv is not installed", exc_type=ImportError
 import cv2
 
 from pipelines.beton import BetonReader
-from pipelines.beton_writer import BetonWriter
+from pipelines.beton.writer import BetonWriter
 from pipelines.crop import RandomResizedCrop, random_boxes
-from pipelines.ffcv_loader import FfcvLoader
-from pipelines.ffcv_stream import Stream
-from pipelines.loader import NativeLoader
+from pipelines.loading.ffcv import FfcvLoader
+from pipelines.loading.ffcv_stream import Stream
+from pipelines.loading.native import NativeLoader
 from pipelines.order import epoch_order, view_keys
 
 CROP = RandomResizedCrop(size=24)
@@ -284,7 +284,7 @@ def test_what_it_cannot_do_is_refused(reader, changes, message):
 def test_without_ffcv_the_message_says_what_to_do(reader, monkeypatch):
     for name in [name for name in sys.modules if name.split(".")[0] == "ffcv"]:
         monkeypatch.setitem(sys.modules, name, None)
-    monkeypatch.delitem(sys.modules, "pipelines.ffcv_stream")
-    monkeypatch.delattr("pipelines.ffcv_stream")
+    monkeypatch.delitem(sys.modules, "pipelines.loading.ffcv_stream")
+    monkeypatch.delattr("pipelines.loading.ffcv_stream")
     with pytest.raises(ValueError, match=r"--loader ffcv needs FFCV .*or choose --loader native"):
         loader_of(reader)

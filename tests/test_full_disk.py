@@ -14,10 +14,11 @@ from pathlib import Path
 import pytest
 from tiny_runs import TINY, comparable, learned, metrics, pretrain, same, start, wait_for_step
 
-from bt_fast import checkpoint, pictures, train
+from bt_fast import train
 from bt_fast.cli import main
-from bt_fast.records import RecordFile
-from bt_fast.signals import EXIT_UNSAVED
+from bt_fast.distributed.signals import EXIT_UNSAVED
+from bt_fast.run import checkpoint, plots
+from bt_fast.run.metrics import RecordFile
 
 FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -174,7 +175,7 @@ def test_what_a_run_can_do_without_is_told_once(
 
     real_log = train.RunLog
     monkeypatch.setattr(train, "RunLog", after_opening)
-    monkeypatch.setattr(pictures, "atomic_file", no_file)
+    monkeypatch.setattr(plots, "atomic_file", no_file)
     folder = tmp_path / "run"
     assert pretrain("--data", small_beton, "--run-dir", folder) == 0
     output = capsys.readouterr().out

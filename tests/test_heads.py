@@ -4,14 +4,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from bt_fast.evaluate.heads import (
+from bt_fast.evaluate.eval_directory import EvalFolder
+from bt_fast.evaluate.linear_cached import (
     Grid,
     choose_and_fit,
     cross_entropy_gradient,
     top_1_and_5,
     train_heads,
 )
-from bt_fast.evaluate.state import EvalFolder
 from pipelines.order import epoch_order
 
 GRID = Grid(rates=(0.1, 1.0), decays=(0.0, 1e-2), epochs=5, batch_size=16, seed=4)

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from sample_imagenet import CLASSES, convert, same_as
 
-import pipelines.write_split
-from pipelines.convert import main
+import pipelines.convert.write_split
+from pipelines.convert.command import main
 
 
 def add(archive: tarfile.TarFile, name: str, content: bytes) -> None:
@@ -112,13 +112,13 @@ def test_ilsvrc_that_cannot_be_read(downloads, tmp_path, capsys):
 @pytest.mark.parametrize("workers", [1, 2])
 def test_an_archive_that_vanishes_is_one_line(downloads, tmp_path, capsys, monkeypatch, workers):
     """Listed, and gone when its images are to be read."""
-    prepare = pipelines.write_split.prepare_all
+    prepare = pipelines.convert.write_split.prepare_all
 
     def vanish(*arguments, **options):
         (downloads / "ILSVRC2012_img_train.tar").unlink()
         return prepare(*arguments, **options)
 
-    monkeypatch.setattr(pipelines.write_split, "prepare_all", vanish)
+    monkeypatch.setattr(pipelines.convert.write_split, "prepare_all", vanish)
     train = downloads / "ILSVRC2012_img_train.tar"
     assert main([str(train), str(tmp_path / "out.beton"), "--workers", str(workers)]) == 2
     error = capsys.readouterr().err

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from conftest import write_beton
 
-from bt_fast.evaluate.knn import choose_data, knn_accuracy
+from bt_fast.evaluate.knn_classifier import choose_data, knn_accuracy
 from pipelines.beton import BetonReader
 
 

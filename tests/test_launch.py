@@ -11,13 +11,13 @@ import pytest
 import torch
 from tiny_runs import TINY, learned, metrics, pretrain, same, start, wait_for_step, wait_until
 
-from bt_fast import faults
 from bt_fast.cli import main
 from bt_fast.config import Config
-from bt_fast.dist import World
-from bt_fast.launch import elsewhere
-from bt_fast.plan import count
-from bt_fast.signals import EXIT_STOPPED
+from bt_fast.distributed import fault_injection
+from bt_fast.distributed.collectives import World
+from bt_fast.distributed.launcher import elsewhere
+from bt_fast.distributed.signals import EXIT_STOPPED
+from bt_fast.plan.dry_run import count
 
 # Beside those of every tiny run: what makes ranks comparable.
 FLAGS = [
@@ -232,4 +232,4 @@ def test_a_rank_without_numbers_skips_the_update_on_all(small_beton, tmp_path):
 def test_a_fault_that_is_none_is_refused(monkeypatch):
     monkeypatch.setenv("BT_FAST_FAULT", "1:now:kill")
     with pytest.raises(ValueError, match="RANK:STEP"):
-        faults.inject(torch.zeros(1), 0, World(rank=0, size=1, local_rank=0, local_size=1))
+        fault_injection.inject(torch.zeros(1), 0, World(rank=0, size=1, local_rank=0, local_size=1))

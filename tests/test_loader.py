@@ -9,7 +9,7 @@ import torch
 
 from pipelines.beton import BetonReader
 from pipelines.crop import RandomResizedCrop, cut, random_boxes
-from pipelines.loader import NativeLoader
+from pipelines.loading.native import NativeLoader
 from pipelines.order import epoch_order, view_keys
 
 CROP = RandomResizedCrop(size=24)

@@ -11,11 +11,11 @@ from tiny_runs import TINY
 
 from bt_fast.cli import main
 from bt_fast.evaluate.options import open_images
-from pipelines import dali_loader, loaders
 from pipelines.beton import BetonReader
-from pipelines.convert import main as convert
+from pipelines.convert.command import main as convert
 from pipelines.crop import RandomResizedCrop
-from pipelines.loaders import choose, open_data, open_loader, rate
+from pipelines.loading import choose, dali
+from pipelines.loading.choose import choose_backend, open_data, open_loader, rate
 
 GPU, CPU = torch.device("cuda", 0), torch.device("cpu")
 
@@ -42,10 +42,10 @@ def chosen(data, rates, monkeypatch, *, wish="auto", images=10**8, cache=False, 
             raise rates[name]
         return rates[name]
 
-    monkeypatch.setattr(loaders, "rate", lambda loader: loader)
-    monkeypatch.setattr(dali_loader, "is_installed", lambda: "dali" in rates)
-    monkeypatch.setattr(dali_loader, "release_memory", lambda: None)
-    name, why = choose(wish, data, images, measure, cache=cache, device=device)
+    monkeypatch.setattr(choose, "rate", lambda loader: loader)
+    monkeypatch.setattr(dali, "is_installed", lambda: "dali" in rates)
+    monkeypatch.setattr(dali, "release_memory", lambda: None)
+    name, why = choose_backend(wish, data, images, measure, cache=cache, device=device)
     return name, why, measured
 
 
@@ -74,7 +74,7 @@ def test_a_dali_that_fails_is_not_chosen(reader, monkeypatch):
 
 def test_the_rate_is_that_of_the_loader(monkeypatch):
     now = [0.0]  # a clock of which only the loader takes time
-    monkeypatch.setattr(loaders.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(choose.time, "perf_counter", lambda: now[0])
 
     def batches(first, last):
         for _ in range(first, last):
@@ -100,7 +100,7 @@ def test_missing_packages_are_named_with_the_way_out(reader, shards, monkeypatch
 
 def test_the_cache_is_natives(reader):
     with pytest.raises(ValueError, match="--cache-gb"):
-        dali_loader.DaliLoader(reader, RandomResizedCrop(size=16), batch_size=16, cache_bytes=9)
+        dali.DaliLoader(reader, RandomResizedCrop(size=16), batch_size=16, cache_bytes=9)
 
 
 def test_the_choice_is_in_the_table_and_in_the_runs_configuration(small_beton, tmp_path, capsys):

@@ -5,8 +5,8 @@ import json
 import pytest
 from rich.console import Console
 
-from bt_fast.log import RunLog, duration, summary_table
-from bt_fast.run_directory import read_metrics
+from bt_fast.run.console import RunLog, duration, summary_table
+from bt_fast.run.directory import read_metrics
 
 RECORD = {
     "step": 1, "epoch": 0.5, "loss": 3.0, "invariance": 2.5, "redundancy": 100.0,

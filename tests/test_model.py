@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from bt_fast.model import BarlowTwins, build_encoder, build_projector, feature_width
-from bt_fast.norm import RunningStatistics
+from bt_fast.models.batch_norm import RunningStatistics
+from bt_fast.models.networks import BarlowTwins, build_encoder, build_projector, feature_width
 
 
 @pytest.mark.parametrize("name,width", [("resnet18", 512), ("resnet50", 2048)])

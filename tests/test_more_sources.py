@@ -12,9 +12,9 @@ from PIL import Image
 from sample_imagenet import CLASSES, convert, same_as
 
 from pipelines.beton import BetonReader
-from pipelines.listing import Image as Listed
-from pipelines.listing import Place
-from pipelines.workers import prepare_all
+from pipelines.convert.manifest import Image as Listed
+from pipelines.convert.manifest import Place
+from pipelines.convert.workers import prepare_all
 
 # Parquet
 

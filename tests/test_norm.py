@@ -8,8 +8,8 @@ from conftest import with_torchs_batch_norm
 from ranks import run_ranks
 from torch import nn
 
-from bt_fast import norm
-from bt_fast.model import BarlowTwins
+from bt_fast.models import batch_norm
+from bt_fast.models.networks import BarlowTwins
 
 
 def close(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
@@ -28,7 +28,7 @@ def by_torch(layer, x: torch.Tensor) -> torch.Tensor:
 
 def explicit(layer, x: torch.Tensor) -> torch.Tensor:
     """The same by the function that is compiled."""
-    y, mean, variance, count = norm.normalise(x, layer.weight, layer.bias, eps=layer.eps)
+    y, mean, variance, count = batch_norm.normalise(x, layer.weight, layer.bias, eps=layer.eps)
     values = x.detach().to(mean.dtype).unflatten(0, (2, -1)).transpose(1, 2).flatten(2)
     assert count == values.shape[2]
     assert torch.allclose(mean, values.mean(2), rtol=1e-5, atol=1e-5)
@@ -47,9 +47,9 @@ def traced(layer, x: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("shape", [(12, 5, 6, 7), (12, 5), (12, 3, 1, 1)])
 def test_one_call_equals_two(way, shape, dtype, tolerance):
     kinds = (
-        (norm.BatchNorm2d, nn.BatchNorm2d)
+        (batch_norm.BatchNorm2d, nn.BatchNorm2d)
         if len(shape) == 4
-        else (norm.BatchNorm1d, nn.BatchNorm1d)
+        else (batch_norm.BatchNorm1d, nn.BatchNorm1d)
     )
     torch.manual_seed(0)
     ours, theirs = (kind(shape[1]).to(dtype) for kind in kinds)
@@ -74,7 +74,7 @@ def test_one_call_equals_two(way, shape, dtype, tolerance):
 @pytest.mark.parametrize("compiled", [False, True])
 def test_a_layer_on_its_own_moves_its_statistics(compiled):
     torch.manual_seed(0)
-    ours, theirs = norm.BatchNorm2d(5, momentum=0.3), nn.BatchNorm2d(5, momentum=0.3)
+    ours, theirs = batch_norm.BatchNorm2d(5, momentum=0.3), nn.BatchNorm2d(5, momentum=0.3)
     forward = torch.compile(ours, backend="eager", dynamic=False) if compiled else ours
     for _ in range(2):
         x = torch.randn(12, 5, 3, 3) * 3 + 1
@@ -92,7 +92,7 @@ def test_statistics_of_a_model_move_together_or_not_at_all():
     torch.manual_seed(0)
     model = BarlowTwins("resnet18", (16, 16))
     other = with_torchs_batch_norm(model)
-    statistics = norm.RunningStatistics(model)
+    statistics = batch_norm.RunningStatistics(model)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     views = torch.randn(8, 3, 32, 32)
     for applied in (False, True):
@@ -106,7 +106,7 @@ def test_statistics_of_a_model_move_together_or_not_at_all():
 
 
 def test_the_function_keeps_dtype_and_memory_order_and_returns_no_view():
-    layer = norm.BatchNorm2d(4)
+    layer = batch_norm.BatchNorm2d(4)
     x = torch.randn(6, 4, 5, 5).to(torch.bfloat16, memory_format=torch.channels_last)
     out = explicit(layer, x.requires_grad_())
     assert out.dtype == torch.bfloat16 and not out._is_view()
@@ -124,7 +124,7 @@ def test_a_channel_far_from_zero_keeps_its_variance_over_ranks():
 
 def far_from_zero(world) -> tuple[float, int]:
     x = 4096 + torch.arange(8.0).view(2, 4).repeat(1, 2)[:, 4 * world.rank :][:, :4].reshape(8, 1)
-    _, _, variance, count = norm.normalise(
+    _, _, variance, count = batch_norm.normalise(
         x, torch.ones(1), torch.zeros(1), eps=1e-5, group=world.group
     )
     return variance[0, 0].item(), count
@@ -132,7 +132,7 @@ def far_from_zero(world) -> tuple[float, int]:
 
 def test_an_odd_batch_is_refused():
     with pytest.raises(ValueError, match="two views of every image, got 5 rows"):
-        norm.BatchNorm1d(3)(torch.randn(5, 3))
+        batch_norm.BatchNorm1d(3)(torch.randn(5, 3))
 
 
 def test_the_model_equals_two_calls_of_the_plain_one():
@@ -153,7 +153,7 @@ def test_the_model_equals_two_calls_of_the_plain_one():
 
 
 def test_checkpoints_fit_torchs_layers():
-    ours = norm.BatchNorm2d(3)
+    ours = batch_norm.BatchNorm2d(3)
     theirs = nn.BatchNorm2d(3)
     theirs.load_state_dict(copy.deepcopy(ours.state_dict()))
 
@@ -181,7 +181,7 @@ def results(model: nn.Module, x: torch.Tensor, gradient: torch.Tensor):
 def uneven_layer(world, dtype: torch.dtype):
     """Of a rank that holds its part of the batch."""
     model, *batch = uneven_batch(dtype)
-    norm.over_uneven_ranks(model, world.group)
+    batch_norm.over_uneven_ranks(model, world.group)
     return results(model, *(part.split(COUNTS)[world.rank] for part in batch))
 
 

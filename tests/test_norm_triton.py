@@ -32,12 +32,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from triton.runtime import interpreter
 
-from bt_fast import norm
-from bt_fast.dist import World
-from bt_fast.model import BarlowTwins
+from bt_fast.distributed.collectives import World
+from bt_fast.models import batch_norm
+from bt_fast.models.networks import BarlowTwins
 
 if os.environ.get("TRITON_INTERPRET") == "1":
-    from bt_fast import norm_triton
+    from bt_fast.models import batch_norm_triton
 
 pytestmark = [
     pytest.mark.skipif(INTERPRETER_FAILS is not None, reason=str(INTERPRETER_FAILS)),
@@ -64,11 +64,11 @@ def test_results_and_gradients_are_nearer_to_the_truth_than_torchs(
 ):
     if (form, shape) in OF_MODELS:
         # Few and large programs, or the interpreter takes minutes.
-        monkeypatch.setattr(norm_triton, "PROGRAMS", 8)
-        monkeypatch.setattr(norm_triton, "BLOCK_ROWS", 256)
-        monkeypatch.setitem(norm_triton.BLOCKS, "BLOCK_ROWS", 256)
-        monkeypatch.setattr(norm_triton, "POOL_BLOCK", 64)
-        monkeypatch.setattr(norm_triton, "POOL_ROWS", 56)
+        monkeypatch.setattr(batch_norm_triton, "PROGRAMS", 8)
+        monkeypatch.setattr(batch_norm_triton, "BLOCK_ROWS", 256)
+        monkeypatch.setitem(batch_norm_triton.BLOCKS, "BLOCK_ROWS", 256)
+        monkeypatch.setattr(batch_norm_triton, "POOL_BLOCK", 64)
+        monkeypatch.setattr(batch_norm_triton, "POOL_ROWS", 56)
     tensors, g = inputs(form, shape, offset=offset), both_gradients(form, shape)
     exact = leaves(tensors, torch.float64)
     true = definition(form, *exact)
@@ -102,7 +102,7 @@ def test_what_a_gpu_is_tested_with():
     """The checks of test_cuda.py at small sizes."""
     require_the_definition("two norms", (4, 8, 3, 3), torch.float32)
     for dtype in (torch.float32, torch.bfloat16):
-        require_whole_sums(10, 3 * norm_triton.BLOCK_ROWS + 1, dtype, launches=3)
+        require_whole_sums(10, 3 * batch_norm_triton.BLOCK_ROWS + 1, dtype, launches=3)
     require_the_same_bits("residual", (4, 8, 5, 5), torch.float32, repetitions=2)
 
 
@@ -173,10 +173,10 @@ def test_of_equal_values_the_first_gets_the_pools_gradient():
 
 
 def test_a_batch_that_is_no_two_views_is_refused():
-    layer = norm.BatchNorm2d(4)
-    norm.fuse(layer)
+    layer = batch_norm.BatchNorm2d(4)
+    batch_norm.fuse(layer)
     with pytest.raises(ValueError, match="two views of every image, got 3 rows"):
-        norm.norm_act(layer, torch.randn(3, 4, 2, 2))
+        batch_norm.norm_act(layer, torch.randn(3, 4, 2, 2))
 
 
 def test_without_a_gradient_of_its_result_there_is_none():
@@ -255,9 +255,9 @@ def train_a_step(encoder: str, size: int, small: bool, dtype: torch.dtype, fused
             nn.init.uniform_(layer.weight, 0.5, 1.0)
     model.to(dtype).to(memory_format=torch.channels_last)
     views = views.to(dtype, memory_format=torch.channels_last)
-    statistics = norm.RunningStatistics(model)
+    statistics = batch_norm.RunningStatistics(model)
     if fused:
-        norm.fuse(model)
+        batch_norm.fuse(model)
     z = model(views)
     (z * torch.linspace(-1, 1, z.numel(), dtype=dtype).view_as(z)).sum().backward()
     statistics.update(torch.tensor(True))
@@ -286,22 +286,22 @@ def test_a_step_of_a_fused_model_is_as_near_to_the_truth(encoder, size, small):
 
 def test_fused_norms_need_a_gpu_or_the_interpreter(monkeypatch):
     cpu = torch.device("cpu")
-    assert norm.choose("fused", cpu) == "fused"
+    assert batch_norm.choose("fused", cpu) == "fused"
     monkeypatch.delenv("TRITON_INTERPRET")
     with pytest.raises(ValueError, match="--norm fused needs a GPU"):
-        norm.choose("fused", cpu)
-    assert norm.choose("auto", cpu) == norm.choose("compiled", cpu) == "compiled"
+        batch_norm.choose("fused", cpu)
+    assert batch_norm.choose("auto", cpu) == batch_norm.choose("compiled", cpu) == "compiled"
 
 
 def test_rows_are_divided_by_the_shape_alone():
     for (n, channels, side), views in itertools.product(
         [(512, 64, 112), (512, 256, 56), (512, 2048, 7), (2, 3, 1), (64, 67, 5)], (1, 2)
     ):
-        where = norm_triton.split(torch.empty(n, channels, side, side, device="meta"), views)
-        assert where.rows_per_part % norm_triton.BLOCK_ROWS == 0
+        where = batch_norm_triton.split(torch.empty(n, channels, side, side, device="meta"), views)
+        assert where.rows_per_part % batch_norm_triton.BLOCK_ROWS == 0
         assert (where.parts - 1) * where.rows_per_part < where.num_rows
         assert where.num_rows <= where.parts * where.rows_per_part
-        assert where.columns * norm_triton.BLOCK_CHANNELS >= channels
+        assert where.columns * batch_norm_triton.BLOCK_CHANNELS >= channels
 
 
 # What the kernels move.
@@ -344,8 +344,10 @@ class Operators(TorchDispatchMode):
 @pytest.mark.parametrize("form", FORMS)
 def test_kernels_move_their_arguments_once(form, monkeypatch):
     """Counted by the interpreter, load by load. (Windows of the pool overlap; caches help.)"""
-    monkeypatch.setattr(norm_triton, "PROGRAMS", 2)  # of a size at which their sums weigh little
-    monkeypatch.setattr(norm_triton, "POOL_ROWS", 1 << 16)
+    monkeypatch.setattr(
+        batch_norm_triton, "PROGRAMS", 2
+    )  # of a size at which their sums weigh little
+    monkeypatch.setattr(batch_norm_triton, "POOL_ROWS", 1 << 16)
     memory = CountedMemory(interpreter._interpreter)
     monkeypatch.setattr(interpreter, "_interpreter", memory)
     tensors, g = inputs(form, (2, 64, 48, 48)), both_gradients(form, (2, 64, 48, 48))
@@ -379,7 +381,7 @@ def bytes_of_operators(model: nn.Module, num_images: int, size: int) -> list[tup
 def test_a_step_of_the_papers_network_moves_101_gb_in_norms():
     with torch.device("meta"):
         model = BarlowTwins("resnet50", (8192, 8192, 8192))
-    norm.fuse(model)
+    batch_norm.fuse(model)
     calls = bytes_of_operators(model, 256, 224)
     names = [name for name, _ in calls]
     # Statistics, normalise, sums and input gradient of 53 + 2 norms; 4 share all but the first.

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from bt_fast.lars import LARS, parameter_groups
-from bt_fast.model import BarlowTwins
+from bt_fast.models.networks import BarlowTwins
 from bt_fast.schedule import FLOOR, learning_rate
 from tools import reference
 

@@ -6,10 +6,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from bt_fast import cards, doctor, plan
+from bt_fast.build import build_model
 from bt_fast.cli import main
 from bt_fast.config import Config
-from bt_fast.job import build_model
+from bt_fast.doctor import doctor
+from bt_fast.plan import dry_run, gpus
 from bt_fast.recipes import RECIPES
 
 SMALL = Config(encoder="resnet18", size=32, small_images=True, projector=(96, 64), precision="fp32")
@@ -26,7 +27,7 @@ def test_activations_are_what_a_forward_pass_leaves_allocated(change):
     assert output.requires_grad
     with torch.device("meta"):
         shapes = build_model(settings)
-        embeddings, saved = plan.forward(shapes, torch.empty_like(views, device="meta"))
+        embeddings, saved = dry_run.forward(shapes, torch.empty_like(views, device="meta"))
     # The views were there before, and nothing of the output is needed for its own gradient.
     expected = saved - views.nbytes + embeddings.nbytes
     assert left == pytest.approx(expected, rel=0.01)
@@ -39,39 +40,41 @@ def test_resnet50_with_256_images():
     stem and its pool 1.8 M. With the blocks' shortcuts (0.8 + 0.4 + 0.2 + 0.1 M, before and behind
     the norm) and the larger first convolution of a stage: some 21 M values, 42 MB of bf16.
     """
-    counted = plan.count(Config())
+    counted = dry_run.count(Config())
     assert counted.saved_bytes / 2 == pytest.approx(42e6, rel=0.1)
-    parts = plan.memory(Config(), counted, 256)
+    parts = dry_run.memory(Config(), counted, 256)
     assert 20e9 < parts["activations"] < 30e9
     assert parts["weights, gradients, momentum"] == pytest.approx(14 * 174.5e6, rel=1e-3)
     assert 25e9 < sum(parts.values()) < 30e9
-    whole = plan.count(Config(precision="fp32"))
+    whole = dry_run.count(Config(precision="fp32"))
     assert whole.saved_bytes == pytest.approx(2 * counted.saved_bytes, rel=0.05)
-    assert sum(plan.memory(Config(), whole, 256).values()) > 45e9
+    assert sum(dry_run.memory(Config(), whole, 256).values()) > 45e9
 
 
 def test_the_largest_batch_fits_and_the_next_does_not():
-    counted = plan.count(SMALL)
-    for card in (cards.CARDS[0], cards.H100):
-        most = plan.largest_batch(SMALL, counted, card)
+    counted = dry_run.count(SMALL)
+    for card in (gpus.CARDS[0], gpus.H100):
+        most = dry_run.largest_batch(SMALL, counted, card)
         assert most % 16 == 0 and most > 0
-        assert sum(plan.memory(SMALL, counted, most).values()) <= card.memory
-        assert sum(plan.memory(SMALL, counted, most + 16).values()) > card.memory
-    assert plan.largest_batch(SMALL, counted, cards.Card(name="tiny", memory=2e9)) == 0
+        assert sum(dry_run.memory(SMALL, counted, most).values()) <= card.memory
+        assert sum(dry_run.memory(SMALL, counted, most + 16).values()) > card.memory
+    assert dry_run.largest_batch(SMALL, counted, gpus.Card(name="tiny", memory=2e9)) == 0
     # More ranks gather more embeddings.
-    config, counted = Config(), plan.count(Config())
-    alone, many = (plan.largest_batch(config, counted, cards.H100, n) for n in (1, 32))
+    config, counted = Config(), dry_run.count(Config())
+    alone, many = (dry_run.largest_batch(config, counted, gpus.H100, n) for n in (1, 32))
     assert 0.8 * alone < many < alone
 
 
 def test_rates_are_those_that_were_published():
     """PyTorch's ResNet-50 on an A100 in bf16, channels-last: 2,470 to 2,600 images/s, which are one
     view each. Between cards, no rate differs by more than its slower resource does."""
-    config, counted = Config(), plan.count(Config())
-    rates = {card.name: 256 / plan.step_seconds(config, counted, 256, card) for card in cards.CARDS}
+    config, counted = Config(), dry_run.count(Config())
+    rates = {
+        card.name: 256 / dry_run.step_seconds(config, counted, 256, card) for card in gpus.CARDS
+    }
     assert 2 * rates["A100 80 GB"] == pytest.approx(2_535, rel=0.05)
-    for one in cards.CARDS:
-        for other in cards.CARDS:
+    for one in gpus.CARDS:
+        for other in gpus.CARDS:
             ratios = one.flop_per_s / other.flop_per_s, one.bytes_per_s / other.bytes_per_s
             assert 0.95 * min(ratios) < rates[one.name] / rates[other.name] < 1.05 * max(ratios)
 
@@ -95,37 +98,37 @@ def test_rates_are_those_that_were_published():
     ],
 )
 def test_a_gpu_is_recognised_by_its_name_and_memory(name, gibibytes, card):
-    found = cards.of_device(name, int(gibibytes * 2**30))
-    expected = {known.name: known.bytes_per_s for known in cards.CARDS}.get(card, 0)
+    found = gpus.of_device(name, int(gibibytes * 2**30))
+    expected = {known.name: known.bytes_per_s for known in gpus.CARDS}.get(card, 0)
     assert found.bytes_per_s == expected and found.name == name.removeprefix("NVIDIA ")
     assert 0.9 * gibibytes * 2**30 < found.memory < gibibytes * 2**30
     if card is not None:
-        nominal = {known.name: known.memory for known in cards.CARDS}[card]
+        nominal = {known.name: known.memory for known in gpus.CARDS}[card]
         assert nominal < 1.01 * found.memory < 1.1 * nominal
 
 
 def test_the_gpu_that_is_here_comes_first():
-    config, counted = Config(), plan.count(Config())
-    here = cards.of_device("NVIDIA RTX A6000", 48 << 30)
-    rows = plan.fits(config, counted, 1, here)
+    config, counted = Config(), dry_run.count(Config())
+    here = gpus.of_device("NVIDIA RTX A6000", 48 << 30)
+    rows = dry_run.fits(config, counted, 1, here)
     assert list(rows)[1:] == ["this RTX A6000", "GPUs of 24 GB", "GPUs of 40 GB", "GPUs of 80 GB"]
     assert "images/s" not in rows["this RTX A6000"]  # its rates are not known
     huge = replace(config, size=4096)
-    assert plan.fits(huge, plan.count(huge), 1)["GPUs of 24 GB"] == "does not fit"
+    assert dry_run.fits(huge, dry_run.count(huge), 1)["GPUs of 24 GB"] == "does not fit"
 
 
 def test_doctor_says_which_batch_fits(monkeypatch):
     config = RECIPES["imagenet"]()
     row = doctor.gpu_memory(config, 1)
     assert "on GPUs of 24 GB" in row.value and "on GPUs of 80 GB" in row.value and not row.problem
-    h100 = cards.of_device("NVIDIA H100 80GB HBM3", int(79.2 * 2**30))
-    monkeypatch.setattr(cards, "present", lambda: h100)
+    h100 = gpus.of_device("NVIDIA H100 80GB HBM3", int(79.2 * 2**30))
+    monkeypatch.setattr(gpus, "present", lambda: h100)
     row = doctor.gpu_memory(config, 1)
     assert row.problem and not row.broken
     flag = row.fix.partition("--batch-size ")[2]
     assert 700 < int(flag.partition(",")[0]) < 1000 and "--gpus 1" in row.fix
     assert not doctor.gpu_memory(config, 8).problem
-    monkeypatch.setattr(cards, "present", lambda: cards.Card(name="small", memory=2e9))
+    monkeypatch.setattr(gpus, "present", lambda: gpus.Card(name="small", memory=2e9))
     assert "--size 160" in doctor.gpu_memory(config, 8).fix
 
 

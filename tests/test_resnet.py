@@ -5,8 +5,8 @@ import torch
 from torch import nn
 from torchvision import models
 
-from bt_fast import norm, resnet
-from bt_fast.model import build_encoder
+from bt_fast.models import batch_norm, resnet
+from bt_fast.models.networks import build_encoder
 
 
 def pair(name: str, norm_layer, small_images: bool = False):
@@ -30,7 +30,7 @@ def pair(name: str, norm_layer, small_images: bool = False):
 )
 def test_features_and_gradients_are_torchvisions_one_view_at_a_time(name, small_images):
     torch.manual_seed(0)
-    ours, theirs = pair(name, norm.BatchNorm2d, small_images)
+    ours, theirs = pair(name, batch_norm.BatchNorm2d, small_images)
     views = torch.randn(6, 3, 40, 40, dtype=torch.float64)
     weights = torch.randn(6, 1, dtype=torch.float64)
     features = ours(views)

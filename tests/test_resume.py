@@ -17,8 +17,8 @@ from tiny_runs import TINY, comparable, learned, metrics, pretrain, same, start,
 
 from bt_fast import train
 from bt_fast.cli import main
-from bt_fast.run_directory import RunDirectory
-from bt_fast.signals import EXIT_STOPPED
+from bt_fast.distributed.signals import EXIT_STOPPED
+from bt_fast.run.directory import RunDirectory
 
 
 def test_killed_at_a_random_step_and_resumed_equals_uninterrupted(small_beton, finished, tmp_path):

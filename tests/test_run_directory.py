@@ -11,16 +11,16 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from bt_fast import run_directory
 from bt_fast.config import Config
-from bt_fast.run_directory import RunDirectory
+from bt_fast.run import directory
+from bt_fast.run.directory import RunDirectory
 
 
 def test_runs_of_one_second_have_folders_of_their_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(time, "strftime", lambda _: "20260101-120000")
     with ThreadPoolExecutor(8) as pool:
-        folders = list(pool.map(run_directory.make_folder, [Config()] * 24))
+        folders = list(pool.map(directory.make_folder, [Config()] * 24))
     assert len({str(folder) for folder in folders}) == 24
     assert {path.name for path in (tmp_path / "runs").iterdir()} == {
         "imagenet-20260101-120000",
@@ -36,7 +36,7 @@ def test_the_second_owner_is_told_of_the_first(tmp_path):
 
 
 def test_a_killed_owner_blocks_nobody(tmp_path):
-    code = "import sys, os; from pathlib import Path; from bt_fast.run_directory import *\n"
+    code = "import sys, os; from pathlib import Path; from bt_fast.run.directory import *\n"
     code += "RunDirectory(Path(sys.argv[1])); os.kill(os.getpid(), 9)"
     done = subprocess.run([sys.executable, "-c", code, tmp_path])
     assert done.returncode == -9 and (tmp_path / ".lock").read_text().startswith("process ")
@@ -73,7 +73,7 @@ def test_without_locks_a_living_owner_of_this_machine_is_noticed(tmp_path, monke
 def test_a_start_that_was_killed_leaves_a_folder_that_can_be_taken(tmp_path):
     for name in (".lock", "config.json.tmp-12"):
         (tmp_path / name).touch()
-    assert run_directory.choose_path(Config(run_dir=tmp_path)) == tmp_path
+    assert directory.choose_path(Config(run_dir=tmp_path)) == tmp_path
     (tmp_path / "config.json").touch()
     with pytest.raises(ValueError, match="in use; continue it with --resume"):
-        run_directory.choose_path(Config(run_dir=tmp_path))
+        directory.choose_path(Config(run_dir=tmp_path))

@@ -15,7 +15,7 @@ from conftest import drawn_picture, jpeg_bytes
 from hostile import png_bomb
 
 from bt_fast.cli import main
-from pipelines import convert
+from pipelines.convert.command import main as convert
 
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted(
@@ -216,7 +216,7 @@ def test_a_decompression_bomb_is_refused_where_images_come_in(labelled_run, tmp_
             (folder / label).mkdir(parents=True)
             (folder / label / "plain.jpg").write_bytes(plain)
         (folder / "b" / name).write_bytes(data)
-        assert convert.main([str(folder), str(tmp_path / "out.beton"), "--workers=1"]) == 1
+        assert convert([str(folder), str(tmp_path / "out.beton"), "--workers=1"]) == 1
         errors = capsys.readouterr().err.splitlines()
         assert len(errors) == 2 and "pixels, more than" in errors[0] and "1 broken" in errors[1]
         flags = ["--data", str(folder), "--device=cpu", "--workers=1"]
@@ -227,7 +227,7 @@ def test_a_decompression_bomb_is_refused_where_images_come_in(labelled_run, tmp_
 
 def test_a_record_that_decodes_to_another_size_is_refused(tmp_path, capsys):
     """A forged .beton whose table says 8 x 8 of what would be 4 GB."""
-    from pipelines.beton_writer import BetonWriter
+    from pipelines.beton.writer import BetonWriter
 
     plain = jpeg_bytes(drawn_picture(0))
     frame = plain.index(b"\xff\xc0")

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from pipelines.beton import BetonReader
-from pipelines.convert import main
-from pipelines.listing import SourceError
-from pipelines.shard_reader import ShardReader
+from pipelines.convert.command import main
+from pipelines.convert.manifest import SourceError
+from pipelines.webdataset.reader import ShardReader
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +31,7 @@ def test_it_says_what_the_beton_says(small_beton, shards):
 
 
 def test_classes_are_read_of_some_images_from_everywhere(small_beton, shards, monkeypatch):
-    monkeypatch.setattr("pipelines.shard_reader.MAX_LABELS", 20)
+    monkeypatch.setattr("pipelines.webdataset.reader.MAX_LABELS", 20)
     labels = ShardReader(shards).labels
     known = np.flatnonzero(labels >= 0)
     assert len(known) == 20 and known.max() - known.min() > 32

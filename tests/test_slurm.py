@@ -10,10 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from bt_fast import slurm
 from bt_fast.cli import main, parse_pretrain
-from bt_fast.run_directory import load_config
-from bt_fast.slurm import first_host
+from bt_fast.distributed import slurm
+from bt_fast.distributed.slurm import first_host
+from bt_fast.run.directory import load_config
 from tools.slurm_cluster import missing, slurm_cluster
 
 TINY = [

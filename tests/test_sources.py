@@ -9,9 +9,9 @@ from conftest import drawn_picture, jpeg_bytes
 from hostile import STORED, make_hostile_folder, saved
 from PIL import Image
 
-from pipelines.images import UnreadableImage, prepare
-from pipelines.listing import Listing
-from pipelines.sources import find_splits, sorting
+from pipelines.convert.jpeg import UnreadableImage, prepare
+from pipelines.convert.manifest import Listing
+from pipelines.convert.sources import find_splits, sorting
 
 
 def test_order_in_nested_folders_is_torchvisions(tmp_path):

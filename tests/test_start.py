@@ -10,24 +10,24 @@ import time
 import pytest
 from tiny_runs import wait_until
 
-from bt_fast import meeting, start
-from bt_fast.signals import ASK_TO_STOP, EXIT_STOPPED, StopFlag
+from bt_fast.distributed import rendezvous, supervisor
+from bt_fast.distributed.signals import ASK_TO_STOP, EXIT_STOPPED, StopFlag
 
 
 @pytest.fixture
 def ranks(tmp_path, monkeypatch):
     """Runs two ranks of some Python; each appends "RANK/RESTARTS" to a file when it starts."""
-    monkeypatch.setenv(meeting.RESTARTS, "0")
+    monkeypatch.setenv(rendezvous.RESTARTS, "0")
     started, ready = tmp_path / "started", tmp_path / "ready"
 
-    def run(program: str, how=start.here, *arguments) -> tuple[int, list[str]]:
+    def run(program: str, how=supervisor.here, *arguments) -> tuple[int, list[str]]:
         text = (
             "import os, signal, sys, time\n"
             "rank, restarts = int(os.environ.get('RANK', 0)), int(os.environ['BT_FAST_RESTARTS'])\n"
             f"started, ready = {str(started)!r}, {str(ready)!r}\n"
             "open(started, 'a').write(f'{rank}/{restarts} ')\n" + program
         )
-        monkeypatch.setattr(start, "_rank_command", lambda _: [sys.executable, "-c", text])
+        monkeypatch.setattr(supervisor, "_rank_command", lambda _: [sys.executable, "-c", text])
         with StopFlag() as stop:
             status = how(*(arguments or ([], 2)), stop)
         return status, sorted(started.read_text().split())
@@ -41,7 +41,7 @@ def test_ranks_that_end_well_are_started_once(ranks):
 
 
 def test_all_start_again_when_one_dies_and_the_other_does_not_notice(ranks, capfd, monkeypatch):
-    monkeypatch.setattr(start, "_LAST_WORDS", 1.0)
+    monkeypatch.setattr(supervisor, "_LAST_WORDS", 1.0)
     program = (
         "if restarts == 0:\n"
         "    if rank == 0: time.sleep(3600)\n"
@@ -83,7 +83,7 @@ def test_a_signal_is_passed_on(ranks, hang_up, tmp_path, number):
 
 def test_another_launcher_is_one_process(ranks):
     program = "assert sys.argv[1:] == []; sys.exit(75 if restarts else 137)"
-    status, started = ranks(program, start.under, ["env", "A=1"], [])
+    status, started = ranks(program, supervisor.under, ["env", "A=1"], [])
     assert (status, started) == (EXIT_STOPPED, ["0/0", "0/1"])
 
 
@@ -91,7 +91,7 @@ def test_a_stop_before_the_first_start_starts_nothing(monkeypatch):
     monkeypatch.setattr(subprocess, "Popen", None)
     with StopFlag() as stop:
         os.kill(os.getpid(), signal.SIGUSR1)
-        assert start.here([], 2, stop) == EXIT_STOPPED
+        assert supervisor.here([], 2, stop) == EXIT_STOPPED
 
 
 def test_ctrl_c_interrupts_until_there_is_something_to_save():

@@ -10,11 +10,11 @@ from safetensors.torch import load_file
 
 from bt_fast.cli import main
 from bt_fast.evaluate import supervised
+from bt_fast.evaluate.eval_directory import EvalFolder
 from bt_fast.evaluate.options import EvalOptions, labelled, open_pair, open_subject
 from bt_fast.evaluate.semi import class_balanced
-from bt_fast.evaluate.state import EvalFolder
 from bt_fast.evaluate.supervised import Protocol
-from bt_fast.weights import load_encoder
+from bt_fast.export.encoder_files import load_encoder
 from pipelines.order import epoch_order
 
 COMMON = ["--device=cpu", "--precision=fp32", "--workers=2"]
@@ -195,9 +195,9 @@ class Batches:
 
 
 def open_performance():
-    from bt_fast import perf
+    from bt_fast import runtime
 
-    return perf.choose("cpu", "fp32", compile="off")
+    return runtime.choose("cpu", "fp32", compile="off")
 
 
 def test_every_held_out_image_counts_once():

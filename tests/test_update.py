@@ -7,11 +7,11 @@ from conftest import with_torchs_batch_norm
 from tiny_runs import TINY
 
 from bt_fast import train
+from bt_fast.build import build, rehearse
 from bt_fast.cli import parse_pretrain
 from bt_fast.evaluate.features import extract_features
 from bt_fast.evaluate.views import Views
-from bt_fast.feed import distort
-from bt_fast.job import build, rehearse
+from bt_fast.prefetch import distort
 from pipelines import augment
 
 

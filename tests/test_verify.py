@@ -11,8 +11,8 @@ from hostile import make_folder
 from PIL import Image
 
 from pipelines.beton import BetonReader
-from pipelines.beton_writer import BetonWriter
-from pipelines.convert import main
+from pipelines.beton.writer import BetonWriter
+from pipelines.convert.command import main
 
 
 def run(*arguments) -> int:

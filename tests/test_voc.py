@@ -7,10 +7,9 @@ import pytest
 from sample_voc import write_devkit
 
 from bt_fast.cli import main
-from bt_fast.evaluate import voc
-from bt_fast.evaluate.layouts import voc07
-from bt_fast.evaluate.state import EvalFolder
-from bt_fast.evaluate.voc import average_precision
+from bt_fast.evaluate import transfer_datasets, voc07
+from bt_fast.evaluate.eval_directory import EvalFolder
+from bt_fast.evaluate.voc07 import average_precision
 
 
 @pytest.mark.parametrize(
@@ -69,18 +68,18 @@ def devkit(tmp_path_factory):
 
 
 def test_the_layout_is_read_as_it_is(devkit):
-    names, trainval, test = voc07(devkit)
+    names, trainval, test = transfer_datasets.voc07(devkit)
     assert names == ["blue", "red"]
     assert (len(trainval.images), len(test.images)) == (24, 18)
     assert trainval.present[:6].tolist() == [[1, 1], [1, -1], [-1, 1], [-1, -1], [1, 1], [1, 0]]
     assert test.images.name(0) == "JPEGImages/000024.jpg"
     for root in (devkit / "VOCdevkit", devkit / "VOCdevkit" / "VOC2007"):
-        assert voc07(root)[1].present.tolist() == trainval.present.tolist()
+        assert transfer_datasets.voc07(root)[1].present.tolist() == trainval.present.tolist()
 
 
 def test_a_small_data_set_end_to_end(devkit, labelled_run, tmp_path, capsys, monkeypatch):
     pytest.importorskip("sklearn", reason="scikit-learn is not installed")
-    monkeypatch.setattr(voc, "COSTS", (0.01, 1.0, 100.0))
+    monkeypatch.setattr(voc07, "COSTS", (0.01, 1.0, 100.0))
     flags = ["transfer", str(labelled_run), "--dataset=voc07", "--data", str(devkit)]
     flags = ["eval", *flags, "--device=cpu", "--precision=fp32", "--workers=2", "--out"]
     assert main([*flags, str(tmp_path / "whole")]) == 0
@@ -116,13 +115,13 @@ def test_the_cost_is_chosen_by_cross_validation():
     present = np.where(generator.random(150) < 0.3, 1, -1)
     features = generator.normal(size=(150, 8)) + 0.5 * present[:, None] * (np.arange(8) < 2)
     means = []
-    for cost in voc.COSTS:
+    for cost in voc07.COSTS:
         scores = []
         for fit, test in selection.StratifiedKFold(3).split(features, present):
             model = svm.LinearSVC(C=cost, class_weight={1: 2, -1: 1}, dual=False, max_iter=2000)
             decision = model.fit(features[fit], present[fit]).decision_function(features[test])
             scores.append(eleven_points(decision.tolist(), (present[test] > 0).tolist()))
         means.append(np.mean(scores))
-    chosen = voc.COSTS.index(voc.choose_cost(features, present, num_threads=2))
+    chosen = voc07.COSTS.index(voc07.choose_cost(features, present, num_threads=2))
     assert max(means) - min(means) > 0.01
     assert means[chosen] > max(means) - 0.02  # the folds differ: ours deal images out in turn

@@ -16,7 +16,7 @@ from hostile import make_folder, saved
 from PIL import Image
 
 from pipelines.beton import BetonReader
-from pipelines.convert import main
+from pipelines.convert.command import main
 
 FILES = {"cat": 14, "dog": 21, "eel": 6}
 

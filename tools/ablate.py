@@ -27,15 +27,15 @@ import tyro
 
 from bt_fast import cli
 from bt_fast.ablations import ABLATIONS, GRIDS
+from bt_fast.build import open_data, open_val
 from bt_fast.config import Config
+from bt_fast.distributed.signals import EXIT_STOPPED, StopFlag
 from bt_fast.evaluate.linear import EvalLinear, measure_linear
 from bt_fast.evaluate.options import open_pair, open_subject
-from bt_fast.job import open_data, open_val
-from bt_fast.log import duration
-from bt_fast.run_directory import RunDirectory, load_config, read_metrics
-from bt_fast.signals import EXIT_STOPPED, StopFlag
-from pipelines.flags import parse_flags
-from pipelines.report import say
+from bt_fast.run.console import duration
+from bt_fast.run.directory import RunDirectory, load_config, read_metrics
+from pipelines.common.console import say
+from pipelines.common.flags import parse_flags
 from tools import ablate_report
 
 _CHOSEN_HERE = ("--ablation", "--seed", "--run-dir", "--resume", "--dry-run")

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bt_fast.ablations import ABLATIONS
-from pipelines.atomic import atomic_file
+from pipelines.common.atomic import atomic_file
 
 Found = dict[str, dict[int, dict[str, float]]]  # {ablation: {seed: {figure: share}}}
 

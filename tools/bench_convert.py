@@ -27,9 +27,9 @@ from typing import Annotated
 
 import tyro
 
-from pipelines.convert import Convert, convert
-from pipelines.flags import usable_cores
-from pipelines.images import Check
+from pipelines.common.cpu import usable_cores
+from pipelines.convert.command import Convert, convert
+from pipelines.convert.jpeg import Check
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

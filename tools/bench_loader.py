@@ -34,12 +34,12 @@ import tyro
 from PIL import Image
 
 from pipelines.beton import BetonReader
-from pipelines.convert import Convert, convert
+from pipelines.common.cpu import usable_cores
+from pipelines.convert.command import Convert, convert
 from pipelines.crop import RandomResizedCrop, random_boxes
-from pipelines.dali_loader import DaliLoader
-from pipelines.ffcv_loader import FfcvLoader
-from pipelines.flags import usable_cores
-from pipelines.loader import NativeLoader
+from pipelines.loading.dali import DaliLoader
+from pipelines.loading.ffcv import FfcvLoader
+from pipelines.loading.native import NativeLoader
 from tools import reference
 
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from bt_fast import norm
+from bt_fast.models import batch_norm
 from tools.results import Results
 from tools.timing import seconds_of_parts, seconds_per_call
 
@@ -79,11 +79,11 @@ def passes(
     def activation(shape: tuple[int, ...]) -> Tensor:
         return torch.randn(shape, device=device).to(torch.bfloat16, memory_format=LAYOUT)
 
-    layers = [norm.BatchNorm2d(shape[1]).to(device) for _ in range(1 + (form == "two norms"))]
+    layers = [batch_norm.BatchNorm2d(shape[1]).to(device) for _ in range(1 + (form == "two norms"))]
     for layer in layers:
         layer.updated_externally = True  # as in training
         if is_fused:
-            norm.fuse(layer)
+            batch_norm.fuse(layer)
     inputs = [activation(shape).requires_grad_() for _ in range(1 + (form in RESIDUAL))]
     leaves = inputs + [p for layer in layers for p in layer.parameters()]
     options = dict(zip(("residual", "residual_norm"), (*inputs[1:], *layers[1:]), strict=False))
@@ -94,7 +94,7 @@ def passes(
     outputs: list[Tensor] = []
 
     def forward() -> None:
-        y = norm.norm_act(layers[0], inputs[0], pool=pool, twice=ways == 2, **options)
-        outputs[:] = norm.ways(y)[:ways]
+        y = batch_norm.norm_act(layers[0], inputs[0], pool=pool, twice=ways == 2, **options)
+        outputs[:] = batch_norm.ways(y)[:ways]
 
     return [forward, lambda: torch.autograd.grad(outputs, leaves, gradients)]

@@ -80,7 +80,7 @@ def peaks(session: int) -> dict[int, int]:
 
 def convert(source: Path, out: Path, workers: int, *flags: str) -> tuple[float, float, float]:
     """(peak memory of the command, of all processes: MB; seconds) of one conversion."""
-    command = [sys.executable, "-m", "pipelines.convert", str(source), str(out), *flags]
+    command = [sys.executable, "-m", "pipelines.convert.command", str(source), str(out), *flags]
     start = time.perf_counter()
     child = subprocess.Popen(
         [*command, "--workers", str(workers)],

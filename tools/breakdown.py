@@ -23,9 +23,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from bt_fast import costs
 from bt_fast.config import Config
-from bt_fast.perf import Performance, has_bf16
+from bt_fast.plan import step_costs
+from bt_fast.runtime import Performance, has_bf16
 from tools.timing import Ceilings, Stage
 
 AUGMENT, LOSS = "bt-fast: augment", "bt-fast: loss"  # named ranges
@@ -241,8 +241,8 @@ def advice(
         launching = ["--compile reduce-overhead replays CUDA graphs", *larger]
     slow_norm = on_gpu and not found.fused_norm and parts["norm"].reached(ceilings) < 0.7
     over_ranks = ["--compress-gradients sends half"] * (not config.compress_gradients)
-    if world_size > costs.RANKS_PER_MACHINE and not config.bn_group:
-        over_ranks += [f"--bn-group {costs.RANKS_PER_MACHINE} keeps batch norm on a machine"]
+    if world_size > step_costs.RANKS_PER_MACHINE and not config.bn_group:
+        over_ranks += [f"--bn-group {step_costs.RANKS_PER_MACHINE} keeps batch norm on a machine"]
     over_ranks += ["--separate-communicators"] * (not config.separate_communicators) + larger
     fusing = ["--compile default fuses them"] * (on_gpu and off)
     rules = [

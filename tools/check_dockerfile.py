@@ -25,8 +25,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from bt_fast.cli import in_one_line
-from bt_fast.signals import EXIT_STOPPED
-from pipelines.flags import parse_flags
+from bt_fast.distributed.signals import EXIT_STOPPED
+from pipelines.common.flags import parse_flags
 from tools.dockerfile import Stage, context, copied, parse
 
 ROOT = Path(__file__).parents[1]

@@ -15,9 +15,9 @@ from pathlib import Path
 
 import torch
 
-from bt_fast import model as models
-from bt_fast.norm import Norm, choose, fuse
-from pipelines.flags import parse_flags
+from bt_fast.models import networks as models
+from bt_fast.models.batch_norm import Norm, choose, fuse
+from pipelines.common.flags import parse_flags
 from tools.lowering import Traffic, Unsupported, build, measure
 
 

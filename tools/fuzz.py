@@ -35,7 +35,8 @@ from pathlib import Path
 
 import torch
 
-from pipelines.flags import parse_flags, usable_cores
+from pipelines.common.cpu import usable_cores
+from pipelines.common.flags import parse_flags
 from tools.fuzz_judge import judge
 from tools.fuzz_kinds import KINDS
 

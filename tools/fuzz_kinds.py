@@ -14,14 +14,14 @@ import torch
 from PIL import Image
 from safetensors.torch import save as safetensors_bytes
 
-from bt_fast import checkpoint
+from bt_fast.export.encoder_files import load_encoder
 from bt_fast.lars import LARS
-from bt_fast.weights import load_encoder
+from bt_fast.run import checkpoint
 from pipelines.beton import BetonReader
-from pipelines.beton_layout import EXTRAS, FIELD, HEADER, metadata_dtype, tables_crc
-from pipelines.beton_writer import TYPE_IDS, BetonWriter
-from pipelines.images import prepare
-from pipelines.loader import CropCutter
+from pipelines.beton.layout import EXTRAS, FIELD, HEADER, metadata_dtype, tables_crc
+from pipelines.beton.writer import TYPE_IDS, BetonWriter
+from pipelines.convert.jpeg import prepare
+from pipelines.loading.native import CropCutter
 
 Verdict = Literal["refused", "unharmed", "other", "SILENT", "CRASH"]
 Judged = tuple[Verdict, str]

@@ -74,9 +74,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if missing := sorted(name for name in NEEDED if not is_installed(name)):
         print(f"gpu_suite.py: not installed: {', '.join(missing)}", file=sys.stderr)
         return 2
-    from pipelines.flags import parse_flags
-    from pipelines.loaders import open_data
-    from pipelines.stop import Stopped, signals_raise_stopped
+    from pipelines.common.flags import parse_flags
+    from pipelines.common.signals import Stopped, signals_raise_stopped
+    from pipelines.loading.choose import open_data
 
     try:
         options = parse_flags(Suite, "gpu_suite.py", arguments)
@@ -115,7 +115,7 @@ def run(options: Suite) -> int:
 
     import torch
 
-    from pipelines.atomic import atomic_file
+    from pipelines.common.atomic import atomic_file
     from tools import suite_report, synthetic
     from tools.results import write_json
 

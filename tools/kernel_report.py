@@ -26,8 +26,9 @@ import triton
 from triton.backends.compiler import BaseBackend, GPUTarget
 from triton.compiler import ASTSource
 
-from bt_fast import lars_triton, norm_triton
-from pipelines import augment_triton
+from bt_fast import lars_triton
+from bt_fast.models import batch_norm_triton
+from pipelines.augment import triton as augment_triton
 from tools.machine_code import main_loop, parse
 
 ARCHITECTURES = (80, 89, 90)
@@ -149,14 +150,14 @@ _TAPS = {8: "a byte per value, of the 8 channels of which a thread has 16 bytes"
 
 def _norm(function, variant: str, *, sums: str, narrow=None, **constants) -> Kernel:
     """A kernel of batch norm; sums: their dtype."""
-    shared = {"VIEWS": 2, "BLOCK_PARTS": norm_triton.BLOCK_PARTS} | norm_triton.BLOCKS
-    pooled = {"ROWS": norm_triton.POOL_ROWS, "BLOCK": norm_triton.POOL_BLOCK}
+    shared = {"VIEWS": 2, "BLOCK_PARTS": batch_norm_triton.BLOCK_PARTS} | batch_norm_triton.BLOCKS
+    pooled = {"ROWS": batch_norm_triton.POOL_ROWS, "BLOCK": batch_norm_triton.POOL_BLOCK}
     names = function.arg_names
     return Kernel(
         function=function,
         types=_NORM_TYPES | {"sums": sums},
         constants={k: v for k, v in (shared | pooled | constants).items() if k in names},
-        options=norm_triton.OPTIONS,
+        options=batch_norm_triton.OPTIONS,
         divisible=_SIDES if "height" in names else _COUNTS,
         narrow=narrow or {},
         variant=variant,
@@ -165,10 +166,10 @@ def _norm(function, variant: str, *, sums: str, narrow=None, **constants) -> Ker
 
 _FORWARD, _BACKWARD = {"sums": "*fp64"}, {"sums": "*fp32"}
 KERNELS += [
-    _norm(norm_triton._norm_moments, "", **_FORWARD),
+    _norm(batch_norm_triton._norm_moments, "", **_FORWARD),
     *(
         _norm(
-            norm_triton._norm_forward,
+            batch_norm_triton._norm_forward,
             variant,
             narrow=_BITS if residual else {},
             RELU=True,
@@ -184,7 +185,7 @@ KERNELS += [
     ),
     *(
         _norm(
-            norm_triton._norm_sums,
+            batch_norm_triton._norm_sums,
             variant,
             narrow=_BITS if bits else {},
             RELU=True,
@@ -202,11 +203,11 @@ KERNELS += [
         )
     ),
     *(
-        _norm(norm_triton._norm_backward, variant, RELU=relu, NORMS=norms, **_BACKWARD)
+        _norm(batch_norm_triton._norm_backward, variant, RELU=relu, NORMS=norms, **_BACKWARD)
         for variant, relu, norms in (("", True, 1), ("residual", False, 1), ("two norms", False, 2))
     ),
-    _norm(norm_triton._norm_pool_forward, "", narrow=_TAPS, **_FORWARD),
-    _norm(norm_triton._norm_pool_backward, "", narrow=_TAPS, **_BACKWARD),
+    _norm(batch_norm_triton._norm_pool_forward, "", narrow=_TAPS, **_FORWARD),
+    _norm(batch_norm_triton._norm_pool_backward, "", narrow=_TAPS, **_BACKWARD),
 ]
 
 

@@ -31,12 +31,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bt_fast import lars_triton, norm, train
-from bt_fast import model as models
+from bt_fast import lars_triton, train
 from bt_fast.lars import LARS, parameter_groups
 from bt_fast.loss_variants import objective_terms
-from bt_fast.perf import Performance
-from pipelines.flags import parse_flags
+from bt_fast.models import batch_norm
+from bt_fast.models import networks as models
+from bt_fast.runtime import Performance
+from pipelines.common.flags import parse_flags
 from tools.lowering import group_of, replace_tensors
 
 GROUPS = {
@@ -90,9 +91,9 @@ def count(encoder: str = "resnet50", *, fused: bool = True, num_ranks: int = 1) 
     performance = Performance(device=torch.device("cpu"), precision="bf16", compile="off")
     with group_of(num_ranks) as group, FakeTensorMode():
         model = _placed(encoder)
-        norm.over_ranks(model, group)
+        batch_norm.over_ranks(model, group)
         if fused:
-            norm.fuse(model)
+            batch_norm.fuse(model)
         optimizer = LARS(parameter_groups(model.parameters()), lr=0.1, fused=True)
         for p in model.parameters():
             optimizer.momentum(p)
@@ -104,7 +105,7 @@ def count(encoder: str = "resnet50", *, fused: bool = True, num_ranks: int = 1) 
             embed=model,
             objective=functools.partial(objective_terms, "barlow-twins", group=group),
             optimizer=launches.within("optimizer", optimizer),
-            statistics=launches.within("statistics", norm.RunningStatistics(model)),
+            statistics=launches.within("statistics", batch_norm.RunningStatistics(model)),
         )
         views = torch.empty(512, 3, 224, 224, dtype=torch.bfloat16)
         views = views.to(memory_format=torch.channels_last)

@@ -36,8 +36,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from bt_fast import model as models
-from bt_fast import norm
+from bt_fast.models import batch_norm
+from bt_fast.models import networks as models
 
 try:  # what is no public interface
     import triton
@@ -117,13 +117,13 @@ class Traffic:
 
 def build(encoder: str = "resnet50", blocks: tuple[int, ...] | None = None) -> nn.Module:
     """Encoder and the paper's projector on the meta device; blocks: bottlenecks per stage."""
-    from bt_fast import resnet
+    from bt_fast.models import resnet
 
     with torch.device("meta"):
         model = models.BarlowTwins("resnet50" if blocks else encoder, (8192, 8192, 8192))
         if blocks:
             model.encoder = resnet.ResNet(
-                resnet.Bottleneck, list(blocks), norm_layer=norm.BatchNorm2d
+                resnet.Bottleneck, list(blocks), norm_layer=batch_norm.BatchNorm2d
             )
             model.encoder.fc = nn.Identity()
     return model
@@ -169,12 +169,12 @@ def measure(
         group = stack.enter_context(group_of(num_ranks))
         with _errors_of_internals():
             stack.enter_context(_h100(traffic))
-        norm.over_ranks(model, group)
+        batch_norm.over_ranks(model, group)
         views = _place(model.train(), shape, fake_mode)
         stack.enter_context(_bf16())
         stack.enter_context(fake_mode)
         if any(isinstance(layer, nn.modules.batchnorm._BatchNorm) for layer in model.modules()):
-            norm.RunningStatistics(model)
+            batch_norm.RunningStatistics(model)
         try:
             torch.compile(model, backend=backend, dynamic=False, fullgraph=True)(views)
         except _Lowered:

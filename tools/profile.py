@@ -29,7 +29,7 @@ from rich.console import Console
 from bt_fast.cli import in_one_line
 from bt_fast.config import Config
 from bt_fast.recipes import RECIPES
-from pipelines.flags import parse_flags, value_of
+from pipelines.common.flags import parse_flags, value_of
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,25 +76,25 @@ def parse(arguments: list[str]) -> Profile:
 
 def profile(options: Profile) -> int:
     """Profile this process, or be one of the ranks that torchrun or srun started."""
-    from bt_fast import launch, slurm
-    from bt_fast.dist import ALONE
+    from bt_fast.distributed import launcher, slurm
+    from bt_fast.distributed.collectives import ALONE
 
     slurm.adopt()
     if "RANK" not in os.environ:
         return run(options, ALONE)
-    world = launch.join(options.device, options.gpus, options.patience)
+    world = launcher.join(options.device, options.gpus, options.patience)
     try:
         status = run(options, world)
     except (RuntimeError, ValueError, OSError) as error:
         if world.size == 1:
             raise
-        launch.give_up("profile.py", world, error)
-    return launch.end_rank(world, status)
+        launcher.give_up("profile.py", world, error)
+    return launcher.end_rank(world, status)
 
 
 def run(options: Profile, world) -> int:
     """Measure, print and write. All ranks but the first only take part in what all do."""
-    from bt_fast.job import build
+    from bt_fast.build import build
     from tools import profile_report, stages, synthetic
 
     console = Console(soft_wrap=True, width=None if sys.stdout.isatty() else 110)
@@ -131,8 +131,8 @@ def run(options: Profile, world) -> int:
 
 def measure(report, options: Profile, world, scratch: Path, out: Path):
     """Fill the report in, what counts most first; yields a stage or None after each measurement."""
-    from bt_fast import costs
-    from bt_fast.job import rehearse
+    from bt_fast.build import rehearse
+    from bt_fast.plan import step_costs
     from tools import rivals, stages, timing
 
     job, performance, seconds = report.job, report.job.performance, options.seconds
@@ -144,7 +144,7 @@ def measure(report, options: Profile, world, scratch: Path, out: Path):
     rehearse(job)
     report.prepared = time.perf_counter() - started
     yield
-    report.work = costs.count(job.model, stages.views_of(job), performance.autocast())
+    report.work = step_costs.count(job.model, stages.views_of(job), performance.autocast())
     path = (out if options.trace else scratch) / "trace.json"
     report.breakdown = stages.trace(job, report.work, path)
     yield

@@ -10,10 +10,10 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from bt_fast import costs
-from bt_fast.job import Job
-from bt_fast.run_directory import environment
-from pipelines.flags import usable_cores
+from bt_fast.build import Job
+from bt_fast.plan import step_costs
+from bt_fast.run.directory import environment
+from pipelines.common.cpu import usable_cores
 from tools.breakdown import Breakdown, advice
 from tools.results import write_json
 from tools.stages import Together
@@ -35,11 +35,11 @@ class Report:
     step: float = 0.0
     step_without_data: float = 0.0
     memory: int = 0
-    work: costs.Work | None = None
+    work: step_costs.Work | None = None
     breakdown: Breakdown | None = None
     together: Together | None = None  # all ranks of a launcher
     rivals: dict[str, dict[str, float]] = field(default_factory=dict)
-    prediction: costs.Prediction | None = None
+    prediction: step_costs.Prediction | None = None
 
     @property
     def title(self) -> str:
@@ -84,7 +84,7 @@ class Report:
     def predict(self, world_size: int, link_gbps: float) -> None:
         stages, job = self.stages, self.job
         seconds = {name: stages[name].seconds if name in stages else 0.0 for name in IN_STEP}
-        measured = costs.Measured(
+        measured = step_costs.Measured(
             images=job.config.batch_size,
             encoder=seconds["forward"] + seconds["backward"],
             backward=seconds["backward"],
@@ -95,9 +95,9 @@ class Report:
             num_parameters=sum(p.numel() for p in job.model.parameters()),
             num_projector_parameters=sum(p.numel() for p in job.model.projector.parameters()),
             num_dimensions=job.config.projector[-1],
-            num_norm_layers=costs.num_norm_layers(job.model),
+            num_norm_layers=step_costs.num_norm_layers(job.model),
         )
-        self.prediction = costs.predict(
+        self.prediction = step_costs.predict(
             measured,
             world_size,
             link_gbps,
@@ -155,11 +155,11 @@ class Report:
         title += f"; one of {num_ranks} ranks" * (num_ranks > 1)
         return _table(title, ("class", "ms", "ms alone", "share", "launches", "achieved"), rows)
 
-    def _ranks_table(self, measured: Together, predicted: costs.Prediction) -> Table:
+    def _ranks_table(self, measured: Together, predicted: step_costs.Prediction) -> Table:
         found = measured.breakdown.parts if measured.breakdown else {}
         exposed = 1e3 * found["communication"].alone if "communication" in found else 0.0
         own = sum(predicted.seconds[name] for name in ("encoder", "loss", "optimizer"))
-        assumed = f"{1e6 * costs.latency(self.job.config.bn_group or measured.world_size):.0f}"
+        assumed = f"{1e6 * step_costs.latency(self.job.config.bn_group or measured.world_size):.0f}"
         rows = [
             ("step of one rank alone, ms", f"{1e3 * measured.alone:.2f}", ""),
             ("step of all, ms", f"{1e3 * measured.step:.2f}", f"{1e3 * predicted.step:.2f}"),
@@ -191,7 +191,7 @@ class Report:
         columns = ("stage", f"{name}, images/s", "bt-fast, images/s", "ratio")
         return _table(f"against {name}, in this process", columns, rows)
 
-    def _prediction_table(self, prediction: costs.Prediction) -> Table:
+    def _prediction_table(self, prediction: step_costs.Prediction) -> Table:
         sent = {
             "gradients, exposed": f"{prediction.gradient_bytes / 1e6:,.0f}",
             "embeddings": f"{prediction.embedding_bytes / 1e6:,.0f}",
@@ -203,8 +203,9 @@ class Report:
             [(part, f"{1e3 * value:.2f}", sent.get(part, "")) for part, value in seconds.items()],
             caption=f"{prediction.images_per_s:,.0f} images/s,"
             f" {100 * prediction.efficiency:.0f} % of {prediction.world_size} single devices with"
-            f" this batch; assumed, not measured: {1e6 * costs.LATENCY_INTRA_NODE:.0f} us for a"
-            f" small collective on one machine, {1e6 * costs.LATENCY_INTER_NODE:.0f} on several;"
+            " this batch; assumed, not measured:"
+            f" {1e6 * step_costs.LATENCY_INTRA_NODE:.0f} us for a small collective on one machine,"
+            f" {1e6 * step_costs.LATENCY_INTER_NODE:.0f} on several;"
             f" {1e3 * prediction.hidden:.1f} ms of communication hidden under the backward pass",
         )
 

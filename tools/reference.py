@@ -17,7 +17,7 @@ from PIL import Image, ImageFilter, ImageOps
 from torch import nn
 
 from bt_fast.lars import parameter_groups
-from bt_fast.model import build_projector, feature_width
+from bt_fast.models.networks import build_projector, feature_width
 from pipelines.augment import IMAGENET_MEAN, IMAGENET_STD, VIEW_A, VIEW_B, Branch
 from pipelines.beton import BetonReader
 

@@ -5,7 +5,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from pipelines.atomic import atomic_file
+from pipelines.common.atomic import atomic_file
 
 
 class Results:

@@ -8,8 +8,8 @@ from itertools import islice
 import torch
 from PIL import Image
 
-from bt_fast.feed import distort
-from bt_fast.job import Job
+from bt_fast.build import Job
+from bt_fast.prefetch import distort
 from pipelines.augment import Branch
 from tools import reference
 from tools.timing import images_per_second, seconds_of_parts, seconds_per_call

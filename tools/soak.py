@@ -23,8 +23,8 @@ from pathlib import Path
 import torch
 
 from bt_fast.cli import in_one_line
-from bt_fast.log import duration
-from pipelines.flags import parse_flags
+from bt_fast.run.console import duration
+from pipelines.common.flags import parse_flags
 from tools.soak_runs import Life, contents, ends, equal, live, num_lines
 
 ROOT = Path(__file__).parents[1]
@@ -67,7 +67,7 @@ def draw_data(config: Soak) -> Path:
     held_out = config.images // 4
     for command in (
         [*draw, "--train", config.images, "--val", held_out],
-        [sys.executable, "-m", "pipelines.convert", images, beton],
+        [sys.executable, "-m", "pipelines.convert.command", images, beton],
     ):
         done = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True)
         if done.returncode:

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from bt_fast.signals import EXIT_STOPPED
+from bt_fast.distributed.signals import EXIT_STOPPED
 
 ROOT = Path(__file__).parents[1]
 PATIENCE = 300.0  # seconds for a process to end after a signal

@@ -17,15 +17,16 @@ from statistics import median
 import numpy as np
 import torch
 
-from bt_fast import costs, train
+from bt_fast import train
+from bt_fast.build import Job, build, rehearse
 from bt_fast.config import Config
-from bt_fast.dist import World, all_sum, from_first, wait_for_all
-from bt_fast.feed import distort, feed
-from bt_fast.job import Job, build, rehearse
-from bt_fast.perf import Performance, synchronise
+from bt_fast.distributed.collectives import World, all_sum, from_first, wait_for_all
+from bt_fast.plan import step_costs
+from bt_fast.prefetch import distort, feed
+from bt_fast.runtime import Performance, synchronise
 from pipelines.augment import Draw
 from pipelines.crop import cut
-from pipelines.loader import IMAGES_PER_TASK
+from pipelines.loading.native import IMAGES_PER_TASK
 from tools.breakdown import AUGMENT, LOSS, Breakdown, activities, breakdown
 from tools.timing import Stage, images_per_second, seconds_of_parts, seconds_per_call
 
@@ -75,7 +76,7 @@ def loader_stages(job: Job, budget: float) -> Iterator[Stage]:
     yield Stage(name="loader", seconds=n / rate)
 
 
-def device_stages(job: Job, work: costs.Work, budget: float) -> Iterator[Stage]:
+def device_stages(job: Job, work: step_costs.Work, budget: float) -> Iterator[Stage]:
     """copy, augment, forward, backward, optimizer, loss, each alone.
 
     The optimizer comes before the loss: with CUDA graphs another compiled function may write over
@@ -133,7 +134,7 @@ def device_stages(job: Job, work: costs.Work, budget: float) -> Iterator[Stage]:
         invariance, redundancy = job.objective(*leaf.chunk(2))
         (invariance + job.config.lambd * redundancy).backward()
 
-    flop = costs.loss_flop_of_ranks(len(views) // 2, job.config.projector[-1], 1)
+    flop = step_costs.loss_flop_of_ranks(len(views) // 2, job.config.projector[-1], 1)
     yield stage("loss", loss, flop=flop)  # in another precision than the ceiling's
 
 
@@ -163,7 +164,7 @@ def steps(job: Job, batches: Iterable[torch.Tensor]) -> Iterator[None]:
         yield
 
 
-def trace(job: Job, work: costs.Work, path: Path, num_steps: int = 3) -> Breakdown | None:
+def trace(job: Job, work: step_costs.Work, path: Path, num_steps: int = 3) -> Breakdown | None:
     """A step's breakdown: the whole step on crops that are there, everything but the loader. None
     where this user may not trace the GPU.
 
@@ -184,7 +185,9 @@ def trace(job: Job, work: costs.Work, path: Path, num_steps: int = 3) -> Breakdo
     profile.export_chrome_trace(str(path))
     done = activities(json.loads(path.read_bytes())["traceEvents"], on_gpu=on_gpu)
     flop = dict(work.flop)
-    flop["products"] += costs.loss_flop_of_ranks(config.batch_size, config.projector[-1], ranks)
+    flop["products"] += step_costs.loss_flop_of_ranks(
+        config.batch_size, config.projector[-1], ranks
+    )
     return breakdown(done, num_steps, seconds, flop, work.bytes) if done else None
 
 
@@ -228,7 +231,7 @@ def together(
     world: World,
     budget: float,
     scratch: Path,
-    alone: tuple[float, costs.Work] | None = None,
+    alone: tuple[float, step_costs.Work] | None = None,
 ) -> Together:
     """All ranks beside the first alone. Every rank calls it and waits here for the first.
 

@@ -15,17 +15,18 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from bt_fast import costs, perf
+from bt_fast import runtime
+from bt_fast.build import Job, build, rehearse
 from bt_fast.cli import parse_pretrain
-from bt_fast.feed import feed
-from bt_fast.job import Job, build, rehearse
 from bt_fast.lars import LARS, parameter_groups
-from bt_fast.model import BarlowTwins
+from bt_fast.models.networks import BarlowTwins
+from bt_fast.plan import step_costs
+from bt_fast.prefetch import feed
 from pipelines import augment
 from pipelines.beton import BetonReader
+from pipelines.common.cpu import usable_cores
 from pipelines.crop import RandomResizedCrop
-from pipelines.flags import usable_cores
-from pipelines.loader import NativeLoader
+from pipelines.loading.native import NativeLoader
 from pipelines.order import view_keys
 from tools import bench_norm, reference, rivals, stages
 from tools.gpu_suite import is_installed
@@ -107,7 +108,7 @@ def augmentations(results: Results) -> None:
         return {"us per view": 1e6 * seconds / n, "host us per view": 1e6 * host / n}
 
     def fused() -> dict[str, float]:
-        from pipelines import augment_triton
+        from pipelines.augment import triton as augment_triton
 
         return per_view(lambda: augment_triton.apply(images, parameters, dtype=torch.bfloat16))
 
@@ -135,7 +136,7 @@ def augmentations(results: Results) -> None:
 
 def tiles(results: Results) -> None:
     """The fused kernels at other tile sizes and numbers of warps."""
-    from pipelines import augment_triton
+    from pipelines.augment import triton as augment_triton
 
     images, parameters, n = batch_of_views()
     apply = partial(augment_triton.apply, images, parameters, dtype=torch.bfloat16)
@@ -174,7 +175,7 @@ def optimizers(results: Results) -> None:
     }
     if ON_GPU:
         ways = {"fused": lambda: LARS(groups, 1e-6, weight_decay=1e-6, fused=True)} | ways
-    num_bytes = costs.lars_bytes(sum(p.numel() for p in parameters))
+    num_bytes = step_costs.lars_bytes(sum(p.numel() for p in parameters))
 
     def figures(make: Callable[[], torch.optim.Optimizer]) -> dict[str, float]:
         seconds, host = seconds_per_call(make().step, DEVICE, BUDGET)
@@ -306,7 +307,7 @@ PARTS: dict[str, Callable[[Results, Path], None]] = {
 def main() -> int:
     name, path, data = sys.argv[1:]
     results = Results(Path(path))
-    perf.apply()
+    runtime.apply()
     PARTS[name](results, Path(data))
     return min(results.num_failed, 1)
 

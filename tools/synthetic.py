@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from pipelines.beton_writer import BetonWriter
+from pipelines.beton.writer import BetonWriter
 
 
 def images(folder: Path, count: int) -> Path:

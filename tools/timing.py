@@ -10,7 +10,7 @@ from statistics import median
 
 import torch
 
-from bt_fast.perf import synchronise
+from bt_fast.runtime import synchronise
 
 _CLOCK = 2_000_000_000  # cycles per second of a GPU, or a few more
 

@@ -15,7 +15,7 @@ from torchvision.models.detection.mask_rcnn import MaskRCNNPredictor
 from torchvision.models.detection.rpn import RPNHead
 from torchvision.ops import MultiScaleRoIAlign
 
-from bt_fast.model import feature_width
+from bt_fast.models.networks import feature_width
 
 _REGION = 14  # side of a region's features before layer4 halves it
 

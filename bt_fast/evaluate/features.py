@@ -5,9 +5,9 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import torch
 
-from bt_fast.dist import ALONE, World, gather_shares
+from bt_fast.distributed.collectives import ALONE, World, gather_shares
 from bt_fast.evaluate.views import Views
-from bt_fast.perf import Performance
+from bt_fast.runtime import Performance
 
 
 def extract_features(

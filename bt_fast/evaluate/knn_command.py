@@ -7,12 +7,12 @@ from functools import partial
 import torch
 from rich.console import Console
 
-from bt_fast.dist import ALONE, World
+from bt_fast.distributed.collectives import ALONE, World
 from bt_fast.evaluate.collapse import centred_rank, collapse_report, effective_rank
 from bt_fast.evaluate.features import extract_features, outputs
-from bt_fast.evaluate.knn import SETTINGS, KnnData, choose_data, knn_scores
+from bt_fast.evaluate.knn_classifier import SETTINGS, KnnData, choose_data, knn_scores
 from bt_fast.evaluate.options import EvalOptions, Subject, open_data_and_val, open_subject
-from bt_fast.log import summary_table
+from bt_fast.run.console import summary_table
 from pipelines.augment import VIEW_A, VIEW_B
 
 _VIEW_EPOCH = -1  # of the augmented views: none of pretraining's

@@ -6,8 +6,8 @@ one, `--cached`, reads features once and trains a grid of classifiers on them: s
 
 from dataclasses import dataclass
 
-from bt_fast.dist import ALONE, World
-from bt_fast.evaluate.heads import Grid, fit_grid
+from bt_fast.distributed.collectives import ALONE, World
+from bt_fast.evaluate.linear_cached import Grid, fit_grid
 from bt_fast.evaluate.options import Subject, TrainedOptions, labelled, run_on_pair
 from bt_fast.evaluate.supervised import Protocol, accuracy_rows, train_classifier
 from bt_fast.evaluate.views import Images

@@ -12,19 +12,19 @@ import tyro
 from rich.console import Console
 from torch import nn
 
-from bt_fast import perf
+from bt_fast import runtime
 from bt_fast.config import Config
-from bt_fast.dist import ALONE, World
+from bt_fast.distributed.collectives import ALONE, World
 from bt_fast.evaluate.views import Images, Views
-from bt_fast.log import summary_table
-from bt_fast.model import build_encoder, feature_width
-from bt_fast.perf import Performance, Precision
-from bt_fast.run_directory import load_config
-from bt_fast.weights import fingerprint, read_pretrained
-from pipelines.flags import usable_cores
-from pipelines.image_files import open_folder
-from pipelines.loaders import open_data, open_val
-from pipelines.sources.shards import is_ours
+from bt_fast.export.encoder_files import fingerprint, read_pretrained
+from bt_fast.models.networks import build_encoder, feature_width
+from bt_fast.run.console import summary_table
+from bt_fast.run.directory import load_config
+from bt_fast.runtime import Performance, Precision
+from pipelines.common.cpu import usable_cores
+from pipelines.convert.sources.shards import is_ours
+from pipelines.loading.choose import open_data, open_val
+from pipelines.loading.image_files import open_folder
 
 Options = TypeVar("Options", bound="EvalOptions")
 
@@ -179,8 +179,8 @@ def open_subject(options: EvalOptions, *, projector: bool = False, world: World 
     """Read the encoder, with its projector if asked, and settle defaults. Raises ValueError."""
     is_run = (options.run / "config.json").is_file()
     config = load_config(options.run, "RUN") if is_run else None
-    performance = perf.choose(options.device, options.precision, "off", world.local_rank)
-    perf.apply()
+    performance = runtime.choose(options.device, options.precision, "off", world.local_rank)
+    runtime.apply()
     if config is not None and options.random:  # needs no weights: a run that has just begun
         name, small_images = config.encoder, config.small_images
     else:
@@ -196,7 +196,7 @@ def open_subject(options: EvalOptions, *, projector: bool = False, world: World 
     digest = fingerprint(encoder)
     for module in (encoder, head):
         if module is not None:
-            perf.prepare(module.eval(), performance)
+            runtime.prepare(module.eval(), performance)
     own = options.run if options.run.is_dir() else options.run.with_name(f"{options.run.name}.d")
     return Subject(
         encoder=encoder,

@@ -14,7 +14,7 @@ from typing import Literal
 
 import numpy as np
 
-from bt_fast.dist import ALONE, World
+from bt_fast.distributed.collectives import ALONE, World
 from bt_fast.evaluate.options import Part, Subject, TrainedOptions, labelled, run_on_pair
 from bt_fast.evaluate.supervised import Protocol, accuracy_rows, train_classifier
 from bt_fast.evaluate.views import Images

@@ -23,13 +23,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from bt_fast import dist, norm, perf
-from bt_fast.dist import ALONE, World
+from bt_fast import runtime
+from bt_fast.distributed import collectives
+from bt_fast.distributed.collectives import ALONE, World
+from bt_fast.evaluate.eval_directory import EvalFolder, shared_folder
 from bt_fast.evaluate.options import Part, Subject
-from bt_fast.evaluate.state import EvalFolder, shared_folder
 from bt_fast.evaluate.views import Views
+from bt_fast.models import batch_norm
+from pipelines.common.console import progress, say
 from pipelines.order import epoch_order
-from pipelines.report import progress, say
 
 _MOMENTUM = 0.9
 
@@ -117,10 +119,10 @@ def _train(
 ) -> dict[str, Any]:
     num_classes = max(train.images.num_classes, val.images.num_classes)
     model = Classifier(subject.encoder, subject.width, num_classes, protocol.seed)
-    perf.prepare(model, subject.performance)
+    runtime.prepare(model, subject.performance)
     trained = model if protocol.lr_encoder else model.head
     if protocol.lr_encoder:
-        norm.over_uneven_ranks(model, subject.world.group)
+        batch_norm.over_uneven_ranks(model, subject.world.group)
     model.requires_grad_(False)
     trained.requires_grad_(True)
     groups = [{"params": list(model.head.parameters()), "base": protocol.lr_head}]
@@ -129,7 +131,7 @@ def _train(
     optimizer = torch.optim.SGD(groups, 0.0, _MOMENTUM, weight_decay=protocol.weight_decay)
 
     first, history = 0, []
-    saved = dist.from_first(folder and folder.load(), subject.world.group)
+    saved = collectives.from_first(folder and folder.load(), subject.world.group)
     if saved is not None:
         tensors, state = saved
         first, history = state["epoch"], state["history"]
@@ -215,7 +217,7 @@ def _train_epoch(
         _sum_gradients(parameters, world)
         optimizer.step()
         advance(len(batch))
-    if not torch.isfinite(dist.all_sum(total, world.group)):
+    if not torch.isfinite(collectives.all_sum(total, world.group)):
         raise ValueError(f"the loss of epoch {epoch + 1} was not finite; lower the learning rates")
 
 
@@ -224,7 +226,7 @@ def _sum_gradients(parameters: list[nn.Parameter], world: World) -> None:
     if world.group is None:
         return
     own = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-    total = dist.all_sum(torch.cat([gradient.flatten() for gradient in own]), world.group)
+    total = collectives.all_sum(torch.cat([gradient.flatten() for gradient in own]), world.group)
     for p, part in zip(parameters, total.split([p.numel() for p in parameters]), strict=True):
         p.grad = part.view_as(p)
 
@@ -245,7 +247,7 @@ def accuracy(
         hits = logits.topk(min(5, logits.shape[1]), dim=1).indices == targets
         correct += torch.stack([hits[:, :1].sum(), hits.sum()])
         done += len(logits)
-    top1, top5 = (dist.all_sum(correct, world.group) / num_samples).tolist()
+    top1, top5 = (collectives.all_sum(correct, world.group) / num_samples).tolist()
     return top1, top5
 
 

@@ -10,12 +10,12 @@ from typing import Literal
 
 from rich.console import Console
 
-from bt_fast.dist import ALONE, World
-from bt_fast.evaluate.layouts import inat18, places205
+from bt_fast.distributed.collectives import ALONE, World
 from bt_fast.evaluate.options import EvalOptions, labelled, open_pair, open_subject
 from bt_fast.evaluate.supervised import Protocol, accuracy_rows, train_classifier
-from bt_fast.evaluate.voc import measure_voc
-from bt_fast.log import summary_table
+from bt_fast.evaluate.transfer_datasets import inat18, places205
+from bt_fast.evaluate.voc07 import measure_voc
+from bt_fast.run.console import summary_table
 
 _EPOCHS = {"places205": 14, "inat18": 84, "folder": 14}
 

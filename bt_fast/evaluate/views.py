@@ -11,11 +11,11 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from bt_fast.perf import Performance
+from bt_fast.runtime import Performance
 from pipelines import augment
 from pipelines.augment import Branch
 from pipelines.crop import RandomResizedCrop, center_boxes, random_boxes
-from pipelines.loader import CropCutter
+from pipelines.loading.native import CropCutter
 from pipelines.order import view_keys
 
 FLIP_ONLY = Branch(blur=0.0, solarize=0.0, jitter=0.0, grayscale=0.0)

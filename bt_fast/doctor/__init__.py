@@ -1,0 +1,1 @@
+"""`bt-fast doctor`: what this machine has, and what to fix."""

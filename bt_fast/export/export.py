@@ -1,0 +1,156 @@
+"""`bt-fast export`: an encoder for other libraries.
+
+    torchvision  .pth, the names of torchvision.models.resnet*, without fc (as the authors released)
+    timm         .pth, the same names: timm's resnets use torchvision's
+    safetensors  the same names, with the network's name as metadata
+    detectron2   .pth, the names of detectron2's ResNet, for DetectionCheckpointer
+    onnx         normalised images [n, 3, H, W] -> features [n, width]; n, H and W are free
+
+Images are RGB in all of them, scaled to [0, 1] and normalised with ImageNet's mean and deviation.
+detectron2 counts pixels from 0 to 255: its PIXEL_MEAN and PIXEL_STD are 255 times as large, and
+INPUT.FORMAT must be RGB (its own models are BGR); `bt_fast/evaluate/detectron2/` has both.
+"""
+
+import io
+import logging
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import safetensors.torch
+import torch
+import tyro
+from torch import nn
+
+from bt_fast.export.encoder_files import Pretrained, Tensors, read_pretrained
+from pipelines.common.atomic import atomic_file
+
+Target = Literal["torchvision", "timm", "detectron2", "safetensors", "onnx"]
+
+_SUFFIXES: dict[Target, tuple[str, ...]] = {
+    "torchvision": (".pth", ".pt"),
+    "timm": (".pth", ".pt"),
+    "detectron2": (".pth",),  # of a .pkl it expects a pickle of arrays
+    "safetensors": (".safetensors",),
+    "onnx": (".onnx",),
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Export:
+    """Write an encoder in the form another library reads."""
+
+    source: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN_OR_FILE")]
+    """Folder of a pretraining run, or a file of weights."""
+    to: Target
+    """Who is to read it."""
+    out: Path
+    """The file to write."""
+    overwrite: bool = False
+    """Replace FILE if it exists."""
+
+
+def run_export(options: Export) -> int:
+    """Write the file and say how to load it; returns the exit status."""
+    suffixes = _SUFFIXES[options.to]
+    if options.out.suffix not in suffixes:
+        raise ValueError(f"--out {options.out}: name it {' or '.join('*' + s for s in suffixes)}")
+    if os.path.lexists(options.out) and not options.overwrite:
+        raise ValueError(f"--out {options.out} exists; add --overwrite to replace it")
+    if not options.out.parent.is_dir():
+        raise ValueError(f"--out {options.out}: there is no folder {options.out.parent}")
+    pretrained = read_pretrained(options.source)
+    content = exported(pretrained, options.to)
+    with atomic_file(options.out, overwrite=options.overwrite) as file:
+        file.write(content)
+    print(f"{options.out}: {pretrained.description}")
+    print(how_to_load(pretrained, options.to, options.out))
+    return 0
+
+
+def exported(pretrained: Pretrained, to: Target) -> bytes:
+    """The file's bytes. Raises ValueError for what the format cannot express."""
+    if to == "onnx":
+        return _onnx(pretrained.encoder)
+    weights = {name: t.detach().contiguous() for name, t in pretrained.encoder.state_dict().items()}
+    if to == "safetensors":
+        facts = {"format": "pt", "architecture": pretrained.architecture}
+        return safetensors.torch.save(weights, metadata=facts)
+    if to == "detectron2":
+        if pretrained.small_images:
+            raise ValueError("--to detectron2: its ResNet has no CIFAR stem")
+        if pretrained.architecture.startswith("wide"):
+            raise ValueError("--to detectron2: the paper's configurations have no wide ResNets")
+        content: dict = {
+            "model": detectron2_names(weights),
+            "__author__": "bt-fast",
+            "matching_heuristics": True,  # res5 to roi_heads.res5, the others to backbone
+        }
+    else:
+        content = weights
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    return buffer.getvalue()
+
+
+def detectron2_names(weights: Tensors) -> Tensors:
+    """torchvision's names -> detectron2's, tensors unchanged.
+
+    conv1, bn1                  stem.conv1, stem.conv1.norm
+    layer1 .. layer4            res2 .. res5
+    layerI.J.convK, .bnK        resI+1.J.convK, .convK.norm
+    layerI.J.downsample.0, .1   resI+1.J.shortcut, .shortcut.norm
+
+    Source: detectron2's tools/convert-torchvision-to-d2.py. (STRIDE_IN_1X1 must be False, because
+    torchvision puts a stage's stride into its first 3x3 convolution.)
+    """
+    renamed = {}
+    for name, tensor in weights.items():
+        stage = re.match(r"layer(\d)\.", name)
+        new = f"res{int(stage[1]) + 1}.{name[stage.end() :]}" if stage else f"stem.{name}"
+        new = re.sub(r"\bbn(\d)\b", r"conv\1.norm", new)
+        new = new.replace("downsample.0", "shortcut").replace("downsample.1", "shortcut.norm")
+        renamed[new] = tensor
+    return renamed
+
+
+def _onnx(encoder: nn.Module) -> bytes:
+    try:
+        import onnxscript  # noqa: F401 (torch's exporter needs it)
+    except ImportError:
+        raise ValueError("--to onnx needs more packages: pip install 'bt-fast[onnx]'") from None
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    free = torch.export.Dim.DYNAMIC
+    program = torch.onnx.export(
+        encoder.eval(),
+        (torch.zeros(2, 3, 64, 64),),
+        input_names=["images"],
+        output_names=["features"],
+        dynamic_shapes=({0: free, 2: free, 3: free},),
+        dynamo=True,
+        verbose=False,
+    )
+    assert program is not None
+    return program.model_proto.SerializeToString()
+
+
+def how_to_load(pretrained: Pretrained, to: Target, out: Path) -> str:
+    """The line of Python or of a configuration that reads the file."""
+    name, small = pretrained.architecture, pretrained.small_images
+    stem = (
+        "model.conv1 = torch.nn.Conv2d(3, 64, 3, padding=1, bias=False); "
+        "model.maxpool = torch.nn.Identity(); "
+    ) * small
+    lines = {
+        "torchvision": f"model = torchvision.models.{name}(); {stem}"
+        f'model.load_state_dict(torch.load("{out}"), strict=False)  # no fc',
+        "timm": f'model = timm.create_model("{name}", num_classes=0); {stem}'
+        f'model.load_state_dict(torch.load("{out}"))',
+        "safetensors": f'bt_fast.load_encoder("{out}")',
+        "detectron2": f"MODEL.WEIGHTS {out}, with the configurations in"
+        f" {Path(__file__).parents[1] / 'evaluate' / 'detectron2'}",
+        "onnx": f'onnxruntime.InferenceSession("{out}").run(None, {{"images": images}})',
+    }
+    return f"load it with: {lines[to]}"

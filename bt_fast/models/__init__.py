@@ -1,0 +1,1 @@
+"""Encoder, projector, and the batch norm between their layers."""

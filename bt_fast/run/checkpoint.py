@@ -1,0 +1,222 @@
+"""Checkpoints that are whole or not there.
+
+    checkpoints/
+      step-00000626/
+        model.safetensors        parameters and batch statistics
+        optimizer.safetensors    momentum, by parameter name
+        state.json               step, facts, size and SHA-256 of each file; its own; written last
+
+A checkpoint is written into a temporary folder, flushed to the disk and renamed. One whose files
+do not match its state.json is not valid and is passed over on resume, by name. Only safetensors
+and JSON are read back: a checkpoint cannot run code, whoever made it.
+
+Nothing random needs saving: order and views are functions of the step (`pipelines.order`).
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from pipelines.common.atomic import sync
+
+_FILES = ("model.safetensors", "optimizer.safetensors")
+Tensors = dict[str, torch.Tensor]
+_OF_FORGED_JSON = (LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A valid checkpoint on the disk."""
+
+    folder: Path
+    step: int
+    facts: dict[str, Any]
+
+    def restore(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """Copy the tensors into a model and optimizer of the same shape, in place.
+
+        Raises ValueError if they do not fit, or the files are no safetensors.
+        """
+        weights, momentum = (_load(self.folder / name) for name in _FILES)
+        parameters = dict(model.named_parameters())
+        _require_same(weights, model.state_dict(), self.folder)
+        _require_same(momentum, {name: parameters.get(name) for name in momentum}, self.folder)
+        for name, tensor in model.state_dict().items():
+            tensor.copy_(weights[name])
+        for name, tensor in momentum.items():
+            buffer = torch.empty_like(parameters[name]).copy_(tensor)
+            optimizer.state[parameters[name]]["momentum"] = buffer
+
+
+class Snapshot:
+    """Host buffers for the tensors of a checkpoint, reused for every one.
+
+    Those of a GPU's tensors are page-locked, so that copies are only queued.
+    """
+
+    def __init__(self) -> None:
+        self.tensors: tuple[Tensors, Tensors] = {}, {}
+
+    def take(
+        self, model: torch.nn.Module, optimizer: torch.optim.Optimizer
+    ) -> tuple[Tensors, Tensors]:
+        """(parameters and batch statistics, momentum by parameter name), row-major on the CPU, and
+        valid until the next call; on a GPU, after the queued work has completed."""
+        momentum = {
+            name: optimizer.state[parameter]["momentum"]
+            for name, parameter in model.named_parameters()
+            if "momentum" in optimizer.state.get(parameter, {})
+        }
+        for tensors, copies in zip((model.state_dict(), momentum), self.tensors, strict=True):
+            for name, tensor in tensors.items():
+                if name not in copies:
+                    copies[name] = torch.empty(
+                        tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda
+                    )
+                copies[name].copy_(tensor.detach(), non_blocking=True)
+        return self.tensors
+
+
+def write(
+    folder: Path, step: int, tensors: tuple[Tensors, Tensors], facts: dict[str, Any], *, keep: int
+) -> Path:
+    """Write checkpoints/step-N under `folder`, then remove all but the `keep` newest.
+
+    tensors: of `Snapshot.take`. facts: what else must survive, as JSON. Raises OSError if the disk
+    does not take it; the checkpoints that were there are then untouched.
+    """
+    checkpoints = folder / "checkpoints"
+    final = checkpoints / f"step-{step:08d}"
+    temporary = checkpoints / f"{final.name}.tmp"
+    for leftover in checkpoints.glob("step-*.tmp"):  # of a run that was killed while saving
+        shutil.rmtree(leftover, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        files = {}
+        for name, part in zip(_FILES, tensors, strict=True):
+            path = temporary / name
+            write_tensors(part, path)
+            files[name] = {"size": path.stat().st_size, "sha256": _sha256(path)}
+            sync(path)
+        state = {"step": step, "facts": facts, "files": files}
+        text = json.dumps({**state, "sha256": _sha256_of_state(state)}, indent=2)
+        (temporary / "state.json").write_text(text)
+        sync(temporary / "state.json")
+        sync(temporary)
+        if final.exists():  # a step saved twice, after a resume: the newer one is as good
+            shutil.rmtree(final)
+        os.rename(temporary, final)
+        sync(checkpoints)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    for old in _folders(folder)[keep:]:
+        if old != final:
+            shutil.rmtree(old, ignore_errors=True)
+    return final
+
+
+def copied(tensors: Mapping[str, torch.Tensor]) -> Tensors:
+    """On the CPU, row-major, sharing no memory with what they were."""
+    return {
+        name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()
+    }
+
+
+def write_tensors(tensors: Tensors, path: Path) -> None:
+    """Write a safetensors file of tensors that are `copied`, readable for whom new files are.
+
+    It appears whole or not at all. Raises OSError if the disk does not take it.
+    """
+    try:
+        save_file(tensors, path)  # makes it readable for the owner alone
+    except SafetensorError as error:
+        what = str(error).removeprefix("Error while serializing: ").removeprefix("I/O error: ")
+        raise OSError(f"{path.name}: {what}") from None
+    mask = os.umask(0)
+    os.umask(mask)
+    path.chmod(0o666 & ~mask)
+
+
+def newest(folder: Path, *, set_aside: bool = False) -> tuple[Checkpoint | None, list[str]]:
+    """The newest valid checkpoint under `folder`, and why each newer one was passed over.
+
+    set_aside: rename those to step-N.damaged, so that they no longer count among the newest.
+    """
+    problems: list[str] = []
+    for candidate in _folders(folder):
+        try:
+            state = json.loads((candidate / "state.json").read_text())
+            # Early checkpoints have no hash of state.json itself.
+            if state.keys() != {"step", "facts", "files"} and (
+                state.pop("sha256") != _sha256_of_state(state)
+            ):
+                raise ValueError("state.json is not as it was saved")
+            for name in _FILES:
+                facts = state["files"][name]
+                path = candidate / name
+                if path.stat().st_size != facts["size"] or _sha256(path) != facts["sha256"]:
+                    raise ValueError(f"{name} is not as it was saved")
+            return Checkpoint(candidate, int(state["step"]), dict(state["facts"])), problems
+        except (OSError, ValueError, *_OF_FORGED_JSON) as error:
+            problems.append(f"{candidate.name}: {error}")
+            if set_aside:
+                damaged = candidate.with_suffix(".damaged")
+                shutil.rmtree(damaged, ignore_errors=True)
+                candidate.rename(damaged)
+    return None, problems
+
+
+def _folders(folder: Path) -> list[Path]:
+    """Checkpoint folders, newest first."""
+    found = [
+        path
+        for path in (folder / "checkpoints").glob("step-*")
+        if path.name.removeprefix("step-").isdecimal()
+    ]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")), reverse=True)
+
+
+def _load(file: Path) -> dict[str, torch.Tensor]:
+    try:
+        return load_file(file)
+    except SafetensorError as error:
+        raise ValueError(f"{file} cannot be read: {error}") from None
+
+
+def _require_same(saved: Mapping, current: Mapping, source: Path) -> None:
+    """Raise ValueError unless both have the same names, shapes and dtypes."""
+    for name in sorted(saved.keys() ^ current.keys()):
+        raise ValueError(f"{source} belongs to another model: only one of the two has {name}")
+    for name, here in current.items():
+        there = saved[name]
+        if here is None:
+            raise ValueError(f"{source} belongs to another model: it has {name}")
+        if (there.shape, there.dtype) != (here.shape, here.dtype):
+            raise ValueError(
+                f"{source} belongs to another model: {name} is {_kind(there)} there and"
+                f" {_kind(here)} here"
+            )
+
+
+def _kind(tensor: torch.Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
+
+
+def _sha256_of_state(state: dict[str, Any]) -> str:
+    """Of what state.json says beside this, however it is spaced and ordered."""
+    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,208 @@
+"""What a person sees of a run, and what it leaves to read: console, metrics.jsonl, TensorBoard.
+
+On a terminal a live line shows progress; elsewhere plain lines appear, at most one in five
+seconds. Every record goes to metrics.jsonl and TensorBoard. A disk or a terminal that takes
+nothing more does not end a run.
+"""
+
+import contextlib
+import os
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.table import Column, Table
+from rich.text import Text
+
+from bt_fast.run.metrics import (
+    RecordFile,
+    metrics_line,
+    open_events,
+    open_metrics,
+    tensorboard_events,
+)
+from pipelines.common.console import shown
+
+_PLAIN_INTERVAL = 5.0  # seconds between plain lines
+
+
+_Timestamp = float | torch.cuda.Event
+
+
+class Clock:
+    """Training time per log interval, without pauses; on a GPU measured by CUDA events."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._started = self._now()
+        self._parts: list[tuple[_Timestamp, _Timestamp]] = []
+
+    def _now(self) -> _Timestamp:
+        if self._device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def lap(self) -> Callable[[], float]:
+        """End an interval and begin the next. Returns a function that gives its seconds; call it
+        when the device has reached this point."""
+        now = self._now()
+        parts, self._parts, self._started = [*self._parts, (self._started, now)], [], now
+        return lambda: sum(_seconds(start, end) for start, end in parts)
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        self._parts.append((self._started, self._now()))
+        yield
+        self._started = self._now()
+
+
+def _seconds(start: _Timestamp, end: _Timestamp) -> float:
+    if isinstance(start, float):
+        assert isinstance(end, float)
+        return end - start
+    assert isinstance(end, torch.cuda.Event)  # of the same device
+    return start.elapsed_time(end) / 1e3
+
+
+class RunLog:
+    """Reports of one run; a context manager, so that the terminal is left as it was."""
+
+    def __init__(
+        self, console: Console, folder: Path | None, first_step: int, last_step: int
+    ) -> None:
+        """folder: None on ranks that keep quiet."""
+        self.console = console
+        self.first_step, self.last_step = first_step, last_step
+        self.started = time.perf_counter()
+        self._failed: set[str] = set()
+        self._files: list[tuple[str, RecordFile, Callable[[str, dict], bytes]]] = []
+        if folder is not None:
+            self._files = [
+                ("metrics.jsonl", open_metrics(folder), metrics_line),
+                ("tensorboard", open_events(folder, first_step), tensorboard_events),
+            ]
+        self._last_plain = 0.0
+        self._progress = Progress(
+            TextColumn("epoch {task.fields[epoch]:.2f}"),
+            BarColumn(bar_width=8),
+            TaskProgressColumn(),
+            TextColumn("{task.fields[speed]}"),
+            TimeRemainingColumn(compact=True),
+            TextColumn("{task.fields[text]}", table_column=Column(no_wrap=True, ratio=1)),
+            console=console,
+            expand=True,
+            disable=not console.is_terminal,
+        )
+        self._task = self._progress.add_task(
+            "", total=last_step, completed=first_step, epoch=0.0, speed="", text=""
+        )
+
+    def __enter__(self) -> "RunLog":
+        self._progress.start()
+        return self
+
+    def __exit__(self, *exception) -> None:
+        with contextlib.suppress(OSError):  # of a terminal that was closed
+            self._progress.stop()
+        for name, file, _ in self._files:
+            with self.can_do_without(f"the end of {name}"):
+                file.close()
+        try:
+            self.console.file.flush()
+        except OSError:  # the interpreter would try again at its end, and exit with 120
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.console.file.fileno())
+
+    def say(self, text: str, *, style: str | None = None) -> None:
+        # A full disk may keep what is printed; when nobody reads it, rich would end the program.
+        with contextlib.suppress(OSError, SystemExit):
+            line = shown(text, self.console.encoding)
+            self.console.print(line, style=style, highlight=False, markup=False)
+
+    def warn(self, text: str) -> None:
+        self.say(f"warning: {text}", style="yellow")
+
+    @contextlib.contextmanager
+    def can_do_without(self, what: str) -> Iterator[None]:
+        """The disk may fail to take this: that is told the first time, and the run goes on."""
+        try:
+            yield
+        except OSError as error:
+            if what not in self._failed:
+                self._failed.add(what)
+                self.warn(f"{what} cannot be written: {reason(error)}; the run goes on")
+
+    def training(self, record: dict) -> None:
+        """One log line: loss and its parts, rates, speed. `record` holds Python numbers."""
+        self._record("train", record)
+        step = record["step"]
+        if self.console.is_terminal:
+            self._progress.update(
+                self._task,
+                completed=step,
+                epoch=record["epoch"],
+                speed=f"{record['images_per_s']:.0f} images/s",
+                text=f"loss {record['loss']:.4g} (on {record['invariance']:.3g},"
+                f" off {record['redundancy']:.3g}) lr {record['lr_weights']:.3g}",
+            )
+            return
+        now = time.perf_counter()
+        if now - self._last_plain < _PLAIN_INTERVAL and step < self.last_step:
+            return
+        self._last_plain = now
+        left = (now - self.started) / (step - self.first_step) * (self.last_step - step)
+        self.say(
+            f"step {step}/{self.last_step} epoch {record['epoch']:.2f}"
+            f" | loss {record['loss']:.4g} = on-diagonal {record['invariance']:.4g}"
+            f" + lambda * off-diagonal {record['redundancy']:.4g}"
+            f" | lr {record['lr_weights']:.3g} | {record['images_per_s']:.0f} images/s"
+            f" | {duration(left)} left"
+        )
+
+    def probe(self, record: dict) -> None:
+        """The kNN accuracies of one moment."""
+        self._record("probe", record)
+        scores = ", ".join(
+            f"k={name.removeprefix('knn_')}: {100 * value:.2f} %"
+            for name, value in record.items()
+            if name.startswith("knn_")
+        )
+        what = "at random initialisation" if record["step"] == 0 else f"epoch {record['epoch']:.4g}"
+        self.say(f"kNN probe, {what}: {scores} ({duration(record['seconds'])})")
+
+    def _record(self, kind: str, record: dict) -> None:
+        for name, file, encode in self._files:
+            with self.can_do_without(name):
+                file.append(encode(kind, record))
+
+
+def reason(error: OSError) -> str:
+    """What an error of the disk says, without its number."""
+    return error.strerror or str(error)
+
+
+def summary_table(title: str, rows: dict[str, str]) -> Table:
+    """A two-column table of what a run is."""
+    table = Table(title=title, title_justify="left", show_header=False)
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    for name, value in rows.items():
+        table.add_row(name, Text(shown(value)))  # paths may look like rich's markup
+    return table
+
+
+def duration(seconds: float) -> str:
+    """3725 -> "1 h 2 min"."""
+    if seconds < 90:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    if minutes < 60:
+        return f"{minutes} min"
+    hours, minutes = divmod(minutes, 60)
+    if hours < 48:
+        return f"{hours} h {minutes} min"
+    return f"{hours // 24} d {hours % 24} h"

@@ -1,0 +1,222 @@
+"""The folder of one run: made once, continued only when asked, owned by one process.
+
+runs/cifar10-20260101-120000/
+  config.json          the resolved configuration
+  environment.json     versions and hardware, one entry per start
+  views.png            both views of some images
+  metrics.jsonl        one JSON object per log line and probe
+  curves.png           loss, learning rate, kNN, images/s
+  tensorboard/         the same for TensorBoard
+  checkpoints/         see checkpoint.py
+  encoder.safetensors  the trained encoder, torchvision's names
+  slurm.sbatch         the job of --slurm; slurm.log is its output
+"""
+
+import contextlib
+import fcntl
+import itertools
+import json
+import os
+import platform
+import re
+import socket
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Self
+
+import numpy
+import torch
+
+from bt_fast import __version__, config
+from bt_fast.config import Config
+from bt_fast.doctor.requirements import version
+from bt_fast.runtime import Performance
+from pipelines.common.atomic import atomic_file
+from pipelines.common.cpu import usable_cores
+
+
+class RunDirectory:
+    """A folder, made if need be, that one process uses at a time: it holds a lock while open.
+
+    The lock is the kernel's and ends with its process, however that ends; across machines it is
+    the file server's. The file .lock tells the others who has it. Where a file system knows no
+    locks, only a process of the same machine is noticed.
+    Raises ValueError if another process is using the folder.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._lock = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
+        owner = os.pread(self._lock, 1000, 0).decode(errors="replace")
+        if self._is_taken(owner):
+            os.close(self._lock)
+            raise ValueError(
+                f"{self.path} is in use by {owner or 'another process'}; wait for it, or stop it"
+                " with SIGTERM"
+            )
+        self._sign(f"process {os.getpid()} on {socket.gethostname()}")
+        for leftover in self.path.glob("*.tmp-*"):  # of a process that was killed while writing
+            leftover.unlink(missing_ok=True)
+
+    def _is_taken(self, owner: str) -> bool:
+        """Lock the folder if nobody has it."""
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        except OSError:  # a file system without locks: go by what the owner wrote
+            return re.fullmatch(r"process \d+ on .+", owner) is not None and _lives_here(owner)
+        return False
+
+    def _sign(self, owner: str) -> None:
+        with contextlib.suppress(OSError):  # a full disk: the lock holds without a name
+            os.ftruncate(self._lock, 0)
+            os.pwrite(self._lock, owner.encode(), 0)
+
+    def write(self, name: str, text: str) -> None:
+        """Replace one of the run's small files as a whole."""
+        try:
+            with atomic_file(self.path / name, overwrite=True) as file:
+                file.write(text.encode())
+        except OSError as error:
+            raise OSError(f"{self.path / name}: {error.strerror or error}") from None
+
+    def record_settings(self, settings: Config) -> None:
+        """Write config.json, with which the run can be continued from any folder."""
+        saved = replace(
+            settings,
+            resume=None,
+            slurm=None,  # what is submitted runs where it is continued
+            data=settings.data.resolve(),
+            val_data=settings.val_data and settings.val_data.resolve(),
+        )
+        self.write("config.json", config.to_json(saved))
+
+    def record_start(self, settings: Config, performance: Performance) -> None:
+        """Write config.json, and append this start's versions and hardware to environment.json."""
+        self.record_settings(settings)
+        path = self.path / "environment.json"
+        try:
+            starts = json.loads(path.read_bytes()) if path.exists() else []
+        except ValueError:
+            starts = None
+        if not isinstance(starts, list):
+            raise ValueError(f"{path} is damaged: it is no list of starts; move it away")
+        starts.append(environment(performance))
+        self.write("environment.json", json.dumps(starts, indent=2) + "\n")
+
+    def truncate_metrics(self, step: int) -> None:
+        """Forget what was logged after `step`: a resumed run writes those lines again."""
+        path = self.path / "metrics.jsonl"
+        kept = [line for line, record in read_metrics(path) if record["step"] <= step > 0]
+        self.write("metrics.jsonl", "".join(kept))
+
+    def close(self) -> None:
+        self._sign("")
+        os.close(self._lock)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+
+def _lives_here(owner: str) -> bool:
+    """Whether "process 12 on HOST" is another living process of this machine."""
+    _, number, _, host = owner.split(maxsplit=3)
+    alive = Path("/proc", number).exists()
+    return alive and host == socket.gethostname() and number != str(os.getpid())
+
+
+def read_metrics(path: Path) -> list[tuple[str, dict]]:
+    """The whole lines of a metrics.jsonl, as text and parsed. A torn last line is left out."""
+    found = []
+    if path.exists():
+        for line in path.read_bytes().splitlines(keepends=True):
+            try:
+                record = json.loads(line)
+            except ValueError:
+                break  # a kill tore the line that was being written; nothing follows it
+            if not (isinstance(record, dict) and "step" in record):
+                break  # by another hand
+            found.append((line.decode(), record))
+    return found
+
+
+def load_config(path: Path, flag: str) -> Config:
+    """The configuration a run was started with. Raises ValueError if there is no run."""
+    file = path / "config.json"
+    if not file.is_file():
+        raise ValueError(f"{flag} {path}: no run is there (it has no config.json)")
+    return config.from_json(file.read_bytes(), file)
+
+
+def environment(performance: Performance) -> dict:
+    """What a figure of this run depends on beside its configuration."""
+    device = performance.device
+    return {
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "bt_fast": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torchvision": version("torchvision"),
+        "numpy": numpy.__version__,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
+        "cores": usable_cores(),
+        "precision": performance.precision,
+        "compile": performance.compile,
+    }
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def choose_path(settings: Config) -> Path:
+    """The run's folder. Raises ValueError if a new run's is there already and in use."""
+    if settings.resume is not None:
+        return settings.resume
+    path = settings.run_dir or _unused(f"{settings.recipe}-{time.strftime('%Y%m%d-%H%M%S')}")
+    nearest = next(p for p in (path, *path.absolute().parents) if os.path.lexists(p))
+    if not nearest.is_dir():  # a file, or a link that leads nowhere
+        raise ValueError(f"--run-dir {path}: {nearest} is not a folder; choose another")
+    if not os.access(nearest, os.W_OK):
+        raise ValueError(f"--run-dir {path}: no permission to write into {nearest}")
+    if path.exists() and not _is_vacant(path):
+        raise ValueError(
+            f"--run-dir {path} is in use; continue it with --resume {path} or choose another folder"
+        )
+    return path
+
+
+def make_folder(settings: Config) -> Path:
+    """Make the folder that `choose_path` chooses; a name of the clock's is ours alone."""
+    while True:
+        path = choose_path(settings)
+        try:
+            path.mkdir(parents=True, exist_ok=bool(settings.resume or settings.run_dir))
+            return path
+        except FileExistsError:  # by a run that began in the same second
+            continue
+
+
+def _unused(name: str) -> Path:
+    """runs/NAME, or runs/NAME-2 and so on: a second can have two runs, and clocks are set back."""
+    names = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
+    return next(path for path in (Path("runs") / name for name in names) if not path.exists())
+
+
+def _is_vacant(path: Path) -> bool:
+    """Whether nothing is there but what a start leaves that is killed at once."""
+    return all(
+        entry.name == ".lock" or entry.name.startswith("config.json.tmp-")
+        for entry in path.iterdir()
+    )

@@ -1,0 +1,300 @@
+"""Reads the FFCV `.beton` format, version 2 (layout: `pipelines/beton/layout.py`).
+
+A file is untrusted input: the C decoders downstream believe every offset and size. Here all of
+them are checked before any is used, and a wrong one is a `BetonError` that names the file.
+"""
+
+import mmap
+import os
+import stat
+import zlib
+from collections.abc import Iterator
+from functools import cached_property
+
+import numpy as np
+
+from pipelines.beton.layout import (
+    ALLOCATION,
+    EXTRAS,
+    FIELD,
+    FIELD_RECORDS,
+    HEADER,
+    INT,
+    JPEG,
+    MAGIC,
+    MAX_CLASSES,
+    MAX_PIXELS,
+    PAGE_SIZES,
+    RAW,
+    RGB_IMAGE,
+    VERSION,
+    Names,
+    chunks,
+    content_sha256,
+    metadata_dtype,
+    tables_crc,
+)
+
+
+class BetonError(ValueError):
+    """The file is missing, unreadable or not a sound `.beton`; the message names it and why."""
+
+
+class BetonReader:
+    """A memory-mapped `.beton`, validated as a whole when it is opened.
+
+    Attributes: `path`; `labels`, int64 [N], -1 = no class; `num_classes`; `class_names`, a list or
+    None; `page_size`, bytes; `fields`, their names; `image_field`, which of them has the images.
+
+    Reads files of the stock DatasetWriter too: any order and names of fields, others than the
+    image (named "image", else the first of its type) and the label ("label", else the first
+    integer, else -1) are ignored; negative labels read as -1.
+    Opening reads the tables (48 B an image, and the extras of our own files), not the images. They
+    stay in the file's mapping; `labels` takes 8 B an image, reading a few MB, `sizes` 16 B if used.
+    Pickling passes the path: a worker process maps the file itself.
+    Raises BetonError. The mapping is only as good as the file: do not truncate it meanwhile.
+    """
+
+    def __init__(self, path: str | os.PathLike):
+        self.path = os.fspath(path)
+        self._mapping = _map(self.path)
+        self._bytes = np.frombuffer(self._mapping, np.uint8)  # [file size], read-only
+        self._read_tables()
+        self._locate_images()
+        self._read_extras()
+        self._read_labels()
+
+    def __len__(self) -> int:
+        return len(self._ptrs)
+
+    def __reduce__(self):
+        return type(self), (self.path,)
+
+    def image(self, index: int) -> np.ndarray:
+        """uint8 [bytes], a read-only view into the file: a JPEG, or RGB rows if `is_raw(index)`."""
+        ptr = int(self._ptrs[index])
+        return self._bytes[ptr : ptr + int(self._sizes[index])]
+
+    def label(self, index: int) -> int:
+        """Class of the image, -1 for none."""
+        return int(self.labels[index])
+
+    @cached_property
+    def sizes(self) -> np.ndarray:
+        """int64 [N, 2]: height and width of every image, pixels; made once."""
+        return np.stack([self._images["height"], self._images["width"]], axis=1).astype(np.int64)
+
+    def size(self, index: int) -> tuple[int, int]:
+        """(height, width) in pixels, as the metadata has it; a JPEG's own header may differ."""
+        return int(self._images["height"][index]), int(self._images["width"][index])
+
+    def is_raw(self, index: int) -> bool:
+        """Does the record hold height x width x 3 bytes of RGB instead of a JPEG?"""
+        return int(self._images[index]["mode"]) == RAW
+
+    def name(self, index: int) -> str:
+        """Path of the source file relative to the converted folder, or "record 17"."""
+        index = range(len(self))[index]
+        if self._names is None:
+            return f"record {index}"
+        return self._names[index]
+
+    def place(self, index: int) -> tuple[int, int, int | None]:
+        """(position in the file, bytes, CRC-32 or None where the file has no checksums)."""
+        crc = None if self._checksums is None else int(self._checksums[index])
+        return int(self._ptrs[index]), int(self._sizes[index]), crc
+
+    def checksum_ok(self, index: int) -> bool:
+        """Are the image's bytes those that were written? True where the file has no checksums."""
+        if self._checksums is None:
+            return True
+        return zlib.crc32(self.image(index).data) == int(self._checksums[index])
+
+    def sha256(self) -> str | None:
+        """`content_sha256` of the file (reads no image); None where it has no checksums."""
+        if self._checksums is None:
+            return None
+        return content_sha256(self._pieces(self._metadata), self._pieces(self._checksums))
+
+    def release(self) -> None:
+        """Take the file's pages out of this process' memory; they come back when needed."""
+        self._mapping.madvise(mmap.MADV_DONTNEED)
+
+    def _read_tables(self) -> None:
+        """Header, field descriptors, metadata and allocations: views, nothing copied."""
+        self._header = self._view(0, HEADER, 1)
+        version, num_fields, self.page_size, num_samples, self._tables_start = self._header.item()
+        self._require(version == VERSION, "not a .beton file of version 2")
+        self._require(self._tables_start > 0, "its conversion did not finish; convert again")
+        self._require(num_samples > 0, "it holds no images")
+        self._require(self.page_size in PAGE_SIZES, f"impossible page size {self.page_size}")
+
+        self._fields = self._view(HEADER.itemsize, FIELD, num_fields)
+        type_ids = self._fields["type_id"].tolist()
+        self.fields = [name.split(b"\0")[0] for name in self._fields["name"].tolist()]  # bytes
+        foreign = set(type_ids) - FIELD_RECORDS.keys()
+        self._require(not foreign, f"unknown field types {foreign}: FFCV's own are 0 to 6")
+        self.image_field = _choose(b"image", RGB_IMAGE, self.fields, type_ids)
+        self._label_field = _choose(b"label", INT, self.fields, type_ids)
+        self._require(self.image_field >= 0, "it has no RGB image field")
+
+        metadata_start = HEADER.itemsize + self._fields.nbytes
+        record = metadata_dtype(type_ids)
+        self._metadata = self._view(metadata_start, record, num_samples)
+        self._images = self._metadata[f"f{self.image_field}"]
+        self._data_start = metadata_start + self._metadata.nbytes
+        count, rest = divmod(len(self._bytes) - self._tables_start, ALLOCATION.itemsize)
+        self._require(rest == 0, "truncated, or its allocation table is damaged")
+        plausible = 0 < count <= len(self._metadata) * len(type_ids)  # at most one a field
+        self._require(plausible, f"{count} allocations for {len(self._metadata)} images")
+        self._allocations = self._view(self._tables_start, ALLOCATION, count)
+
+    def _locate_images(self) -> None:
+        """Find every image's bytes; FFCV records their length in the allocation table alone."""
+        wanted, allocations = self._images["data_ptr"], self._allocations
+        if self._allocated_in_order():
+            self._ptrs, self._sizes = allocations["ptr"], allocations["size"]  # views of the file
+            self._check_allocations(self._ptrs, self._sizes)
+        else:
+            allocations = allocations[allocations["size"] > 0]
+            allocations = allocations[np.argsort(allocations["ptr"], kind="stable")]
+            self._require(len(allocations), "it holds no image data")
+            ptrs, sizes = allocations["ptr"].copy(), allocations["size"].copy()
+            self._check_allocations(ptrs, sizes)
+            found = np.minimum(np.searchsorted(ptrs, wanted), len(ptrs) - 1)
+            allocated = ptrs[found] == wanted
+            self._require_all(allocated, "an image's bytes are not in the allocation table")
+            own = allocations["sample_id"][found] == np.arange(len(wanted))
+            self._require_all(own, "an image points to the bytes of another")
+            self._ptrs, self._sizes = ptrs[found], sizes[found]
+
+        for rows in self._slices(len(wanted)):
+            images = self._images[rows]
+            pixels = images["height"].astype(np.uint64) * images["width"]
+            possible = (pixels > 0) & (pixels <= MAX_PIXELS)
+            self._require_all(possible, "an image has an impossible size", rows)
+            self._require_all(images["mode"] <= RAW, "an image is neither JPEG nor raw", rows)
+            complete = (images["mode"] == JPEG) | (self._sizes[rows] == 3 * pixels)
+            self._require_all(complete, "a raw image's length is not height x width x 3", rows)
+
+    def _allocated_in_order(self) -> bool:
+        """Is allocation i that of image i, and behind that of image i - 1? Ours are."""
+        allocations, wanted = self._allocations, self._images["data_ptr"]
+        return len(allocations) == len(wanted) and all(
+            (allocations["sample_id"][rows] == np.arange(rows.start, rows.stop)).all()
+            and (allocations["size"][rows] > 0).all()
+            and (allocations["ptr"][rows] == wanted[rows]).all()
+            and (np.diff(wanted[rows.start : rows.stop + 1].astype(np.int64)) > 0).all()
+            for rows in self._slices(len(wanted))
+        )
+
+    def _check_allocations(self, ptrs: np.ndarray, sizes: np.ndarray) -> None:
+        """uint64 [n] each, sorted by position: inside the data, within a page, not overlapping."""
+        for rows in self._slices(len(ptrs)):
+            start, size = ptrs[rows], sizes[rows]
+            # Differences, not sums: a uint64 sum can wrap around.
+            inside = (start >= self._data_start) & (start <= self._tables_start)
+            self._require_all(inside, "an allocation lies outside the data", rows)
+            fits = size <= self._tables_start - start
+            self._require_all(fits, "an allocation ends outside the data", rows)
+            end = start + size
+            one_page = start // self.page_size == (end - 1) // self.page_size
+            self._require_all(one_page, "an allocation crosses a page boundary", rows)
+            following = ptrs[rows.start + 1 : rows.stop + 1]
+            self._require_all(end[: len(following)] <= following, "two allocations overlap", rows)
+        self._data_end = int(ptrs[-1]) + int(sizes[-1])
+
+    def _read_extras(self) -> None:
+        """What our writer adds: checksums, names, classes. Stock files have none of it."""
+        self.class_names: list[str] | None = None
+        self._checksums: np.ndarray | None = None
+        self._names: Names | None = None
+        arguments = self._fields["arguments"][self.image_field].tobytes()
+        if not any(arguments):
+            return
+        extras = np.frombuffer(arguments, EXTRAS, count=1)
+        known = extras["magic"][0].tobytes() == MAGIC
+        self._require(known, "its image field has arguments that neither FFCV nor bt-fast writes")
+        num_classes, start, names_size, class_names_size = (
+            int(extras[key][0]) for key in ("num_classes", "ptr", "names_size", "class_names_size")
+        )
+        names_start, classes_start = 4 * len(self), 4 * len(self) + names_size
+        num_bytes = classes_start + class_names_size
+        inside = self._data_end <= start <= self._tables_start - num_bytes
+        self._require(inside, "its extras lie outside their place")
+        blob = self._view(start, np.dtype(np.uint8), num_bytes)
+        tables = (self._metadata, blob, self._allocations)
+        pieces = (piece for table in tables for piece in self._pieces(table))
+        crc = tables_crc(self._header, self._fields, self.image_field, pieces)
+        self._require(crc == extras["crc"][0], "its tables are damaged (checksum mismatch)")
+        self._checksums = blob[:names_start].view("<u4")
+        names = blob[names_start:classes_start]
+        self._names = Names(names, self._slices(len(names)))
+        self._require(len(self._names) == len(self), "its list of names is damaged")
+        class_names = Names(blob[classes_start:])
+        self._require(len(class_names) == num_classes, "its list of classes is damaged")
+        self.class_names = [class_names[label] for label in range(num_classes)]
+
+    def _read_labels(self) -> None:
+        self.labels = np.full(len(self), -1, np.int64)
+        if self._label_field >= 0:
+            stored = self._metadata[f"f{self._label_field}"]
+            for rows in self._slices(len(self)):
+                np.maximum(stored[rows], -1, out=self.labels[rows])
+        highest = int(self.labels.max())
+        limit = MAX_CLASSES if self.class_names is None else len(self.class_names)
+        self._require(highest < limit, f"label {highest} with {limit} classes at most")
+        self.num_classes = highest + 1 if self.class_names is None else limit
+
+    def _slices(self, count: int) -> Iterator[slice]:
+        """Slices that cover range(count); what was read of the file meanwhile leaves memory."""
+        for rows in chunks(count):
+            yield rows
+            self.release()
+
+    def _pieces(self, table: np.ndarray) -> Iterator[np.ndarray]:
+        return (table[rows] for rows in self._slices(len(table)))
+
+    def _view(self, start: int, dtype: np.dtype, count: int) -> np.ndarray:
+        """`count` records of the file from byte `start` on (Python integers: no overflow)."""
+        end = start + count * dtype.itemsize
+        self._require(end <= len(self._bytes), f"truncated: {end} bytes expected at least")
+        return self._bytes[start:end].view(dtype)
+
+    def _require(self, condition: object, reason: str) -> None:
+        if not condition:
+            raise BetonError(f"{self.path}: {reason}")
+
+    def _require_all(self, conditions: np.ndarray, reason: str, rows: slice = slice(0)) -> None:
+        if not conditions.all():
+            first = (rows.start or 0) + int(np.argmin(conditions))
+            raise BetonError(f"{self.path}: {reason} (first: number {first})")
+
+
+def _map(path: str) -> mmap.mmap:
+    """The file mapped read-only (a private writable map counts as memory)."""
+    try:
+        # Without O_NONBLOCK, opening a named pipe would wait for ever.
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    except FileNotFoundError:
+        raise BetonError(f"{path}: no such file; make one with: bt-convert FOLDER {path}") from None
+    except (OSError, ValueError) as error:
+        raise BetonError(f"{path!r}: cannot be opened: {error}") from None
+    try:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise BetonError(f"{path}: not a file")
+        if status.st_size < HEADER.itemsize:
+            raise BetonError(f"{path}: too short ({status.st_size} bytes) to be a .beton file")
+        return mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ)
+    except OSError as error:
+        raise BetonError(f"{path}: cannot be mapped: {error}") from None
+    finally:
+        os.close(descriptor)
+
+
+def _choose(name: bytes, type_id: int, names: list[bytes], type_ids: list[int]) -> int:
+    """Index of the field of this type with this name, else of the first of the type, else -1."""
+    candidates = [index for index, kind in enumerate(type_ids) if kind == type_id]
+    named = [index for index in candidates if names[index] == name]
+    return next(iter(named + candidates), -1)

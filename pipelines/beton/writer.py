@@ -1,0 +1,282 @@
+"""Writes a `.beton` (layout: `pipelines/beton/__init__.py`) in one pass, atomically and deterministically.
+
+Records lie in call order, so the same calls give the same bytes. Memory does not grow with the
+number of images: the tables are collected in files without a name beside the result.
+"""
+
+import os
+import tempfile
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+from pipelines.beton.layout import (
+    ALLOCATION,
+    EXTRAS,
+    FIELD,
+    HEADER,
+    INT,
+    JPEG,
+    MAGIC,
+    PAGE_SIZES,
+    RGB_IMAGE,
+    VERSION,
+    content_sha256,
+    metadata_dtype,
+    tables_crc,
+)
+from pipelines.common.atomic import atomic_file, open_for_recovery
+
+TYPE_IDS = [RGB_IMAGE, INT]  # fields "image" and "label"
+IMAGE_FIELD = 0
+ROW = np.dtype([("metadata", metadata_dtype(TYPE_IDS)), ("size", "<u8"), ("crc", "<u4")])
+CHUNK = 4096  # rows in memory at a time
+
+
+class BetonWriter:
+    """A context manager that writes `path`; it appears when the block ends without an exception.
+
+        with BetonWriter("out.beton", num_samples=2, class_names=["cat", "dog"]) as writer:
+            writer.add(jpeg, height, width, label=0, name="cat/1.jpg")
+
+    `num_samples` reserves the place of the metadata, which lies before the data. Fewer may come:
+    the header counts those that did, and the rest of the place stays empty, as FFCV finds images
+    by absolute offsets. `class_names` may be empty; then labels are -1.
+
+    `page_size` (bytes) is the smallest unit FFCV's own cache reads. It doubles by itself when an
+    image is larger: what lies within one aligned page also lies within the page of twice the size.
+
+    `in_place` writes into `path` itself and leaves there what a killed writer had stored, so that
+    `recover` can read it: for a caller that moves the file when it is whole.
+
+    Raises FileExistsError unless `overwrite` or `in_place`; OSError when the disk is full.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike,
+        *,
+        num_samples: int,
+        class_names: Sequence[str] = (),
+        page_size: int = 8 << 20,
+        overwrite: bool = False,
+        in_place: bool = False,
+    ):
+        if page_size not in PAGE_SIZES:
+            raise ValueError(f"page_size {page_size}: must be a power of two from 2 MiB to 2 GiB")
+        self.path = Path(path)
+        self.page_size = page_size
+        self._overwrite, self._in_place = overwrite, in_place
+        self._capacity = num_samples
+        self._num_classes = len(class_names)
+        self._class_names = b"".join(_terminated(name) for name in class_names)
+        self._num_images = self._names_size = 0
+        self._metadata_start = HEADER.itemsize + len(TYPE_IDS) * FIELD.itemsize
+        metadata_end = self._metadata_start + num_samples * ROW["metadata"].itemsize
+        self._data_start = self._position = _round_up(metadata_end, page_size)
+        self._finalized = False
+
+    def __enter__(self) -> "BetonWriter":
+        with ExitStack() as exit_:
+            self._file: BinaryIO
+            if self._in_place:
+                self._file = exit_.enter_context(open_for_recovery(self.path))
+            else:
+                self._file = exit_.enter_context(atomic_file(self.path, overwrite=self._overwrite))
+            self._file.seek(self._position)
+            self._rows = _Rows(exit_.enter_context(tempfile.TemporaryFile(dir=self.path.parent)))
+            self._names = exit_.enter_context(tempfile.TemporaryFile(dir=self.path.parent))
+            self._exit = exit_.pop_all()
+        return self
+
+    def __exit__(self, kind, error, traceback):
+        if kind is not None:
+            return self._exit.__exit__(kind, error, traceback)
+        with self._exit:  # renames the file; removes it if finalize() fails
+            self.finalize()
+
+    def __len__(self) -> int:
+        return self._num_images
+
+    def add(
+        self,
+        jpeg: bytes,
+        height: int,
+        width: int,
+        label: int,
+        name: str,
+        checksum: int | None = None,
+    ) -> None:
+        """Append one image: a JPEG file of `height` x `width` pixels, its class and its source.
+
+        `checksum` is its CRC-32, where a worker process has computed it already.
+        """
+        size = len(jpeg)
+        if len(self) == self._capacity:
+            raise ValueError(f"{self.path}: more than the {len(self)} announced images")
+        if not -1 <= label < max(self._num_classes, 1) or (label >= 0) != (self._num_classes > 0):
+            raise ValueError(f"{name}: label {label} with {self._num_classes} classes")
+        page_size, position = self._next_place(size)
+        if size == 0 or page_size not in PAGE_SIZES:
+            raise ValueError(f"{name}: {size} bytes cannot be stored")
+        terminated = _terminated(name)
+        checksum = zlib.crc32(jpeg) if checksum is None else checksum
+        self._skip(self._position, position)
+        self._file.write(jpeg)
+        self._rows.append((((JPEG, width, height, position), label), size, checksum))
+        self._names.write(terminated)
+        self._names_size += len(terminated)
+        self.page_size, self._position = page_size, position + size
+        self._num_images += 1
+
+    def recover(self, size: int) -> bytes:
+        """What the file has where `add` would put a next image of `size` bytes (`in_place`)."""
+        return os.pread(self._file.fileno(), size, self._next_place(size)[1])
+
+    def discard_rest(self) -> None:
+        """Cut off what a killed writer left behind the images added by now (`in_place`)."""
+        self._file.flush()
+        self._file.truncate(self._position)
+
+    def finalize(self) -> None:
+        """Write all that is not image data. Called by the end of the block.
+
+        Calling it earlier lets several files fail or appear together: the renames that then remain
+        need no space and no computation.
+        """
+        if self._finalized:
+            return
+        if not len(self):
+            raise ValueError(f"{self.path}: no images were added")
+        # Whole pages before the extras: FFCV's page cache reads the last one whole.
+        extras_ptr = _round_up(self._position, self.page_size)
+        extras_size = 4 * len(self) + self._names_size + len(self._class_names)
+        alloc_table_ptr = _round_up(extras_ptr + extras_size, 8)
+        header = np.array(
+            [(VERSION, len(TYPE_IDS), self.page_size, len(self), alloc_table_ptr)], HEADER
+        )
+        locator = np.zeros(1, EXTRAS)
+        locator["magic"] = np.void(MAGIC)
+        locator["num_classes"] = self._num_classes
+        locator["ptr"] = extras_ptr
+        locator["names_size"] = self._names_size
+        locator["class_names_size"] = len(self._class_names)
+        tables = self._write_tables(extras_ptr, alloc_table_ptr)
+        locator["crc"] = tables_crc(header, _fields(locator), IMAGE_FIELD, tables)
+        for position, table in (HEADER.itemsize, _fields(locator)), (0, header):
+            self._file.seek(position)
+            self._file.write(table.view(np.uint8).data)
+        metadata_end = self._metadata_start + len(self) * ROW["metadata"].itemsize
+        self._skip(metadata_end, self._data_start)
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._finalized = True
+
+    def sha256(self) -> str:
+        """`content_sha256` of what was added; the reader gives the same."""
+        return content_sha256(self._metadata_chunks(), self._checksum_chunks())
+
+    def _next_place(self, size: int) -> tuple[int, int]:
+        """(page size, position) with which the next image is stored if it has `size` bytes."""
+        page_size, position = self.page_size, self._position
+        while size > page_size:
+            page_size *= 2
+        if position % page_size + size > page_size:  # would cross a page boundary
+            position = _round_up(position, page_size)
+        return page_size, position
+
+    def _skip(self, start: int, end: int) -> None:
+        """Go to `end` with nothing but zeros on the way, whatever a killed writer left there."""
+        if start == end:
+            return
+        self._file.seek(start if self._in_place else end)
+        while (missing := end - self._file.tell()) > 0:
+            self._file.write(bytes(min(missing, 1 << 20)))
+
+    def _write_tables(self, extras_ptr: int, alloc_table_ptr: int) -> Iterator[np.ndarray]:
+        """Write metadata, extras and allocations; yield each piece when it is written."""
+        for position, pieces in (
+            (self._metadata_start, self._metadata_chunks()),
+            (extras_ptr, self._checksum_chunks()),
+            (extras_ptr + 4 * len(self), self._name_chunks()),
+            (alloc_table_ptr, self._allocation_chunks()),
+        ):
+            self._file.seek(position)
+            for piece in pieces:
+                self._file.write(piece.view(np.uint8).data)
+                yield piece
+
+    def _metadata_chunks(self) -> Iterator[np.ndarray]:
+        # As bytes: NumPy's copy of a record leaves the padding between its fields to chance.
+        size = ROW["metadata"].itemsize
+        for rows in self._rows.chunks():
+            yield np.ascontiguousarray(rows.view(np.uint8).reshape(-1, ROW.itemsize)[:, :size])
+
+    def _checksum_chunks(self) -> Iterator[np.ndarray]:
+        return (np.ascontiguousarray(rows["crc"]) for rows in self._rows.chunks())
+
+    def _name_chunks(self) -> Iterator[np.ndarray]:
+        self._names.seek(0)
+        while piece := self._names.read(1 << 16):
+            yield np.frombuffer(piece, np.uint8)
+        yield np.frombuffer(self._class_names, np.uint8)
+
+    def _allocation_chunks(self) -> Iterator[np.ndarray]:
+        first = 0
+        for rows in self._rows.chunks():
+            allocations = np.empty(len(rows), ALLOCATION)
+            allocations["sample_id"] = np.arange(first, first + len(rows))
+            allocations["ptr"] = rows["metadata"]["f0"]["data_ptr"]
+            allocations["size"] = rows["size"]
+            first += len(rows)
+            yield allocations
+
+
+class _Rows:
+    """What the tables are made of, a row an image, in a file."""
+
+    def __init__(self, file: BinaryIO):
+        self._file = file
+        self._pending = np.zeros(CHUNK, ROW)
+        self._num_pending = 0
+
+    def append(self, row: tuple) -> None:
+        self._pending[self._num_pending] = row
+        self._num_pending += 1
+        if self._num_pending == CHUNK:
+            self._flush()
+
+    def chunks(self) -> Iterator[np.ndarray]:
+        """All rows so far, some at a time. Nothing may be appended meanwhile."""
+        self._flush()
+        self._file.seek(0)
+        while piece := self._file.read(CHUNK * ROW.itemsize):
+            yield np.frombuffer(piece, ROW)
+
+    def _flush(self) -> None:
+        self._file.seek(0, os.SEEK_END)
+        self._file.write(self._pending[: self._num_pending].view(np.uint8).data)
+        self._num_pending = 0
+
+
+def _fields(locator: np.ndarray) -> np.ndarray:
+    fields = np.zeros(len(TYPE_IDS), FIELD)
+    fields["type_id"] = TYPE_IDS
+    fields["name"] = b"image", b"label"
+    fields["arguments"][IMAGE_FIELD] = locator.tobytes().ljust(1024, b"\0")
+    return fields
+
+
+def _round_up(position: int, multiple: int) -> int:
+    return -(-position // multiple) * multiple
+
+
+def _terminated(name: str) -> bytes:
+    encoded = os.fsencode(name)
+    if b"\0" in encoded:
+        raise ValueError(f"{name!r}: a name cannot contain NUL")
+    return encoded + b"\0"

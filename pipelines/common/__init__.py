@@ -1,0 +1,1 @@
+"""What both command lines share: files that appear whole, flags, signals, console output."""

@@ -1,0 +1,82 @@
+"""Lines and progress on the console: a bar on a terminal, plain lines elsewhere."""
+
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import TypeVar
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
+
+SECONDS_BETWEEN_LINES = 5
+Item = TypeVar("Item")
+
+
+def say(text: str, file=None) -> None:
+    """Print one line."""
+    stream = file or sys.stdout
+    print(shown(text, stream.encoding), file=stream, flush=True)
+
+
+def shown(text: str, encoding: str | None = None) -> str:
+    """As one line. File names are anybody's text: what cannot be printed is escaped."""
+    line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    encoding = encoding or "utf-8"
+    return line.encode(encoding, "backslashreplace").decode(encoding)
+
+
+def counted(title: str, items: Iterable[Item]) -> Iterator[Item]:
+    """The items, with a line now and then on how many they are: their end is not known."""
+    last = time.monotonic()
+    for count, item in enumerate(items, 1):
+        now = time.monotonic()
+        if now - last >= SECONDS_BETWEEN_LINES:
+            last = now
+            say(f"{title}: {count:,} so far")
+        yield item
+
+
+@contextmanager
+def progress(title: str, total: int) -> Iterator[Callable[..., None]]:
+    """Yield advance(count=1), to call as images are done: a bar on a terminal, else plain lines."""
+    console = Console()
+    if not console.is_terminal:
+        yield _line_progress(title, total)
+        return
+    name = TextColumn("{task.description}", markup=False)
+    columns = (name, BarColumn(), MofNCompleteColumn(), _Rate())
+    with Progress(*columns, TimeRemainingColumn(), TextColumn("left"), console=console) as bar:
+        task = bar.add_task(shown(title, console.encoding), total=total)
+        yield lambda count=1: bar.advance(task, count)
+
+
+def _line_progress(title: str, total: int) -> Callable[..., None]:
+    start = last = time.monotonic()
+    done = 0
+
+    def advance(count: int = 1) -> None:
+        nonlocal done, last
+        done += count
+        now = time.monotonic()
+        if now - last >= SECONDS_BETWEEN_LINES or done == total:
+            last = now
+            rate = done / max(now - start, 1e-9)
+            minutes, seconds = divmod(round((total - done) / rate), 60)
+            left = f"{minutes}:{seconds:02} left" if done < total else "done"
+            say(f"{title}: {done:,} of {total:,} images, {rate:,.0f} images/s, {left}")
+
+    return advance
+
+
+class _Rate(ProgressColumn):
+    def render(self, task) -> Text:
+        return Text(f"{task.speed or 0:,.0f} images/s")

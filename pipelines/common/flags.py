@@ -1,0 +1,75 @@
+"""Command lines: tyro reads the flags into a dataclass; its framed complaints become one line."""
+
+import contextlib
+import io
+import os
+import re
+import sys
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+import tyro
+
+Options = TypeVar("Options")
+
+_FRAME = " \t│╭╮╰╯─|+-"
+
+
+def parse_flags(
+    kind: type[Options],
+    prog: str,
+    arguments: Sequence[str] | None,
+    *,
+    default: Options | None = None,
+    config: Sequence[Any] = (),
+) -> Options:
+    """Fill the dataclass `kind` from flags (default: the process's); `--help` prints and exits 0.
+
+    Raises ValueError with a one-line message for flags that do not fit.
+    """
+    complaint = io.StringIO()
+    optional: dict[str, Any] = {} if default is None else {"default": default}
+    try:
+        with contextlib.redirect_stderr(complaint):
+            try:
+                return tyro.cli(kind, prog=prog, args=arguments, config=tuple(config), **optional)
+            finally:
+                sys.stdout.flush()
+    except BrokenPipeError:  # as after `bt-convert --help | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the interpreter flushes once more
+        raise SystemExit(1) from None
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        raise ValueError(f"{_one_line(complaint.getvalue())}; see {prog} --help") from None
+
+
+def value_of(flag: str, arguments: Sequence[str]) -> str | None:
+    """The last value of a flag before the parser runs, because it decides the parser's defaults."""
+    found = None
+    for index, argument in enumerate(arguments):
+        name, equals, value = argument.partition("=")
+        if name == flag:
+            found = value if equals else next(iter(arguments[index + 1 :]), None)
+    return found
+
+
+def _one_line(framed: str) -> str:
+    """The message in tyro's frame and the flag it suggests; rules divide title, message, help."""
+    if "Missing from" in framed:  # then names, and each one's help further to the right
+        names = re.findall(r"^. {5}(\S+)", framed.partition("For full help")[0], re.M)
+        return f"{', '.join(names)} {'is' if len(names) == 1 else 'are'} missing"
+    sections: list[list[str]] = [[]]
+    for number, line in enumerate(framed.splitlines()):
+        text = line.strip(" \t│╭╮╰╯─|+")
+        if set(text) <= set(_FRAME) or number == 0:  # a rule, or the title's line
+            sections.append([])
+        else:
+            sections[-1].append(text)
+    parts = [" ".join(section) for section in sections if section]
+    if not parts:
+        return framed.strip()
+    message = parts[0].removeprefix("Error parsing ").rstrip(".")
+    message = re.sub(r"^\w+: (?=--)", "", message)  # the name of a dataclass says nothing to users
+    suggested = re.search(r"Perhaps you meant:\s+(--[\w.-]+)", " ".join(parts[1:]))
+    return f"{message}; perhaps you meant {suggested[1]}" if suggested else message

@@ -1,0 +1,163 @@
+"""The ILSVRC2012 archives as downloaded, read where they lie.
+
+`ILSVRC2012_img_train.tar` holds a tar archive per class; `ILSVRC2012_img_val.tar` holds images
+without classes, which the development kit tells: image number i has the number in line i of
+`ILSVRC2012_validation_ground_truth.txt`, and `meta.mat` the name of the class with this number.
+Order, names and labels are those of the unpacked images in class folders.
+"""
+
+import io
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from pipelines.convert.jpeg import JPEG_EXTENSIONS
+from pipelines.convert.manifest import Image, Place, SourceError, Split
+from pipelines.convert.sources.tars import members
+
+TRAIN, VAL = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"
+DEVKIT = "ILSVRC2012_devkit_t12.tar.gz"
+
+
+def is_here(folder: Path) -> bool:
+    """Does the folder hold one of the two archives?"""
+    return (folder / TRAIN).exists() or (folder / VAL).exists()
+
+
+def is_archive(path: Path) -> bool:
+    """Is it an archive of archives, or named as that of the validation images?"""
+    return path.name == VAL or _holds_archives(path)
+
+
+def find_splits(source: Path, labels: Path | None = None) -> dict[str, Split]:
+    """Both archives of a folder, or the one given. `labels`: a devkit or a text file for val."""
+    train: Path | None
+    val: Path | None
+    if source.is_dir():
+        train, val = source / TRAIN, source / VAL
+    else:
+        is_train = _holds_archives(source)
+        if is_train and labels is not None:
+            raise SourceError(
+                f"--labels {labels}: {source} has the classes of its images in itself"
+            )
+        train, val = (source if is_train else None), (None if is_train else source)
+    splits = {}
+    class_names = None
+    if train is not None and train.exists():
+        splits["train"] = _train(train)
+        class_names = splits["train"].class_names
+    if val is not None and val.exists():
+        splits["val" if class_names else "train"] = _val(val, labels, class_names)
+    return splits
+
+
+def _holds_archives(path: Path) -> bool:
+    first = next(members(path), None)
+    return first is not None and _is_class(first)
+
+
+def _is_class(member: tarfile.TarInfo) -> bool:
+    return member.name.endswith(".tar")
+
+
+def _train(path: Path) -> Split:
+    archives = sorted((m for m in members(path) if _is_class(m)), key=lambda m: m.name)
+    split = Split(root=path, class_names=[Path(m.name).stem for m in archives], images=())
+
+    def images() -> Iterator[Image]:
+        for label, archive in enumerate(archives):
+            end = archive.offset_data + archive.size
+            files = members(path, archive.offset_data, end)
+            for member in sorted(files, key=lambda member: member.name):
+                if member.offset_data + member.size > end:
+                    raise SourceError(f"{path}: {archive.name} in it is cut off; get it again")
+                if not _is_image(member):
+                    split.ignored["not named like a JPEG"] += 1
+                    continue
+                place = Place(str(path), member.offset_data, member.size)
+                yield Image(f"{split.class_names[label]}/{Path(member.name).name}", label, place)
+
+    split.images = images()
+    return split
+
+
+def _val(path: Path, labels: Path | None, class_names: list[str] | None) -> Split:
+    files = sorted((m for m in members(path) if _is_image(m)), key=lambda m: Path(m.name).name)
+    names = [Path(member.name).name for member in files]
+    classes = _classes(labels or _devkit_near(path), names)
+    if class_names is None:
+        class_names = sorted(set(classes))
+    unknown = sorted(set(classes) - set(class_names))
+    if unknown:
+        raise SourceError(f"{path} has classes that train lacks: {', '.join(unknown[:5])}")
+    label_of = {name: label for label, name in enumerate(class_names)}
+    labelled = sorted(
+        zip([label_of[name] for name in classes], names, files, strict=True),
+        key=lambda image: image[:2],
+    )
+    images = (
+        Image(f"{class_names[label]}/{name}", label, Place(str(path), m.offset_data, m.size))
+        for label, name, m in labelled
+    )
+    return Split(root=path, class_names=class_names, images=images)
+
+
+def _is_image(member: tarfile.TarInfo) -> bool:
+    return Path(member.name).suffix.lower() in JPEG_EXTENSIONS
+
+
+def _devkit_near(val: Path) -> Path:
+    if not (devkit := val.parent / DEVKIT).exists():
+        raise SourceError(
+            f"{val} does not tell the classes of its images: put {DEVKIT} beside it, or give that"
+            f" or a text file (a class such as n01440764 for each image) with --labels"
+        )
+    return devkit
+
+
+def _classes(labels: Path, names: list[str]) -> list[str]:
+    """The class of each image, from a devkit or from lines "class" or "image class"."""
+    if labels.name.endswith(".tar.gz"):
+        numbers, names_of_numbers = _read_devkit(labels)
+        lines = [[names_of_numbers[number]] for number in numbers]
+    else:
+        lines = [line.split() for line in labels.read_text().splitlines() if line.strip()]
+    if lines and all(len(line) == 2 for line in lines):
+        by_stem = {Path(image).stem: name for image, name in lines}
+        missing = [name for name in names if Path(name).stem not in by_stem]
+        if missing:
+            raise SourceError(f"--labels {labels} has no line for {missing[0]}")
+        return [by_stem[Path(name).stem] for name in names]
+    if len(lines) != len(names) or not all(len(line) == 1 for line in lines):
+        raise SourceError(
+            f"--labels {labels}: {len(names)} lines of a class or of an image's name and its class "
+            f"are needed, one for each image; it has {len(lines)}"
+        )
+    return [line[0] for line in lines]
+
+
+def _read_devkit(path: Path) -> tuple[list[int], dict[int, str]]:
+    """(the number of every validation image's class, the names of the classes by number)."""
+    try:
+        from scipy.io import loadmat
+    except ImportError:
+        raise SourceError(
+            f"reading {path.name} takes SciPy: pip install scipy; or give --labels a text file "
+            f"with the class of each image"
+        ) from None
+    files = {}
+    try:
+        with tarfile.open(path) as archive:
+            for member in archive:
+                name = Path(member.name).name
+                if name in ("ILSVRC2012_validation_ground_truth.txt", "meta.mat"):
+                    files[name] = archive.extractfile(member).read()  # type: ignore[union-attr]
+        numbers = [int(line) for line in files["ILSVRC2012_validation_ground_truth.txt"].split()]
+        synsets = loadmat(io.BytesIO(files["meta.mat"]), squeeze_me=True)["synsets"]
+        names = {int(row["ILSVRC2012_ID"]): str(row["WNID"]) for row in synsets}
+        if missing := set(numbers) - names.keys():
+            raise KeyError(f"class {min(missing)}")
+    except (tarfile.TarError, EOFError, KeyError, ValueError) as error:
+        raise SourceError(f"{path} is not a sound development kit: {error}") from None
+    return numbers, names

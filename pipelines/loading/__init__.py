@@ -1,0 +1,1 @@
+"""From a data set to batches of two crops per image."""

@@ -1,0 +1,115 @@
+"""Image files read where they lie, with a BetonReader's interface: for evaluation data sets.
+
+Every file becomes what bt-convert would store of it (`images.prepare`), when it is asked for. A
+`.beton` is read faster and was checked as a whole; for data that is read once or a few times,
+converting it does not pay.
+"""
+
+import hashlib
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from pipelines.convert.jpeg import Prepared, UnreadableImage, prepare, read_image
+from pipelines.convert.manifest import SourceError, Split
+from pipelines.convert.sources.folder import find_splits
+
+
+class ImageFiles:
+    """Files `root / paths[i]` of class `labels[i]`.
+
+    Attributes, as BetonReader's: `path`, the root; `labels`, int64 [N], -1 = no class;
+    `num_classes`; `class_names`.
+    While reading: ValueError with the file's name for what is not an image.
+    """
+
+    def __init__(
+        self, root: Path, paths: Sequence[str], labels: Sequence[int], class_names: list[str]
+    ) -> None:
+        self.path = os.fspath(root)
+        self._paths = list(paths)
+        self.labels = np.asarray(labels, np.int64)
+        self.class_names: list[str] | None = class_names
+        self.num_classes = len(class_names)
+        self._sizes = np.zeros((len(self._paths), 2), np.int64)  # 0: not known yet
+
+    @classmethod
+    def of_split(cls, split: Split) -> "ImageFiles":
+        """The images of a folder, as bt-convert lists them."""
+        images = list(split.images)
+        if not images:
+            reason = split.problems[0][1] if split.problems else "it is empty"
+            raise SourceError(f"{split.root} has no images that can be read ({reason})")
+        names, labels = [image.name for image in images], [image.label for image in images]
+        return cls(split.root, names, labels, split.class_names)
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    @property
+    def sizes(self) -> "Sizes":
+        """sizes[samples] -> int64 [n, 2]: heights and widths, read from the files on demand."""
+        return Sizes(self)
+
+    def size(self, index: int) -> tuple[int, int]:
+        """(height, width) in pixels."""
+        if not self._sizes[index, 0]:
+            prepared = self._prepared(index)
+            self._sizes[index] = prepared.height, prepared.width
+        height, width = self._sizes[index].tolist()
+        return height, width
+
+    def image(self, index: int) -> np.ndarray:
+        """uint8 [bytes]: a plain JPEG."""
+        return np.frombuffer(self._prepared(index).jpeg, np.uint8)
+
+    def is_raw(self, index: int) -> bool:
+        """Never: every image is a JPEG."""
+        return False
+
+    def checksum_ok(self, index: int) -> bool:
+        """There are no checksums."""
+        return True
+
+    def name(self, index: int) -> str:
+        """Path relative to the root."""
+        return self._paths[index]
+
+    def sha256(self) -> str:
+        """Names the contents by names, classes and lengths of the files (reads none of them)."""
+        digest = hashlib.sha256()
+        for path, label in zip(self._paths, self.labels.tolist(), strict=True):
+            try:
+                size = os.stat(os.path.join(self.path, path)).st_size
+            except OSError:
+                size = -1
+            digest.update(f"{path}\0{label}\0{size}\n".encode("utf-8", "surrogateescape"))
+        return digest.hexdigest()
+
+    def _prepared(self, index: int) -> Prepared:
+        path = os.path.join(self.path, self._paths[index])
+        try:
+            return prepare(read_image(path), max_side=0, check="quick")
+        except UnreadableImage as error:
+            raise ValueError(f"{path} cannot be read: {error}") from None
+
+
+class Sizes:
+    """sizes[samples] -> int64 [n, 2] of images that are looked at when they are asked for."""
+
+    def __init__(self, files) -> None:
+        self._files = files  # with a method size(index) -> (height, width)
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def __getitem__(self, samples: np.ndarray) -> np.ndarray:
+        pairs = [self._files.size(index) for index in np.atleast_1d(samples).tolist()]
+        return np.array(pairs, np.int64).reshape(-1, 2)
+
+
+def open_folder(folder: Path) -> dict[str, ImageFiles]:
+    """{"train": ..., "val": ...} as bt-convert finds them, classes included. Raises SourceError."""
+    return {name: ImageFiles.of_split(split) for name, split in find_splits(folder).items()}

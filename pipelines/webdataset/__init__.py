@@ -1,0 +1,1 @@
+"""Web shards: tar archives with an index, written and read by image number."""

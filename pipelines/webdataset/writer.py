@@ -1,0 +1,205 @@
+"""Web shards: tar archives that the webdataset library, DALI and plain `tar` read.
+
+    shards/train-000000.tar     000000000.jpg 000000000.cls 000000001.jpg ... .names .crc32
+    shards/train-000000.idx     DALI's index, so that its reader need not look for the samples
+    shards/dataset.json         number of images, classes, shards with their counts and SHA-256
+
+A key is the number of the image in its split; `.cls` is its class as a decimal number, and is
+missing where there are no classes. `.names` holds the images' names in their source, each ended by
+NUL, and `.crc32` the checksums of the images' bytes, 4 bytes each, little-endian; readers pass over
+them, as over all that begins with a dot.
+
+An index is text (source: DALI 2.4.0, `wds2idx`): "v1.2" and the number of samples, then for each
+sample its components: extension, position of the bytes in the archive, their number, file name.
+
+Archives are written in order and hold no times or users: the same images give the same bytes.
+"""
+
+import hashlib
+import os
+import tarfile
+import zlib
+from array import array
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+from pipelines.common.atomic import open_for_recovery
+
+DATASET = "dataset.json"
+NAMES = ".names"
+CHECKSUMS = ".crc32"
+BLOCK = 512  # of a tar archive: a header takes one, contents are padded to whole ones
+END = bytes(2 * BLOCK)
+MAX_IMAGES = 10_000  # per shard: bounds the memory that its index and its listing take
+
+
+class ShardWriter:
+    """A context manager that writes the shards of one split into `folder`.
+
+    A shard takes images until the next would make it longer than `max_bytes` (an image longer than
+    that has a shard of its own). What a killed writer left in the folder stays there for `recover`.
+    `shards` describes those that are complete, as in `dataset.json`.
+    Raises OSError when the disk is full.
+    """
+
+    def __init__(self, folder: Path, split: str, *, max_bytes: int, has_classes: bool):
+        self.shards: list[dict] = []
+        self._folder, self._split = folder, split
+        self._max_bytes, self._has_classes = max_bytes, has_classes
+        self._num_images = 0
+        self._file: BinaryIO | None = None
+        self._finalized = False
+
+    def __enter__(self) -> "ShardWriter":
+        self._begin()
+        return self
+
+    def __exit__(self, kind, error, traceback):
+        if kind is None:
+            self.finalize()
+        elif self._file is not None:
+            with suppress(OSError):  # the disk is full: what is in the buffer is lost anyway
+                self._file.close()
+
+    def __len__(self) -> int:
+        return self._num_images
+
+    def add(
+        self,
+        jpeg: bytes,
+        height: int,
+        width: int,
+        label: int,
+        name: str,
+        checksum: int | None = None,
+    ) -> None:
+        """Append one image, as `BetonWriter.add`."""
+        assert (label >= 0) == self._has_classes
+        if self._next_place(len(jpeg))[0] != len(self.shards):
+            self._end()
+            self._begin()
+        key = f"{self._num_images:09}"
+        self._write_member(f"{key}.jpg", jpeg)
+        if self._has_classes:
+            self._write_member(f"{key}.cls", b"%d" % label)
+        self._sizes.append(len(jpeg))
+        self._labels.append(label)
+        self._names += os.fsencode(name) + b"\0"
+        self._checksums.append(zlib.crc32(jpeg) if checksum is None else checksum)
+        self._num_images += 1
+
+    def recover(self, size: int) -> bytes:
+        """What the folder has where `add` would put a next image of `size` bytes."""
+        assert self._file is not None
+        shard, position = self._next_place(size)
+        if shard == len(self.shards):
+            return os.pread(self._file.fileno(), size, position)
+        try:
+            with open(self._path(shard, "tar"), "rb") as file:
+                return os.pread(file.fileno(), size, position)
+        except FileNotFoundError:
+            return b""
+
+    def discard_rest(self) -> None:
+        """Cut off what a killed writer left behind the images added by now."""
+        assert self._file is not None
+        self._file.flush()
+        self._file.truncate(self._position)
+        later = len(self.shards) + 1
+        while self._path(later, "tar").exists():
+            self._path(later, "tar").unlink()
+            self._path(later, "idx").unlink(missing_ok=True)
+            later += 1
+
+    def finalize(self) -> None:
+        """Complete the last shard. Called by the end of the block."""
+        if not self._finalized:
+            if not len(self):
+                raise ValueError(f"{self._folder}: no images were added")
+            self._end()
+            self._finalized = True
+
+    def sha256(self) -> str:
+        """Names the contents: SHA-256 (hex) of those of the shards, one after the other."""
+        return hashlib.sha256(
+            "".join(shard["sha256"] for shard in self.shards).encode()
+        ).hexdigest()
+
+    def _next_place(self, size: int) -> tuple[int, int]:
+        """(number of the shard, position in it) of the next image if it has `size` bytes."""
+        sample = _member_size(size) + (_member_size(1) if self._has_classes else 0)
+        names = _member_size(len(self._names) + 1000)  # with room for one more
+        checksums = _member_size(4 * len(self._sizes) + 4)
+        ends = self._position + sample + names + checksums + len(END)
+        if self._sizes and (ends > self._max_bytes or len(self._sizes) == MAX_IMAGES):
+            return len(self.shards) + 1, BLOCK
+        return len(self.shards), self._position + BLOCK
+
+    def _begin(self) -> None:
+        self._file = open_for_recovery(self._path(len(self.shards), "tar"))
+        self._digest = hashlib.sha256()
+        self._position = 0
+        self._first = self._num_images
+        self._sizes, self._labels, self._names = array("Q"), array("l"), bytearray()
+        self._checksums = array("I")
+
+    def _end(self) -> None:
+        assert self._file is not None
+        self._write_member(NAMES, self._names)
+        self._write_member(CHECKSUMS, np.asarray(self._checksums, "<u4").tobytes())
+        self._write(END)
+        self._file.truncate(self._position)
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        self._file = None
+        number = len(self.shards)
+        with open(self._path(number, "idx"), "w") as file:
+            file.write(f"v1.2 {len(self._sizes)}\n")
+            file.writelines(self._index_lines())
+            file.flush()
+            os.fsync(file.fileno())
+        self.shards.append(
+            {
+                "name": self._path(number, "tar").name,
+                "num_images": len(self._sizes),
+                "num_bytes": self._position,
+                "sha256": self._digest.hexdigest(),
+            }
+        )
+
+    def _index_lines(self) -> Iterator[str]:
+        position = 0
+        for index, (size, label) in enumerate(zip(self._sizes, self._labels, strict=True)):
+            key = f"{self._first + index:09}"
+            line = f"jpg {position + BLOCK} {size} {key}.jpg"
+            position += _member_size(size)
+            if self._has_classes:
+                line += f" cls {position + BLOCK} {len(str(label))} {key}.cls"
+                position += _member_size(1)
+            yield line + "\n"
+
+    def _write_member(self, name: str, content: bytes | bytearray) -> None:
+        header = tarfile.TarInfo(name)
+        header.size = len(content)
+        self._write(header.tobuf(tarfile.USTAR_FORMAT))
+        self._write(content)
+        self._write(bytes(-len(content) % BLOCK))
+
+    def _write(self, data: bytes | bytearray) -> None:
+        assert self._file is not None
+        self._file.write(data)
+        self._digest.update(data)
+        self._position += len(data)
+
+    def _path(self, number: int, extension: str) -> Path:
+        return self._folder / f"{self._split}-{number:06}.{extension}"
+
+
+def _member_size(size: int) -> int:
+    """Bytes that a file of `size` takes in an archive: its header and whole blocks."""
+    return BLOCK + -(-size // BLOCK) * BLOCK
