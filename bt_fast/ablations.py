@@ -167,7 +167,7 @@ ABLATIONS: dict[str, Ablation] = {
     },
     # Discussion
     "auto-correlation": Ablation(
-        what="redundancy of each view with itself", change=_set(objective="auto-correlation")
+        what="off_diagonal of each view with itself", change=_set(objective="auto-correlation")
     ),
     "imax": Ablation(what="IMAX, lambda 1", change=_set(objective="imax", lambd=1.0)),
 }

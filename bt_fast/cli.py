@@ -57,7 +57,7 @@ _MAY_CHANGE = {
 # `bt-fast eval NAME`: its room, its options and what runs it; imported when it is asked for.
 _EVALUATIONS = {
     "all": ("compare", "EvalAll", "run_all"),
-    "knn": ("knn_command", "EvalKnn", "run_knn"),
+    "knn": ("knn", "EvalKnn", "run_knn"),
     "linear": ("linear", "EvalLinear", "run_linear"),
     "semi": ("semi", "EvalSemi", "run_semi"),
     "transfer": ("transfer", "EvalTransfer", "run_transfer"),

@@ -6,7 +6,7 @@ the released code), the cross-correlation matrix and the loss are
 
     C = a^T b / N                                                   [D, D]
     loss = sum_i (1 - C_ii)^2  +  lambd * sum_{i != j} C_ij^2
-           `invariance`                   `redundancy`
+           `on_diagonal`                   `off_diagonal`
 
 Three forms, equal up to rounding:
 
@@ -78,7 +78,7 @@ def require_pairs(z_a: torch.Tensor, z_b: torch.Tensor, group: Group) -> int:
 def correlation_terms(
     z_a: torch.Tensor, z_b: torch.Tensor, *, group: Group = None, method: Method = "auto"
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The two sums of the loss: (invariance, redundancy), scalars.
+    """The two sums of the loss: (on_diagonal, off_diagonal), scalars.
 
     Args:
         z_a, z_b: [n, D], this rank's embeddings of the two views, row i of both from image i; as
@@ -108,8 +108,8 @@ def correlation_terms(
         z_a, z_b = (z.to(loss_sharded.compute_dtype(z)) for z in (z_a, z_b))
         correlation = standardise(z_a).T @ standardise(z_b) / num_samples  # [D, D]
         diagonal = correlation.diagonal()
-        invariance = (1 - diagonal).square().sum()
-        return invariance, correlation.square().sum() - diagonal.square().sum()
+        on_diagonal = (1 - diagonal).square().sum()
+        return on_diagonal, correlation.square().sum() - diagonal.square().sum()
 
 
 def barlow_twins_loss(
@@ -120,6 +120,6 @@ def barlow_twins_loss(
     group: Group = None,
     method: Method = "auto",
 ) -> torch.Tensor:
-    """invariance + lambd * redundancy, a scalar; see `correlation_terms` for the arguments."""
-    invariance, redundancy = correlation_terms(z_a, z_b, group=group, method=method)
-    return invariance + lambd * redundancy
+    """on_diagonal + lambd * off_diagonal, a scalar; see `correlation_terms` for the arguments."""
+    on_diagonal, off_diagonal = correlation_terms(z_a, z_b, group=group, method=method)
+    return on_diagonal + lambd * off_diagonal

@@ -1,7 +1,7 @@
 """Other objectives than the paper's own: its Table 5, and what its discussion names.
 
-Every one gives two terms, and the loss is `invariance + lambd * redundancy`, as in `loss`. z_a and
-z_b [N, D] are the embeddings of the two views, a and b the same, standardised over the batch:
+Every one gives two terms, and the loss is on_diagonal + lambd * off_diagonal, as in `loss`. z_a
+and z_b [N, D] are the embeddings of the two views, a and b the same, standardised over the batch:
 
     barlow-twins      C = a^T b / N: sum_i (1 - C_ii)^2, sum_{i != j} C_ij^2      eqs. 1 and 2
     redundancy-only   0 in place of the first term                                Table 5
@@ -56,7 +56,7 @@ def objective_terms(
     temperature: float = 0.1,
     group: Group = None,
 ) -> Terms:
-    """The two terms of an objective: (invariance, redundancy), scalars.
+    """The two terms of an objective: (on_diagonal, off_diagonal), scalars.
 
     Args:
         z_a, z_b, group: as in `loss.correlation_terms`.
@@ -69,13 +69,13 @@ def objective_terms(
     if objective == "barlow-twins":
         return correlation_terms(z_a, z_b, group=group)
     if objective == "redundancy-only":
-        invariance, redundancy = correlation_terms(z_a, z_b, group=group)
-        return torch.zeros_like(invariance), redundancy
+        on_diagonal, off_diagonal = correlation_terms(z_a, z_b, group=group)
+        return torch.zeros_like(on_diagonal), off_diagonal
     if objective == "auto-correlation":
-        invariance, _ = correlation_terms(z_a, z_b, group=group)
+        on_diagonal, _ = correlation_terms(z_a, z_b, group=group)
         _, of_a = correlation_terms(z_a, z_a, group=group)
         _, of_b = correlation_terms(z_b, z_b, group=group)
-        return invariance, (of_a + of_b) / 2
+        return on_diagonal, (of_a + of_b) / 2
     require_pairs(z_a, z_b, group)
     with torch.autocast(z_a.device.type, enabled=False):
         z_a, z_b = (_Whole.apply(z, group).to(compute_dtype(z)) for z in (z_a, z_b))  # [N, D]
@@ -110,8 +110,8 @@ def _matrix_terms(a: torch.Tensor, b: torch.Tensor, weight: float) -> Terms:
     diagonal = weight * (a * b).sum(0)  # [D]
     few = len(a) < a.shape[1]
     squares = (a @ a.T * (b @ b.T)).sum() if few else (a.T @ b).square().sum()
-    invariance = (1 - diagonal).square().sum()
-    return invariance, weight**2 * squares - diagonal.square().sum()
+    on_diagonal = (1 - diagonal).square().sum()
+    return on_diagonal, weight**2 * squares - diagonal.square().sum()
 
 
 def _feature_norm(z_a: torch.Tensor, z_b: torch.Tensor) -> Terms:
@@ -121,10 +121,10 @@ def _feature_norm(z_a: torch.Tensor, z_b: torch.Tensor) -> Terms:
 
 def _cross_entropy(z_a: torch.Tensor, z_b: torch.Tensor, temperature: float) -> Terms:
     correlation = standardise(z_a).T @ standardise(z_b) / len(z_a)  # [D, D]
-    invariance = -torch.logsumexp(correlation.diagonal() / temperature, 0)
+    on_diagonal = -torch.logsumexp(correlation.diagonal() / temperature, 0)
     others = correlation.clamp_min(0) / temperature
     others.fill_diagonal_(-math.inf)
-    return invariance, torch.logsumexp(others.flatten(), 0)
+    return on_diagonal, torch.logsumexp(others.flatten(), 0)
 
 
 def _log_determinant(z: torch.Tensor) -> torch.Tensor:

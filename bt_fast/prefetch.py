@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 
 import torch
 
-from bt_fast.runtime import Performance
+from bt_fast.runtime import Runtime
 from pipelines import augment
 from pipelines.augment import Branch
 from pipelines.loading.native import Batch
@@ -21,18 +21,18 @@ IN_MEMORY = LEAD + 2  # batches of views: LEAD told to the GPU, the next, the on
 
 
 def feed(
-    batches: Iterable[Batch], branches: tuple[Branch, Branch], performance: Performance
+    batches: Iterable[Batch], branches: tuple[Branch, Branch], runtime: Runtime
 ) -> Iterator[torch.Tensor]:
     """For every batch its views as the encoder takes them: [2 n, 3, H, W], view A first.
 
-    Normalised, channels-last, in the performance's dtype, on its device. A view may be used until
+    Normalised, channels-last, in the runtime's dtype, on its device. A view may be used until
     the next one is asked for, by work on the stream that was current when it was handed out.
     """
-    if performance.device.type != "cuda":
-        yield from (distort(batch, branches, performance) for batch in batches)
+    if runtime.device.type != "cuda":
+        yield from (distort(batch, branches, runtime) for batch in batches)
         return
 
-    side = torch.cuda.Stream(performance.device)
+    side = torch.cuda.Stream(runtime.device)
     done: deque[torch.cuda.Event] = deque()  # of steps whose views were handed out
     ahead: deque[tuple[torch.Tensor, torch.cuda.Event]] = deque()
     made = iter(batches)
@@ -40,12 +40,12 @@ def feed(
         with torch.cuda.stream(side):  # also for what the loader itself does on the GPU
             batch = next(made, None)
             if batch is not None:
-                ahead.append((distort(batch, branches, performance), side.record_event()))
+                ahead.append((distort(batch, branches, runtime), side.record_event()))
         if batch is None and not ahead:
             return
         if len(ahead) == 2 or batch is None:
             views, ready = ahead.popleft()
-            encoder = torch.cuda.current_stream(performance.device)
+            encoder = torch.cuda.current_stream(runtime.device)
             encoder.wait_event(ready)
             views.record_stream(encoder)  # its memory is the side stream's to reuse after that
             yield views
@@ -55,10 +55,8 @@ def feed(
                 done.popleft().synchronize()
 
 
-def distort(
-    batch: Batch, branches: tuple[Branch, Branch], performance: Performance
-) -> torch.Tensor:
+def distort(batch: Batch, branches: tuple[Branch, Branch], runtime: Runtime) -> torch.Tensor:
     """One batch's views, on the current stream: [2 n, 3, H, W], view A first."""
-    crops = batch.views.to(performance.device, non_blocking=True)  # uint8 [2, n, H, W, 3]
+    crops = batch.views.to(runtime.device, non_blocking=True)  # uint8 [2, n, H, W, 3]
     draws = [augment.draw(branch, keys) for branch, keys in zip(branches, batch.keys, strict=True)]
-    return performance.augment(crops.flatten(0, 1), augment.join(*draws))
+    return runtime.augment(crops.flatten(0, 1), augment.join(*draws))

@@ -1,4 +1,4 @@
-"""Every performance switch, in one place, applied by a call and never at import."""
+"""Every runtime switch, in one place, applied by a call and never at import."""
 
 import os
 from collections.abc import Callable
@@ -14,7 +14,7 @@ Compile = Literal["auto", "off", "default", "reduce-overhead", "max-autotune"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Performance:
+class Runtime:
     """How this process computes; what it computes is the recipe's business."""
 
     device: torch.device
@@ -51,12 +51,12 @@ class Performance:
         return torch.compile(function, dynamic=False, mode=self.compile)
 
 
-def choose(
+def choose_runtime(
     device: Literal["auto", "cpu", "cuda"],
     precision: Precision,
     compile: Compile,
     local_rank: int = 0,
-) -> Performance:
+) -> Runtime:
     """Settle what was left to `auto`. The local rank is the number of its GPU.
 
     bf16 where the hardware multiplies it, fp32 elsewhere; torch.compile on CUDA only, because on
@@ -76,7 +76,7 @@ def choose(
         # The cores are the decoding threads': shared among threads, the little that the host
         # computes for a step would wait for each of them.
         torch.set_num_threads(1)
-    return Performance(device=where, precision=precision, compile=compile)
+    return Runtime(device=where, precision=precision, compile=compile)
 
 
 def has_bf16(device: str) -> bool:
@@ -86,7 +86,7 @@ def has_bf16(device: str) -> bool:
     return torch.cpu._is_avx512_bf16_supported()
 
 
-def apply(*, deterministic: bool = False) -> None:
+def apply_switches(*, deterministic: bool = False) -> None:
     """Set the process-wide switches."""
     # Trying out convolutions finds the fastest, but not the same one in every process.
     torch.backends.cudnn.benchmark = not deterministic
@@ -101,9 +101,9 @@ def apply(*, deterministic: bool = False) -> None:
     torch.backends.cudnn.allow_tf32 = True
 
 
-def prepare(model: torch.nn.Module, performance: Performance) -> None:
+def prepare(model: torch.nn.Module, runtime: Runtime) -> None:
     """Move a model to its device in channels-last memory."""
-    model.to(performance.device).to(memory_format=torch.channels_last)
+    model.to(runtime.device).to(memory_format=torch.channels_last)
 
 
 OUT_OF_MEMORY = "not enough memory; choose a smaller --batch-size, --size or --projector"

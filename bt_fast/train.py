@@ -16,7 +16,7 @@ from shlex import quote
 import torch
 from rich.console import Console
 
-from bt_fast.build import Job, build, describe, rehearse
+from bt_fast.build import TrainingSetup, build, describe, rehearse
 from bt_fast.config import Config
 from bt_fast.deferred import Deferred
 from bt_fast.distributed import collectives, fault_injection
@@ -37,46 +37,46 @@ from pipelines.common.console import shown
 MAX_SKIPPED = 10  # updates skipped in a row before a run gives up
 
 
-def pretrain(settings: Config, stop: StopFlag, world: World = ALONE) -> int:
+def pretrain(config: Config, stop: StopFlag, world: World = ALONE) -> int:
     """Train as configured, as one of the ranks; returns the exit status (0, or one of `signals`).
 
     The first rank writes the run directory and prints; what it decides the others are told.
     """
     console = Console(soft_wrap=True, quiet=not world.is_first)
     if world.is_first:
-        choose_path(settings)  # complains now, before minutes of preparation
-    job = build(settings, world)
-    if from_first(job.data_facts, world.group) != job.data_facts:
-        raise ValueError(f"--data {settings.data} of rank {world.rank} is not that of rank 0")
-    seconds_per_step = rehearse(job)
-    rows = describe(job, seconds_per_step)
-    if settings.dry_run and settings.device != "cpu":
-        rows |= fits(settings, count(settings), 1, gpus.present())
+        choose_path(config)  # complains now, before minutes of preparation
+    setup = build(config, world)
+    if from_first(setup.data_facts, world.group) != setup.data_facts:
+        raise ValueError(f"--data {config.data} of rank {world.rank} is not that of rank 0")
+    seconds_per_step = rehearse(setup)
+    rows = describe(setup, seconds_per_step)
+    if config.dry_run and config.device != "cpu":
+        rows |= fits(config, count(config), 1, gpus.present())
     console.print(summary_table("bt-fast pretrain", rows))
-    if settings.dry_run:
+    if config.dry_run:
         return 0
     if collectives.any_wish(stop.requested, world.group):
         console.print("stopped before the first step")
         return EXIT_STOPPED
     stop.training = True
     with contextlib.ExitStack() as stack:
-        run = stack.enter_context(RunDirectory(make_folder(settings))) if world.is_first else None
-        step = resume(job, run, console)
+        run = stack.enter_context(RunDirectory(make_folder(config))) if world.is_first else None
+        step = resume(setup, run, console)
         if run:
-            run.record_start(job.config, job.performance)
-        log = stack.enter_context(RunLog(console, run.path if run else None, step, job.last_step))
+            run.record_start(setup.config, setup.runtime)
+        log = stack.enter_context(RunLog(console, run.path if run else None, step, setup.last_step))
         if run:
             log.say(f"run directory: {run.path}")
-        deferred = Deferred(job.performance.device)
-        with Saving(job, run, log, deferred) as saving:
-            step = train(job, run, log, stop, saving, deferred, step)
-        status = 0 if step == job.last_step else EXIT_STOPPED
+        deferred = Deferred(setup.runtime.device)
+        with Saving(setup, run, log, deferred) as saving:
+            step = train(setup, run, log, stop, saving, deferred, step)
+        status = 0 if step == setup.last_step else EXIT_STOPPED
         if run:
-            status = finish(job, run, log, step, saving.saved)
+            status = finish(setup, run, log, step, saving.saved)
         return from_first(status, world.group)
 
 
-def finish(job: Job, run: RunDirectory, log: RunLog, step: int, saved: bool) -> int:
+def finish(setup: TrainingSetup, run: RunDirectory, log: RunLog, step: int, saved: bool) -> int:
     """Leave curves and encoder behind and say what was learned, or how to go on.
 
     saved: whether the disk has taken the checkpoint of `step`. Returns the exit status.
@@ -84,11 +84,11 @@ def finish(job: Job, run: RunDirectory, log: RunLog, step: int, saved: bool) -> 
     metrics = run.path / "metrics.jsonl"
     with log.can_do_without("curves.png"):
         plots.curves(metrics, run.path / "curves.png")
-    complete = step == job.last_step
+    complete = step == setup.last_step
     if complete:
         log.say(learned(metrics))
         try:  # even without a checkpoint: it is smaller
-            log.say(f"done: {export_encoder(job.model, run.path)}")
+            log.say(f"done: {export_encoder(setup.model, run.path)}")
         except OSError as error:
             log.warn(f"encoder.safetensors was not written: {reason(error)}")
             saved = False
@@ -96,8 +96,8 @@ def finish(job: Job, run: RunDirectory, log: RunLog, step: int, saved: bool) -> 
         found, _ = checkpoint.newest(run.path)
         newest = f"of step {found.step}" if found else "none"
         log.say(
-            f"not everything was saved at step {step} of {job.last_step}; the newest checkpoint is"
-            f" {newest}. Make room, then: bt-fast pretrain --resume {quote(str(run.path))}"
+            f"not everything was saved at step {step} of {setup.last_step}; the newest checkpoint"
+            f" is {newest}. Make room, then: bt-fast pretrain --resume {quote(str(run.path))}"
         )
         return EXIT_UNSAVED
     if not complete:
@@ -107,7 +107,7 @@ def finish(job: Job, run: RunDirectory, log: RunLog, step: int, saved: bool) -> 
 
 
 def train(
-    job: Job,
+    setup: TrainingSetup,
     run: RunDirectory | None,
     log: RunLog,
     stop: StopFlag,
@@ -120,44 +120,44 @@ def train(
 
     run: the run directory, on the rank that has it.
     """
-    settings = job.config
-    steps_per_epoch = job.loader.steps_per_epoch
-    save_every = settings.save_every or steps_per_epoch
+    config = setup.config
+    steps_per_epoch = setup.loader.steps_per_epoch
+    save_every = config.save_every or steps_per_epoch
     # Also what a run did not get to between its last checkpoint and the kill.
-    if probe_is_due(job, step) and not from_first(run and probed(run, step), job.world.group):
-        probe(job, log, step)
+    if probe_is_due(setup, step) and not from_first(run and probed(run, step), setup.world.group):
+        probe(setup, log, step)
 
     # Since the last log line: its step, seconds spent training, updates skipped.
-    device = job.performance.device
+    device = setup.runtime.device
     logged_step, clock = step, Clock(device)
     skipped = torch.zeros((), dtype=torch.int32, device=device)
     skipped_in_a_row = SkippedInARow()
-    vote = Vote(job.world.group)
-    batches = job.loader.batches(step, job.last_step)
-    for views in feed(batches, (settings.view_a, settings.view_b), job.performance):
+    vote = Vote(setup.world.group)
+    batches = setup.loader.batches(step, setup.last_step)
+    for views in feed(batches, (config.view_a, config.view_b), setup.runtime):
         if run and step == 0:
             with clock.paused(), log.can_do_without("views.png"):
                 plots.contact_sheet(views, run.path / "views.png")
 
         # One update.
-        rates = set_learning_rates(job, step)
-        invariance, redundancy, applied = update(
-            job, fault_injection.inject(views, step, job.world)
+        rates = set_learning_rates(setup, step)
+        on_diagonal, off_diagonal, applied = update(
+            setup, fault_injection.inject(views, step, setup.world)
         )
         skipped += ~applied
         step += 1
         deferred.run(step)
         saving.look()
-        give_up = not saving.saved and settings.if_save_fails == "stop"
+        give_up = not saving.saved and config.if_save_fails == "stop"
         stopping = vote.ask(stop.requested or give_up)  # by any rank, and the same on all
 
         # Once in a while: log, save, probe.
-        is_last = step == job.last_step
-        if step % settings.log_every == 0 or step == 1 or is_last:
-            values = torch.stack([invariance, redundancy, skipped.float()])
+        is_last = step == setup.last_step
+        if step % config.log_every == 0 or step == 1 or is_last:
+            values = torch.stack([on_diagonal, off_diagonal, skipped.float()])
             values = values.to("cpu", non_blocking=True)  # page-locked, of a GPU's
             line = LogLine(step, step - logged_step, rates, values, clock.lap())
-            write = functools.partial(write_log_line, job, log, skipped_in_a_row, line)
+            write = functools.partial(write_log_line, setup, log, skipped_in_a_row, line)
             deferred.add(step, write)
             logged_step = step
             skipped.zero_()
@@ -166,10 +166,10 @@ def train(
                 saving.begin(step)
         if stopping and not is_last:
             break
-        if probe_is_due(job, step):
+        if probe_is_due(setup, step):
             deferred.flush()
             with clock.paused():
-                probe(job, log, step)
+                probe(setup, log, step)
     deferred.flush()
     return step
 
@@ -192,19 +192,21 @@ class SkippedInARow:
     count: int = 0
 
 
-def write_log_line(job: Job, log: RunLog, skipped: SkippedInARow, line: LogLine) -> None:
+def write_log_line(
+    setup: TrainingSetup, log: RunLog, skipped: SkippedInARow, line: LogLine
+) -> None:
     """Read the values and log them; give up when updates have only been skipped for a while."""
-    settings = job.config
+    config = setup.config
     on, off, num_skipped = line.values.tolist()
     log.training(
         {
             "step": line.step,
-            "epoch": line.step / job.loader.steps_per_epoch,
-            "loss": on + settings.lambd * off,
-            "invariance": on,
-            "redundancy": off,
+            "epoch": line.step / setup.loader.steps_per_epoch,
+            "loss": on + config.lambd * off,
+            "on_diagonal": on,
+            "off_diagonal": off,
             **line.rates,
-            "images_per_s": line.num_steps * settings.batch_size / line.seconds(),
+            "images_per_s": line.num_steps * config.batch_size / line.seconds(),
             "skipped": int(num_skipped),
         }
     )
@@ -212,42 +214,42 @@ def write_log_line(job: Job, log: RunLog, skipped: SkippedInARow, line: LogLine)
     report_skipped(log, line.step, int(num_skipped), line.num_steps, skipped.count)
 
 
-def update(job: Job, views: torch.Tensor):
+def update(setup: TrainingSetup, views: torch.Tensor):
     """Forward, backward and optimizer step on views [2 n, 3, H, W], view A first.
 
-    Returns (invariance, redundancy, applied): scalars on the device.
+    Returns (on_diagonal, off_diagonal, applied): scalars on the device.
     """
-    with job.performance.autocast():
-        z_a, z_b = job.embed(views).chunk(2)  # [n, D] each
-    invariance, redundancy = job.objective(z_a, z_b)
-    loss = invariance + job.config.lambd * redundancy
+    with setup.runtime.autocast():
+        z_a, z_b = setup.embed(views).chunk(2)  # [n, D] each
+    on_diagonal, off_diagonal = setup.objective(z_a, z_b)
+    loss = on_diagonal + setup.config.lambd * off_diagonal
     # Ranks' gradients are averaged, and this rank's are its share of the true one.
-    (loss * (job.config.grad_scale * job.world.size)).backward()
+    (loss * (setup.config.grad_scale * setup.world.size)).backward()
 
-    applied = job.optimizer.step(guard=loss.detach())
+    applied = setup.optimizer.step(guard=loss.detach())
     assert applied is not None
-    job.optimizer.zero_grad(set_to_none=True)
-    job.statistics.update(applied)
-    return invariance.detach(), redundancy.detach(), applied
+    setup.optimizer.zero_grad(set_to_none=True)
+    setup.statistics.update(applied)
+    return on_diagonal.detach(), off_diagonal.detach(), applied
 
 
-def set_learning_rates(job: Job, step: int) -> dict[str, float]:
+def set_learning_rates(setup: TrainingSetup, step: int) -> dict[str, float]:
     """Set this step's rates; returns them by name."""
-    settings = job.config
+    config = setup.config
     rates = {}
     for name, base_lr, group in zip(
         ("lr_weights", "lr_biases"),
-        (settings.lr_weights, settings.lr_biases),
-        job.optimizer.param_groups,
+        (config.lr_weights, config.lr_biases),
+        setup.optimizer.param_groups,
         strict=True,
     ):
         rates[name] = group["lr"] = learning_rate(
             step,
-            steps_per_epoch=job.loader.steps_per_epoch,
-            epochs=settings.epochs,
-            batch_size=settings.batch_size,
+            steps_per_epoch=setup.loader.steps_per_epoch,
+            epochs=config.epochs,
+            batch_size=config.batch_size,
             base_lr=base_lr,
-            warmup_epochs=settings.effective_warmup_epochs,
+            warmup_epochs=config.effective_warmup_epochs,
         )
     return rates
 
@@ -267,12 +269,12 @@ def report_skipped(log: RunLog, step: int, skipped: int, steps: int, in_a_row: i
         )
 
 
-def resume(job: Job, run: RunDirectory | None, console: Console) -> int:
+def resume(setup: TrainingSetup, run: RunDirectory | None, console: Console) -> int:
     """Restore the newest valid checkpoint of a resumed run -> the step to go on from.
 
     The first rank reads it and sends it to the others.
     """
-    if not from_first(job.config.resume is not None, job.world.group):
+    if not from_first(setup.config.resume is not None, setup.world.group):
         return 0
     step, readers = 0, []
     if run:
@@ -282,26 +284,26 @@ def resume(job: Job, run: RunDirectory | None, console: Console) -> int:
                 f"warning: checkpoint passed over: {problem}", style="yellow", markup=False
             )
         if found is not None:
-            if found.facts.get("data") != job.data_facts:
+            if found.facts.get("data") != setup.data_facts:
                 raise ValueError(
-                    f"--data {job.config.data} is not what this run was trained on:"
-                    f" {job.data_facts} now, {found.facts.get('data')} then"
+                    f"--data {setup.config.data} is not what this run was trained on:"
+                    f" {setup.data_facts} now, {found.facts.get('data')} then"
                 )
-            if found.step > job.last_step:
+            if found.step > setup.last_step:
                 raise ValueError(
-                    f"--max-steps {job.config.max_steps}: {job.config.resume} is at step"
+                    f"--max-steps {setup.config.max_steps}: {setup.config.resume} is at step"
                     f" {found.step} already; give more or leave it out"
                 )
-            found.restore(job.model, job.optimizer)
+            found.restore(setup.model, setup.optimizer)
             step, readers = found.step, found.facts.get("readers", [])
         run.truncate_metrics(step)
         (run.path / "encoder.safetensors").unlink(missing_ok=True)  # of an earlier, shorter end
-    step, readers = from_first((step, readers), job.world.group)
-    if warning := job.loader.steps.restore(readers):
+    step, readers = from_first((step, readers), setup.world.group)
+    if warning := setup.loader.steps.restore(readers):
         console.print(f"warning: {warning}", style="yellow", markup=False)
-    momenta = [job.optimizer.momentum(p) for p in job.model.parameters()]
-    copy_from_first([*job.model.state_dict().values(), *momenta], job.world.group)
-    where = shown(f"{job.config.resume} at step {step} of {job.last_step}", console.encoding)
+    momenta = [setup.optimizer.momentum(p) for p in setup.model.parameters()]
+    copy_from_first([*setup.model.state_dict().values(), *momenta], setup.world.group)
+    where = shown(f"{setup.config.resume} at step {step} of {setup.last_step}", console.encoding)
     console.print(f"resuming {where}", markup=False)
     return step
 

@@ -168,11 +168,10 @@ def default_precision():
     if wanted is None:
         yield
         return
-    from bt_fast import runtime
 
     assert wanted in ("bf16", "fp32"), f"BT_FAST_TEST_PRECISION={wanted}"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runtime, "has_bf16", lambda device: wanted == "bf16")
+        patch.setattr("bt_fast.runtime.has_bf16", lambda device: wanted == "bf16")
         yield
 
 

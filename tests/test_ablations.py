@@ -145,22 +145,22 @@ def tiny(name: str, *flags: str) -> Config:
 def test_every_ablation_trains_and_its_loss_is_the_formulas(name, small_beton, monkeypatch):
     monkeypatch.setitem(BATCHES, 16, BATCHES[2048])
     config = tiny(name, "--data", str(small_beton))
-    job = build(config)
-    start = [p.detach().clone() for p in job.model.encoder.parameters()]
+    setup = build(config)
+    start = [p.detach().clone() for p in setup.model.encoder.parameters()]
     branches = config.view_a, config.view_b
-    for number, views in enumerate(feed(job.loader.batches(0, 2), branches, job.performance)):
+    for number, views in enumerate(feed(setup.loader.batches(0, 2), branches, setup.runtime)):
         if number == 0:
-            z_a, z_b = job.model(views).detach().chunk(2)
+            z_a, z_b = setup.model(views).detach().chunk(2)
             on, off = formula(config.objective, z_a, z_b, config.temperature)
             expected = on + config.lambd * off
-        train.set_learning_rates(job, 4)
-        invariance, redundancy, applied = train.update(job, views)
+        train.set_learning_rates(setup, 4)
+        on_diagonal, off_diagonal, applied = train.update(setup, views)
         assert applied
         if number == 0:
-            loss = (invariance + config.lambd * redundancy).item()
+            loss = (on_diagonal + config.lambd * off_diagonal).item()
             assert loss == pytest.approx(expected, rel=1e-4)
     moved = [
-        not torch.equal(p, q) for p, q in zip(job.model.encoder.parameters(), start, strict=True)
+        not torch.equal(p, q) for p, q in zip(setup.model.encoder.parameters(), start, strict=True)
     ]
     assert sum(moved) > len(moved) / 2
 
@@ -175,12 +175,12 @@ def of_a_rank(world: World, data: str) -> dict:
         (on + 0.3 * off).backward()
         found[objective, n] = torch.stack([on, off]).detach(), torch.stack([p.grad for p in z])
     for name in UPDATED:
-        job = build(tiny(name, "--data", data), world)
-        branches = job.config.view_a, job.config.view_b
-        for views in feed(job.loader.batches(0, 2), branches, job.performance):
-            train.set_learning_rates(job, 4)
-            assert train.update(job, views)[2]
-        found[name] = dict(job.model.state_dict())
+        setup = build(tiny(name, "--data", data), world)
+        branches = setup.config.view_a, setup.config.view_b
+        for views in feed(setup.loader.batches(0, 2), branches, setup.runtime):
+            train.set_learning_rates(setup, 4)
+            assert train.update(setup, views)[2]
+        found[name] = dict(setup.model.state_dict())
     return found
 
 

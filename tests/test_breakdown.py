@@ -6,10 +6,10 @@ import json
 import pytest
 import torch
 
-from bt_fast import runtime
 from bt_fast.config import Config
 from bt_fast.models.networks import BarlowTwins
 from bt_fast.plan import step_costs
+from bt_fast.runtime import Runtime
 from tools.breakdown import (
     AUGMENT,
     CLASSES,
@@ -210,7 +210,7 @@ def test_the_work_of_the_papers_model():
 
 def advised(
     device="cuda", mode="default", *, fused=False, ranks=1, reached=0.0, waiting=0.0,
-    settings=None, **shares,
+    config=None, **shares,
 ) -> list[str]:  # fmt: skip
     """The advice for a step of a second."""
     parts = {
@@ -220,10 +220,10 @@ def advised(
         for name, share in shares.items()
     }
     found = Breakdown(step=1.0, parts=parts, kernels={}, fused_norm=fused)
-    performance = runtime.Performance(device=torch.device(device), precision="bf16", compile=mode)
+    runtime = Runtime(device=torch.device(device), precision="bf16", compile=mode)
     return advice(
-        dataclasses.replace(Config(), **(settings or {})),
-        performance,
+        dataclasses.replace(Config(), **(config or {})),
+        runtime,
         found,
         Ceilings(flops=1.0, memory=1.0, link=1.0),
         world_size=ranks,
@@ -252,9 +252,9 @@ def test_the_switches_that_would_help():
     assert "--projector" in advised(products=0.3)[0]
     assert advised(other=0.3) == [] and "--compile default" in advised(mode="off", other=0.3)[0]
     assert "a GPU, or a smaller --size" in advised(device="cpu", convolutions=0.6)[0]
-    small = advised(convolutions=0.6, settings={"size": 64})
+    small = advised(convolutions=0.6, config={"size": 64})
     assert small[0].endswith("step: more GPUs")
-    assert "--deterministic" in advised(convolutions=0.6, settings={"deterministic": True})[0]
+    assert "--deterministic" in advised(convolutions=0.6, config={"deterministic": True})[0]
 
 
 def test_the_switches_against_communication_count_what_nothing_hides():
@@ -263,6 +263,6 @@ def test_the_switches_against_communication_count_what_nothing_hides():
     assert line.startswith("exposed communication takes 10 % of the step: --compress")
     assert "--bn-group 8 keeps batch norm on a machine" in line and "--separate" not in line
     assert "--bn-group" not in advised(communication=0.2, ranks=8)[0]
-    settings = {"compress_gradients": True, "bn_group": 8, "separate_communicators": False}
-    (line,) = advised(communication=0.2, ranks=32, settings=settings)
+    config = {"compress_gradients": True, "bn_group": 8, "separate_communicators": False}
+    (line,) = advised(communication=0.2, ranks=32, config=config)
     assert line.endswith("step: --separate-communicators, or a larger --batch-size")

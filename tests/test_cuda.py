@@ -26,11 +26,12 @@ from norm_forms import (
 )
 from safetensors.torch import load_file
 
-from bt_fast import loss, runtime, train
+from bt_fast import loss, train
 from bt_fast.build import build
 from bt_fast.cli import main, parse_pretrain
 from bt_fast.lars import LARS
 from bt_fast.prefetch import feed
+from bt_fast.runtime import choose_runtime
 from pipelines import augment
 from pipelines.beton import BetonReader
 from pipelines.beton.writer import BetonWriter
@@ -207,11 +208,11 @@ def test_deterministic_fused_steps_repeat_bit_for_bit(small_beton):
     results = []
     try:
         for _ in range(2):
-            job = build(parse_pretrain([*flags, "--deterministic"]))
+            setup = build(parse_pretrain([*flags, "--deterministic"]))
             for views in batches_of_views(5, 32, 32):
-                train.set_learning_rates(job, 8)
-                train.update(job, views.to(CUDA, memory_format=torch.channels_last))
-            results.append([*job.model.state_dict().values()])
+                train.set_learning_rates(setup, 8)
+                train.update(setup, views.to(CUDA, memory_format=torch.channels_last))
+            results.append([*setup.model.state_dict().values()])
     finally:
         torch.use_deterministic_algorithms(False)
     assert all(map(torch.equal, *results))
@@ -244,9 +245,9 @@ def test_updates_equal_those_of_the_cpu(small_beton, compile, norm):
     for step in range(5):
         views = torch.randn(32, 3, 32, 32).to(memory_format=torch.channels_last)
         views[5, 0, 0, 0] = torch.nan if step == 2 else 0.0
-        for job in (gpu, cpu):
-            train.set_learning_rates(job, 8)
-            *_, applied = train.update(job, views.to(job.performance.device))
+        for setup in (gpu, cpu):
+            train.set_learning_rates(setup, 8)
+            *_, applied = train.update(setup, views.to(setup.runtime.device))
             assert bool(applied) == (step != 2)
     ours, theirs = gpu.model.state_dict(), cpu.model.state_dict()
     for name, value in theirs.items():
@@ -260,18 +261,18 @@ def test_the_feed_hands_out_every_batch_in_order(small_beton, loader, tolerance)
     if loader == "dali":
         pytest.importorskip("nvidia.dali", reason="DALI is not installed")
     flags = [*TINY, "--data", str(small_beton), "--precision=fp32"]
-    jobs = [
+    setups = [
         build(parse_pretrain([*flags, f"--device={device}", f"--loader={name}"]))
         for device, name in (("cuda", loader), ("cpu", "native"))
     ]
     branches = (augment.VIEW_A, augment.VIEW_B)
     sums = []
-    for views in feed(jobs[0].loader.batches(0, 40), branches, jobs[0].performance):
+    for views in feed(setups[0].loader.batches(0, 40), branches, setups[0].runtime):
         torch.cuda._sleep(20_000_000)  # 10 ms: more than the host takes for a batch
         sums.append(views.double().sum((1, 2, 3)))  # enqueued after the work
     expected = [
         views.double().sum((1, 2, 3))
-        for views in feed(jobs[1].loader.batches(0, 40), branches, jobs[1].performance)
+        for views in feed(setups[1].loader.batches(0, 40), branches, setups[1].runtime)
     ]
     assert len(sums) == len(expected) == 40
     scale = 3 * 32 * 32
@@ -302,12 +303,12 @@ def test_no_step_waits_for_the_device(small_beton, tmp_path, monkeypatch, norm):
     """Neither at log lines nor at checkpoints; those of the first steps prepare memory."""
     update, finish, steps = train.update, train.finish, 0
 
-    def counted(job, views):
+    def counted(setup, views):
         nonlocal steps
         steps += 1
         if steps == 6:
             torch.cuda.set_sync_debug_mode("error")
-        return update(job, views)
+        return update(setup, views)
 
     def finished(*arguments):
         torch.cuda.set_sync_debug_mode("default")
@@ -394,4 +395,4 @@ def test_views_grow_on_a_gpu(small_beton, tmp_path):
 
 
 def test_bf16_is_chosen():
-    assert runtime.choose("auto", "auto", "auto").precision == "bf16"
+    assert choose_runtime("auto", "auto", "auto").precision == "bf16"

@@ -191,9 +191,9 @@ def test_killed_and_resumed_the_next_20_batches_are_the_same(data, tmp_path):
 
     arguments = [*TINY, "--loader=dali", "--epochs=9", "--data", data.path]
     uninterrupted = build(parse_pretrain(arguments)).loader.batches(0, 36)
-    job = build(parse_pretrain(["--resume", str(folder)]))
+    setup = build(parse_pretrain(["--resume", str(folder)]))
     with RunDirectory(folder) as run:
-        step = train.resume(job, run, train.Console(quiet=True))
-    assert step >= 6 and job.config.loader == "dali"
+        step = train.resume(setup, run, train.Console(quiet=True))
+    assert step >= 6 and setup.config.loader == "dali"
     expected = list(uninterrupted)[step : step + 20]
-    require_same(list(job.loader.batches(step, step + 20)), expected)
+    require_same(list(setup.loader.batches(step, step + 20)), expected)

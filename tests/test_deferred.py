@@ -70,11 +70,11 @@ def test_an_error_loses_no_checkpoint_that_was_begun(late, small_beton, tmp_path
     """As that of a damaged record, one step after the weights were copied."""
     update, calls = train.update, []
 
-    def failing(job, views):
+    def failing(setup, views):
         calls.append(views)
         if len(calls) == 6:
             raise ValueError("a record is damaged")
-        return update(job, views)
+        return update(setup, views)
 
     monkeypatch.setattr(train, "update", failing)
     folder = tmp_path / "run"

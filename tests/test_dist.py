@@ -161,26 +161,26 @@ def updates(
     compile = f"--compile={'default' if backend else 'off'}"
     torch.set_default_dtype(dtype)
     try:
-        job = build(parse_pretrain([*TINY, compile, "--data", data]), world)
+        setup = build(parse_pretrain([*TINY, compile, "--data", data]), world)
     finally:
         torch.set_default_dtype(torch.float32)
-    branches = job.config.view_a, job.config.view_b
+    branches = setup.config.view_a, setup.config.view_b
     terms, gradients = [], {}
-    original = job.optimizer.step
+    original = setup.optimizer.step
 
     def step(**arguments):
         if not gradients:
-            named = job.model.named_parameters()
+            named = setup.model.named_parameters()
             gradients.update({name: p.grad.clone() for name, p in named})
         return original(**arguments)
 
-    job.optimizer.step = step
-    for index, views in enumerate(feed(job.loader.batches(0, 10), branches, job.performance)):
-        train.set_learning_rates(job, 10 if at_full_rate else index)
-        invariance, redundancy, applied = train.update(job, views.to(dtype))
+    setup.optimizer.step = step
+    for index, views in enumerate(feed(setup.loader.batches(0, 10), branches, setup.runtime)):
+        train.set_learning_rates(setup, 10 if at_full_rate else index)
+        on_diagonal, off_diagonal, applied = train.update(setup, views.to(dtype))
         assert applied
-        terms.append((invariance + 5e-3 * redundancy).item())
-    return {"terms": terms, "gradients": gradients, "state": dict(job.model.state_dict())}
+        terms.append((on_diagonal + 5e-3 * off_diagonal).item())
+    return {"terms": terms, "gradients": gradients, "state": dict(setup.model.state_dict())}
 
 
 def apart(ours: torch.Tensor, wanted: torch.Tensor) -> float:
@@ -242,11 +242,11 @@ def test_collectives_of_a_step_of_the_papers_model():
 def groups_of_a_job(world: World, data: str, *flags: str) -> tuple:
     """(whether DDP's group is batch norm's, whether batch norm's is the loss's, batch norm's
     ranks), after an update."""
-    job = build(parse_pretrain([*TINY, "--data", data, *flags]), world)
-    gradients = job.embed.process_group
-    of_norm = job.model.encoder.bn1.group
-    of_loss = job.objective.keywords["group"]
-    train.update(job, torch.randn(32 // world.size, 3, 32, 32))
+    setup = build(parse_pretrain([*TINY, "--data", data, *flags]), world)
+    gradients = setup.embed.process_group
+    of_norm = setup.model.encoder.bn1.group
+    of_loss = setup.objective.keywords["group"]
+    train.update(setup, torch.randn(32 // world.size, 3, 32, 32))
     return gradients is of_norm, of_norm is of_loss, of_norm.size()
 
 
@@ -260,10 +260,10 @@ def test_gradients_have_a_communicator_of_their_own(small_beton):
 
 
 def group_of_one(world: World, data: str) -> tuple:
-    job = build(parse_pretrain([*TINY, "--data", data]), world)
+    setup = build(parse_pretrain([*TINY, "--data", data]), world)
     with Traffic() as traffic:
-        train.update(job, torch.randn(32, 3, 32, 32))
-    return world.size, type(job.embed).__name__, traffic.calls.total()
+        train.update(setup, torch.randn(32, 3, 32, 32))
+    return world.size, type(setup.embed).__name__, traffic.calls.total()
 
 
 def test_a_single_rank_can_keep_its_group(small_beton, monkeypatch):

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 
 from bt_fast import prefetch as room
-from bt_fast import runtime
 from bt_fast.prefetch import feed
+from bt_fast.runtime import choose_runtime
 from pipelines import augment
 from pipelines.beton import BetonReader
 from pipelines.crop import RandomResizedCrop
@@ -23,9 +23,9 @@ def loader(path, **settings) -> NativeLoader:
 
 
 def test_views_are_those_of_the_definition_view_a_first(small_beton):
-    performance = runtime.choose("cpu", "fp32", "off")
+    runtime = choose_runtime("cpu", "fp32", "off")
     batches = list(loader(small_beton).batches(0, 3))
-    for batch, views in zip(batches, feed(iter(batches), BRANCHES, performance), strict=True):
+    for batch, views in zip(batches, feed(iter(batches), BRANCHES, runtime), strict=True):
         expected = [
             augment.apply(crops, augment.draw(branch, keys), dtype=torch.float32)
             for crops, branch, keys in zip(batch.views, BRANCHES, batch.keys, strict=True)
@@ -37,8 +37,8 @@ def test_views_are_those_of_the_definition_view_a_first(small_beton):
 
 def test_the_views_dtype_is_the_precisions(small_beton):
     for precision, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
-        performance = runtime.choose("cpu", precision, "off")
-        (views,) = feed(loader(small_beton).batches(0, 1), BRANCHES, performance)
+        runtime = choose_runtime("cpu", precision, "off")
+        (views,) = feed(loader(small_beton).batches(0, 1), BRANCHES, runtime)
         assert views.dtype == dtype
 
 
@@ -58,9 +58,9 @@ def test_beside_a_gpu_the_host_computes_in_one_thread(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     torch.set_num_threads(2)
-    runtime.choose("cpu", "fp32", "off")
+    choose_runtime("cpu", "fp32", "off")
     assert torch.get_num_threads() == 2
-    runtime.choose("cuda", "fp32", "off")
+    choose_runtime("cuda", "fp32", "off")
     assert torch.get_num_threads() == 1
 
 
@@ -92,6 +92,6 @@ def test_the_host_makes_no_more_views_than_a_rehearsal_makes_room_for(monkeypatc
     monkeypatch.setattr(torch.cuda, "stream", lambda _: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "current_stream", lambda _: device)
     monkeypatch.setattr(room, "distort", device.views)
-    performance = replace(runtime.choose("cpu", "fp32", "off"), device=torch.device("cuda", 0))
-    assert len(list(feed(range(10), BRANCHES, performance))) == device.made == 10
+    runtime = replace(choose_runtime("cpu", "fp32", "off"), device=torch.device("cuda", 0))
+    assert len(list(feed(range(10), BRANCHES, runtime))) == device.made == 10
     assert device.most == room.IN_MEMORY

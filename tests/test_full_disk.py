@@ -88,11 +88,11 @@ def test_a_folder_that_turns_read_only_keeps_its_checkpoints(
     real_update, real_write, written = train.update, checkpoint.write, threading.Event()
     with contextlib.ExitStack() as stack:
 
-        def update(job, views):
+        def update(setup, views):
             if next(steps) == 6:
                 assert written.wait(300)  # the checkpoint of step 4, by a thread
                 stack.enter_context(mounted(folder / "checkpoints", "ro"))
-            return real_update(job, views)
+            return real_update(setup, views)
 
         def write(*arguments, **options):
             path = real_write(*arguments, **options)
@@ -134,10 +134,10 @@ def test_training_goes_on_while_a_checkpoint_is_written(
     real_write, real_update = checkpoint.write, train.update
     updates, further = itertools.count(1), threading.Event()
 
-    def update(job, views):
+    def update(setup, views):
         if next(updates) == 7:
             further.set()
-        return real_update(job, views)
+        return real_update(setup, views)
 
     def write(folder, step, *arguments, **options):
         assert further.wait(300), "nothing was trained meanwhile"

@@ -7,15 +7,15 @@ import pytest
 import torch
 from conftest import drawn_picture
 
-from bt_fast import runtime
 from bt_fast.cli import main
 from bt_fast.evaluate.transfer_datasets import inat18, places205
 from bt_fast.evaluate.views import Views
+from bt_fast.runtime import choose_runtime
 from pipelines.beton import BetonReader
 from pipelines.convert.command import main as convert
 from pipelines.loading.image_files import open_folder
 
-PERFORMANCE = runtime.choose("cpu", "fp32", compile=False)
+PERFORMANCE = choose_runtime("cpu", "fp32", compile=False)
 
 
 @pytest.fixture(scope="module")

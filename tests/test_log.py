@@ -9,7 +9,7 @@ from bt_fast.run.console import RunLog, duration, summary_table
 from bt_fast.run.directory import read_metrics
 
 RECORD = {
-    "step": 1, "epoch": 0.5, "loss": 3.0, "invariance": 2.5, "redundancy": 100.0,
+    "step": 1, "epoch": 0.5, "loss": 3.0, "on_diagonal": 2.5, "off_diagonal": 100.0,
     "lr_weights": 0.1, "lr_biases": 0.01, "images_per_s": 10.0, "skipped": 0,
 }  # fmt: skip
 
@@ -33,7 +33,7 @@ def test_every_record_is_kept_and_shown(tmp_path, terminal):
             log.warn("mind [the] gap")
     kept = [record for _, record in read_metrics(tmp_path / "metrics.jsonl")]
     assert [record["kind"] for record in kept] == ["train", "train", "probe"]
-    assert kept[0]["redundancy"] == 100.0
+    assert kept[0]["off_diagonal"] == 100.0
     shown = (tmp_path / "screen").read_text()
     assert "loss 3" in shown and "k=20: 50.00 %" in shown and "mind [the] gap" in shown
     assert ("\x1b[" in shown) == terminal

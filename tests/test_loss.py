@@ -51,10 +51,10 @@ def test_gradients_pass_gradcheck():
 def test_terms_add_up_and_redundancy_is_the_off_diagonal():
     z_a, z_b = embeddings(32, 20)
     for method in ("dense", "gram", "columns"):
-        invariance, redundancy = correlation_terms(z_a, z_b, method=method)
+        on_diagonal, off_diagonal = correlation_terms(z_a, z_b, method=method)
         total = barlow_twins_loss(z_a, z_b, lambd=0.1, method=method)
-        assert torch.allclose(invariance + 0.1 * redundancy, total, rtol=1e-14)
-        assert torch.allclose(invariance, oracle(z_a, z_b, 0.0), rtol=1e-12)
+        assert torch.allclose(on_diagonal + 0.1 * off_diagonal, total, rtol=1e-14)
+        assert torch.allclose(on_diagonal, oracle(z_a, z_b, 0.0), rtol=1e-12)
 
 
 def test_loss_ignores_scale_and_shift_of_every_dimension():

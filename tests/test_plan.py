@@ -18,15 +18,15 @@ SMALL = Config(encoder="resnet18", size=32, small_images=True, projector=(96, 64
 
 @pytest.mark.parametrize("change", [{}, {"small_images": False, "size": 64}, {"predictor": True}])
 def test_activations_are_what_a_forward_pass_leaves_allocated(change):
-    settings = replace(SMALL, **change)
-    model = build_model(settings)
-    views = torch.randn(8, 3, settings.size, settings.size)
+    config = replace(SMALL, **change)
+    model = build_model(config)
+    views = torch.randn(8, 3, config.size, config.size)
     with torch.profiler.profile(profile_memory=True) as profiler:
         output = model(views)
     left = sum(event.self_cpu_memory_usage for event in profiler.events())
     assert output.requires_grad
     with torch.device("meta"):
-        shapes = build_model(settings)
+        shapes = build_model(config)
         embeddings, saved = dry_run.forward(shapes, torch.empty_like(views, device="meta"))
     # The views were there before, and nothing of the output is needed for its own gradient.
     expected = saved - views.nbytes + embeddings.nbytes

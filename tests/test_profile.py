@@ -12,9 +12,9 @@ import pytest
 import torch
 from PIL import Image
 
-from bt_fast import runtime
 from bt_fast.plan import dry_run, gpus, step_costs
 from bt_fast.recipes import RECIPES
+from bt_fast.runtime import Runtime
 from pipelines.beton import BetonReader
 from tools import synthetic
 from tools.breakdown import CLASSES, Breakdown
@@ -133,15 +133,11 @@ def report(device: str = "cuda", *, step: float, alone: float, **stages):
     """A report of made-up measurements: seconds per batch of 100 images."""
     seconds = dict.fromkeys((*STAGES, "copy"), 1e-4) | stages
     config = RECIPES["imagenet"]()
-    performance = runtime.Performance(
-        device=torch.device(device), precision="bf16", compile="default"
-    )
+    runtime = Runtime(device=torch.device(device), precision="bf16", compile="default")
     reader = types.SimpleNamespace(sizes=np.full((1000, 2), 400))
-    job = types.SimpleNamespace(
-        config=config, performance=performance, reader=reader, num_threads=10**6
-    )
+    setup = types.SimpleNamespace(config=config, runtime=runtime, reader=reader, num_threads=10**6)
     return Report(
-        job=job,
+        setup=setup,
         data="data",
         ceilings=Ceilings(flops=1e15, memory=4e12, link=5e10),
         stages={name: Stage(name=name, seconds=value) for name, value in seconds.items()},

@@ -188,16 +188,16 @@ class Batches:
 
     def __init__(self, logits, labels):
         self.logits, self.reader = logits, type("Reader", (), {"labels": labels})
-        self.performance = open_performance()
+        self.runtime = open_performance()
 
     def central(self, samples, _):
         return iter(self.logits[torch.from_numpy(samples)].split(7))
 
 
 def open_performance():
-    from bt_fast import runtime
+    from bt_fast.runtime import choose_runtime
 
-    return runtime.choose("cpu", "fp32", compile="off")
+    return choose_runtime("cpu", "fp32", compile="off")
 
 
 def test_every_held_out_image_counts_once():

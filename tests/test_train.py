@@ -21,7 +21,7 @@ def test_a_run_leaves_everything_in_its_directory(finished):
     assert train_steps == [1, 2, 4, 6, 8, 10, 12]
     for record in records:
         if record["kind"] == "train":
-            expected = record["invariance"] + 5e-3 * record["redundancy"]
+            expected = record["on_diagonal"] + 5e-3 * record["off_diagonal"]
             assert record["loss"] == pytest.approx(expected)
             assert record["images_per_s"] > 0 and record["skipped"] == 0
     probes = [record for record in records if record["kind"] == "probe"]

@@ -19,8 +19,8 @@ from pathlib import Path
 
 import torch
 
-from bt_fast import runtime
 from bt_fast.loss import barlow_twins_loss
+from bt_fast.runtime import apply_switches
 from pipelines.common.flags import parse_flags
 from tools.results import Results
 from tools.timing import peak_memory, seconds_per_call
@@ -47,7 +47,7 @@ def measure(n: int, d: int, method: str, budget: float) -> dict[str, float | str
     needed = 4.5 * 4 * d * d if method == "dense" else 0  # C, its square, its gradient, ...
     if needed > available_memory(on_gpu):
         return {"error": f"needs about {needed / 1e9:.0f} GB"}
-    runtime.apply()
+    apply_switches()
     if on_gpu:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()

@@ -25,7 +25,7 @@ from typing import Any
 
 from bt_fast.config import Config
 from bt_fast.plan import step_costs
-from bt_fast.runtime import Performance, has_bf16
+from bt_fast.runtime import Runtime, has_bf16
 from tools.timing import Ceilings, Stage
 
 AUGMENT, LOSS = "bt-fast: augment", "bt-fast: loss"  # named ranges
@@ -216,7 +216,7 @@ def breakdown(
 
 def advice(
     config: Config,
-    performance: Performance,
+    runtime: Runtime,
     found: Breakdown,
     ceilings: Ceilings | None,
     *,
@@ -232,12 +232,12 @@ def advice(
         waiting: share of a step from JPEGs in which the device waits for data.
         for_loader: what helps against that.
     """
-    on_gpu, off = performance.device.type == "cuda", performance.compile == "off"
+    on_gpu, off = runtime.device.type == "cuda", runtime.compile == "off"
     parts = {name: Stage(name=name, seconds=0.0) for name in CLASSES} | found.parts
     share = {name: part.seconds / found.step for name, part in parts.items()}
     larger = ["a larger --batch-size"]
     launching = ["--compile default launches fewer kernels"] * off + larger
-    if performance.compile == "default":
+    if runtime.compile == "default":
         launching = ["--compile reduce-overhead replays CUDA graphs", *larger]
     slow_norm = on_gpu and not found.fused_norm and parts["norm"].reached(ceilings) < 0.7
     over_ranks = ["--compress-gradients sends half"] * (not config.compress_gradients)
@@ -248,7 +248,7 @@ def advice(
     rules = [
         (waiting, "the device waits for data", [for_loader]),
         (share["gaps"], "no kernel runs for", launching * on_gpu),
-        (share["convolutions"], "convolutions take", _for_convolutions(config, performance)),
+        (share["convolutions"], "convolutions take", _for_convolutions(config, runtime)),
         (share["norm"], "batch norm and ReLU take", ["--norm fused"] * slow_norm),
         (share["products"], "matrix products take", ["a narrower --projector"]),
         (share["optimizer"], "the optimizer takes", larger),
@@ -262,10 +262,10 @@ def advice(
     ]
 
 
-def _for_convolutions(config: Config, performance: Performance) -> list[str]:
-    if performance.precision == "fp32" and has_bf16(performance.device.type):
+def _for_convolutions(config: Config, runtime: Runtime) -> list[str]:
+    if runtime.precision == "fp32" and has_bf16(runtime.device.type):
         return ["--precision bf16"]
-    if performance.device.type == "cpu":
+    if runtime.device.type == "cpu":
         return ["a GPU", "a smaller --size or --encoder"]
     if config.deterministic:
         return ["kernels chosen by trial, without --deterministic"]

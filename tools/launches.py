@@ -36,7 +36,7 @@ from bt_fast.lars import LARS, parameter_groups
 from bt_fast.loss_variants import objective_terms
 from bt_fast.models import batch_norm
 from bt_fast.models import networks as models
-from bt_fast.runtime import Performance
+from bt_fast.runtime import Runtime
 from pipelines.common.flags import parse_flags
 from tools.lowering import group_of, replace_tensors
 
@@ -88,7 +88,7 @@ def count(encoder: str = "resnet50", *, fused: bool = True, num_ranks: int = 1) 
 
     fused: whether batch norm runs as the kernels of `norm_triton`.
     """
-    performance = Performance(device=torch.device("cpu"), precision="bf16", compile="off")
+    runtime = Runtime(device=torch.device("cpu"), precision="bf16", compile="off")
     with group_of(num_ranks) as group, FakeTensorMode():
         model = _placed(encoder)
         batch_norm.over_ranks(model, group)
@@ -98,10 +98,10 @@ def count(encoder: str = "resnet50", *, fused: bool = True, num_ranks: int = 1) 
         for p in model.parameters():
             optimizer.momentum(p)
         launches = Launches()
-        job: Any = SimpleNamespace(
+        setup: Any = SimpleNamespace(
             config=SimpleNamespace(lambd=5e-3, grad_scale=1 / 16),
             world=SimpleNamespace(size=num_ranks),
-            performance=performance,
+            runtime=runtime,
             embed=model,
             objective=functools.partial(objective_terms, "barlow-twins", group=group),
             optimizer=launches.within("optimizer", optimizer),
@@ -111,7 +111,7 @@ def count(encoder: str = "resnet50", *, fused: bool = True, num_ranks: int = 1) 
         views = views.to(memory_format=torch.channels_last)
         update = functools.partial(_update, launches.counted)
         with mock.patch.object(lars_triton, "update", update), launches:
-            train.update(job, views)
+            train.update(setup, views)
     return launches.counted
 
 
@@ -124,7 +124,7 @@ class Launches(TorchDispatchMode):
         self._within: str | None = None
 
     def within(self, group: str, part: Any) -> Any:
-        """A part of a job; what its step or update launches counts as this group."""
+        """A part of a setup; what its step or update launches counts as this group."""
 
         def method(name):
             def call(*arguments, **keywords):

@@ -111,9 +111,9 @@ def run(options: Profile, world) -> int:
             return 0
         if (out / "profile.json").exists():
             raise ValueError(f"--out {out} holds a profile already; choose another folder")
-        job = build(config)
+        setup = build(config)
         out.mkdir(parents=True, exist_ok=True)
-        report = profile_report.Report(job=job, data=what)
+        report = profile_report.Report(setup=setup, data=what)
         console.print(f"profiling {report.title}", markup=False)
         for stage in measure(report, options, world, Path(scratch), out):
             if stage is not None:
@@ -135,41 +135,41 @@ def measure(report, options: Profile, world, scratch: Path, out: Path):
     from bt_fast.plan import step_costs
     from tools import rivals, stages, timing
 
-    job, performance, seconds = report.job, report.job.performance, options.seconds
-    report.ceilings = timing.measure_ceilings(performance.device, performance.view_dtype, seconds)
+    setup, runtime, seconds = report.setup, report.setup.runtime, options.seconds
+    report.ceilings = timing.measure_ceilings(runtime.device, runtime.view_dtype, seconds)
     yield
-    if performance.compile != "off":
+    if runtime.compile != "off":
         print("compiling ...", flush=True)
     started = time.perf_counter()
-    rehearse(job)
+    rehearse(setup)
     report.prepared = time.perf_counter() - started
     yield
-    report.work = step_costs.count(job.model, stages.views_of(job), performance.autocast())
+    report.work = step_costs.count(setup.model, stages.views_of(setup), runtime.autocast())
     path = (out if options.trace else scratch) / "trace.json"
-    report.breakdown = stages.trace(job, report.work, path)
+    report.breakdown = stages.trace(setup, report.work, path)
     yield
-    for stage in stages.device_stages(job, report.work, seconds):
+    for stage in stages.device_stages(setup, report.work, seconds):
         report.stages[stage.name] = stage
         yield stage
-    report.step_without_data = stages.step_alone(job, 3 * seconds)
+    report.step_without_data = stages.step_alone(setup, 3 * seconds)
     yield
-    report.step = stages.step_from_jpegs(job, 3 * seconds)
-    report.memory = timing.peak_memory(performance.device)
+    report.step = stages.step_from_jpegs(setup, 3 * seconds)
+    report.memory = timing.peak_memory(runtime.device)
     yield
-    for stage in stages.loader_stages(job, seconds):
+    for stage in stages.loader_stages(setup, seconds):
         report.stages[stage.name] = stage
         yield stage
     if world.group is not None or options.gpus is not None:
         report.predict(options.gpus or world.size, options.link_gbps)
         yield
     if world.group is not None:
-        job.embed = job.objective = None  # compiled; they make room
+        setup.embed = setup.objective = None  # compiled; they make room
         alone = report.step_without_data, report.work
-        report.together = stages.together(job.config, world, 3 * seconds, scratch, alone)
+        report.together = stages.together(setup.config, world, 3 * seconds, scratch, alone)
         yield
     for rival in options.against:
         report.rivals[rival] = {}
-        for name, value in rivals.reference_stages(job, seconds):
+        for name, value in rivals.reference_stages(setup, seconds):
             report.rivals[rival][name] = value
             yield
 

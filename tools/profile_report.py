@@ -10,7 +10,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from bt_fast.build import Job
+from bt_fast.build import TrainingSetup
 from bt_fast.plan import step_costs
 from bt_fast.run.directory import environment
 from pipelines.common.cpu import usable_cores
@@ -27,7 +27,7 @@ IN_STEP = ("copy", "augment", "forward", "backward", "loss", "optimizer")
 class Report:
     """Filled in as the measurements come; everything is per step of one device."""
 
-    job: Job
+    setup: TrainingSetup
     data: str
     ceilings: Ceilings | None = None
     prepared: float = 0.0  # seconds until the first step was compiled and done
@@ -43,17 +43,17 @@ class Report:
 
     @property
     def title(self) -> str:
-        config, performance = self.job.config, self.job.performance
+        config, runtime = self.setup.config, self.setup.runtime
         return (
             f"{config.encoder} + {'-'.join(map(str, config.projector))}, {config.size} px, batch"
-            f" {config.batch_size}, {performance.device.type} {performance.precision},"
-            f" torch.compile {performance.compile}, {self.job.num_threads} decoding threads,"
+            f" {config.batch_size}, {runtime.device.type} {runtime.precision},"
+            f" torch.compile {runtime.compile}, {self.setup.num_threads} decoding threads,"
             f" {self.data}"
         )
 
     def rate(self, seconds: float) -> float:
         """Images per second of something that takes this long per batch."""
-        return self.job.config.batch_size / seconds if seconds > 0 else float("inf")
+        return self.setup.config.batch_size / seconds if seconds > 0 else float("inf")
 
     def achieved(self, stage: Stage) -> str:
         """FLOP/s or bytes/s, and the share of what this machine reaches at best."""
@@ -69,11 +69,11 @@ class Report:
         if found is None or not self.step or "loader" not in self.stages:
             return []
         # On a GPU the loader runs beside the step; on a CPU they share the cores.
-        on_gpu = self.job.performance.device.type == "cuda"
+        on_gpu = self.setup.runtime.device.type == "cuda"
         waiting = self.step - self.step_without_data if on_gpu else self.stages["loader"].seconds
         return advice(
-            self.job.config,
-            self.job.performance,
+            self.setup.config,
+            self.setup.runtime,
             found,
             self.ceilings,
             world_size=self.together.world_size if self.together else 1,
@@ -82,27 +82,27 @@ class Report:
         )
 
     def predict(self, world_size: int, link_gbps: float) -> None:
-        stages, job = self.stages, self.job
+        stages, setup = self.stages, self.setup
         seconds = {name: stages[name].seconds if name in stages else 0.0 for name in IN_STEP}
         measured = step_costs.Measured(
-            images=job.config.batch_size,
+            images=setup.config.batch_size,
             encoder=seconds["forward"] + seconds["backward"],
             backward=seconds["backward"],
             loss=seconds["loss"],
             optimizer=seconds["optimizer"],
-            embedding_itemsize=job.performance.view_dtype.itemsize,
-            gradient_itemsize=2 if job.config.compress_gradients else 4,
-            num_parameters=sum(p.numel() for p in job.model.parameters()),
-            num_projector_parameters=sum(p.numel() for p in job.model.projector.parameters()),
-            num_dimensions=job.config.projector[-1],
-            num_norm_layers=step_costs.num_norm_layers(job.model),
+            embedding_itemsize=setup.runtime.view_dtype.itemsize,
+            gradient_itemsize=2 if setup.config.compress_gradients else 4,
+            num_parameters=sum(p.numel() for p in setup.model.parameters()),
+            num_projector_parameters=sum(p.numel() for p in setup.model.projector.parameters()),
+            num_dimensions=setup.config.projector[-1],
+            num_norm_layers=step_costs.num_norm_layers(setup.model),
         )
         self.prediction = step_costs.predict(
             measured,
             world_size,
             link_gbps,
-            separate_communicators=job.config.separate_communicators,
-            norm_ranks=job.config.bn_group,
+            separate_communicators=setup.config.separate_communicators,
+            norm_ranks=setup.config.bn_group,
         )
 
     def print(self, console: Console) -> None:
@@ -159,7 +159,9 @@ class Report:
         found = measured.breakdown.parts if measured.breakdown else {}
         exposed = 1e3 * found["communication"].alone if "communication" in found else 0.0
         own = sum(predicted.seconds[name] for name in ("encoder", "loss", "optimizer"))
-        assumed = f"{1e6 * step_costs.latency(self.job.config.bn_group or measured.world_size):.0f}"
+        assumed = (
+            f"{1e6 * step_costs.latency(self.setup.config.bn_group or measured.world_size):.0f}"
+        )
         rows = [
             ("step of one rank alone, ms", f"{1e3 * measured.alone:.2f}", ""),
             ("step of all, ms", f"{1e3 * measured.step:.2f}", f"{1e3 * predicted.step:.2f}"),
@@ -177,7 +179,7 @@ class Report:
             return self.step_without_data
         if stage == "views":  # on a GPU augmentation runs beside the loader, on a CPU after it
             loader, augment = (self.stages[name].seconds for name in ("loader", "augment"))
-            on_gpu = self.job.performance.device.type == "cuda"
+            on_gpu = self.setup.runtime.device.type == "cuda"
             return max(loader, augment) if on_gpu else loader + augment
         return self.stages[stage].seconds
 
@@ -220,8 +222,8 @@ class Report:
             path,
             {
                 "title": self.title,
-                "config": dataclasses.asdict(self.job.config),
-                "environment": environment(self.job.performance),
+                "config": dataclasses.asdict(self.setup.config),
+                "environment": environment(self.setup.runtime),
                 "ceilings": plain(self.ceilings),
                 "prepare_s": self.prepared,
                 "breakdown": plain(self.breakdown),
@@ -270,12 +272,12 @@ def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], **
 
 
 def _for_loader(report: Report) -> str:
-    config, stages = report.job.config, report.stages
+    config, stages = report.setup.config, report.stages
     if stages["read"].seconds > stages["decode"].seconds + stages["crop"].seconds:
         return "the disk is slower than decoding: copy the data to a faster one"
-    if report.job.num_threads < usable_cores():
+    if report.setup.num_threads < usable_cores():
         return f"--workers {usable_cores()} uses all cores"
-    sizes = report.job.reader.sizes
+    sizes = report.setup.reader.sizes
     some = np.arange(0, len(sizes), max(len(sizes) // 1000, 1))
     need = 3 * sizes[some].astype(float).prod(axis=1).mean() * len(sizes) / 1e9
     if config.cache_gb < need:

@@ -8,28 +8,28 @@ from itertools import islice
 import torch
 from PIL import Image
 
-from bt_fast.build import Job
+from bt_fast.build import TrainingSetup
 from bt_fast.prefetch import distort
 from pipelines.augment import Branch
 from tools import reference
 from tools.timing import images_per_second, seconds_of_parts, seconds_per_call
 
 
-def reference_stages(job: Job, budget: float) -> Iterator[tuple[str, float]]:
-    """The released code's stages on this job's images, model and device, what counts most first.
+def reference_stages(setup: TrainingSetup, budget: float) -> Iterator[tuple[str, float]]:
+    """The released code's stages on this setup's images, model and device, what counts most first.
 
     Yields (stage, seconds per batch).
     """
-    yield from _model_stages(job, budget)
-    yield from _loader_stages(job, budget)
+    yield from _model_stages(setup, budget)
+    yield from _loader_stages(setup, budget)
 
 
-def _model_stages(job: Job, budget: float) -> Iterator[tuple[str, float]]:
+def _model_stages(setup: TrainingSetup, budget: float) -> Iterator[tuple[str, float]]:
     """The step without a loader, and its parts."""
-    config, device, n = job.config, job.performance.device, job.config.batch_size
-    batch = next(job.loader.batches(0, 1))
+    config, device, n = setup.config, setup.runtime.device, setup.config.batch_size
+    batch = next(setup.loader.batches(0, 1))
     step = reference.Step(config.encoder, config.projector, device)
-    views = distort(batch, (config.view_a, config.view_b), job.performance)
+    views = distort(batch, (config.view_a, config.view_b), setup.runtime)
     view_a, view_b = (view.float().contiguous() for view in views.chunk(2))
     rate = images_per_second((step(view_a, view_b) for _ in itertools.count()), n, device, budget)
     yield "step", n / rate
@@ -55,16 +55,16 @@ def _model_stages(job: Job, budget: float) -> Iterator[tuple[str, float]]:
     yield "loss", seconds_per_call(loss, device, budget)[0]
 
 
-def _loader_stages(job: Job, budget: float) -> Iterator[tuple[str, float]]:
+def _loader_stages(setup: TrainingSetup, budget: float) -> Iterator[tuple[str, float]]:
     """The loader, which decodes, crops and augments; and two parts of it, the time of one process
     divided by the workers they are spread over.
     """
-    config, n = job.config, job.config.batch_size
-    batch = next(job.loader.batches(0, 1))
+    config, n = setup.config, setup.config.batch_size
+    batch = next(setup.loader.batches(0, 1))
     transforms = reference.Views(
         config.size, (config.view_a, config.view_b), min_scale=config.min_scale
     )
-    dataset, workers = reference.Images(job.reader, transforms), job.num_threads
+    dataset, workers = reference.Images(setup.reader, transforms), setup.num_threads
     yield "views", n * seconds_per_image(dataset, workers, min(n, 32))
     some, cpu, samples = min(n, 16), torch.device("cpu"), batch.samples.tolist()
     crops = [[Image.fromarray(crop) for crop in view[:some].numpy()] for view in batch.views.cpu()]

@@ -18,12 +18,12 @@ import numpy as np
 import torch
 
 from bt_fast import train
-from bt_fast.build import Job, build, rehearse
+from bt_fast.build import TrainingSetup, build, rehearse
 from bt_fast.config import Config
 from bt_fast.distributed.collectives import World, all_sum, from_first, wait_for_all
 from bt_fast.plan import step_costs
 from bt_fast.prefetch import distort, feed
-from bt_fast.runtime import Performance, synchronise
+from bt_fast.runtime import Runtime, synchronise
 from pipelines.augment import Draw
 from pipelines.crop import cut
 from pipelines.loading.native import IMAGES_PER_TASK
@@ -33,15 +33,15 @@ from tools.timing import Stage, images_per_second, seconds_of_parts, seconds_per
 _IMAGES_FOR_THREADS = 64
 
 
-def loader_stages(job: Job, budget: float) -> Iterator[Stage]:
+def loader_stages(setup: TrainingSetup, budget: float) -> Iterator[Stage]:
     """read, decode, crop, and the loader as a whole, by as many threads as the run has.
 
     read is fetching the bytes, from the disk or its cache, and their checksum.
     """
-    n, cutter, cpu = job.config.batch_size, job.loader.cutter, torch.device("cpu")
+    n, cutter, cpu = setup.config.batch_size, setup.loader.cutter, torch.device("cpu")
     # Enough images to share them evenly among threads; times are brought to a batch.
     num_batches = -(-_IMAGES_FOR_THREADS // n)
-    requests = list(job.loader.steps.requests(0, num_batches))
+    requests = list(setup.loader.steps.requests(0, num_batches))
     samples = np.concatenate([request.samples for request in requests])
     boxes = np.concatenate([request.boxes for request in requests])
 
@@ -55,16 +55,16 @@ def loader_stages(job: Job, budget: float) -> Iterator[Stage]:
     def seconds(function, items) -> float:
         return seconds_per_call(threaded(function, items), cpu, budget)[0] / num_batches
 
-    some = range(min(len(job.reader), 20 * n))
+    some = range(min(len(setup.reader), 20 * n))
     started = time.perf_counter()
-    threaded(job.reader.checksum_ok, some)()
+    threaded(setup.reader.checksum_ok, some)()
     per_image = (time.perf_counter() - started) / len(some)
-    num_bytes = sum(len(job.reader.image(i)) for i in some) * n / len(some)
+    num_bytes = sum(len(setup.reader.image(i)) for i in some) * n / len(some)
     yield Stage(name="read", seconds=per_image * n, bytes=num_bytes)
     yield Stage(name="decode", seconds=seconds(cutter.decode, samples))
 
     images = threaded(cutter.decode, samples)()
-    side = job.config.size
+    side = setup.config.size
     crops = torch.empty((2, len(samples), side, side, 3), dtype=torch.uint8)
 
     def crop(row: int) -> None:
@@ -72,19 +72,19 @@ def loader_stages(job: Job, budget: float) -> Iterator[Stage]:
             cut(images[row], boxes[row, view], out=crops[view, row])
 
     yield Stage(name="crop", seconds=seconds(crop, range(len(samples))))
-    rate = images_per_second(job.loader.batches(0, 1 << 40), n, cpu, 2 * budget)
+    rate = images_per_second(setup.loader.batches(0, 1 << 40), n, cpu, 2 * budget)
     yield Stage(name="loader", seconds=n / rate)
 
 
-def device_stages(job: Job, work: step_costs.Work, budget: float) -> Iterator[Stage]:
+def device_stages(setup: TrainingSetup, work: step_costs.Work, budget: float) -> Iterator[Stage]:
     """copy, augment, forward, backward, optimizer, loss, each alone.
 
     The optimizer comes before the loss: with CUDA graphs another compiled function may write over
     the gradients that the backward pass left.
     """
-    performance, device = job.performance, job.performance.device
-    branches = job.config.view_a, job.config.view_b
-    batch = next(job.loader.batches(0, 1))
+    runtime, device = setup.runtime, setup.runtime.device
+    branches = setup.config.view_a, setup.config.view_b
+    batch = next(setup.loader.batches(0, 1))
 
     def stage(name: str, function: Callable[[], object], **counted) -> Stage:
         return Stage(name=name, seconds=seconds_per_call(function, device, budget)[0], **counted)
@@ -99,19 +99,19 @@ def device_stages(job: Job, work: step_costs.Work, budget: float) -> Iterator[St
         batch = replace(batch, views=batch.views.to(device))
     yield stage(
         "augment",
-        lambda: distort(batch, branches, performance),
+        lambda: distort(batch, branches, runtime),
         bytes=work.bytes["augmentation"],
         ceiling="memory",
     )
 
-    views, z = distort(batch, branches, performance), torch.empty(0)
-    gradient = torch.randn(len(views), job.config.projector[-1], device=device)
+    views, z = distort(batch, branches, runtime), torch.empty(0)
+    gradient = torch.randn(len(views), setup.config.projector[-1], device=device)
 
     def forward() -> None:
         nonlocal z
-        job.optimizer.zero_grad(set_to_none=True)
-        with performance.autocast():
-            z = job.embed(views)
+        setup.optimizer.zero_grad(set_to_none=True)
+        with runtime.autocast():
+            z = setup.embed(views)
 
     parts = [forward, lambda: z.backward(gradient.to(z.dtype))]
     (first, _), (second, _) = seconds_of_parts(parts, device, budget)
@@ -119,69 +119,71 @@ def device_stages(job: Job, work: step_costs.Work, budget: float) -> Iterator[St
     yield Stage(name="backward", seconds=second, flop=work.backward, ceiling="flops")
 
     leaf = z.detach().clone().requires_grad_()
-    train.set_learning_rates(job, 0)
+    train.set_learning_rates(setup, 0)
     guard = torch.zeros((), device=device)
     yield stage(
         "optimizer",
-        lambda: job.optimizer.step(guard=guard),
+        lambda: setup.optimizer.step(guard=guard),
         bytes=work.bytes["optimizer"],
         ceiling="memory",
     )
-    job.optimizer.zero_grad(set_to_none=True)
+    setup.optimizer.zero_grad(set_to_none=True)
 
     def loss() -> None:
         leaf.grad = None
-        invariance, redundancy = job.objective(*leaf.chunk(2))
-        (invariance + job.config.lambd * redundancy).backward()
+        on_diagonal, off_diagonal = setup.objective(*leaf.chunk(2))
+        (on_diagonal + setup.config.lambd * off_diagonal).backward()
 
-    flop = step_costs.loss_flop_of_ranks(len(views) // 2, job.config.projector[-1], 1)
+    flop = step_costs.loss_flop_of_ranks(len(views) // 2, setup.config.projector[-1], 1)
     yield stage("loss", loss, flop=flop)  # in another precision than the ceiling's
 
 
-def step_alone(job: Job, budget: float) -> float:
+def step_alone(setup: TrainingSetup, budget: float) -> float:
     """Seconds of a step on views that are on the device already."""
-    n, device = job.config.batch_size, job.performance.device
-    return n / images_per_second(steps(job, repeat(views_of(job))), n, device, budget)
+    n, device = setup.config.batch_size, setup.runtime.device
+    return n / images_per_second(steps(setup, repeat(views_of(setup))), n, device, budget)
 
 
-def step_from_jpegs(job: Job, budget: float) -> float:
+def step_from_jpegs(setup: TrainingSetup, budget: float) -> float:
     """Seconds of a step with the loader, the copy and the augmentation beside it."""
-    n, branches = job.config.batch_size, (job.config.view_a, job.config.view_b)
-    batches = feed(job.loader.batches(0, 1 << 40), branches, job.performance)
-    return n / images_per_second(steps(job, batches), n, job.performance.device, budget)
+    n, branches = setup.config.batch_size, (setup.config.view_a, setup.config.view_b)
+    batches = feed(setup.loader.batches(0, 1 << 40), branches, setup.runtime)
+    return n / images_per_second(steps(setup, batches), n, setup.runtime.device, budget)
 
 
-def views_of(job: Job) -> torch.Tensor:
-    branches = job.config.view_a, job.config.view_b
-    return distort(next(job.loader.batches(0, 1)), branches, job.performance)
+def views_of(setup: TrainingSetup) -> torch.Tensor:
+    branches = setup.config.view_a, setup.config.view_b
+    return distort(next(setup.loader.batches(0, 1)), branches, setup.runtime)
 
 
-def steps(job: Job, batches: Iterable[torch.Tensor]) -> Iterator[None]:
+def steps(setup: TrainingSetup, batches: Iterable[torch.Tensor]) -> Iterator[None]:
     """Steps of training, on views as `feed` gives them."""
     for views in batches:
-        train.set_learning_rates(job, 0)
-        train.update(job, views)
+        train.set_learning_rates(setup, 0)
+        train.update(setup, views)
         yield
 
 
-def trace(job: Job, work: step_costs.Work, path: Path, num_steps: int = 3) -> Breakdown | None:
+def trace(
+    setup: TrainingSetup, work: step_costs.Work, path: Path, num_steps: int = 3
+) -> Breakdown | None:
     """A step's breakdown: the whole step on crops that are there, everything but the loader. None
     where this user may not trace the GPU.
 
-    Every rank of the job must call it. Leaves the Chrome trace of `num_steps` steps in `path`.
+    Every rank of the setup must call it. Leaves the Chrome trace of `num_steps` steps in `path`.
     """
-    config, device, ranks = job.config, job.performance.device, job.world.size
+    config, device, ranks = setup.config, setup.runtime.device, setup.world.size
     on_gpu = device.type == "cuda"
-    job = replace(job, objective=_within(LOSS, job.objective))
-    performance = _Ranged(**dataclasses.asdict(job.performance))
-    crops = repeat(next(job.loader.batches(0, 1)))
-    running = steps(job, feed(crops, (config.view_a, config.view_b), performance))
-    _seconds_per_step(job, running, 2)
-    seconds = _seconds_per_step(job, running, 10 if on_gpu else 2)
+    setup = replace(setup, objective=_within(LOSS, setup.objective))
+    runtime = _Ranged(**dataclasses.asdict(setup.runtime))
+    crops = repeat(next(setup.loader.batches(0, 1)))
+    running = steps(setup, feed(crops, (config.view_a, config.view_b), runtime))
+    _seconds_per_step(setup, running, 2)
+    seconds = _seconds_per_step(setup, running, 10 if on_gpu else 2)
     kind = torch.profiler.ProfilerActivity
     kinds = [kind.CPU, kind.CUDA] if on_gpu else [kind.CPU]
     with torch.profiler.profile(activities=kinds, acc_events=True) as profile:
-        _seconds_per_step(job, running, num_steps)
+        _seconds_per_step(setup, running, num_steps)
     profile.export_chrome_trace(str(path))
     done = activities(json.loads(path.read_bytes())["traceEvents"], on_gpu=on_gpu)
     flop = dict(work.flop)
@@ -191,15 +193,15 @@ def trace(job: Job, work: step_costs.Work, path: Path, num_steps: int = 3) -> Br
     return breakdown(done, num_steps, seconds, flop, work.bytes) if done else None
 
 
-def _seconds_per_step(job: Job, running: Iterator[None], count: int) -> float:
+def _seconds_per_step(setup: TrainingSetup, running: Iterator[None], count: int) -> float:
     started = time.perf_counter()
     for _ in islice(running, count):
         pass
-    synchronise(job.performance.device)
+    synchronise(setup.runtime.device)
     return (time.perf_counter() - started) / count
 
 
-class _Ranged(Performance):
+class _Ranged(Runtime):
     """Names the augmentation in a trace."""
 
     def augment(self, images: torch.Tensor, parameters: Draw) -> torch.Tensor:
@@ -227,7 +229,7 @@ class Together:
 
 
 def together(
-    settings: Config,
+    config: Config,
     world: World,
     budget: float,
     scratch: Path,
@@ -236,33 +238,33 @@ def together(
     """All ranks beside the first alone. Every rank calls it and waits here for the first.
 
     Args:
-        settings: of one rank, whose batch every rank gets.
+        config: of one rank, whose batch every rank gets.
         alone: of the first rank: seconds of a step, and its work.
     """
     torch._dynamo.reset()
     gc.collect()  # what was compiled for the first rank alone makes room
     seconds, work = from_first(alone, world.group)
-    job = build(replace(settings, batch_size=settings.batch_size * world.size), world)
-    rehearse(job)
-    running, count = steps(job, repeat(views_of(job))), max(2, min(20, round(budget / seconds)))
+    setup = build(replace(config, batch_size=config.batch_size * world.size), world)
+    rehearse(setup)
+    running, count = steps(setup, repeat(views_of(setup))), max(2, min(20, round(budget / seconds)))
     spells = []
     for _ in range(4):
         wait_for_all(world.group)
-        spells.append(_seconds_per_step(job, running, count))
+        spells.append(_seconds_per_step(setup, running, count))
     step = median(spells[1:])
     return Together(
         world_size=world.size,
         alone=seconds,
         step=step,
         efficiency=seconds / step,
-        latency=_latency(settings, world, job.performance.device),
-        breakdown=trace(job, work, scratch / f"trace-{world.rank}.json"),
+        latency=_latency(config, world, setup.runtime.device),
+        breakdown=trace(setup, work, scratch / f"trace-{world.rank}.json"),
     )
 
 
-def _latency(settings: Config, world: World, device: torch.device) -> dict[str, float]:
+def _latency(config: Config, world: World, device: torch.device) -> dict[str, float]:
     """Seconds of an all-reduce of two sums per channel, as batch norm sends them: medians."""
-    group = world.new_group(device, size=settings.bn_group, timeout=settings.patience)
+    group = world.new_group(device, size=config.bn_group, timeout=config.patience)
     found: dict[str, float] = {}
     if group is None:  # batch norm needs no other rank
         return found

@@ -15,13 +15,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from bt_fast import runtime
-from bt_fast.build import Job, build, rehearse
+from bt_fast.build import TrainingSetup, build, rehearse
 from bt_fast.cli import parse_pretrain
 from bt_fast.lars import LARS, parameter_groups
 from bt_fast.models.networks import BarlowTwins
 from bt_fast.plan import step_costs
 from bt_fast.prefetch import feed
+from bt_fast.runtime import apply_switches
 from pipelines import augment
 from pipelines.beton import BetonReader
 from pipelines.common.cpu import usable_cores
@@ -213,13 +213,13 @@ def step(results: Results, data: Path, *flags: str) -> None:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
         started = time.perf_counter()
-        job = job_of(data, *flags, *([] if ON_GPU else ["--size=8", "--batch-size=2"]))
-        rehearse(job) if ON_GPU else next(stages.steps(job, [stages.views_of(job)]))
+        setup = job_of(data, *flags, *([] if ON_GPU else ["--size=8", "--batch-size=2"]))
+        rehearse(setup) if ON_GPU else next(stages.steps(setup, [stages.views_of(setup)]))
         prepared = time.perf_counter() - started
-        seconds = stages.step_alone(job, 3 * BUDGET) if ON_GPU else prepared
+        seconds = stages.step_alone(setup, 3 * BUDGET) if ON_GPU else prepared
         return {
             "ms": 1e3 * seconds,
-            "views/s": 2 * job.config.batch_size / seconds,
+            "views/s": 2 * setup.config.batch_size / seconds,
             "peak GB": peak_memory(DEVICE) / 1e9,
             "s to prepare": prepared,
         }
@@ -227,7 +227,7 @@ def step(results: Results, data: Path, *flags: str) -> None:
     results.measure("Step variants, views on the device", " ".join(flags), figures)
 
 
-def job_of(data: Path, *flags: str) -> Job:
+def job_of(data: Path, *flags: str) -> TrainingSetup:
     sizes = ["--batch-size=256"] if ON_GPU else TOY
     return build(parse_pretrain([*sizes, f"--data={data}", "--probe-every=0", *flags]))
 
@@ -255,9 +255,9 @@ def loader(results: Results, data: Path) -> None:
 
 def released_code(results: Results, data: Path) -> None:
     """The released code's way of every stage, on the same images and card."""
-    job = job_of(data, "--compile=off")
-    n = job.config.batch_size
-    for name, seconds in rivals.reference_stages(job, BUDGET):
+    setup = job_of(data, "--compile=off")
+    n = setup.config.batch_size
+    for name, seconds in rivals.reference_stages(setup, BUDGET):
         figures = {"ms": 1e3 * seconds, "images/s": n / seconds}
         results.record("The released code's way of the same stages", name, figures)
 
@@ -266,14 +266,14 @@ def dali(results: Results, data: Path) -> None:
     """Loading and training with DALI and with native: rates, and the cores kept busy meanwhile."""
 
     def loading(name: str) -> dict[str, float]:
-        job = job_of(data, f"--loader={name}")
-        return busy(job, job.loader.batches(0, 1 << 40))
+        setup = job_of(data, f"--loader={name}")
+        return busy(setup, setup.loader.batches(0, 1 << 40))
 
     def training(name: str) -> dict[str, float]:
-        job = job_of(data, f"--loader={name}")
-        branches = job.config.view_a, job.config.view_b
-        views = feed(job.loader.batches(0, 1 << 40), branches, job.performance)
-        return busy(job, stages.steps(job, views))
+        setup = job_of(data, f"--loader={name}")
+        branches = setup.config.view_a, setup.config.view_b
+        views = feed(setup.loader.batches(0, 1 << 40), branches, setup.runtime)
+        return busy(setup, stages.steps(setup, views))
 
     for name in ("native", "dali"):
         title = "Both views from JPEGs, nothing else going on"
@@ -281,12 +281,12 @@ def dali(results: Results, data: Path) -> None:
         results.measure("Training from JPEGs", name, partial(training, name))
 
 
-def busy(job: Job, batches: Iterator) -> dict[str, float]:
-    """Images/s of an iterator of the job's batches, and CPU seconds a second meanwhile."""
+def busy(setup: TrainingSetup, batches: Iterator) -> dict[str, float]:
+    """Images/s of an iterator of the setup's batches, and CPU seconds a second meanwhile."""
     next(batches)
     wall, cpu = time.perf_counter(), time.process_time()
-    device = job.performance.device
-    rate = images_per_second(batches, job.config.batch_size, device, 8 * BUDGET)
+    device = setup.runtime.device
+    rate = images_per_second(batches, setup.config.batch_size, device, 8 * BUDGET)
     cores = (time.process_time() - cpu) / (time.perf_counter() - wall)
     batches.close()  # type: ignore[attr-defined]
     return {"images/s": rate, "cores": cores, "images per core and s": rate / cores}
@@ -307,7 +307,7 @@ PARTS: dict[str, Callable[[Results, Path], None]] = {
 def main() -> int:
     name, path, data = sys.argv[1:]
     results = Results(Path(path))
-    runtime.apply()
+    apply_switches()
     PARTS[name](results, Path(data))
     return min(results.num_failed, 1)
 

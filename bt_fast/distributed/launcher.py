@@ -22,7 +22,6 @@ from typing import NoReturn
 import torch
 from rich.console import Console
 
-from bt_fast import runtime
 from bt_fast.config import Config
 from bt_fast.distributed import collectives, rendezvous, slurm, supervisor
 from bt_fast.distributed.collectives import World
@@ -31,6 +30,7 @@ from bt_fast.plan import step_costs
 from bt_fast.plan.dry_run import plan
 from bt_fast.run.console import summary_table
 from bt_fast.run.directory import RunDirectory, choose_path, load_config, make_folder
+from bt_fast.runtime import OUT_OF_MEMORY, is_out_of_memory
 from bt_fast.train import pretrain
 from pipelines.loading.choose import open_data
 from pipelines.loading.native import require_full_batches
@@ -38,31 +38,31 @@ from pipelines.loading.native import require_full_batches
 _STATUS = "BT_FAST_STATUS"  # a file for the exit status that torchrun does not pass on
 
 
-def launch(settings: Config, arguments: Sequence[str], stop: StopFlag) -> int:
+def launch(config: Config, arguments: Sequence[str], stop: StopFlag) -> int:
     """Run `bt-fast pretrain`; `arguments` are its flags, for the ranks. Returns the exit status."""
     slurm.adopt()
-    if settings.slurm is not None:
-        return submit(settings, settings.slurm)
-    settings = resumed(settings)
+    if config.slurm is not None:
+        return submit(config, config.slurm)
+    config = resumed(config)
     if "RANK" in os.environ:
-        return run_rank(settings, stop)
-    num_here = torch.cuda.device_count() if settings.device != "cpu" else 0
-    wanted = settings.gpus or max(num_here, 1)
-    if settings.dry_run and (wanted > 1 or not settings.data.exists()):
-        rows = {"recipe": settings.title} | plan(settings, wanted)
+        return run_rank(config, stop)
+    num_here = torch.cuda.device_count() if config.device != "cpu" else 0
+    wanted = config.gpus or max(num_here, 1)
+    if config.dry_run and (wanted > 1 or not config.data.exists()):
+        rows = {"recipe": config.title} | plan(config, wanted)
         Console(soft_wrap=True).print(summary_table("bt-fast pretrain, the plan", rows))
         return 0
-    on_gpus = settings.device != "cpu"
-    launcher = slurm.srun(settings.gpus, on_gpus=on_gpus) if settings.gpus else None
+    on_gpus = config.device != "cpu"
+    launcher = slurm.srun(config.gpus, on_gpus=on_gpus) if config.gpus else None
     if not launcher and wanted == 1:
-        return pretrain(settings, stop)
-    if not launcher and settings.device != "cpu" and wanted > num_here:
-        collectives.require_shares(settings.batch_size, wanted, settings.bn_group)
+        return pretrain(config, stop)
+    if not launcher and config.device != "cpu" and wanted > num_here:
+        collectives.require_shares(config.batch_size, wanted, config.bn_group)
         print(elsewhere(arguments, wanted, num_here), file=sys.stderr)
         return 2
-    check(settings, wanted)
-    folder = settings.resume or make_folder(settings)
-    if settings.resume is None:  # a name that outlives a restart
+    check(config, wanted)
+    folder = config.resume or make_folder(config)
+    if config.resume is None:  # a name that outlives a restart
         arguments = [*arguments, "--run-dir", str(folder)]
     if launcher:
         status = supervisor.under(launcher, ["pretrain", *arguments], stop)
@@ -74,46 +74,46 @@ def launch(settings: Config, arguments: Sequence[str], stop: StopFlag) -> int:
     return status
 
 
-def submit(settings: Config, partition: str) -> int:
+def submit(config: Config, partition: str) -> int:
     """Hand the run to Slurm, or show with `--dry-run` what would be handed over."""
-    if settings.gpus is None:
+    if config.gpus is None:
         raise ValueError(f"--slurm {partition} needs --gpus, the number of ranks")
-    path = choose_path(settings).absolute()
-    script = slurm.script(settings, settings.gpus, partition, path)
-    if settings.data.exists() or not settings.dry_run:
-        check(settings, settings.gpus)
-    if settings.dry_run:
+    path = choose_path(config).absolute()
+    script = slurm.script(config, config.gpus, partition, path)
+    if config.data.exists() or not config.dry_run:
+        check(config, config.gpus)
+    if config.dry_run:
         print(script, end="")
         return 0
-    slurm.submit(settings, script, path)
+    slurm.submit(config, script, path)
     return 0
 
 
-def resumed(settings: Config) -> Config:
+def resumed(config: Config) -> Config:
     """With the same flags as before, a restart continues the run that the first start began."""
-    path = settings.run_dir
-    if path is None or settings.resume is not None or not rendezvous.restarts():
-        return settings
+    path = config.run_dir
+    if path is None or config.resume is not None or not rendezvous.restarts():
+        return config
     if (path / "config.json").exists():
         loader = load_config(path, "--run-dir").loader  # auto would measure again
-        return dataclasses.replace(settings, resume=path, loader=loader)
-    return settings
+        return dataclasses.replace(config, resume=path, loader=loader)
+    return config
 
 
-def check(settings: Config, wanted: int) -> None:
+def check(config: Config, wanted: int) -> None:
     """What every rank would complain about, said once."""
-    reader = open_data(settings.data, "--data")
-    require_full_batches(settings.batch_size, wanted, len(reader), settings.data)
-    collectives.require_shares(settings.batch_size, wanted, settings.bn_group)
-    if settings.resume is not None:
-        RunDirectory(settings.resume).close()
+    reader = open_data(config.data, "--data")
+    require_full_batches(config.batch_size, wanted, len(reader), config.data)
+    collectives.require_shares(config.batch_size, wanted, config.bn_group)
+    if config.resume is not None:
+        RunDirectory(config.resume).close()
 
 
-def run_rank(settings: Config, stop: StopFlag) -> int:
+def run_rank(config: Config, stop: StopFlag) -> int:
     """Be one of the ranks that torchrun, srun or bt-fast itself started."""
-    world = join(settings.device, settings.gpus, settings.patience)
+    world = join(config.device, config.gpus, config.patience)
     try:
-        status = pretrain(settings, stop, world)
+        status = pretrain(config, stop, world)
     except (RuntimeError, ValueError, OSError) as error:
         if world.size == 1:
             raise
@@ -148,8 +148,8 @@ def give_up(program: str, world: World, error: Exception) -> NoReturn:
     refused = isinstance(error, ValueError)
     reason = str(error).strip().partition("\n")[0]
     who = "" if refused else f"rank {world.rank} stops: "
-    if isinstance(error, RuntimeError) and runtime.is_out_of_memory(error):
-        refused, reason = True, runtime.OUT_OF_MEMORY
+    if isinstance(error, RuntimeError) and is_out_of_memory(error):
+        refused, reason = True, OUT_OF_MEMORY
     elif isinstance(error, RuntimeError) and (silent := rendezvous.silent_ranks(world)):
         reason += f"; ranks {silent} do not answer"
     if rendezvous.is_first_to_say():  # the others may only miss the one that said it

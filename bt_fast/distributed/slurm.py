@@ -24,14 +24,14 @@ _LEAVE = 60  # seconds in which all tasks must end after the first has
 _JOB = "slurm.sbatch"
 
 
-def script(settings: Config, world_size: int, partition: str, path: Path) -> str:
+def script(config: Config, world_size: int, partition: str, path: Path) -> str:
     """The sbatch script of a run in the folder `path`.
 
     Whole nodes are asked for with all their cores and memory. Raises ValueError for ranks that do
     not fill their nodes.
     """
-    per_node = min(settings.gpus_per_node, world_size)
-    whole = per_node == settings.gpus_per_node
+    per_node = min(config.gpus_per_node, world_size)
+    whole = per_node == config.gpus_per_node
     if world_size % per_node:
         raise ValueError(
             f"--gpus {world_size} does not fill nodes with {per_node} each; choose a multiple, or"
@@ -43,11 +43,11 @@ def script(settings: Config, world_size: int, partition: str, path: Path) -> str
         "nodes": world_size // per_node,
         "ntasks": world_size,
         "ntasks-per-node": per_node,
-        "gres": f"gpu:{per_node}" if settings.device != "cpu" else None,
+        "gres": f"gpu:{per_node}" if config.device != "cpu" else None,
         "exclusive": True if whole else None,
         "mem": 0 if whole else None,
-        "cpus-per-task": None if whole else settings.workers,
-        "time": settings.time_limit,
+        "cpus-per-task": None if whole else config.workers,
+        "time": config.time_limit,
         "output": path / "slurm.log",
         "open-mode": "append",
         "requeue": True,
@@ -58,8 +58,8 @@ def script(settings: Config, world_size: int, partition: str, path: Path) -> str
         for name, value in asked.items()
         if value is not None
     ]
-    if settings.slurm_args:
-        lines.append(settings.slurm_args)
+    if config.slurm_args:
+        lines.append(config.slurm_args)
     run = [sys.executable, "-m", "bt_fast.cli", "pretrain"]
     run += ["--resume", str(path), "--gpus", str(world_size)]
     return (
@@ -73,19 +73,19 @@ def script(settings: Config, world_size: int, partition: str, path: Path) -> str
     )
 
 
-def submit(settings: Config, script: str, path: Path) -> None:
+def submit(config: Config, script: str, path: Path) -> None:
     """Write configuration and script into the run's folder and hand the script to sbatch.
 
     Raises ValueError where there is no sbatch, or with what it says; then no new folder is left.
     """
     if shutil.which("sbatch") is None:
         raise ValueError(
-            f"--slurm {settings.slurm}: this machine has no sbatch; submit where there is one, or"
+            f"--slurm {config.slurm}: this machine has no sbatch; submit where there is one, or"
             " see the job with --dry-run"
         )
     is_new = not path.exists()
     with RunDirectory(path) as run:
-        run.record_settings(settings)
+        run.record_settings(config)
         run.write(_JOB, script)
     # The new job is not part of the one we may be in.
     environment = {name: value for name, value in os.environ.items() if not _of_a_job(name)}
@@ -95,11 +95,11 @@ def submit(settings: Config, script: str, path: Path) -> None:
     if done.returncode:
         if is_new:
             shutil.rmtree(path)
-        elif settings.resume is None:
+        elif config.resume is None:
             for name in ("config.json", _JOB, ".lock"):
                 (path / name).unlink(missing_ok=True)
         said = " ".join(done.stderr.split()) or f"sbatch ended with status {done.returncode}"
-        raise ValueError(f"--slurm {settings.slurm}: {said}")
+        raise ValueError(f"--slurm {config.slurm}: {said}")
     job = done.stdout.strip().partition(";")[0]
     print(script)
     print(f"submitted as job {job}: {path / _JOB}; its output: {path / 'slurm.log'}")

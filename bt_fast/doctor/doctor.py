@@ -90,33 +90,33 @@ def diagnose(options: Doctor) -> Iterator[Row]:
     try:
         import torch
 
-        from bt_fast import runtime
         from bt_fast.recipes import RECIPES
+        from bt_fast.runtime import choose_runtime
     except (ImportError, OSError) as error:  # installed, but not whole
         problem = f"a package does not load: {error}"
         yield Row("loading", "fails", problem, "pip install --force-reinstall .", broken=True)
         return
     if options.recipe not in RECIPES:
         raise ValueError(f"--recipe {options.recipe} is not one of {', '.join(RECIPES)}")
-    settings = RECIPES[options.recipe]()
-    performance = runtime.choose("auto", "auto", "auto")
+    config = RECIPES[options.recipe]()
+    runtime = choose_runtime("auto", "auto", "auto")
     num_gpus = torch.cuda.device_count()
     yield from gpus()
-    if performance.device.type == "cuda":
+    if runtime.device.type == "cuda":
         yield compiler()
     yield cores()
     yield decoding()
-    yield from data(options.data, settings.num_threads())
-    yield memory(settings)
-    yield gpu_memory(settings, max(num_gpus, 1))
+    yield from data(options.data, config.num_threads())
+    yield memory(config)
+    yield gpu_memory(config, max(num_gpus, 1))
     yield from limits(num_gpus)
-    yield disk_space(options.run_dir, settings)
+    yield disk_space(options.run_dir, config)
     ranks = max(num_gpus, 1)
     yield Row(
         "pretrain takes",
-        f"{ranks} x {performance.device.type}, {performance.precision}, torch.compile"
-        f" {performance.compile}, loader {settings.loader},"
-        f" {settings.num_threads(ranks)} decoding threads" + (" each" if ranks > 1 else ""),
+        f"{ranks} x {runtime.device.type}, {runtime.precision}, torch.compile"
+        f" {runtime.compile}, loader {config.loader},"
+        f" {config.num_threads(ranks)} decoding threads" + (" each" if ranks > 1 else ""),
     )
 
 
@@ -237,37 +237,37 @@ def data(path: Path, num_threads: int) -> Iterator[Row]:
     yield Row("disk", value if rate else "not measured: the file is too small")
 
 
-def memory(settings: "Config") -> Row:
+def memory(config: "Config") -> Row:
     """What is free, against what the loader takes; page-locked where there is a GPU."""
     from bt_fast.doctor import hardware
 
     free = hardware.free_memory()
-    need = BATCHES_AHEAD * hardware.bytes_of_batch(settings.batch_size, settings.size)
+    need = BATCHES_AHEAD * hardware.bytes_of_batch(config.batch_size, config.size)
     value = f"{free / 1e9:.1f} GB free; batches on their way take {need / 1e9:.1f} GB"
     if need < free / 2:
         return Row("memory", value + ", page-locked for GPUs")
-    problem = f"batches of {settings.batch_size} x 2 views take most of it"
+    problem = f"batches of {config.batch_size} x 2 views take most of it"
     return Row("memory", value, problem, "bt-fast pretrain --batch-size N, or more machines")
 
 
-def gpu_memory(settings: "Config", num_gpus: int) -> Row:
+def gpu_memory(config: "Config", num_gpus: int) -> Row:
     """The largest batch per GPU for the recipe: on the GPUs here, else by their memory."""
     from bt_fast.plan import dry_run, gpus
 
-    counted, card = dry_run.count(settings), gpus.present()
+    counted, card = dry_run.count(config), gpus.present()
     if card is None:
         most = [
-            f"{dry_run.largest_batch(settings, counted, some[0])} on {title}"
+            f"{dry_run.largest_batch(config, counted, some[0])} on {title}"
             for title, some in gpus.CLASSES.items()
         ]
-        value = f"recipe {settings.recipe}: at most {', '.join(most)}, computed"
+        value = f"recipe {config.recipe}: at most {', '.join(most)}, computed"
         return Row("batch per GPU", value)
-    share = -(-settings.batch_size // num_gpus)
-    most_here = dry_run.largest_batch(settings, counted, card, num_gpus)
-    need = sum(dry_run.memory(settings, counted, share, num_gpus).values())
+    share = -(-config.batch_size // num_gpus)
+    most_here = dry_run.largest_batch(config, counted, card, num_gpus)
+    need = sum(dry_run.memory(config, counted, share, num_gpus).values())
     value = (
-        f"recipe {settings.recipe}: at most {most_here} images on each {card.name}, computed;"
-        f" {settings.batch_size} a step need {need / 1e9:.0f} GB"
+        f"recipe {config.recipe}: at most {most_here} images on each {card.name}, computed;"
+        f" {config.batch_size} a step need {need / 1e9:.0f} GB"
         + (f" on each of {num_gpus}" if num_gpus > 1 else "")
     )
     if need <= card.memory:
@@ -275,7 +275,7 @@ def gpu_memory(settings: "Config", num_gpus: int) -> Row:
     flags = f"--gpus {num_gpus} --batch-size {num_gpus * most_here}, or more GPUs"
     if not most_here:
         flags = "--size 160, or a smaller --encoder or --projector"
-    fix = f"bt-fast pretrain --recipe {settings.recipe} {flags}"
+    fix = f"bt-fast pretrain --recipe {config.recipe} {flags}"
     return Row("batch per GPU", value, "a step does not fit into the memory of a GPU", fix)
 
 
@@ -310,21 +310,19 @@ def limits(num_gpus: int) -> Iterator[Row]:
     )
 
 
-def disk_space(run_dir: Path, settings: "Config") -> Row:
+def disk_space(run_dir: Path, config: "Config") -> Row:
     """Room for the checkpoints that are kept and the one being written."""
     import torch
 
     from bt_fast.models.networks import BarlowTwins
 
     with torch.device("meta"):
-        model = BarlowTwins(
-            settings.encoder, settings.projector, small_images=settings.small_images
-        )
-    need = (settings.keep + 1) * 8 * sum(p.numel() for p in model.parameters())
+        model = BarlowTwins(config.encoder, config.projector, small_images=config.small_images)
+    need = (config.keep + 1) * 8 * sum(p.numel() for p in model.parameters())
     place = next(folder for folder in (run_dir, *run_dir.absolute().parents) if folder.exists())
     free = shutil.disk_usage(place).free
     value = (
-        f"{free / 1e9:.1f} GB free at {run_dir}; recipe {settings.recipe} keeps {need / 1e9:.1f} GB"
+        f"{free / 1e9:.1f} GB free at {run_dir}; recipe {config.recipe} keeps {need / 1e9:.1f} GB"
     )
     if not os.access(place, os.W_OK):
         problem = f"no permission to write into {place}"

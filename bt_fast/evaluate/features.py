@@ -7,7 +7,7 @@ import torch
 
 from bt_fast.distributed.collectives import ALONE, World, gather_shares
 from bt_fast.evaluate.views import Views
-from bt_fast.runtime import Performance
+from bt_fast.runtime import Runtime
 
 
 def extract_features(
@@ -15,14 +15,14 @@ def extract_features(
 ) -> torch.Tensor:
     """Features of the samples' central crops: float32 [n, width] on the device of `views`, on every
     rank; each reads its share. The encoder is left in the mode it was in."""
-    return outputs(encoder, samples, lambda own: views.central(own, crop), views.performance, world)
+    return outputs(encoder, samples, lambda own: views.central(own, crop), views.runtime, world)
 
 
 def outputs(
     model: torch.nn.Module,
     samples: np.ndarray,
     batches: Callable[[np.ndarray], Iterator[torch.Tensor]],
-    performance: Performance,
+    runtime: Runtime,
     world: World = ALONE,
 ) -> torch.Tensor:
     """The model's outputs for the samples in evaluation mode: float32 [n, width], on every rank.
@@ -33,19 +33,19 @@ def outputs(
     """
     own = world.share(samples)
     # A rank that has none of them must know the width, too.
-    ours = _encode(model, batches(own if len(own) else samples[:1]), performance)[: len(own)]
+    ours = _encode(model, batches(own if len(own) else samples[:1]), runtime)[: len(own)]
     return gather_shares(ours, len(samples), world.group)
 
 
 @torch.no_grad()
 def _encode(
-    model: torch.nn.Module, batches: Iterator[torch.Tensor], performance: Performance
+    model: torch.nn.Module, batches: Iterator[torch.Tensor], runtime: Runtime
 ) -> torch.Tensor:
     was_training = model.training
     model.eval()
     parts = []
     for images in batches:
-        with performance.autocast():
+        with runtime.autocast():
             parts.append(model(images).float())
     model.train(was_training)
     return torch.cat(parts)

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from bt_fast.distributed.collectives import ALONE, World
 from bt_fast.evaluate.features import extract_features
 from bt_fast.evaluate.views import Images, Views
-from bt_fast.runtime import Performance
+from bt_fast.runtime import Runtime
 from pipelines.order import epoch_order
 
 # k and temperature: the setting of the short list, and InstDisc's own.
@@ -104,7 +104,7 @@ def _labelled(reader: Images, seed: int) -> np.ndarray:
 def evaluate_knn(
     encoder: torch.nn.Module,
     data: KnnData,
-    performance: Performance,
+    runtime: Runtime,
     *,
     size: int,
     crop: float,
@@ -115,7 +115,7 @@ def evaluate_knn(
     bank, queries = (
         extract_features(
             encoder,
-            Views(reader, performance, size=size, num_threads=num_threads),
+            Views(reader, runtime, size=size, num_threads=num_threads),
             samples,
             crop,
             world,

@@ -78,7 +78,7 @@ def fit_grid(
             )
             val_files = cached_views(subject, val, 1, min_scale=min_scale, seed=grid.seed)
             if folder:  # on the first rank
-                load = partial(load_features, device=subject.performance.device)
+                load = partial(load_features, device=subject.runtime.device)
                 bank, (queries,) = torch.stack([*map(load, train_files)]), map(load, val_files)
                 labels, val_labels = (part.labels.to(bank.device) for part in (train, val))
                 found = choose_and_fit(folder, bank, labels, queries, val_labels, grid)
@@ -111,7 +111,7 @@ def cached_views(
                 subject.encoder,
                 part.samples,
                 partial(_counted, batches, lambda n: advance(n * world.size)),
-                subject.performance,
+                subject.runtime,
                 world,
             ).half()
         if world.is_first:

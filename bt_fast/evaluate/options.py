@@ -12,7 +12,6 @@ import tyro
 from rich.console import Console
 from torch import nn
 
-from bt_fast import runtime
 from bt_fast.config import Config
 from bt_fast.distributed.collectives import ALONE, World
 from bt_fast.evaluate.views import Images, Views
@@ -20,7 +19,7 @@ from bt_fast.export.encoder_files import fingerprint, read_pretrained
 from bt_fast.models.networks import build_encoder, feature_width
 from bt_fast.run.console import summary_table
 from bt_fast.run.directory import load_config
-from bt_fast.runtime import Performance, Precision
+from bt_fast.runtime import Precision, Runtime, apply_switches, choose_runtime, prepare
 from pipelines.common.cpu import usable_cores
 from pipelines.convert.sources.shards import is_ours
 from pipelines.loading.choose import open_data, open_val
@@ -96,7 +95,7 @@ class Subject:
     fingerprint: str  # of the encoder's weights
     random: bool
     config: Config | None  # the run's
-    performance: Performance
+    runtime: Runtime
     size: int
     crop: float
     min_scale: float  # smallest random crop in pretraining
@@ -113,7 +112,7 @@ class Subject:
             "images": [part.identity for part in parts],
             "size": self.size,
             "crop": self.crop,
-            "precision": self.performance.precision,
+            "precision": self.runtime.precision,
         }
 
     @property
@@ -130,7 +129,7 @@ class Subject:
         """Batches of a data set, as this encoder takes them."""
         return Views(
             reader,
-            self.performance,
+            self.runtime,
             size=self.size,
             num_threads=self.num_threads,
             cache_bytes=self.cache_bytes,
@@ -179,8 +178,8 @@ def open_subject(options: EvalOptions, *, projector: bool = False, world: World 
     """Read the encoder, with its projector if asked, and settle defaults. Raises ValueError."""
     is_run = (options.run / "config.json").is_file()
     config = load_config(options.run, "RUN") if is_run else None
-    performance = runtime.choose(options.device, options.precision, "off", world.local_rank)
-    runtime.apply()
+    runtime = choose_runtime(options.device, options.precision, "off", world.local_rank)
+    apply_switches()
     if config is not None and options.random:  # needs no weights: a run that has just begun
         name, small_images = config.encoder, config.small_images
     else:
@@ -196,7 +195,7 @@ def open_subject(options: EvalOptions, *, projector: bool = False, world: World 
     digest = fingerprint(encoder)
     for module in (encoder, head):
         if module is not None:
-            runtime.prepare(module.eval(), performance)
+            prepare(module.eval(), runtime)
     own = options.run if options.run.is_dir() else options.run.with_name(f"{options.run.name}.d")
     return Subject(
         encoder=encoder,
@@ -205,7 +204,7 @@ def open_subject(options: EvalOptions, *, projector: bool = False, world: World 
         fingerprint=digest,
         random=options.random,
         config=config,
-        performance=performance,
+        runtime=runtime,
         size=options.size or (config.size if config else 224),
         crop=options.crop or (config.probe_crop if config else 0.875),
         min_scale=config.min_scale if config else 0.08,

@@ -23,13 +23,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from bt_fast import runtime
 from bt_fast.distributed import collectives
 from bt_fast.distributed.collectives import ALONE, World
 from bt_fast.evaluate.eval_directory import EvalFolder, shared_folder
 from bt_fast.evaluate.options import Part, Subject
 from bt_fast.evaluate.views import Views
 from bt_fast.models import batch_norm
+from bt_fast.runtime import prepare
 from pipelines.common.console import progress, say
 from pipelines.order import epoch_order
 
@@ -119,7 +119,7 @@ def _train(
 ) -> dict[str, Any]:
     num_classes = max(train.images.num_classes, val.images.num_classes)
     model = Classifier(subject.encoder, subject.width, num_classes, protocol.seed)
-    runtime.prepare(model, subject.performance)
+    prepare(model, subject.runtime)
     trained = model if protocol.lr_encoder else model.head
     if protocol.lr_encoder:
         batch_norm.over_uneven_ranks(model, subject.world.group)
@@ -191,7 +191,7 @@ def _train_epoch(
     starts = range(0, len(order), protocol.batch_size)
     whole = [order[start : start + protocol.batch_size] for start in starts]
     ours = [world.share(batch) for batch in whole]  # only the last ones are smaller, or empty
-    device, order = views.performance.device, np.concatenate(ours)
+    device, order = views.runtime.device, np.concatenate(ours)
     labels = torch.from_numpy(views.reader.labels[order]).to(device)
     total = torch.zeros((), device=device)
     batches = views.random(
@@ -209,7 +209,7 @@ def _train_epoch(
             p.grad = None
         # Without images of its own, a rank still has a part in the batch norms of the others.
         images, wanted = (next(batches), next(targets)) if len(own) else (none, labels[:0])
-        with views.performance.autocast():
+        with views.runtime.autocast():
             logits = model(images)
         loss = F.cross_entropy(logits.float(), wanted, reduction="sum") / len(batch)
         loss.backward()
@@ -237,11 +237,11 @@ def accuracy(
 ) -> tuple[float, float]:
     """(top-1, top-5) on central crops, every sample counted once. The model is in eval mode."""
     num_samples, samples = len(samples), world.share(samples)
-    labels = torch.from_numpy(views.reader.labels[samples]).to(views.performance.device)
+    labels = torch.from_numpy(views.reader.labels[samples]).to(views.runtime.device)
     correct = torch.zeros(2, dtype=torch.int64, device=labels.device)
     done = 0
     for images in views.central(samples, crop):
-        with views.performance.autocast():
+        with views.runtime.autocast():
             logits = model(images).float()
         targets = labels[done : done + len(logits), None]
         hits = logits.topk(min(5, logits.shape[1]), dim=1).indices == targets

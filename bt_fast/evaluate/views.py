@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from bt_fast.runtime import Performance
+from bt_fast.runtime import Runtime
 from pipelines import augment
 from pipelines.augment import Branch
 from pipelines.crop import RandomResizedCrop, center_boxes, random_boxes
@@ -50,19 +50,19 @@ class Views:
     def __init__(
         self,
         reader: Images,
-        performance: Performance,
+        runtime: Runtime,
         *,
         size: int,
         num_threads: int,
         cache_bytes: int = 0,
     ) -> None:
         self.reader = reader
-        self.performance = performance
+        self.runtime = runtime
         self.size = size
         self._cutter = CropCutter(
             reader,  # type: ignore[arg-type]
             num_threads,
-            pin_memory=performance.device.type == "cuda",
+            pin_memory=runtime.device.type == "cuda",
             cache_bytes=cache_bytes,
         )
 
@@ -74,7 +74,7 @@ class Views:
             (chosen, center_boxes(share, *self.reader.sizes[chosen].T))
             for chosen in _batches(samples, batch_size)
         ):
-            yield augment.plain(images, dtype=self.performance.view_dtype)
+            yield augment.plain(images, dtype=self.runtime.view_dtype)
 
     def random(
         self,
@@ -98,13 +98,13 @@ class Views:
             for chosen in _batches(samples, batch_size)
         )
         for chosen, images in zip(_batches(samples, batch_size), cut, strict=True):
-            yield self.performance.augment(images, augment.draw(branch, keys(chosen)))
+            yield self.runtime.augment(images, augment.draw(branch, keys(chosen)))
 
     def _cut(self, requests) -> Iterator[torch.Tensor]:
         """(samples [n], boxes [n, 4]) -> uint8 [n, size, size, 3] on the device."""
         boxes = ((samples, boxes[:, None], self.size) for samples, boxes in requests)
         for crops in self._cutter.cut(boxes):
-            yield crops[0].to(self.performance.device, non_blocking=True)
+            yield crops[0].to(self.runtime.device, non_blocking=True)
 
 
 def _batches(samples: np.ndarray, batch_size: int) -> Iterator[np.ndarray]:

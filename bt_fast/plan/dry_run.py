@@ -42,51 +42,51 @@ RESERVED_BYTES = 2e9  # CUDA's context, workspaces of cuDNN and cuBLAS, buffers 
 _SOME = 64  # images whose cost is counted
 
 
-def plan(settings: Config, world_size: int) -> dict[str, str]:
+def plan(config: Config, world_size: int) -> dict[str, str]:
     """The rows of the table that `--dry-run` prints. Raises ValueError for an unequal share."""
-    share = settings.batch_size // world_size
-    if settings.data.exists():
-        num_images, data = len(open_data(settings.data, "--data")), str(settings.data)
+    share = config.batch_size // world_size
+    if config.data.exists():
+        num_images, data = len(open_data(config.data, "--data")), str(config.data)
     else:
         num_images = IMAGENET_IMAGES
-        data = f"{settings.data} does not exist yet; assuming ImageNet-1k"
-    require_full_batches(settings.batch_size, world_size, num_images, settings.data)
-    require_shares(settings.batch_size, world_size, settings.bn_group)
-    steps_per_epoch = num_images // settings.batch_size
-    steps = settings.epochs * steps_per_epoch
-    last_step = min(steps, settings.max_steps if settings.max_steps is not None else steps)
+        data = f"{config.data} does not exist yet; assuming ImageNet-1k"
+    require_full_batches(config.batch_size, world_size, num_images, config.data)
+    require_shares(config.batch_size, world_size, config.bn_group)
+    steps_per_epoch = num_images // config.batch_size
+    steps = config.epochs * steps_per_epoch
+    last_step = min(steps, config.max_steps if config.max_steps is not None else steps)
 
-    counted = count(settings)
-    here = gpus.present() if settings.device != "cpu" else None
+    counted = count(config)
+    here = gpus.present() if config.device != "cpu" else None
     card = here if here and here.flop_per_s else gpus.H100
-    method = choose_method(settings.batch_size, settings.projector[-1], world_size)
-    usual = step_costs.predict(single_gpu(settings, counted, REFERENCE_BATCH, card), 1, LINK_GBPS)
+    method = choose_method(config.batch_size, config.projector[-1], world_size)
+    usual = step_costs.predict(single_gpu(config, counted, REFERENCE_BATCH, card), 1, LINK_GBPS)
     prediction = step_costs.predict(
-        single_gpu(settings, counted, share, card),
+        single_gpu(config, counted, share, card),
         world_size,
         LINK_GBPS,
-        separate_communicators=settings.separate_communicators,
-        norm_ranks=settings.bn_group,
+        separate_communicators=config.separate_communicators,
+        norm_ranks=config.bn_group,
         single_device_images_per_s=usual.images_per_s,
     )
-    norm_ranks = settings.bn_group or world_size
+    norm_ranks = config.bn_group or world_size
     rows = {
-        "ranks": f"{world_size}, each {share} of {settings.batch_size} images a step",
+        "ranks": f"{world_size}, each {share} of {config.batch_size} images a step",
         "data": f"{num_images} images ({data})",
         "batch norm": f"over the samples of {norm_ranks} ranks"
         + ("" if norm_ranks == world_size else ", not of all as in the paper"),
-        "steps": f"{settings.epochs} epochs x {steps_per_epoch}"
+        "steps": f"{config.epochs} epochs x {steps_per_epoch}"
         + (f", stopping after {last_step}" if last_step < steps else ""),
-        "loss": f"{method} form over {settings.batch_size} x {settings.projector[-1]}"
-        + ("" if settings.objective == "barlow-twins" else f" assumed for {settings.objective}"),
+        "loss": f"{method} form over {config.batch_size} x {config.projector[-1]}"
+        + ("" if config.objective == "barlow-twins" else f" assumed for {config.objective}"),
         "sent per rank and step": f"gradients {prediction.gradient_bytes / 1e6:,.0f} MB,"
         f" embeddings {prediction.embedding_bytes / 1e6:,.1f} MB,"
         f" {prediction.collectives} small collectives of batch norm and loss",
     }
-    if settings.device == "cpu":
+    if config.device == "cpu":
         return rows | {"predicted": "nothing: the assumptions are those of GPUs"}
     return rows | {
-        **fits(settings, counted, world_size, here),
+        **fits(config, counted, world_size, here),
         "predicted": f"{1e3 * prediction.step:.1f} ms a step, {prediction.images_per_s:,.0f}"
         f" images/s, {duration(prediction.step * last_step)} without data and probes"
         f" ({100 * prediction.efficiency:.0f} % of {world_size} single GPUs with {REFERENCE_BATCH}"
@@ -110,20 +110,20 @@ def plan(settings: Config, world_size: int) -> dict[str, str]:
 
 
 def fits(
-    settings: Config, counted: "Counted", world_size: int, here: Card | None = None
+    config: Config, counted: "Counted", world_size: int, here: Card | None = None
 ) -> dict[str, str]:
     """Rows on a step's memory, and on the largest batch and its rate: here, then by memory."""
-    parts = memory(settings, counted, settings.batch_size // world_size, world_size)
+    parts = memory(config, counted, config.batch_size // world_size, world_size)
     listed = ", ".join(f"{part} {num_bytes / 1e9:.1f}" for part, num_bytes in parts.items())
     rows = {"memory per GPU": f"about {sum(parts.values()) / 1e9:.1f} GB: {listed}"}
     here_first = {f"this {here.name}": (here,)} if here else {}
     for title, some in (here_first | gpus.CLASSES).items():
-        most = largest_batch(settings, counted, some[0], world_size)
-        images = min(most, settings.batch_size // world_size)
+        most = largest_batch(config, counted, some[0], world_size)
+        images = min(most, config.batch_size // world_size)
         rows[title] = f"up to {most} images per GPU" if most else "does not fit"
         if most and some[0].flop_per_s:
             rates = (
-                f"{card.name} {images / step_seconds(settings, counted, images, card):,.0f}"
+                f"{card.name} {images / step_seconds(config, counted, images, card):,.0f}"
                 for card in some
             )
             rows[title] += f"; of {images}, computed images/s (not measured): {', '.join(rates)}"
@@ -131,23 +131,23 @@ def fits(
 
 
 def largest_batch(
-    settings: Config, counted: "Counted", card: Card, world_size: int = 1, multiple: int = 16
+    config: Config, counted: "Counted", card: Card, world_size: int = 1, multiple: int = 16
 ) -> int:
     """Images per GPU with which a step fits into a card's memory; 0 if none do."""
     batches = range(multiple, 1 << 16, multiple)
-    needs = (sum(memory(settings, counted, batch, world_size).values()) for batch in batches)
+    needs = (sum(memory(config, counted, batch, world_size).values()) for batch in batches)
     return multiple * sum(1 for _ in itertools.takewhile(lambda need: need <= card.memory, needs))
 
 
 def memory(
-    settings: Config, counted: "Counted", images: int, world_size: int = 1
+    config: Config, counted: "Counted", images: int, world_size: int = 1
 ) -> dict[str, float]:
     """Bytes that a step of so many images per rank takes on a GPU, by part.
 
     The copy for checkpoints is not among them: it lies in the host's memory.
     """
-    views = 2 * images * 3 * settings.size**2  # values
-    width, samples = settings.projector[-1], images * world_size
+    views = 2 * images * 3 * config.size**2  # values
+    width, samples = config.projector[-1], images * world_size
     gram = choose_method(samples, width, world_size) == "gram"
     # Measured by tools/bench_loss.py: 26 bytes a value of the embeddings, or 20 one of C.
     of_loss = 26 * samples * width if gram else 20 * width**2 / world_size
@@ -161,15 +161,15 @@ def memory(
     }
 
 
-def step_seconds(settings: Config, counted: "Counted", images: int, card: Card) -> float:
+def step_seconds(config: Config, counted: "Counted", images: int, card: Card) -> float:
     """Of a step on one GPU, without waiting for data."""
-    measured = single_gpu(settings, counted, images, card)
+    measured = single_gpu(config, counted, images, card)
     return measured.encoder + measured.loss + measured.optimizer
 
 
-def single_gpu(settings: Config, counted: "Counted", images: int, card: Card) -> Measured:
+def single_gpu(config: Config, counted: "Counted", images: int, card: Card) -> Measured:
     """The step of one GPU that takes so many images, by its published rates."""
-    width = settings.projector[-1]
+    width = config.projector[-1]
     flop_per_s = FLOP_SHARE * card.flop_per_s
     bytes_per_s = BANDWIDTH_SHARE * card.bytes_per_s
     tf32 = 1 if counted.itemsize < 4 else 2  # half as fast as bf16
@@ -186,7 +186,7 @@ def single_gpu(settings: Config, counted: "Counted", images: int, card: Card) ->
         loss=2 * loss_flop / flop_per_s,  # TF32
         optimizer=step_costs.lars_bytes(counted.num_parameters) / bytes_per_s,
         embedding_itemsize=2,
-        gradient_itemsize=2 if settings.compress_gradients else 4,
+        gradient_itemsize=2 if config.compress_gradients else 4,
         num_parameters=counted.num_parameters,
         num_projector_parameters=counted.num_projector_parameters,
         num_dimensions=width,
@@ -207,16 +207,16 @@ class Counted:
     saved_bytes: float  # that an image keeps for the backward pass, uncompiled
 
 
-def count(settings: Config) -> Counted:
+def count(config: Config) -> Counted:
     """Counted on shapes alone: nothing is computed. `--precision auto` is taken for bf16."""
-    dtype = torch.float32 if settings.precision == "fp32" else torch.bfloat16
+    dtype = torch.float32 if config.precision == "fp32" else torch.bfloat16
     with torch.device("meta"):
-        model = build_model(settings)
+        model = build_model(config)
         for layer in model.modules():  # as under autocast; without a GPU, it does nothing on meta
             if isinstance(layer, (nn.Conv2d, nn.Linear)):
                 layer.to(dtype)
-        views = torch.empty(2 * _SOME, 3, settings.size, settings.size, dtype=dtype)
-    form = batch_norm.choose(settings.norm, torch.device("cuda"))
+        views = torch.empty(2 * _SOME, 3, config.size, config.size, dtype=dtype)
+    form = batch_norm.choose(config.norm, torch.device("cuda"))
     if form == "fused":
         batch_norm.fuse(model)
     with FlopCounterMode(display=False) as counter:

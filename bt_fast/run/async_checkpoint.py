@@ -9,7 +9,7 @@ import functools
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 
-from bt_fast.build import Job
+from bt_fast.build import TrainingSetup
 from bt_fast.deferred import Deferred
 from bt_fast.distributed import collectives
 from bt_fast.run import checkpoint
@@ -23,10 +23,12 @@ class Saving:
     Attributes: `saved`, whether the disk has taken the newest one, as far as is known.
     """
 
-    def __init__(self, job: Job, run: RunDirectory | None, log: RunLog, deferred: Deferred) -> None:
+    def __init__(
+        self, setup: TrainingSetup, run: RunDirectory | None, log: RunLog, deferred: Deferred
+    ) -> None:
         self.saved = True
         self._deferred = deferred
-        self._job, self._run, self._log = job, run, log
+        self._job, self._run, self._log = setup, run, log
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._snapshot = checkpoint.Snapshot()
         self._queued = False  # a copy that may not have completed
@@ -50,17 +52,17 @@ class Saving:
         Nothing is written of weights that differ between ranks; the comparison, like the copy, is
         only queued here.
         """
-        job = self._job
+        setup = self._job
         if self._queued:  # the buffer is reused
             self._deferred.flush()
-        check = collectives.compare_weights(job.model, job.world.group)
-        readers = collectives.of_all(job.loader.steps.state(step), job.world.group)
+        check = collectives.compare_weights(setup.model, setup.world.group)
+        readers = collectives.of_all(setup.loader.steps.state(step), setup.world.group)
         if self._run is not None:
             self.look(wait=True)
-            self._snapshot.take(job.model, job.optimizer)
+            self._snapshot.take(setup.model, setup.optimizer)
         self._queued = True
         self._deferred.add(step, functools.partial(self._write, step, check, readers))
-        if job.config.if_save_fails == "stop":
+        if setup.config.if_save_fails == "stop":
             self._deferred.flush()
             self.look(wait=True)
 
@@ -70,15 +72,15 @@ class Saving:
         check()
         if self._run is None:
             return
-        job = self._job
+        setup = self._job
         self._step = step
         self._writing = self._thread.submit(
             checkpoint.write,
             self._run.path,
             step,
             self._snapshot.tensors,
-            {"data": job.data_facts, "readers": readers},
-            keep=job.config.keep,
+            {"data": setup.data_facts, "readers": readers},
+            keep=setup.config.keep,
         )
 
     def look(self, *, wait: bool = False) -> None:

@@ -146,8 +146,8 @@ class RunLog:
                 completed=step,
                 epoch=record["epoch"],
                 speed=f"{record['images_per_s']:.0f} images/s",
-                text=f"loss {record['loss']:.4g} (on {record['invariance']:.3g},"
-                f" off {record['redundancy']:.3g}) lr {record['lr_weights']:.3g}",
+                text=f"loss {record['loss']:.4g} (on {record['on_diagonal']:.3g},"
+                f" off {record['off_diagonal']:.3g}) lr {record['lr_weights']:.3g}",
             )
             return
         now = time.perf_counter()
@@ -157,8 +157,8 @@ class RunLog:
         left = (now - self.started) / (step - self.first_step) * (self.last_step - step)
         self.say(
             f"step {step}/{self.last_step} epoch {record['epoch']:.2f}"
-            f" | loss {record['loss']:.4g} = on-diagonal {record['invariance']:.4g}"
-            f" + lambda * off-diagonal {record['redundancy']:.4g}"
+            f" | loss {record['loss']:.4g} = on-diagonal {record['on_diagonal']:.4g}"
+            f" + lambda * off-diagonal {record['off_diagonal']:.4g}"
             f" | lr {record['lr_weights']:.3g} | {record['images_per_s']:.0f} images/s"
             f" | {duration(left)} left"
         )

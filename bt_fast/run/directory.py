@@ -28,10 +28,10 @@ from typing import Self
 import numpy
 import torch
 
-from bt_fast import __version__, config
-from bt_fast.config import Config
+from bt_fast import __version__
+from bt_fast.config import Config, from_json, to_json
 from bt_fast.doctor.requirements import version
-from bt_fast.runtime import Performance
+from bt_fast.runtime import Runtime
 from pipelines.common.atomic import atomic_file
 from pipelines.common.cpu import usable_cores
 
@@ -83,20 +83,20 @@ class RunDirectory:
         except OSError as error:
             raise OSError(f"{self.path / name}: {error.strerror or error}") from None
 
-    def record_settings(self, settings: Config) -> None:
+    def record_settings(self, config: Config) -> None:
         """Write config.json, with which the run can be continued from any folder."""
         saved = replace(
-            settings,
+            config,
             resume=None,
             slurm=None,  # what is submitted runs where it is continued
-            data=settings.data.resolve(),
-            val_data=settings.val_data and settings.val_data.resolve(),
+            data=config.data.resolve(),
+            val_data=config.val_data and config.val_data.resolve(),
         )
-        self.write("config.json", config.to_json(saved))
+        self.write("config.json", to_json(saved))
 
-    def record_start(self, settings: Config, performance: Performance) -> None:
+    def record_start(self, config: Config, runtime: Runtime) -> None:
         """Write config.json, and append this start's versions and hardware to environment.json."""
-        self.record_settings(settings)
+        self.record_settings(config)
         path = self.path / "environment.json"
         try:
             starts = json.loads(path.read_bytes()) if path.exists() else []
@@ -104,7 +104,7 @@ class RunDirectory:
             starts = None
         if not isinstance(starts, list):
             raise ValueError(f"{path} is damaged: it is no list of starts; move it away")
-        starts.append(environment(performance))
+        starts.append(environment(runtime))
         self.write("environment.json", json.dumps(starts, indent=2) + "\n")
 
     def truncate_metrics(self, step: int) -> None:
@@ -151,12 +151,12 @@ def load_config(path: Path, flag: str) -> Config:
     file = path / "config.json"
     if not file.is_file():
         raise ValueError(f"{flag} {path}: no run is there (it has no config.json)")
-    return config.from_json(file.read_bytes(), file)
+    return from_json(file.read_bytes(), file)
 
 
-def environment(performance: Performance) -> dict:
+def environment(runtime: Runtime) -> dict:
     """What a figure of this run depends on beside its configuration."""
-    device = performance.device
+    device = runtime.device
     return {
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "bt_fast": __version__,
@@ -166,8 +166,8 @@ def environment(performance: Performance) -> dict:
         "numpy": numpy.__version__,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
         "cores": usable_cores(),
-        "precision": performance.precision,
-        "compile": performance.compile,
+        "precision": runtime.precision,
+        "compile": runtime.compile,
     }
 
 
@@ -180,11 +180,11 @@ def _cpu_name() -> str:
     return names[0] if names else platform.machine()
 
 
-def choose_path(settings: Config) -> Path:
+def choose_path(config: Config) -> Path:
     """The run's folder. Raises ValueError if a new run's is there already and in use."""
-    if settings.resume is not None:
-        return settings.resume
-    path = settings.run_dir or _unused(f"{settings.recipe}-{time.strftime('%Y%m%d-%H%M%S')}")
+    if config.resume is not None:
+        return config.resume
+    path = config.run_dir or _unused(f"{config.recipe}-{time.strftime('%Y%m%d-%H%M%S')}")
     nearest = next(p for p in (path, *path.absolute().parents) if os.path.lexists(p))
     if not nearest.is_dir():  # a file, or a link that leads nowhere
         raise ValueError(f"--run-dir {path}: {nearest} is not a folder; choose another")
@@ -197,12 +197,12 @@ def choose_path(settings: Config) -> Path:
     return path
 
 
-def make_folder(settings: Config) -> Path:
+def make_folder(config: Config) -> Path:
     """Make the folder that `choose_path` chooses; a name of the clock's is ours alone."""
     while True:
-        path = choose_path(settings)
+        path = choose_path(config)
         try:
-            path.mkdir(parents=True, exist_ok=bool(settings.resume or settings.run_dir))
+            path.mkdir(parents=True, exist_ok=bool(config.resume or config.run_dir))
             return path
         except FileExistsError:  # by a run that began in the same second
             continue

@@ -3,18 +3,18 @@
 import time
 from pathlib import Path
 
-from bt_fast.build import Job
+from bt_fast.build import TrainingSetup
 from bt_fast.distributed.collectives import copy_from_first
 from bt_fast.evaluate.knn_classifier import evaluate_knn
 from bt_fast.run.console import RunLog
 from bt_fast.run.directory import RunDirectory, read_metrics
 
 
-def probe_is_due(job: Job, step: int) -> bool:
+def probe_is_due(setup: TrainingSetup, step: int) -> bool:
     """Before the first step, after the last, and every `probe_every` epochs."""
-    epoch, batch = divmod(step, job.loader.steps_per_epoch)
-    every = job.config.probe_every
-    return every > 0 and (step in (0, job.last_step) or (batch == 0 and epoch % every == 0))
+    epoch, batch = divmod(step, setup.loader.steps_per_epoch)
+    every = setup.config.probe_every
+    return every > 0 and (step in (0, setup.last_step) or (batch == 0 and epoch % every == 0))
 
 
 def probed(run: RunDirectory, step: int) -> bool:
@@ -22,26 +22,26 @@ def probed(run: RunDirectory, step: int) -> bool:
     return any(r["kind"] == "probe" and r["step"] == step for _, r in records)
 
 
-def probe(job: Job, log: RunLog, step: int) -> None:
+def probe(setup: TrainingSetup, log: RunLog, step: int) -> None:
     """kNN accuracy of the encoder as it is now. All ranks call it, and share its images."""
-    if job.knn_data is None:
+    if setup.knn_data is None:
         return
     started = time.perf_counter()
     # With --bn-group they differ; the encoder that is measured is the one that is saved.
-    copy_from_first([job.statistics.running], job.world.group)
+    copy_from_first([setup.statistics.running], setup.world.group)
     scores = evaluate_knn(
-        job.model.encoder,
-        job.knn_data,
-        job.performance,
-        size=job.config.size,
-        crop=job.config.probe_crop,
-        num_threads=job.num_threads,
-        world=job.world,
+        setup.model.encoder,
+        setup.knn_data,
+        setup.runtime,
+        size=setup.config.size,
+        crop=setup.config.probe_crop,
+        num_threads=setup.num_threads,
+        world=setup.world,
     )
     log.probe(
         {
             "step": step,
-            "epoch": step / job.loader.steps_per_epoch,
+            "epoch": step / setup.loader.steps_per_epoch,
             **scores,
             "seconds": time.perf_counter() - started,
         }

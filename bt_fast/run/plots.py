@@ -49,9 +49,9 @@ def curves(metrics: Path, path: Path) -> None:
     axes = figure.subplots(1, panels)
     loss, rate, speed = axes[0], axes[-2], axes[-1]
 
-    _terms(loss, train, {"loss": "loss", "invariance": "on-diagonal"})
+    _terms(loss, train, {"loss": "loss", "on_diagonal": "on-diagonal"})
     twin = loss.twinx()
-    _terms(twin, train, {"redundancy": "off-diagonal"}, color="C2")
+    _terms(twin, train, {"off_diagonal": "off-diagonal"}, color="C2")
     twin.set_ylabel("off-diagonal", color="C2")
     loss.legend()
     loss.set_title("Barlow Twins loss")

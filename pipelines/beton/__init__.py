@@ -1,4 +1,4 @@
-"""Reads the FFCV `.beton` format, version 2 (layout: `pipelines/beton/layout.py`).
+"""Reads the FFCV `.beton` format, version 2 (layout: `layout.py`).
 
 A file is untrusted input: the C decoders downstream believe every offset and size. Here all of
 them are checked before any is used, and a wrong one is a `BetonError` that names the file.

@@ -1,4 +1,4 @@
-"""Writes a `.beton` (layout: `pipelines/beton/__init__.py`) in one pass, atomically and deterministically.
+"""Writes a `.beton` (layout: `layout.py`) in one pass, atomically and deterministically.
 
 Records lie in call order, so the same calls give the same bytes. Memory does not grow with the
 number of images: the tables are collected in files without a name beside the result.

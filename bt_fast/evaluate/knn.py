@@ -106,4 +106,4 @@ def augmented_outputs(
         branch=branches[view],
         view=view,
     )
-    return outputs(model, data.query_samples, batches, subject.performance, subject.world)
+    return outputs(model, data.query_samples, batches, subject.runtime, subject.world)
