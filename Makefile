@@ -10,7 +10,7 @@ OLDEST := .venv-oldest/bin
 OLDEST_READY := .venv-oldest/.ready
 # What depends on torch and triton and on no optional package.
 OLDEST_TESTS := norm norm_triton resnet casts launches kernel_report plan model loss dist update \
-	optim augment augment_triton ablations heads feed log deferred train checkpoint resume export \
+	optim augment augment_triton ablations linear_cached feed log deferred train checkpoint resume export \
 	profile gpu_suite compiled_traffic cli knn collapse supervised eval_ranks parts breakdown
 
 .PHONY: help demo test test-oldest lint coverage bench dist clean
@@ -20,7 +20,7 @@ help:
 	@echo "make test      run the tests"
 	@echo "make test-oldest   run those that depend on torch with the GPU machines' 2.11, in .venv-oldest/"
 	@echo "make lint      ruff and mypy"
-	@echo "make coverage  run the tests and say which lines they do not reach"
+	@echo "make coverage  run the tests and report the lines they do not reach"
 	@echo "make bench     converter and loader against their rivals; DATA=folder of images"
 	@echo "make dist      wheel and source archive of a release, in dist/"
 	@echo "make clean     remove what the other targets made, but not .venv/ and .venv-oldest/"

@@ -1,62 +1,37 @@
-"""The `bt-fast` command line. Whatever a user can do wrong ends in one line and a non-zero exit."""
+"""The `bt-fast` command line. A user error ends in one line and a non-zero exit status.
 
-import dataclasses
+Commands are imported when they run: --help, --version and wrong flags need no torch.
+"""
+
 import importlib
 import signal
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 
 from bt_fast import __version__
+from bt_fast.config import RENAMED, Config, immutable_changes, load_config
 
 _USAGE = """bt-fast COMMAND [OPTIONS]
 
 Barlow Twins pretraining as fast as the hardware allows.
 
   pretrain       train an encoder on a .beton
-  eval all       random initialisation against pretraining, in one table
-  eval knn       nearest neighbours among the features; --collapse looks for collapse
-  eval linear    a linear classifier on the frozen encoder; --cached is quick
-  eval semi      fine-tuning on 1 or 10 percent of the labels
-  eval transfer  other data sets: Places-205, iNaturalist 2018, VOC07, any image folder
+  eval all       compare random initialisation with pretraining in one table
+  eval knn       classify by nearest neighbours of the features; --collapse looks for collapse
+  eval linear    train a linear classifier on the frozen encoder; --cached is quick
+  eval semi      fine-tune on 1 or 10 percent of the labels
+  eval transfer  evaluate on Places-205, iNaturalist 2018, VOC07 or any image folder
   export         write a trained encoder for torchvision, timm, detectron2 or ONNX
-  doctor         look at this machine: what is here, how fast it is, what to fix
+  doctor         check this machine: hardware, packages, rates, and what to fix
 
 bt-fast COMMAND --help lists a command's options. bt-convert makes a .beton from an image folder.
 """
 
-# What may differ when a run is continued: where and how it runs, not what is learned.
-_MAY_CHANGE = {
-    "data",
-    "val_data",
-    "resume",
-    "dry_run",
-    "gpus",
-    "slurm",
-    "gpus_per_node",
-    "time_limit",
-    "separate_communicators",
-    "slurm_args",
-    "patience",
-    "device",
-    "compile",
-    "norm",
-    "deterministic",
-    "loader",
-    "workers",
-    "cache_gb",
-    "max_steps",
-    "probe_every",
-    "probe_images",
-    "log_every",
-    "save_every",
-    "keep",
-    "if_save_fails",
-}
-
-# `bt-fast eval NAME`: its room, its options and what runs it; imported when it is asked for.
+# `bt-fast eval NAME`: the module of the protocol, its flags and its function.
 _EVALUATIONS = {
-    "all": ("compare", "EvalAll", "run_all"),
+    "all": ("all_protocols", "EvalAll", "run_all"),
     "knn": ("knn", "EvalKnn", "run_knn"),
     "linear": ("linear", "EvalLinear", "run_linear"),
     "semi": ("semi", "EvalSemi", "run_semi"),
@@ -65,7 +40,7 @@ _EVALUATIONS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns the process's exit status."""
+    """Run one command; returns the exit status of the process."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     commands: dict[tuple[str, ...], Callable[[list[str]], int]] = {
         ("pretrain",): _pretrain,
@@ -76,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name, command in commands.items():
         if tuple(arguments[: len(name)]) == name:
             run = partial(command, arguments[len(name) :])
-            return in_one_line(f"bt-fast {' '.join(name)}", run)
+            return run_command(f"bt-fast {' '.join(name)}", run)
     if arguments == ["--version"]:
         print(__version__)
         return 0
@@ -91,8 +66,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 2
 
 
-def in_one_line(program: str, command: Callable[[], int]) -> int:
-    """Run a command; what a user can do wrong becomes one line and an exit status."""
+def run_command(program: str, command: Callable[[], int]) -> int:
+    """Run a command; a user error becomes one line on stderr and an exit status."""
     try:
         return command()
     except (ValueError, OSError) as error:
@@ -113,24 +88,23 @@ def in_one_line(program: str, command: Callable[[], int]) -> int:
 def _pretrain(arguments: list[str]) -> int:
     from bt_fast.distributed.signals import StopFlag
 
-    with StopFlag() as stop:  # before torch is imported, which takes a while
-        from bt_fast.distributed.launcher import launch
+    with StopFlag() as stop:  # before torch is imported, which takes seconds
+        config = parse_pretrain(arguments)
+        from bt_fast.pretrain_command import run_pretrain
 
-        return launch(parse_pretrain(arguments), arguments, stop)
+        return run_pretrain(config, arguments, stop)
 
 
-def parse_pretrain(arguments: list[str]):
-    """Flags -> Config. The defaults are the recipe's under its ablation, or the resumed run's."""
-    from pathlib import Path
-
+def parse_pretrain(arguments: Sequence[str]) -> Config:
+    """Flags -> Config. The defaults are those of the recipe under its ablation, or of the resumed
+    run."""
     from bt_fast.ablations import ablate
-    from bt_fast.config import Config
     from bt_fast.recipes import RECIPES
-    from bt_fast.run.directory import load_config
-    from pipelines.common.flags import parse_flags, value_of
+    from pipelines.common.flags import last_value, parse_flags, renamed_flags
 
+    arguments = renamed_flags(arguments, RENAMED)
     resume, recipe, ablation = (
-        value_of(flag, arguments) for flag in ("--resume", "--recipe", "--ablation")
+        last_value(flag, arguments) for flag in ("--resume", "--recipe", "--ablation")
     )
     saved = load_config(Path(resume), "--resume") if resume is not None else None
     default = saved if saved is not None else RECIPES.get(recipe or "imagenet", Config)()
@@ -138,7 +112,7 @@ def parse_pretrain(arguments: list[str]):
         default = ablate(default, ablation)
     config = parse_flags(Config, "bt-fast pretrain", arguments, default=default)
     if saved is not None:
-        changed = learns_otherwise(config, saved)
+        changed = immutable_changes(config, saved)
         if "--run-dir" in changed:
             raise ValueError(
                 f"--run-dir {config.run_dir}: a resumed run stays where --resume says; leave it out"
@@ -151,31 +125,26 @@ def parse_pretrain(arguments: list[str]):
     return config
 
 
-def learns_otherwise(config, saved) -> list[str]:
-    """The flags by which two configurations learn something else."""
-    return [
-        f"--{field.name.replace('_', '-')}"
-        for field in dataclasses.fields(config)
-        if field.name not in _MAY_CHANGE
-        and getattr(config, field.name) != getattr(saved, field.name)
-    ]
-
-
 def _eval(name: str, arguments: list[str]) -> int:
-    from bt_fast.evaluate.command import on_ranks
+    from bt_fast.evaluate import options
     from pipelines.common.flags import parse_flags
 
-    room, options, function = _EVALUATIONS[name]
-    module = importlib.import_module(f"bt_fast.evaluate.{room}")
-    parsed = parse_flags(getattr(module, options), f"bt-fast eval {name}", arguments)
-    return on_ranks(name, parsed, arguments, getattr(module, function))
+    module, flags, function = _EVALUATIONS[name]
+    parsed = parse_flags(getattr(options, flags), f"bt-fast eval {name}", arguments)
+    from bt_fast.evaluate.command import run_evaluation
+
+    evaluate = getattr(importlib.import_module(f"bt_fast.evaluate.{module}"), function)
+    return run_evaluation(name, parsed, arguments, evaluate)
 
 
 def _export(arguments: list[str]) -> int:
-    from bt_fast.export.export import Export, run_export
+    from bt_fast.export.options import Export
     from pipelines.common.flags import parse_flags
 
-    return run_export(parse_flags(Export, "bt-fast export", arguments))
+    options = parse_flags(Export, "bt-fast export", arguments)
+    from bt_fast.export.export import run_export
+
+    return run_export(options)
 
 
 def _doctor(arguments: list[str]) -> int:

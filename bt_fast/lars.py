@@ -3,15 +3,15 @@
 For a parameter p with gradient g, momentum buffer m and learning rate lr:
 
     ndim > 1:    u = g + weight_decay * p
-                 u = u * trust_coefficient * |p| / |u|      (as it is if either norm is 0)
+                 u = u * trust_coefficient * |p| / |u|      (unchanged if either norm is 0)
     ndim <= 1:   u = g                                      (biases and norm parameters)
     m = momentum * m + u
     p = p - lr * m
 
-Weight decay is inside the trust ratio's norm; there is no epsilon and no clipping.
+The trust ratio's norm includes weight decay; there is no epsilon and no clipping.
 
-`_update` below is the definition, in torch's foreach operations. On a GPU the same arithmetic runs
-in three kernel launches for all parameters together (`lars_triton`).
+`_update` is the definition, in torch's foreach operations. On a GPU the same arithmetic runs in
+three kernel launches for all parameters together (`lars_triton`).
 """
 
 from collections.abc import Iterable
@@ -21,25 +21,26 @@ import torch
 
 
 def parameter_groups(parameters: Iterable[torch.nn.Parameter | torch.Tensor]) -> list[dict]:
-    """[matrices, biases and norm parameters]: the reference gives them rates of their own."""
-    every = list(parameters)
+    """Parameter groups "weights" (ndim > 1) and "biases" (and norm parameters), whose learning
+    rates differ in the reference."""
+    parameters = list(parameters)
     return [
-        {"params": [p for p in every if p.ndim > 1]},
-        {"params": [p for p in every if p.ndim <= 1]},
+        {"name": "weights", "params": [p for p in parameters if p.ndim > 1]},
+        {"name": "biases", "params": [p for p in parameters if p.ndim <= 1]},
     ]
 
 
 class LARS(torch.optim.Optimizer):
-    """Layer-wise adaptive rate scaling; parameter groups may differ in every hyper-parameter.
+    """Layer-wise adaptive rate scaling; every hyper-parameter may differ between groups.
 
     Args:
         params: parameters, or groups of them, as for any torch optimizer.
         lr: learning rate.
-        momentum: of the buffer, without dampening or Nesterov.
+        momentum: coefficient of the momentum buffer, without dampening or Nesterov.
         weight_decay: applied to parameters with ndim > 1 only.
         trust_coefficient: eta of the paper.
-        fused: update all parameters in three kernel launches. Default: where they are float32 on
-            a GPU. Everything else takes the definition.
+        fused: update all parameters in three kernel launches. Default: if all parameters are
+            float32 on a GPU.
     """
 
     def __init__(
@@ -63,70 +64,69 @@ class LARS(torch.optim.Optimizer):
                 raise ValueError(f"{name} must not be negative, got {value}")
         super().__init__(params, defaults)
         if fused is None:
-            every = [p for group in self.param_groups for p in group["params"]]
-            fused = all(p.is_cuda and p.dtype == torch.float32 for p in every)
+            params = [p for group in self.param_groups for p in group["params"]]
+            fused = all(p.is_cuda and p.dtype == torch.float32 for p in params)
         self.fused = fused
 
     @torch.no_grad()
     def step(  # type: ignore[override]
         self, *, guard: torch.Tensor | None = None
     ) -> torch.Tensor | None:
-        """One update of every parameter that has a gradient.
+        """Update every parameter that has a gradient.
 
         Args:
-            guard: a scalar on the parameters' device, say the loss. If it or any gradient is not
-                finite, parameters and momentum stay as they are. Without a guard nothing is
-                checked.
+            guard: a scalar on the parameters' device, such as the loss. If it or any gradient is
+                not finite, parameters and momentum are unchanged. None: no check.
         Returns:
             with a guard, a bool scalar on the same device: whether the update was applied. The
-            fused update decides on the device; the definition reads the answer back.
+            fused update does not synchronise with the device; the definition does.
         """
-        work = [
+        groups = [
             ([p for p in group["params"] if p.grad is not None], group)
             for group in self.param_groups
         ]
-        every = [p for params, _ in work for p in params]
-        if self.fused and every:
+        all_params = [p for params, _ in groups for p in params]
+        if self.fused and all_params:
             from bt_fast import lars_triton  # triton comes with torch's CUDA builds only
 
             return lars_triton.update(
-                every,
-                [self.momentum(p) for p in every],
-                [group for params, group in work for _ in params],
+                all_params,
+                [self.momentum_buffer(p) for p in all_params],
+                [group for params, group in groups for _ in params],
                 guard,
             )
         applied = None
         if guard is not None:
-            norm = torch.nn.utils.get_total_norm([p.grad for p in every if p.grad is not None])
+            norm = torch.nn.utils.get_total_norm([p.grad for p in all_params if p.grad is not None])
             applied = torch.isfinite(guard) & torch.isfinite(norm)
             if not applied:
                 return applied
-        for params, group in work:
-            _update(params, [self.momentum(p) for p in params], group)
+        for params, group in groups:
+            _update(params, [self.momentum_buffer(p) for p in params], group)
         return applied
 
-    def momentum(self, p: torch.Tensor) -> torch.Tensor:
-        """The momentum buffer of a parameter, made when it is first asked for."""
+    def momentum_buffer(self, p: torch.Tensor) -> torch.Tensor:
+        """The momentum buffer of a parameter; created, as zeros, by the first call."""
         if "momentum" not in self.state[p]:
             self.state[p]["momentum"] = torch.zeros_like(p)
         return self.state[p]["momentum"]
 
 
 def _update(params: list[torch.Tensor], momenta: list[torch.Tensor], group: dict) -> None:
-    """The update of one group's parameters from their gradients, in place: the definition."""
+    """Update one group's parameters from their gradients, in place: the definition."""
     updates: list = [p.grad for p in params]
-    rows = [i for i, p in enumerate(params) if p.ndim > 1]
-    if rows:
-        matrices = [params[i] for i in rows]
+    indices = [i for i, p in enumerate(params) if p.ndim > 1]
+    if indices:
+        weights = [params[i] for i in indices]
         decayed = torch._foreach_add(
-            [updates[i] for i in rows], matrices, alpha=group["weight_decay"]
+            [updates[i] for i in indices], weights, alpha=group["weight_decay"]
         )
-        norms = torch.stack(torch._foreach_norm(matrices))
+        norms = torch.stack(torch._foreach_norm(weights))
         update_norms = torch.stack(torch._foreach_norm(decayed))
-        both = (norms > 0) & (update_norms > 0)
-        ratios = torch.where(both, group["trust_coefficient"] * norms / update_norms, 1)
+        is_scaled = (norms > 0) & (update_norms > 0)
+        ratios = torch.where(is_scaled, group["trust_coefficient"] * norms / update_norms, 1)
         torch._foreach_mul_(decayed, ratios.unbind())
-        for i, update in zip(rows, decayed, strict=True):
+        for i, update in zip(indices, decayed, strict=True):
             updates[i] = update
     if params:
         torch._foreach_mul_(momenta, group["momentum"])

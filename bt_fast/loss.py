@@ -1,115 +1,70 @@
-"""The Barlow Twins objective (Zbontar et al. 2021, eqs. 1 and 2).
+"""The Barlow Twins objective (Zbontar et al. 2021, eqs. 1 and 2), on any number of ranks.
 
-With N samples, D dimensions, and a, b [N, D] the two views' embeddings, each column brought to
-mean 0 and variance 1 over the batch (biased variance, eps 1e-5: the affine-free batch norm of
-the released code), the cross-correlation matrix and the loss are
+With N samples, D dimensions, and a, b [N, D] the two views' embeddings, each column standardised to
+mean 0 and variance 1 over the batch (biased variance, eps 1e-5: the affine-free batch norm of the
+released code), the cross-correlation matrix and the loss are
 
     C = a^T b / N                                                   [D, D]
     loss = sum_i (1 - C_ii)^2  +  lambd * sum_{i != j} C_ij^2
-           `on_diagonal`                   `off_diagonal`
+           on-diagonal term               off-diagonal term
 
-Three forms, equal up to rounding:
+Three methods, equal up to rounding:
 
-* dense: form C. 2 N D^2 FLOP and a D x D matrix: the definition, for one process.
+* dense: compute C, a D x D matrix, with 2 N D^2 FLOP: the definition, for one process.
 * gram:  sum_ij C_ij^2 = <a a^T, b b^T> / N^2, because both are tr(a^T b b^T a) / N^2. Only the
-  diagonal of C and two N x N matrices are needed: 4 N^2 D FLOP. At D = 8192 and a few hundred
-  samples that is many times less, and D = 65,536 becomes ordinary.
-* columns: C in blocks of columns, one per rank; where N is large against D.
+  diagonal of C and two N x N matrices are needed: 4 N^2 D FLOP. For a few hundred samples that is
+  many times less at D = 8192, and makes D = 65,536 affordable.
+* columns: compute C in blocks of columns, one per rank, for N large compared with D.
 
-gram and columns run on any number of ranks (`loss_sharded`, with the gradients' derivation): the
-batch is then that of all ranks, and so are its statistics.
+gram and columns run on W ranks with n = N / W rows each of the embeddings z_a, z_b [N, D]; no rank
+holds the D x D matrix. Both return the global terms on every rank, and their gradient is that of
+the global terms with respect to this rank's rows, as batch norm over all ranks needs it. Let
+A = d L / d a, B = d L / d b [N, D], for L = u on + v off. Since d off / d C = 2 C - 2 diag(C),
 
-Everything is computed in float32 or better, outside autocast. (On a GPU `perf.apply` lets float32
-products use TF32; the released code forms C in float16.)
+    A = b G^T / N,  B = a G / N,     G = 2 v (C - diag(C)) - 2 u diag(1 - C)
+
+and the gradient through the standardisation of a column with deviation s is, for a (b likewise),
+
+    d L / d z_a = (A - mean_rows(A) - a * mean_rows(A * a)) / s
+
+gram:     C is not computed: b C^T = b b^T a / N = K_b a / N, so with
+          g_i = -2 u (1 - C_ii) - 2 v C_ii this rank needs, for its rows,
+          A = (2 v K_b a / N + b g) / N with its n rows of K_b = b b^T, [n, N].
+          off is the sum over ranks of <K_a, K_b> on their rows, over N^2. The columns of a and b
+          sum to 0, hence those of A too, so mean_rows(A) is 0. mean_rows(A * a) is one all-reduce
+          of [2, D]. One all-gather sends the embeddings in their dtype (bf16 under autocast),
+          (W - 1) 2 n D values, and every rank standardises all of them.
+
+columns:  rank r has D / W columns. An all-to-all exchanges rows for columns, which makes the
+          standardisation local; a is gathered, and C[:, r] = a^T b_r / N is [D, D / W].
+          B_r = a G[:, r] is local, A is the sum over ranks of b_r G[:, r]^T, reduce-scattered by
+          columns; then an all-to-all exchanges columns for rows.
+
+Everything is computed in float32 or float64, outside autocast. (On a GPU `runtime.apply_switches`
+lets float32 products use TF32; the released code computes C in float16.)
 """
 
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 
-from bt_fast import loss_sharded
-from bt_fast.distributed.collectives import Group, size_of
-from bt_fast.loss_sharded import EPS
+from bt_fast.distributed.collectives import (
+    Group,
+    all_gather,
+    all_reduce,
+    all_to_all,
+    group_rank,
+    group_size,
+    reduce_scatter,
+)
 
 Method = Literal["auto", "dense", "gram", "columns"]
+Term = TypeVar("Term", float, torch.Tensor)
 
-# What a rank does and sends in a second, roughly; only their ratio matters to the choice.
+EPS = 1e-5
+# Assumed rates of a rank; only their ratio matters.
 _FLOP_PER_S = 3e14
 _BYTES_PER_S = 5e10
-
-
-def standardise(z: torch.Tensor) -> torch.Tensor:
-    """Each column to mean 0, variance 1 over the batch: [N, D] -> [N, D]."""
-    centred = z - z.mean(0)
-    variance = centred.square().mean(0)
-    return centred * torch.rsqrt(variance + EPS)
-
-
-def choose_method(num_samples: int, num_dimensions: int, world_size: int = 1) -> Method:
-    """The form whose arithmetic and traffic take less time on one rank.
-
-    gram: 8 N^2 D / W FLOP forwards and backwards, 2 N D values sent. columns: 6 N D^2 / W FLOP, a
-    gather and a reduction of N D values and exchanges of 4 N D / W. num_samples is the global N.
-    """
-    elements = num_samples * num_dimensions
-    others = (world_size - 1) / world_size
-    gram = 8 * elements * num_samples / world_size / _FLOP_PER_S
-    columns = 6 * elements * num_dimensions / world_size / _FLOP_PER_S
-    gram += 2 * elements * 2 * others / _BYTES_PER_S
-    columns += (2 * 4 + 4 * 2 / world_size) * elements * others / _BYTES_PER_S
-    if gram <= columns:
-        return "gram"
-    return "dense" if world_size == 1 else "columns"
-
-
-def require_pairs(z_a: torch.Tensor, z_b: torch.Tensor, group: Group) -> int:
-    """N, the samples of all ranks. Raises ValueError for what are not two views' embeddings."""
-    if z_a.ndim != 2 or z_a.shape != z_b.shape or z_a.dtype != z_b.dtype:
-        raise ValueError(
-            "z_a and z_b must be [n, D] and alike,"
-            f" got {z_a.dtype} {list(z_a.shape)} and {z_b.dtype} {list(z_b.shape)}"
-        )
-    num_samples = len(z_a) * size_of(group)
-    if num_samples < 2:
-        raise ValueError("the loss needs at least two samples: it normalises over the batch")
-    return num_samples
-
-
-def correlation_terms(
-    z_a: torch.Tensor, z_b: torch.Tensor, *, group: Group = None, method: Method = "auto"
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The two sums of the loss: (on_diagonal, off_diagonal), scalars.
-
-    Args:
-        z_a, z_b: [n, D], this rank's embeddings of the two views, row i of both from image i; as
-            many rows on every rank.
-        group: the process group the batch is spread over; None for one process.
-        method: "dense" (one process), "gram", "columns", or "auto" for what costs least.
-    Returns:
-        the terms of the whole batch, on every rank; their gradients are the true ones with respect
-        to this rank's embeddings, through the other ranks' share of the statistics too.
-    Raises:
-        ValueError: shapes that differ, fewer than two samples, an unknown method.
-    """
-    num_samples = require_pairs(z_a, z_b, group)
-    world_size, num_dimensions = size_of(group), z_a.shape[1]
-    if method == "auto":
-        method = choose_method(num_samples, num_dimensions, world_size)
-    if method == "dense" and world_size > 1:
-        raise ValueError("method 'dense' holds a D x D matrix: for one process only")
-
-    with torch.autocast(z_a.device.type, enabled=False):
-        if method == "gram":
-            return loss_sharded.rows(z_a, z_b, group)
-        if method == "columns":
-            return loss_sharded.columns(z_a, z_b, group)
-        if method != "dense":
-            raise ValueError(f"method must be auto, dense, gram or columns, got {method!r}")
-        z_a, z_b = (z.to(loss_sharded.compute_dtype(z)) for z in (z_a, z_b))
-        correlation = standardise(z_a).T @ standardise(z_b) / num_samples  # [D, D]
-        diagonal = correlation.diagonal()
-        on_diagonal = (1 - diagonal).square().sum()
-        return on_diagonal, correlation.square().sum() - diagonal.square().sum()
 
 
 def barlow_twins_loss(
@@ -120,6 +75,193 @@ def barlow_twins_loss(
     group: Group = None,
     method: Method = "auto",
 ) -> torch.Tensor:
-    """on_diagonal + lambd * off_diagonal, a scalar; see `correlation_terms` for the arguments."""
-    on_diagonal, off_diagonal = correlation_terms(z_a, z_b, group=group, method=method)
+    """The loss, a scalar; see `correlation_terms` for the arguments."""
+    return weighted_sum(*correlation_terms(z_a, z_b, group=group, method=method), lambd)
+
+
+def weighted_sum(on_diagonal: Term, off_diagonal: Term, lambd: float) -> Term:
+    """The loss from its two terms."""
     return on_diagonal + lambd * off_diagonal
+
+
+def correlation_terms(
+    z_a: torch.Tensor, z_b: torch.Tensor, *, group: Group = None, method: Method = "auto"
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The two terms of the loss: (on_diagonal, off_diagonal), scalars.
+
+    Args:
+        z_a, z_b: [n, D], this rank's embeddings of the two views, row i of both from image i; the
+            same number of rows on every rank.
+        group: the ranks whose rows form the global batch; None for one process.
+        method: "dense" (one process), "gram", "columns", or "auto" for the fastest.
+    Returns:
+        the terms of the global batch, on every rank; their gradients are the true ones with respect
+        to this rank's embeddings, including those through the statistics over all ranks.
+    Raises:
+        ValueError: shapes or dtypes differ, fewer than two samples, or an unknown method.
+    """
+    num_samples = require_embeddings(z_a, z_b, group)
+    world_size, num_dimensions = group_size(group), z_a.shape[1]
+    if method == "auto":
+        method = choose_method(num_samples, num_dimensions, world_size)
+    if method == "dense" and world_size > 1:
+        raise ValueError("method 'dense' needs a D x D matrix: for one process only")
+
+    with torch.autocast(z_a.device.type, enabled=False):
+        if method == "gram":
+            return _Gram.apply(z_a, z_b, group)
+        if method == "columns":
+            return _Columns.apply(z_a, z_b, group)
+        if method != "dense":
+            raise ValueError(f"method must be auto, dense, gram or columns, got {method!r}")
+        z_a, z_b = (z.to(compute_dtype(z)) for z in (z_a, z_b))
+        correlation = standardise(z_a).T @ standardise(z_b) / num_samples  # [D, D]
+        diagonal = correlation.diagonal()
+        on_diagonal = (1 - diagonal).square().sum()
+        return on_diagonal, correlation.square().sum() - diagonal.square().sum()
+
+
+def choose_method(num_samples: int, num_dimensions: int, world_size: int = 1) -> Method:
+    """The method whose arithmetic and communication take less time on one rank.
+
+    gram: 8 N^2 D / W FLOP in both passes, 2 N D values sent. columns: 6 N D^2 / W FLOP, an
+    all-gather and a reduce-scatter of N D values and all-to-alls of 4 N D / W. num_samples is the
+    global N.
+    """
+    num_values = num_samples * num_dimensions
+    remote = (world_size - 1) / world_size  # fraction of all rows that other ranks have
+    gram_s = 8 * num_values * num_samples / world_size / _FLOP_PER_S
+    columns_s = 6 * num_values * num_dimensions / world_size / _FLOP_PER_S
+    gram_s += 2 * num_values * 2 * remote / _BYTES_PER_S
+    columns_s += (2 * 4 + 4 * 2 / world_size) * num_values * remote / _BYTES_PER_S
+    if gram_s <= columns_s:
+        return "gram"
+    return "dense" if world_size == 1 else "columns"
+
+
+def require_embeddings(z_a: torch.Tensor, z_b: torch.Tensor, group: Group) -> int:
+    """Raise ValueError unless these are two views' embeddings; returns the global N."""
+    if z_a.ndim != 2 or z_a.shape != z_b.shape or z_a.dtype != z_b.dtype:
+        raise ValueError(
+            "z_a and z_b must be [n, D] of the same shape and dtype,"
+            f" got {z_a.dtype} {list(z_a.shape)} and {z_b.dtype} {list(z_b.shape)}"
+        )
+    num_samples = len(z_a) * group_size(group)
+    if num_samples < 2:
+        raise ValueError("the loss needs at least two samples: it standardises over the batch")
+    return num_samples
+
+
+def standardise(z: torch.Tensor) -> torch.Tensor:
+    """Standardise each column to mean 0, variance 1: [N, D] -> [N, D]."""
+    centred = z - z.mean(0)
+    variance = centred.square().mean(0)
+    return centred * torch.rsqrt(variance + EPS)
+
+
+def compute_dtype(z: torch.Tensor) -> torch.dtype:
+    """Dtype in which the loss of embeddings is computed: float64 for float64, else float32."""
+    return torch.float64 if z.dtype == torch.float64 else torch.float32
+
+
+def _standardise_in_place(z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """[N, D] -> (standardised columns, 1 / deviation [D]); may overwrite z."""
+    z = z.to(compute_dtype(z))
+    variance, mean = torch.var_mean(z, 0, correction=0)
+    inverse = torch.rsqrt(variance + EPS)
+    return z.sub_(mean).mul_(inverse), inverse
+
+
+class _Gram(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, z_a, z_b, group):
+        n, width = z_a.shape
+        rank = group_rank(group)
+        gathered = all_gather(torch.stack([z_a, z_b]), group)  # [W, 2, n, D]
+        a, inverse_a = _standardise_in_place(gathered[:, 0].reshape(-1, width))
+        b, inverse_b = _standardise_in_place(gathered[:, 1].reshape(-1, width))
+        del gathered
+        num_samples = len(a)
+        local = slice(rank * n, (rank + 1) * n)
+        gram_a, gram_b = a[local] @ a.T, b[local] @ b.T  # [n, N] each
+        squared_norm = all_reduce((gram_a * gram_b).sum(), group) / num_samples**2  # of C
+        diagonal = (a * b).sum(0) / num_samples  # [D]
+        ctx.save_for_backward(a, b, gram_a, gram_b, diagonal, inverse_a, inverse_b)
+        ctx.group, ctx.local, ctx.dtype = group, local, z_a.dtype
+        return (1 - diagonal).square().sum(), squared_norm - diagonal.square().sum()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_on, grad_off):
+        a, b, gram_a, gram_b, diagonal, inverse_a, inverse_b = ctx.saved_tensors
+        num_samples, local_a, local_b = len(a), a[ctx.local], b[ctx.local]
+        g = -2 * grad_on * (1 - diagonal) - 2 * grad_off * diagonal  # [D]
+        grad_a = (2 * grad_off / num_samples * (gram_b @ a)).addcmul_(local_b, g) / num_samples
+        grad_b = (2 * grad_off / num_samples * (gram_a @ b)).addcmul_(local_a, g) / num_samples
+        sums = torch.stack([(grad_a * local_a).sum(0), (grad_b * local_b).sum(0)])
+        means = all_reduce(sums, ctx.group) / num_samples  # [2, D]
+        grad_a = grad_a.addcmul_(local_a, means[0], value=-1).mul_(inverse_a)
+        grad_b = grad_b.addcmul_(local_b, means[1], value=-1).mul_(inverse_b)
+        return grad_a.to(ctx.dtype), grad_b.to(ctx.dtype), None
+
+
+class _Columns(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, z_a, z_b, group):
+        ctx.group, ctx.dtype, ctx.width = group, z_a.dtype, z_a.shape[1]
+        rank = group_rank(group)
+        z = _to_columns(torch.stack([z_a, z_b]), group)  # [2, N, D / W]
+        (a, inverse_a), (b, inverse_b) = _standardise_in_place(z[0]), _standardise_in_place(z[1])
+        num_samples, num_local = a.shape
+        first, end = rank * num_local, (rank + 1) * num_local
+        all_a = _gather_columns(a, group)  # [N, D]
+        block = all_a.T @ b / num_samples  # [D, D / W], columns first .. end of C
+        diagonal = block[first:end].diagonal()
+        is_column = torch.arange(first, end, device=a.device) < ctx.width  # not padding
+        on = ((1 - diagonal).square() * is_column).sum()
+        off = block.square().sum() - diagonal.square().sum()
+        terms = all_reduce(torch.stack([on, off]), group)
+        ctx.save_for_backward(all_a, a, b, block, inverse_a, inverse_b)
+        ctx.local = slice(first, end)
+        return terms[0], terms[1]
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_on, grad_off):
+        all_a, a, b, block, inverse_a, inverse_b = ctx.saved_tensors
+        num_samples = len(a)
+        g = 2 * grad_off * block  # [D, D / W]
+        diagonal = block[ctx.local].diagonal()
+        g[ctx.local].diagonal().copy_(-2 * grad_on * (1 - diagonal))
+        grad_b = all_a @ g / num_samples
+        grad_a = _reduce_columns(b @ g.T / num_samples, ctx.group)  # [N, D] -> [N, D / W]
+        grads = [
+            (grad - grad.mean(0) - x * (grad * x).mean(0)) * inverse
+            for grad, x, inverse in ((grad_a, a, inverse_a), (grad_b, b, inverse_b))
+        ]
+        grad_z = _to_rows(torch.stack(grads).to(ctx.dtype), ctx.width, ctx.group)
+        return grad_z[0], grad_z[1], None
+
+
+def _to_columns(z: torch.Tensor, group: Group) -> torch.Tensor:
+    """This rank's rows [2, n, D] -> its columns [2, N, ceil(D / W)], padded with 0."""
+    world_size = group_size(group)
+    z = torch.nn.functional.pad(z, (0, -z.shape[2] % world_size))
+    parts = z.unflatten(2, (world_size, -1)).permute(2, 0, 1, 3)  # [W, 2, n, D / W]
+    return all_to_all(parts, group).transpose(0, 1).flatten(1, 2)
+
+
+def _to_rows(z: torch.Tensor, width: int, group: Group) -> torch.Tensor:
+    """This rank's columns [2, N, D / W] -> its rows [2, n, D]."""
+    parts = z.unflatten(1, (group_size(group), -1)).transpose(0, 1)  # [W, 2, n, D / W]
+    return all_to_all(parts, group).permute(1, 2, 0, 3).flatten(2)[..., :width]
+
+
+def _gather_columns(a: torch.Tensor, group: Group) -> torch.Tensor:
+    """Every rank's columns [N, D / W] -> [N, D]."""
+    return all_gather(a, group).transpose(0, 1).flatten(1)
+
+
+def _reduce_columns(partial: torch.Tensor, group: Group) -> torch.Tensor:
+    """[N, D] on every rank -> this rank's columns of their sum over ranks [N, D / W]."""
+    return reduce_scatter(partial.unflatten(1, (group_size(group), -1)).transpose(0, 1), group)

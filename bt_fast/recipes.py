@@ -1,15 +1,15 @@
-"""Named recipes: functions whose docstrings say what they cost and what to expect."""
+"""Named recipes: functions whose docstrings state command, cost and expected accuracy."""
 
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 from bt_fast.config import Config
-from pipelines.augment import VIEW_A, VIEW_B
+from pipelines.branches import VIEW_A, VIEW_B
 
 
 def imagenet() -> Config:
-    """ResNet-50 on ImageNet-1k as in the paper: 1000 epochs, batch 2048.
+    """ResNet-50 on ImageNet-1k as in the paper: 1000 epochs, batch size 2048.
 
     Command:  bt-fast pretrain --data imagenet.beton --gpus 32
     Expected: 73.5 % linear top-1 (the released model); not yet reproduced with bt-fast.
@@ -18,19 +18,19 @@ def imagenet() -> Config:
 
 
 def imagenet_8gpu() -> Config:
-    """ResNet-50 on ImageNet-1k, 300 epochs, batch 1024 with the authors' rates for it.
+    """ResNet-50 on ImageNet-1k, 300 epochs, batch size 1024 and the authors' learning rates for it.
 
     Command:  bt-fast pretrain --recipe imagenet-8gpu --data imagenet.beton --gpus 8
-    Expected: 71.7 % linear top-1 (the authors' figure for 300 epochs); not yet reproduced.
+    Expected: 71.7 % linear top-1 (the authors' result for 300 epochs); not yet reproduced.
     """
     return Config(
         recipe="imagenet-8gpu", epochs=300, batch_size=1024, lr_weights=0.25, lr_biases=0.006
     )
 
 
-def _small(config: Config, **changes: Any) -> Config:
-    """What the recipes for small pictures share: one device's gradients, no centre crop, and a
-    blur that is off, because at this size it erases what tells the pictures apart."""
+def _small_images(config: Config, **changes: Any) -> Config:
+    """The settings common to recipes for small images: gradients of one device, no centre crop, and
+    no blur, which at this size erases the features that distinguish images."""
     return replace(
         config,
         grad_scale=1.0,
@@ -46,9 +46,9 @@ def cifar10() -> Config:
     """ResNet-18 with the CIFAR stem on CIFAR-10, for one GPU.
 
     Command:  bt-fast pretrain --recipe cifar10 --data cifar10.beton
-    Expected: others report kNN 84 % after 200 epochs; not yet measured with bt-fast.
+    Expected: published kNN results are 84 % after 200 epochs; not yet measured with bt-fast.
     """
-    return _small(
+    return _small_images(
         Config(recipe="cifar10"),
         encoder="resnet18",
         small_images=True,
@@ -63,7 +63,7 @@ def cifar10() -> Config:
 
 
 def cifar10_cpu() -> Config:
-    """ResNet-18 with its ImageNet stem on 10,000 CIFAR-10 images, for two CPU cores."""
+    """ResNet-18 with the ImageNet stem on 10,000 CIFAR-10 images, for two CPU cores."""
     return replace(
         cifar10(),
         recipe="cifar10-cpu",
@@ -77,10 +77,10 @@ def cifar10_cpu() -> Config:
 def demo() -> Config:
     """ResNet-18 on the drawn shapes of `make demo`: minutes on two CPU cores.
 
-    Expected: kNN (k = 20) from 27 % to between 63 and 72 % (seeds 1 and 0, fp32). So short a run
-    with so high a rate depends on its seed, and on rounding: bf16 is another seed, as it were.
+    Expected: kNN (k = 20) from 27 % to between 63 and 72 % (seeds 1 and 0, fp32). The result of so
+    short a run at so high a learning rate depends on the seed and on rounding (fp32 or bf16).
     """
-    return _small(
+    return _small_images(
         Config(recipe="demo"),
         encoder="resnet18",
         size=48,

@@ -1,5 +1,9 @@
-"""Every runtime switch, in one place, applied by a call and never at import."""
+"""Device, precision and compile mode of a process, and torch's process-wide switches.
 
+Switches are set by a call, never at import.
+"""
+
+import functools
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -7,15 +11,13 @@ from typing import Any, Literal
 
 import torch
 
-from pipelines.augment import Draw, threads
-
-Precision = Literal["auto", "bf16", "fp32"]
-Compile = Literal["auto", "off", "default", "reduce-overhead", "max-autotune"]
+from bt_fast.choices import Compile, Device, Precision
+from pipelines import augment
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Runtime:
-    """How this process computes; what it computes is the recipe's business."""
+    """How this process computes; the recipe decides what it computes."""
 
     device: torch.device
     precision: Literal["bf16", "fp32"]
@@ -23,25 +25,23 @@ class Runtime:
 
     @property
     def view_dtype(self) -> torch.dtype:
-        """Dtype in which augmentation hands the views to the encoder."""
+        """Dtype of the augmented views."""
         return torch.bfloat16 if self.precision == "bf16" else torch.float32
 
-    def augment(self, images: torch.Tensor, parameters: Draw) -> torch.Tensor:
-        """Distorted views, by the fused kernels on a GPU and by threads elsewhere."""
+    def augmentation(self) -> Callable[[torch.Tensor, augment.Draw], torch.Tensor]:
+        """`augment.apply` into `view_dtype`: by fused kernels on a GPU, by threads on a CPU."""
         if self.device.type == "cuda":
-            from pipelines.augment import (
-                triton as augment_triton,  # triton comes with torch's CUDA builds only
-            )
+            from pipelines.augment import triton as augment_triton  # only with torch's CUDA builds
 
-            return augment_triton.apply(images, parameters, dtype=self.view_dtype)
-        return threads.apply(images, parameters, dtype=self.view_dtype)
+            return functools.partial(augment_triton.apply, dtype=self.view_dtype)
+        return functools.partial(augment.apply_in_threads, dtype=self.view_dtype)
 
     def autocast(self) -> torch.autocast:
         """The context of every forward pass."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
 
     def compiled(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """The function compiled for each shape it meets (a run has few), if so chosen.
+        """The function, compiled for each shape (a run has few) unless `compile` is off.
 
         The modes are torch.compile's: `reduce-overhead` and `max-autotune` replay CUDA graphs,
         which pays when the host cannot launch kernels as fast as the GPU finishes them.
@@ -52,15 +52,16 @@ class Runtime:
 
 
 def choose_runtime(
-    device: Literal["auto", "cpu", "cuda"],
+    device: Device,
     precision: Precision,
     compile: Compile,
     local_rank: int = 0,
 ) -> Runtime:
-    """Settle what was left to `auto`. The local rank is the number of its GPU.
+    """Resolve `auto`, and bind this process to its GPU, whose index is the local rank.
 
     bf16 where the hardware multiplies it, fp32 elsewhere; torch.compile on CUDA only, because on
-    a CPU compiling takes longer than the runs a CPU is for.
+    a CPU compiling takes longer than a typical run. On a GPU torch gets one CPU thread: the cores
+    belong to the decoding threads.
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: no usable GPU here; try --device cpu")
@@ -70,17 +71,16 @@ def choose_runtime(
         precision = "bf16" if has_bf16(device) else "fp32"
     if compile == "auto":
         compile = "default" if device == "cuda" else "off"
-    where = torch.device(device, local_rank) if device == "cuda" else torch.device(device)
-    if where.type == "cuda":
-        torch.cuda.set_device(where)
-        # The cores are the decoding threads': shared among threads, the little that the host
-        # computes for a step would wait for each of them.
-        torch.set_num_threads(1)
-    return Runtime(device=where, precision=precision, compile=compile)
+    if device == "cpu":
+        return Runtime(device=torch.device("cpu"), precision=precision, compile=compile)
+    gpu = torch.device("cuda", local_rank)
+    torch.cuda.set_device(gpu)
+    torch.set_num_threads(1)
+    return Runtime(device=gpu, precision=precision, compile=compile)
 
 
 def has_bf16(device: str) -> bool:
-    """Whether the hardware multiplies bf16, rather than imitating it."""
+    """Whether the hardware multiplies bf16 natively."""
     if device == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.cpu._is_avx512_bf16_supported()
@@ -88,11 +88,11 @@ def has_bf16(device: str) -> bool:
 
 def apply_switches(*, deterministic: bool = False) -> None:
     """Set the process-wide switches."""
-    # Trying out convolutions finds the fastest, but not the same one in every process.
+    # Benchmarking convolutions finds the fastest, but not the same one in every process.
     torch.backends.cudnn.benchmark = not deterministic
     if deterministic and torch.cuda.is_available():
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before cuBLAS is first used
-        # Also for the compiler, which then tries nothing out. What has no such kernel warns.
+        # Also for the compiler, which then benchmarks nothing. Operators without one warn.
         torch.use_deterministic_algorithms(True, warn_only=True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     # TF32 for the products that stay in float32 on a GPU: those of the loss, and with --precision
@@ -115,6 +115,6 @@ def is_out_of_memory(error: RuntimeError) -> bool:
 
 
 def synchronise(device: torch.device) -> None:
-    """Wait for the device, for the sake of a clock."""
+    """Wait for the device, to read a clock."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

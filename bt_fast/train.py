@@ -1,9 +1,9 @@
 """Pretraining, from a configuration to a trained encoder: one loop, read top to bottom.
 
-Values are read back from the device only when a log line is due, and then a few steps late
-(`deferred`), so that nothing waits for the device. A step whose loss or gradients are not finite
-changes nothing: parameters, momentum and batch statistics stay, decided on the device. Where a run
-stands is one number, the step; order and views follow from it.
+Values are read from the device only when a log line is due, and then a few steps late (`deferred`),
+so that the host never waits for the device. A step whose loss or gradients are not finite changes
+nothing: parameters, momentum and batch statistics stay, decided on the device. The state of a run
+is one number, the step; order and views are functions of it.
 """
 
 import contextlib
@@ -16,46 +16,52 @@ from shlex import quote
 import torch
 from rich.console import Console
 
-from bt_fast.build import TrainingSetup, build, describe, rehearse
+from bt_fast.build import TrainingSetup, build, describe, measure_step_seconds
 from bt_fast.config import Config
 from bt_fast.deferred import Deferred
 from bt_fast.distributed import collectives, fault_injection
-from bt_fast.distributed.collectives import ALONE, Vote, World, copy_from_first, from_first
+from bt_fast.distributed.collectives import (
+    ALONE,
+    StopRequest,
+    World,
+    broadcast_object,
+    broadcast_tensors,
+)
 from bt_fast.distributed.signals import EXIT_STOPPED, EXIT_UNSAVED, StopFlag
+from bt_fast.loss import weighted_sum
 from bt_fast.models.networks import BarlowTwins
 from bt_fast.plan import gpus
-from bt_fast.plan.dry_run import count, fits
-from bt_fast.prefetch import feed
+from bt_fast.plan.dry_run import count_costs, memory_and_rate_rows
+from bt_fast.prefetch import prefetch
 from bt_fast.run import checkpoint, plots
-from bt_fast.run.async_checkpoint import Saving
+from bt_fast.run.async_checkpoint import AsyncCheckpoints
 from bt_fast.run.console import Clock, RunLog, reason, summary_table
 from bt_fast.run.directory import RunDirectory, choose_path, make_folder
-from bt_fast.run.knn_probe import learned, probe, probe_is_due, probed
-from bt_fast.schedule import learning_rate
-from pipelines.common.console import shown
+from bt_fast.run.knn_probe import has_probe, probe, probe_summary
+from pipelines.common.console import printable
 
-MAX_SKIPPED = 10  # updates skipped in a row before a run gives up
+MAX_SKIPPED = 10  # consecutive skipped updates before a run gives up
 
 
 def pretrain(config: Config, stop: StopFlag, world: World = ALONE) -> int:
     """Train as configured, as one of the ranks; returns the exit status (0, or one of `signals`).
 
-    The first rank writes the run directory and prints; what it decides the others are told.
+    The first rank writes the run directory and prints; its decisions are broadcast.
     """
     console = Console(soft_wrap=True, quiet=not world.is_first)
     if world.is_first:
-        choose_path(config)  # complains now, before minutes of preparation
+        choose_path(config)  # raises now, before minutes of preparation
     setup = build(config, world)
-    if from_first(setup.data_facts, world.group) != setup.data_facts:
+    if broadcast_object(setup.data_identity, world.group) != setup.data_identity:
         raise ValueError(f"--data {config.data} of rank {world.rank} is not that of rank 0")
-    seconds_per_step = rehearse(setup)
+    seconds_per_step = measure_step_seconds(setup)
     rows = describe(setup, seconds_per_step)
     if config.dry_run and config.device != "cpu":
-        rows |= fits(config, count(config), 1, gpus.present())
+        rows |= memory_and_rate_rows(config, count_costs(config), 1, gpus.first_gpu())
     console.print(summary_table("bt-fast pretrain", rows))
     if config.dry_run:
         return 0
-    if collectives.any_wish(stop.requested, world.group):
+    if collectives.any_rank(stop.requested, world.group):
         console.print("stopped before the first step")
         return EXIT_STOPPED
     stop.training = True
@@ -66,42 +72,42 @@ def pretrain(config: Config, stop: StopFlag, world: World = ALONE) -> int:
             run.record_start(setup.config, setup.runtime)
         log = stack.enter_context(RunLog(console, run.path if run else None, step, setup.last_step))
         if run:
-            log.say(f"run directory: {run.path}")
+            log.info(f"run directory: {run.path}")
         deferred = Deferred(setup.runtime.device)
-        with Saving(setup, run, log, deferred) as saving:
-            step = train(setup, run, log, stop, saving, deferred, step)
+        with AsyncCheckpoints(setup, run, log, deferred) as checkpoints:
+            step = train(setup, run, log, stop, checkpoints, deferred, step)
         status = 0 if step == setup.last_step else EXIT_STOPPED
         if run:
-            status = finish(setup, run, log, step, saving.saved)
-        return from_first(status, world.group)
+            status = finish(setup, run, log, step, checkpoints.saved)
+        return broadcast_object(status, world.group)
 
 
 def finish(setup: TrainingSetup, run: RunDirectory, log: RunLog, step: int, saved: bool) -> int:
-    """Leave curves and encoder behind and say what was learned, or how to go on.
+    """Write curves and encoder, and print the result or how to continue.
 
-    saved: whether the disk has taken the checkpoint of `step`. Returns the exit status.
+    saved: whether the checkpoint of `step` was written. Returns the exit status.
     """
     metrics = run.path / "metrics.jsonl"
-    with log.can_do_without("curves.png"):
+    with log.optional_output("curves.png"):
         plots.curves(metrics, run.path / "curves.png")
     complete = step == setup.last_step
     if complete:
-        log.say(learned(metrics))
+        log.info(probe_summary(metrics))
         try:  # even without a checkpoint: it is smaller
-            log.say(f"done: {export_encoder(setup.model, run.path)}")
+            log.info(f"done: {export_encoder(setup.model, run.path)}")
         except OSError as error:
             log.warn(f"encoder.safetensors was not written: {reason(error)}")
             saved = False
     if not saved:
         found, _ = checkpoint.newest(run.path)
         newest = f"of step {found.step}" if found else "none"
-        log.say(
+        log.info(
             f"not everything was saved at step {step} of {setup.last_step}; the newest checkpoint"
-            f" is {newest}. Make room, then: bt-fast pretrain --resume {quote(str(run.path))}"
+            f" is {newest}. Free disk space, then: bt-fast pretrain --resume {quote(str(run.path))}"
         )
         return EXIT_UNSAVED
     if not complete:
-        log.say(f"stopped; continue with: bt-fast pretrain --resume {quote(str(run.path))}")
+        log.info(f"stopped; continue with: bt-fast pretrain --resume {quote(str(run.path))}")
         return EXIT_STOPPED
     return 0
 
@@ -111,59 +117,59 @@ def train(
     run: RunDirectory | None,
     log: RunLog,
     stop: StopFlag,
-    saving: Saving,
+    checkpoints: AsyncCheckpoints,
     deferred: Deferred,
     step: int,
 ) -> int:
-    """The loop. Returns the step it got to, which is being saved: the last step, or an earlier one
-    after a request to stop to any rank.
+    """The loop. Returns the step it reached, whose checkpoint is being written: the last step, or
+    an earlier one after a stop request to any rank.
 
     run: the run directory, on the rank that has it.
     """
-    config = setup.config
+    config, device, group = setup.config, setup.runtime.device, setup.world.group
     steps_per_epoch = setup.loader.steps_per_epoch
     save_every = config.save_every or steps_per_epoch
-    # Also what a run did not get to between its last checkpoint and the kill.
-    if probe_is_due(setup, step) and not from_first(run and probed(run, step), setup.world.group):
+    # Also the probe that a killed run missed after its last checkpoint.
+    if probe_is_due(setup, step) and not broadcast_object(run and has_probe(run, step), group):
         probe(setup, log, step)
 
-    # Since the last log line: its step, seconds spent training, updates skipped.
-    device = setup.runtime.device
+    # Since the last log line: its step, seconds of training, skipped updates.
     logged_step, clock = step, Clock(device)
-    skipped = torch.zeros((), dtype=torch.int32, device=device)
+    num_skipped = torch.zeros((), dtype=torch.int32, device=device)
     skipped_in_a_row = SkippedInARow()
-    vote = Vote(setup.world.group)
+    stop_request = StopRequest(group)
     batches = setup.loader.batches(step, setup.last_step)
-    for views in feed(batches, (config.view_a, config.view_b), setup.runtime):
+    views_of_steps = prefetch(batches, (config.view_a, config.view_b), setup.runtime)
+    for views in fault_injection.inject(views_of_steps, step, setup.world):
         if run and step == 0:
-            with clock.paused(), log.can_do_without("views.png"):
+            with clock.paused(), log.optional_output("views.png"):
                 plots.contact_sheet(views, run.path / "views.png")
 
         # One update.
         rates = set_learning_rates(setup, step)
-        on_diagonal, off_diagonal, applied = update(
-            setup, fault_injection.inject(views, step, setup.world)
-        )
-        skipped += ~applied
+        on_diagonal, off_diagonal, applied = update(setup, views)
+        num_skipped += ~applied
         step += 1
-        deferred.run(step)
-        saving.look()
-        give_up = not saving.saved and config.if_save_fails == "stop"
-        stopping = vote.ask(stop.requested or give_up)  # by any rank, and the same on all
+        if deferred.pending:  # nothing is called in a step in which nothing is due
+            deferred.run(step)
+        if checkpoints.writing:
+            checkpoints.check()
+        give_up = not checkpoints.saved and config.if_save_fails == "stop"
+        stopping = stop_request.any_rank(stop.requested or give_up)  # the same on all ranks
 
-        # Once in a while: log, save, probe.
+        # Log, save, probe.
         is_last = step == setup.last_step
         if step % config.log_every == 0 or step == 1 or is_last:
-            values = torch.stack([on_diagonal, off_diagonal, skipped.float()])
-            values = values.to("cpu", non_blocking=True)  # page-locked, of a GPU's
+            values = torch.stack([on_diagonal, off_diagonal, num_skipped.float()])
+            values = values.to("cpu", non_blocking=True)  # page-locked if it comes from a GPU
             line = LogLine(step, step - logged_step, rates, values, clock.lap())
             write = functools.partial(write_log_line, setup, log, skipped_in_a_row, line)
             deferred.add(step, write)
             logged_step = step
-            skipped.zero_()
+            num_skipped.zero_()
         if step % save_every == 0 or is_last or stopping:
             with clock.paused():
-                saving.begin(step)
+                checkpoints.begin(step)
         if stopping and not is_last:
             break
         if probe_is_due(setup, step):
@@ -174,56 +180,25 @@ def train(
     return step
 
 
-@dataclass(frozen=True, slots=True)
-class LogLine:
-    """The steps since the line before, when they were queued."""
-
-    step: int  # the last of them
-    num_steps: int
-    rates: dict[str, float]
-    values: torch.Tensor  # [3], on the CPU: on-diagonal and off-diagonal term, updates skipped
-    seconds: Callable[[], float]  # that these steps took
+def probe_is_due(setup: TrainingSetup, step: int) -> bool:
+    """Before the first step, after the last, and every `probe_every` epochs."""
+    epoch, batch = divmod(step, setup.loader.steps_per_epoch)
+    every = setup.config.probe_every
+    return every > 0 and (step in (0, setup.last_step) or (batch == 0 and epoch % every == 0))
 
 
-@dataclass(slots=True)
-class SkippedInARow:
-    """How many updates in a row were skipped up to the newest log line."""
-
-    count: int = 0
-
-
-def write_log_line(
-    setup: TrainingSetup, log: RunLog, skipped: SkippedInARow, line: LogLine
-) -> None:
-    """Read the values and log them; give up when updates have only been skipped for a while."""
-    config = setup.config
-    on, off, num_skipped = line.values.tolist()
-    log.training(
-        {
-            "step": line.step,
-            "epoch": line.step / setup.loader.steps_per_epoch,
-            "loss": on + config.lambd * off,
-            "on_diagonal": on,
-            "off_diagonal": off,
-            **line.rates,
-            "images_per_s": line.num_steps * config.batch_size / line.seconds(),
-            "skipped": int(num_skipped),
-        }
-    )
-    skipped.count = skipped.count + line.num_steps if num_skipped == line.num_steps else 0
-    report_skipped(log, line.step, int(num_skipped), line.num_steps, skipped.count)
-
-
-def update(setup: TrainingSetup, views: torch.Tensor):
+def update(
+    setup: TrainingSetup, views: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Forward, backward and optimizer step on views [2 n, 3, H, W], view A first.
 
-    Returns (on_diagonal, off_diagonal, applied): scalars on the device.
+    Returns (on-diagonal term, off-diagonal term, applied): scalars on the device.
     """
-    with setup.runtime.autocast():
+    with setup.autocast:
         z_a, z_b = setup.embed(views).chunk(2)  # [n, D] each
     on_diagonal, off_diagonal = setup.objective(z_a, z_b)
-    loss = on_diagonal + setup.config.lambd * off_diagonal
-    # Ranks' gradients are averaged, and this rank's are its share of the true one.
+    loss = weighted_sum(on_diagonal, off_diagonal, setup.config.lambd)
+    # DDP averages gradients over ranks; each rank's is its summand of the true one.
     (loss * (setup.config.grad_scale * setup.world.size)).backward()
 
     applied = setup.optimizer.step(guard=loss.detach())
@@ -234,77 +209,101 @@ def update(setup: TrainingSetup, views: torch.Tensor):
 
 
 def set_learning_rates(setup: TrainingSetup, step: int) -> dict[str, float]:
-    """Set this step's rates; returns them by name."""
-    config = setup.config
+    """Set the learning rates of this step; returns them by name."""
     rates = {}
-    for name, base_lr, group in zip(
-        ("lr_weights", "lr_biases"),
-        (config.lr_weights, config.lr_biases),
-        setup.optimizer.param_groups,
-        strict=True,
-    ):
-        rates[name] = group["lr"] = learning_rate(
-            step,
-            steps_per_epoch=setup.loader.steps_per_epoch,
-            epochs=config.epochs,
-            batch_size=config.batch_size,
-            base_lr=base_lr,
-            warmup_epochs=config.effective_warmup_epochs,
-        )
+    for group in setup.optimizer.param_groups:
+        name = group["name"]
+        rates[f"lr_{name}"] = group["lr"] = setup.schedules[name](step)
     return rates
 
 
-def report_skipped(log: RunLog, step: int, skipped: int, steps: int, in_a_row: int) -> None:
-    """Say that updates were skipped; give up when nothing else has happened for a while."""
-    if not skipped:
+@dataclass(frozen=True, slots=True)
+class LogLine:
+    """Values of the steps since the previous log line, some not yet copied to the host."""
+
+    step: int  # the last of these steps
+    num_steps: int
+    rates: dict[str, float]
+    values: torch.Tensor  # [3], on the CPU: on-diagonal and off-diagonal term, skipped updates
+    seconds: Callable[[], float]  # that these steps took
+
+
+@dataclass(slots=True)
+class SkippedInARow:
+    """Number of consecutive skipped updates up to the newest log line."""
+
+    count: int = 0
+
+
+def write_log_line(
+    setup: TrainingSetup, log: RunLog, skipped: SkippedInARow, line: LogLine
+) -> None:
+    """Read the values and log them. Raises ValueError after MAX_SKIPPED skipped updates in a
+    row."""
+    config = setup.config
+    on_diagonal, off_diagonal, skipped_since = line.values.tolist()
+    num_skipped = int(skipped_since)
+    log.training(
+        {
+            "step": line.step,
+            "epoch": line.step / setup.loader.steps_per_epoch,
+            "loss": weighted_sum(on_diagonal, off_diagonal, config.lambd),
+            "on_diagonal": on_diagonal,
+            "off_diagonal": off_diagonal,
+            **line.rates,
+            "images_per_s": line.num_steps * config.batch_size / line.seconds(),
+            "skipped": num_skipped,
+        }
+    )
+    skipped.count = skipped.count + line.num_steps if num_skipped == line.num_steps else 0
+    if not num_skipped:
         return
     log.warn(
-        f"{skipped} of the last {steps} updates skipped before step {step}: the loss or its"
-        " gradients were not finite"
+        f"{num_skipped} of the last {line.num_steps} updates skipped before step {line.step}: the"
+        " loss or its gradients were not finite"
     )
-    if in_a_row >= MAX_SKIPPED:
+    if skipped.count >= MAX_SKIPPED:
         raise ValueError(
-            f"the loss was not finite for {in_a_row} steps in a row. No checkpoint has seen them:"
-            " resume, or start again with lower --lr-weights and --lr-biases"
+            f"the loss was not finite for {skipped.count} steps in a row. No checkpoint contains"
+            " them: resume, or start again with lower --lr-weights and --lr-biases"
         )
 
 
 def resume(setup: TrainingSetup, run: RunDirectory | None, console: Console) -> int:
-    """Restore the newest valid checkpoint of a resumed run -> the step to go on from.
+    """Restore the newest valid checkpoint of a resumed run -> the step to continue from.
 
-    The first rank reads it and sends it to the others.
+    The first rank reads it and broadcasts it.
     """
-    if not from_first(setup.config.resume is not None, setup.world.group):
+    if not broadcast_object(setup.config.resume is not None, setup.world.group):
         return 0
-    step, readers = 0, []
+    step, sampler_states = 0, []
     if run:
         found, problems = checkpoint.newest(run.path, set_aside=True)
         for problem in problems:
-            console.print(
-                f"warning: checkpoint passed over: {problem}", style="yellow", markup=False
-            )
+            warning = f"warning: skipped a damaged checkpoint: {problem}"
+            console.print(warning, style="yellow", markup=False)
         if found is not None:
-            if found.facts.get("data") != setup.data_facts:
+            if found.facts.get("data") != setup.data_identity:
                 raise ValueError(
                     f"--data {setup.config.data} is not what this run was trained on:"
-                    f" {setup.data_facts} now, {found.facts.get('data')} then"
+                    f" {setup.data_identity} now, {found.facts.get('data')} then"
                 )
             if found.step > setup.last_step:
                 raise ValueError(
                     f"--max-steps {setup.config.max_steps}: {setup.config.resume} is at step"
-                    f" {found.step} already; give more or leave it out"
+                    f" {found.step} already; pass a larger value or omit it"
                 )
             found.restore(setup.model, setup.optimizer)
-            step, readers = found.step, found.facts.get("readers", [])
+            step, sampler_states = found.step, found.facts.get("readers", [])
         run.truncate_metrics(step)
         (run.path / "encoder.safetensors").unlink(missing_ok=True)  # of an earlier, shorter end
-    step, readers = from_first((step, readers), setup.world.group)
-    if warning := setup.loader.steps.restore(readers):
+    step, sampler_states = broadcast_object((step, sampler_states), setup.world.group)
+    if warning := setup.loader.sampler.restore(sampler_states):
         console.print(f"warning: {warning}", style="yellow", markup=False)
-    momenta = [setup.optimizer.momentum(p) for p in setup.model.parameters()]
-    copy_from_first([*setup.model.state_dict().values(), *momenta], setup.world.group)
-    where = shown(f"{setup.config.resume} at step {step} of {setup.last_step}", console.encoding)
-    console.print(f"resuming {where}", markup=False)
+    momenta = [setup.optimizer.momentum_buffer(p) for p in setup.model.parameters()]
+    broadcast_tensors([*setup.model.state_dict().values(), *momenta], setup.world.group)
+    position = f"{setup.config.resume} at step {step} of {setup.last_step}"
+    console.print(f"resuming {printable(position, console.encoding)}", markup=False)
     return step
 
 

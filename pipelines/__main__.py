@@ -1,11 +1,11 @@
-"""The command `bt-convert`, also as `python -m pipelines` in a checkout that is not installed."""
+"""The command `bt-convert`; also `python -m pipelines` in a checkout that is not installed."""
 
 import signal
 import sys
 
 
 def main() -> int:
-    """Run bt-convert; Ctrl-C ends it in one line also while its modules are imported."""
+    """Run bt-convert; Ctrl-C prints one line, also while modules are imported."""
     try:
         from pipelines.convert.command import main as convert
 

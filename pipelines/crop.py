@@ -1,9 +1,8 @@
-"""Random resized crops: drawing the boxes, and the pixels inside them.
+"""Random resized crops: drawing boxes, cropping and resizing.
 
-Every loader crops the boxes drawn here, so that views are the same whichever loader is used.
-The boxes follow `torchvision.transforms.RandomResizedCrop`; the resize is Pillow's antialiased
-bicubic, the filter of the Barlow Twins reference. (FFCV's INTER_AREA is not: on an upsampled
-crop it is off by up to 58 grey levels.)
+Every loader crops the boxes drawn here, so that views do not depend on the loader. The boxes follow
+`torchvision.transforms.RandomResizedCrop`; the resize is Pillow's antialiased bicubic, as in the
+Barlow Twins reference. (FFCV's INTER_AREA differs by up to 58 grey levels on an upsampled crop.)
 """
 
 import math
@@ -15,7 +14,7 @@ import torch
 from pipelines.order import uniforms
 
 _CROP_STREAM = 1
-_ATTEMPTS = 10  # torchvision tries ten boxes before it falls back to a central one
+_NUM_ATTEMPTS = 10  # torchvision draws ten boxes before it falls back to a central one
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -25,7 +24,7 @@ class RandomResizedCrop:
     size: int = 224
     """Side of the view in pixels."""
     scale: tuple[float, float] = (0.08, 1.0)
-    """Smallest and largest share of the image's area."""
+    """Smallest and largest fraction of the image's area."""
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
     """Smallest and largest width / height."""
 
@@ -33,35 +32,35 @@ class RandomResizedCrop:
 def random_boxes(
     crop: RandomResizedCrop, keys: np.ndarray, heights: np.ndarray, widths: np.ndarray
 ) -> np.ndarray:
-    """Draw one box per image, as torchvision's `RandomResizedCrop.get_params` does.
+    """Draw one box per image, as in torchvision's `RandomResizedCrop.get_params`.
 
     Args:
         keys: uint64[n], from `order.view_keys`.
         heights, widths: int[n], pixels.
     Returns:
-        int64[n, 4]: top, left, height, width; always inside the image.
+        int64[n, 4]: top, left, height, width; inside the image.
     """
     heights = np.asarray(heights, np.int64)
     widths = np.asarray(widths, np.int64)
-    draws = uniforms(keys, _CROP_STREAM, 2 * _ATTEMPTS + 2)  # [n, 22]
-    area_share, log_ratio = draws[:, :_ATTEMPTS], draws[:, _ATTEMPTS : 2 * _ATTEMPTS]
+    draws = uniforms(keys, _CROP_STREAM, 2 * _NUM_ATTEMPTS + 2)  # [n, 22]
+    area_draws, ratio_draws = draws[:, :_NUM_ATTEMPTS], draws[:, _NUM_ATTEMPTS : 2 * _NUM_ATTEMPTS]
 
     low, high = crop.scale
-    areas = (heights * widths)[:, None] * (low + (high - low) * area_share)  # [n, 10]
+    areas = (heights * widths)[:, None] * (low + (high - low) * area_draws)  # [n, 10]
     low, high = math.log(crop.ratio[0]), math.log(crop.ratio[1])
-    ratios = np.exp(low + (high - low) * log_ratio)
-    tried_w = np.rint(np.sqrt(areas * ratios)).astype(np.int64)
-    tried_h = np.rint(np.sqrt(areas / ratios)).astype(np.int64)
-    fits = (tried_w > 0) & (tried_w <= widths[:, None])
-    fits &= (tried_h > 0) & (tried_h <= heights[:, None])
+    ratios = np.exp(low + (high - low) * ratio_draws)
+    attempted_w = np.rint(np.sqrt(areas * ratios)).astype(np.int64)
+    attempted_h = np.rint(np.sqrt(areas / ratios)).astype(np.int64)
+    fits = (attempted_w > 0) & (attempted_w <= widths[:, None])
+    fits &= (attempted_h > 0) & (attempted_h <= heights[:, None])
 
-    first = fits.argmax(axis=1)  # the first attempt that fits; 0 where none does
+    first = fits.argmax(axis=1)  # the first attempt that fits; 0 if none does
     rows = np.arange(len(first))
-    box_h, box_w = tried_h[rows, first], tried_w[rows, first]
+    box_h, box_w = attempted_h[rows, first], attempted_w[rows, first]
     top = np.floor(draws[:, -2] * (heights - box_h + 1)).astype(np.int64)
     left = np.floor(draws[:, -1] * (widths - box_w + 1)).astype(np.int64)
 
-    # No attempt fitted (a very long or very tall image): the largest central box of legal ratio.
+    # If no attempt fits (a very wide or tall image): the largest central box of allowed ratio.
     central_w = np.minimum(widths, np.rint(heights * crop.ratio[1]).astype(np.int64))
     central_h = np.minimum(heights, np.rint(widths / crop.ratio[0]).astype(np.int64))
     central = np.stack(
@@ -71,35 +70,35 @@ def random_boxes(
     return np.where(fits.any(axis=1)[:, None], drawn, central)
 
 
-def center_boxes(share: float, heights: np.ndarray, widths: np.ndarray) -> np.ndarray:
-    """The central square whose side is `share` of the image's short side -> int64[n, 4].
+def center_boxes(fraction: float, heights: np.ndarray, widths: np.ndarray) -> np.ndarray:
+    """Central squares whose side is a fraction of the image's shorter side -> int64[n, 4].
 
-    share = 0.875 at 224 px is the field's "resize to 256, crop 224", in one resize.
+    fraction = 0.875 at 224 px is the usual "resize to 256, crop 224", in one resize.
     """
     heights = np.asarray(heights, np.int64)
     widths = np.asarray(widths, np.int64)
-    side = np.maximum(np.rint(np.minimum(heights, widths) * share).astype(np.int64), 1)
+    side = np.maximum(np.rint(np.minimum(heights, widths) * fraction).astype(np.int64), 1)
     return np.stack([(heights - side) // 2, (widths - side) // 2, side, side], axis=1)
 
 
-def cut(image: torch.Tensor, box: np.ndarray, out: torch.Tensor) -> None:
-    """Cut a box out of an image and resize it with Pillow's antialiased bicubic.
+def crop_and_resize(image: torch.Tensor, box: np.ndarray, out: torch.Tensor) -> None:
+    """Crop a box of an image and resize it with Pillow's antialiased bicubic filter.
 
     Args:
         image: uint8 [3, H, W], a channels-last view of the decoder's [H, W, 3].
         box: int[4]: top, left, height, width.
-        out: uint8 [height, width, 3], receives the view; contiguous.
+        out: uint8 [height, width, 3], contiguous; the result is written to it.
     """
     top, left, height, width = (int(value) for value in box)
     resize(image[:, top : top + height, left : left + width], out.permute(2, 0, 1))
 
 
 def resize(image: torch.Tensor, out: torch.Tensor) -> None:
-    """Pillow's antialiased bicubic, into memory that is there: both uint8 [channels, H, W].
+    """Resize with Pillow's antialiased bicubic filter into `out`: both uint8 [channels, H, W].
 
-    Within 0.5 grey levels (mean) of Pillow: torch's uint8 kernel computes in the same fixed point.
-    It has vector instructions for channels-last memory, and the operator behind
-    `F.interpolate` writes where it is told to, which spares an allocation and a copy per view.
+    Within 0.5 grey levels (mean) of Pillow: torch's uint8 kernel uses the same fixed-point
+    arithmetic. It is vectorised for channels-last memory; the operator behind `F.interpolate`
+    writes to `out`, which avoids an allocation and a copy per view.
     """
     if image.shape == out.shape:
         out.copy_(image)

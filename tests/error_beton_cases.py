@@ -1,4 +1,4 @@
-"""Files whose `.beton` is none, or lies, for each message of docs/errors.md."""
+"""An invalid `.beton` for each message about them in docs/errors.md."""
 
 import os
 import struct
@@ -11,14 +11,14 @@ from test_beton_damage import HUGE, IMAGE_TYPE, METADATA, regions
 
 from pipelines.beton import BetonReader
 from pipelines.beton.layout import EXTRAS, HEADER
-from tools.fuzz_kinds import forged
+from tools.fuzz_targets import forged
 
 READ = "pretrain --recipe demo --device cpu --batch-size 8 --workers 1 --run-dir new --data x.beton"
-ARGUMENTS = HEADER.itemsize + 17  # of the image field: our extras
+ARGUMENTS = HEADER.itemsize + 17  # of the image field: the extras
 
 
-def lie(offset: int, layout: str, value: int, *, keep_checksum: bool = False):
-    """Change one number; offsets below 0 count from the allocation table on."""
+def changed(offset: int, layout: str, value: int, *, keep_checksum: bool = False):
+    """Change one number; negative offsets are relative to the allocation table (see `table`)."""
 
     def prepare(place: Place) -> None:
         write_sample(place.path / "x.beton", page_size=PAGE_SIZE)
@@ -33,12 +33,12 @@ def lie(offset: int, layout: str, value: int, *, keep_checksum: bool = False):
 
 
 def table(offset: int) -> int:
-    """A place in the allocation table, for `lie`."""
+    """An offset in the allocation table, for `changed`."""
     return -1 - offset
 
 
 def edited(edit: Callable[[bytearray, BetonReader], object]):
-    """Change the bytes of a whole file."""
+    """Change all bytes of a file with `edit`."""
 
     def prepare(place: Place) -> None:
         write_sample(place.path / "x.beton", page_size=PAGE_SIZE)
@@ -56,8 +56,8 @@ def no_sizes(content: bytearray, reader: BetonReader) -> None:
         struct.pack_into("<Q", content, start + 24 * index + 16, 0)
 
 
-def unended(field: str):
-    """The last NUL of a list is overwritten, and the checksums are made right."""
+def without_last_nul(field: str):
+    """Overwrite the last NUL of a list and recompute the checksums."""
 
     def edit(content: bytearray, reader: BetonReader) -> None:
         extras = np.frombuffer(content, EXTRAS, 1, ARGUMENTS)
@@ -84,8 +84,8 @@ def unmappable(place: Place) -> None:
 
 EXTRAS_PTR = ARGUMENTS + EXTRAS.fields["ptr"][1]
 CASES = [
-    Case("…: no such file; make one with", "bt-convert --verify x.beton"),
-    Case("…: not a file", READ, lambda place: os.mkfifo("x.beton")),
+    Case("…: no such file", "bt-convert --verify x.beton"),
+    Case("…: not a regular file", READ, lambda place: os.mkfifo("x.beton")),
     Case("…: too short", READ, lambda place: place.write("x.beton", b"")),
     Case(
         "… cannot be opened",
@@ -94,32 +94,32 @@ CASES = [
     ),
     Case("…: cannot be mapped", READ, unmappable),
     Case("…: not a .beton file", READ, lambda place: place.write("x.beton", b"text " * 99)),
-    Case("…: its conversion did not finish", READ, lie(16, "<Q", 0)),
-    Case("…: it holds no images", READ, lie(8, "<Q", 0)),
-    Case("…: it has no RGB image field", READ, lie(IMAGE_TYPE, "<B", 1)),
-    Case("…: unknown field types", READ, lie(IMAGE_TYPE, "<B", 255)),
-    Case("…: its image field has arguments", READ, lie(ARGUMENTS, "<Q", 1)),
-    Case("…: impossible page size", READ, lie(4, "<I", 0)),
-    Case("…: truncated: … bytes", READ, lie(8, "<Q", 1 << 40)),
+    Case("…: its conversion did not finish", READ, changed(16, "<Q", 0)),
+    Case("…: it contains no images", READ, changed(8, "<Q", 0)),
+    Case("…: it has no RGB image field", READ, changed(IMAGE_TYPE, "<B", 1)),
+    Case("…: unknown field types", READ, changed(IMAGE_TYPE, "<B", 255)),
+    Case("…: its image field has arguments", READ, changed(ARGUMENTS, "<Q", 1)),
+    Case("…: impossible page size", READ, changed(4, "<I", 0)),
+    Case("…: truncated: at least", READ, changed(8, "<Q", 1 << 40)),
     Case("…: truncated, or its allocation table", READ, without_end),
     Case(
         "…: … allocations for … images",
         READ,
         edited(lambda content, reader: struct.pack_into("<Q", content, 16, len(content))),
     ),
-    Case("…: it holds no image data", READ, edited(lambda c, reader: no_sizes(c, reader))),
-    Case("…: an image's bytes are not in", READ, lie(METADATA + 5, "<Q", HUGE)),
-    Case("…: an image points to", READ, lie(table(0), "<Q", 1)),
-    Case("…: an image has an impossible size", READ, lie(METADATA + 1, "<H", 0)),
-    Case("…: an image is neither", READ, lie(METADATA, "<B", 2)),
-    Case("…: a raw image's length", READ, lie(METADATA, "<B", 1)),
-    Case("…: an allocation lies outside", READ, lie(table(8), "<Q", HUGE)),
-    Case("…: an allocation ends outside", READ, lie(table(16), "<Q", HUGE)),
-    Case("…: an allocation crosses", READ, lie(table(16), "<Q", PAGE_SIZE + 1)),
-    Case("…: two allocations overlap", READ, lie(table(16), "<Q", 1 << 20)),
-    Case("…: its extras lie outside", READ, lie(EXTRAS_PTR, "<Q", 0, keep_checksum=True)),
-    Case("…: its tables are damaged", READ, lie(METADATA + 16, "<q", 1, keep_checksum=True)),
-    Case("…: its list of names", READ, edited(unended("names"))),
-    Case("…: its list of classes", READ, edited(unended("classes"))),
-    Case("…: label … with … classes at most", READ, lie(METADATA + 16, "<q", 1 << 40)),
+    Case("…: it contains no image data", READ, edited(lambda c, reader: no_sizes(c, reader))),
+    Case("…: an image's bytes are not in", READ, changed(METADATA + 5, "<Q", HUGE)),
+    Case("…: an image points to", READ, changed(table(0), "<Q", 1)),
+    Case("…: an image has an impossible size", READ, changed(METADATA + 1, "<H", 0)),
+    Case("…: an image is neither", READ, changed(METADATA, "<B", 2)),
+    Case("…: a raw image's length", READ, changed(METADATA, "<B", 1)),
+    Case("…: an allocation lies outside", READ, changed(table(8), "<Q", HUGE)),
+    Case("…: an allocation ends outside", READ, changed(table(16), "<Q", HUGE)),
+    Case("…: an allocation crosses", READ, changed(table(16), "<Q", PAGE_SIZE + 1)),
+    Case("…: two allocations overlap", READ, changed(table(16), "<Q", 1 << 20)),
+    Case("…: its extras are not", READ, changed(EXTRAS_PTR, "<Q", 0, keep_checksum=True)),
+    Case("…: its tables are damaged", READ, changed(METADATA + 16, "<q", 1, keep_checksum=True)),
+    Case("…: its list of names", READ, edited(without_last_nul("names"))),
+    Case("…: its list of classes", READ, edited(without_last_nul("classes"))),
+    Case("…: label … is out of range: at most", READ, changed(METADATA + 16, "<q", 1 << 40)),
 ]

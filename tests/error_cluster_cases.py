@@ -30,10 +30,8 @@ def one_of_two_ranks(place: Place, rank: int = 0) -> None:
 def failing_rank(place: Place) -> None:
     """The second of two ranks, whose collective fails."""
     one_of_two_ranks(place, 1)
-    place.patch("bt_fast.distributed.rendezvous.silent_ranks", lambda world: [0])
-    place.patch(
-        "bt_fast.distributed.launcher.pretrain", raises(RuntimeError("connection closed\nby peer"))
-    )
+    place.patch("bt_fast.distributed.rendezvous.unresponsive_ranks", lambda world: [0])
+    place.patch("bt_fast.train.pretrain", raises(RuntimeError("connection closed\nby peer")))
 
 
 def failing_ranks(place: Place) -> None:
@@ -45,7 +43,7 @@ def failing_ranks(place: Place) -> None:
 
 def other_data(place: Place) -> None:
     place.patch(
-        "bt_fast.train.from_first", lambda value, group: {} if type(value) is dict else value
+        "bt_fast.train.broadcast_object", lambda value, group: {} if type(value) is dict else value
     )
 
 
@@ -64,7 +62,7 @@ def two_nodes(place: Place) -> None:
 
 
 CASES = [
-    Case("--gpus …, but this machine has …; add", "pretrain --gpus 32", no_gpu),
+    Case("--gpus …, but this machine has … GPUs; add", "pretrain --gpus 32", no_gpu),
     Case("--gpus …, but … ranks were started", PRETRAIN + " --gpus 4", ranks_started),
     Case("--slurm … needs --gpus", SLURM),
     Case("--gpus … does not fill nodes", SLURM + " --gpus 12"),
@@ -80,8 +78,10 @@ CASES = [
         PRETRAIN,
         lambda place: place.monkeypatch.setenv("BT_FAST_FAULT", "now"),
     ),
-    Case("bt-fast: rank … ended with …; all start again", PRETRAIN + " --gpus 2", failing_ranks),
+    Case(
+        "bt-fast: rank … ended with …; restarting all ranks", PRETRAIN + " --gpus 2", failing_ranks
+    ),
     Case("rank … ended with …", PRETRAIN + " --gpus 2", failing_ranks),
-    Case("rank … stops: …", PRETRAIN, failing_rank, status=1),
+    Case("rank … failed: …", PRETRAIN, failing_rank, status=1),
     Case("--data … of rank … is not that of rank 0", PRETRAIN, other_data),
 ]

@@ -1,4 +1,4 @@
-"""Command lines of bt-convert that end in each message of docs/errors.md but the sources'."""
+"""A bt-convert command line for each message of docs/errors.md, except those about sources."""
 
 import errno
 import fcntl
@@ -25,7 +25,7 @@ def raises(error: BaseException):
 
 
 def unfinished(place: Place, journal: bytes = b""):
-    """What a killed conversion leaves, or what a running one has."""
+    """The work folder of a killed or a running conversion."""
     images(place)
     place.write("out.beton.partial/.unfinished", b"")
     place.write("out.beton.partial/train.journal", journal)
@@ -37,7 +37,7 @@ def locked(place: Place) -> "Lock":
 
 
 class Lock:
-    """Of a folder, until it is forgotten."""
+    """A lock on a folder, held until the object is deleted."""
 
     def __init__(self, folder: Path) -> None:
         self.descriptor = os.open(folder, os.O_RDONLY)
@@ -62,13 +62,13 @@ def killed(place: Place) -> None:
     )
 
 
-def broken(place: Place, *, all_of_them: bool = False) -> None:
+def broken(place: Place, *, all_images: bool = False) -> None:
     images(place)
-    for path in sorted((place.path / "images").rglob("*.jpg"))[: None if all_of_them else 1]:
+    for path in sorted((place.path / "images").rglob("*.jpg"))[: None if all_images else 1]:
         path.write_bytes(b"")
 
 
-def done(place: Place, *flags: str, out: str = "x.beton", source: str = "images") -> Path:
+def converted(place: Place, *flags: str, out: str = "x.beton", source: str = "images") -> Path:
     if not (place.path / source).exists():
         images(place)
     (place.path / out).parent.mkdir(exist_ok=True)
@@ -77,16 +77,16 @@ def done(place: Place, *flags: str, out: str = "x.beton", source: str = "images"
 
 
 def damaged(place: Place) -> None:
-    content = bytearray(done(place).read_bytes())
+    content = bytearray(converted(place).read_bytes())
     content[(8 << 20) + 700] ^= 255
     place.write("x.beton", bytes(content))
 
 
-USAGE = [
+CASES = [
     Case("…; see … --help", CONVERT + " --worker 3"),
     Case("--… …: must be … or more", CONVERT + " --workers 0"),
     Case("--shard …: must be like", CONVERT + " --shard 3/2", images),
-    Case("--shard …: … has too few", CONVERT + " --shard 9/100", images),
+    Case("--shard …: … has fewer", CONVERT + " --shard 9/100", images),
     Case("OUT is missing", "bt-convert images"),
     Case("OUT …: the folder", "bt-convert images nowhere/out.beton"),
     Case(
@@ -96,7 +96,7 @@ USAGE = [
     ),
     Case("OUT … must end in .beton", "bt-convert images out.txt", images),
     Case("OUT … is a folder", "bt-convert images images", images),
-    Case("OUT … exists", "bt-convert images x.beton", done),
+    Case("OUT … exists", "bt-convert images x.beton", converted),
     Case(
         "OUT …: name a new folder",
         "bt-convert images x --format webdataset",
@@ -114,12 +114,12 @@ USAGE = [
         lambda place: (images(place), place.write("out.val.beton", "")),
     ),
     Case(
-        "--continue: … was begun with",
+        "--continue: … was written with",
         CONVERT + " --continue",
         lambda place: unfinished(place, b'{"max_side": 3}\n'),
     ),
     Case(
-        "--continue: … was begun with",
+        "--continue: … was written with",
         CONVERT + " --continue",
         lambda place: unfinished(place, b"\xff\xfe damaged\n"),
     ),
@@ -137,7 +137,7 @@ USAGE = [
     ),
     Case("stopped by …", CONVERT, killed, status=143),
     Case(
-        "the reader of the output",
+        "the reader of standard output",
         CONVERT,
         failing("pipelines.convert.command.find_splits", BrokenPipeError()),
         status=1,
@@ -150,12 +150,11 @@ USAGE = [
     ),
     Case("… broken (listed above)", CONVERT, broken, status=1),
     Case(
-        "…: not one image is readable",
+        "…: no image is readable",
         CONVERT + " --skip-broken",
-        lambda place: broken(place, all_of_them=True),
+        lambda place: broken(place, all_images=True),
         status=1,
     ),
     Case("…: … damaged (listed above)", "bt-convert --verify x.beton", damaged, status=1),
     Case("--verify …: neither", "bt-convert --verify images", images),
 ]
-CASES = USAGE

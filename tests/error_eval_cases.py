@@ -1,4 +1,4 @@
-"""Command lines of `bt-fast eval`, `export` and `doctor` that end in each message of the list."""
+"""Command lines of `bt-fast eval`, `export` and `doctor`, for each message of docs/errors.md."""
 
 import os
 
@@ -13,8 +13,6 @@ from bt_fast.models.networks import build_encoder
 
 KNN, LINEAR = (f"eval {name} {{run}} --device cpu --workers 1" for name in ("knn", "linear"))
 TRANSFER, SEMI = (f"eval {name} {{run}} --device cpu --workers 1" for name in ("transfer", "semi"))
-
-DIVERGE = " --epochs 1 --batch-size 16 --lr 1e29 --out eval"
 
 
 def weights(place: Place, content: object) -> None:
@@ -32,7 +30,7 @@ def one_class(place: Place) -> None:
 
 
 def unlabelled(place: Place) -> None:
-    """FFCV's way: no extras, and the first image's label is negative."""
+    """A file as FFCV writes it: no extras, and the first image's label is negative."""
     from test_beton_damage import METADATA
 
     from pipelines.beton.layout import HEADER
@@ -46,7 +44,7 @@ def unlabelled(place: Place) -> None:
 
 
 def voc(place: Place, count: int = 2, **lists: str) -> None:
-    """VOC07 of one class and `count` images, and what is to be different."""
+    """VOC07 of one class and `count` images; `lists` replaces its files."""
     lines = "".join(f"{i} {1 if i % 2 else -1}\n" for i in range(count))
     for name, text in ({"a_trainval": lines, "a_test": lines} | lists).items():
         place.write(f"ImageSets/Main/{name}.txt", text)
@@ -64,22 +62,22 @@ def damaged_state(place: Place) -> None:
     place.write(str(folder / "state.safetensors"), b"garbage")
 
 
-def exporting(place: Place, architecture: str, small_images: bool) -> None:
-    found = Pretrained(
+def patch_source(place: Place, architecture: str, small_images: bool) -> None:
+    pretrained = Pretrained(
         encoder=torch.nn.Identity(),
         architecture=architecture,
         small_images=small_images,
         projector=None,
         source=place.path,
     )
-    place.patch("bt_fast.export.export.read_pretrained", lambda path: found)
+    place.patch("bt_fast.export.export.read_pretrained", lambda path: pretrained)
 
 
 EVALUATING = [
     Case("… does not exist; give a run's folder", "eval knn nowhere"),
-    Case("…: no run is there (it has no config.json)", "eval knn ."),
+    Case("… is not the folder of a run", "eval knn ."),
     Case(
-        "… has no encoder yet",
+        "… has neither encoder.safetensors",
         "eval knn new",
         lambda place: place.write("new/config.json", (place.run / "config.json").read_bytes()),
     ),
@@ -95,7 +93,7 @@ EVALUATING = [
         "eval knn w.pth",
         lambda place: weights(place, {"conv1.weight": torch.zeros(3)}),
     ),
-    Case("… holds a projector of another kind", "eval knn w.pth", odd_projector),
+    Case("… holds a projector of another", "eval knn w.pth", odd_projector),
     Case("--crop must be in (0, 1]", KNN + " --crop 2"),
     Case("--cache-gb must not be negative", KNN + " --cache-gb=-1"),
     Case("--views must be at least 1", LINEAR + " --cached --views 0"),
@@ -103,12 +101,12 @@ EVALUATING = [
     Case("learning rates and weight decay must lie", LINEAR + " --lr=-1"),
     Case("learning rates and weight decay must lie", LINEAR + " --lr=1e300"),
     Case("--percent must be in", SEMI + " --percent 0"),
-    Case("--data is needed: a file of weights", "eval knn {run}/encoder.safetensors"),
-    Case("--data is needed: the folder", TRANSFER),
+    Case("--data is required: a file of weights", "eval knn {run}/encoder.safetensors"),
+    Case("--data is required: the folder", TRANSFER),
     Case("--data … does not exist", TRANSFER + " --data nowhere"),
-    Case("--data … has no two classes", KNN + " --data one.beton", one_class),
+    Case("--data … has fewer than", KNN + " --data one.beton", one_class),
     Case(
-        "… has no two classes to tell apart",
+        "… has fewer than two classes",
         LINEAR + " --data one.beton --val-data one.beton",
         one_class,
     ),
@@ -120,29 +118,29 @@ EVALUATING = [
     Case("… has other classes than …", LINEAR + " --data {data} --val-data one.beton", one_class),
     Case("… has other classes than …", KNN + " --data {data} --val-data one.beton", one_class),
     Case("… …: evaluations do not read web shards", KNN + " --data shards", shards),
-    Case("--batch-size … is less than one", LINEAR + " --batch-size 1", one_of_two_ranks),
+    Case("--batch-size … is less than the number", LINEAR + " --batch-size 1", one_of_two_ranks),
     Case("--gpus …, but this machine has …; choose", "eval linear {run} --gpus 32", no_gpu),
-    Case("--val-data is needed", LINEAR + " --data {data}"),
+    Case("--val-data is required", LINEAR + " --data {data}"),
     Case("--val-data: … has its own", TRANSFER + " --dataset voc07 --data . --val-data x"),
     Case(
         "--collapse needs the projector",
         KNN.replace("{run}", "{run}/encoder.safetensors") + " --data {data} --collapse",
     ),
     Case("--train-list … cannot be read", SEMI + " --train-list nowhere"),
-    Case("--train-list …: … cannot be found", SEMI + " --train-list x", writes("x", "unknown.jpg")),
+    Case("--train-list …: … of its names", SEMI + " --train-list x", writes("x", "unknown.jpg")),
     Case(
-        "--train-list …: it names images without",
+        "--train-list …: some of its images",
         SEMI + " --data x.beton --val-data x.beton --train-list list.txt",
         unlabelled,
     ),
     Case("--data … does not hold …", TRANSFER + " --dataset places205 --data ."),
     Case(
-        "… is not as iNaturalist publishes it",
+        "… is not in iNaturalist's format",
         TRANSFER + " --dataset inat18 --data .",
         writes("train2018.json", "{}"),
     ),
     Case(
-        "… has no lists of classes",
+        "… has no class lists",
         TRANSFER + " --dataset voc07 --data .",
         lambda place: os.makedirs("ImageSets/Main"),
     ),
@@ -180,18 +178,18 @@ EVALUATING = [
     ),
 ]
 EXPORTING = [
-    Case("--out …: name it", "export {run} --to torchvision --out x.txt"),
+    Case("--out … must end in", "export {run} --to torchvision --out x.txt"),
     Case("--out … exists; add --overwrite", "export {run} --to timm --out x.pth", writes("x.pth")),
-    Case("--out …: there is no folder", "export {run} --to timm --out nowhere/x.pth"),
+    Case("--out …: the folder", "export {run} --to timm --out nowhere/x.pth"),
     Case(
         "--to detectron2: its ResNet",
         "export {run} --to detectron2 --out x.pth",
-        lambda place: exporting(place, "resnet18", True),
+        lambda place: patch_source(place, "resnet18", True),
     ),
     Case(
         "--to detectron2: the paper's",
         "export {run} --to detectron2 --out x.pth",
-        lambda place: exporting(place, "wide_resnet50_2", False),
+        lambda place: patch_source(place, "wide_resnet50_2", False),
     ),
     Case(
         "--to onnx needs more packages",

@@ -1,4 +1,4 @@
-"""Images for each line that bt-convert gives to a broken one in docs/errors.md."""
+"""An image for each reason of a broken image in docs/errors.md."""
 
 import numpy as np
 from error_convert_cases import CONVERT, damaged
@@ -15,8 +15,8 @@ def damaged_shard(place: Place) -> None:
     path.write_bytes(bytes(content))
 
 
-def everything_broken(place: Place) -> None:
-    """tests/hostile.py's folder, and what it lacks."""
+def broken_images(place: Place) -> None:
+    """The folder of tests/hostile.py and further broken images."""
     make_hostile_folder(place.path / "images")
     huge = np.full((4, 4), 1 << 30, np.int32)
     place.write("images/a/32 bit.tiff", saved(Image.fromarray(huge), "TIFF"))
@@ -31,11 +31,10 @@ REASONS = [
     *("Corrupt JPEG data", "truncated PNG", "a damaged PNG", "… x … pixels", "… bytes, more than"),
     *("… pixels long", "a JPEG of more than", "floating-point pixels", "32-bit pixels"),
 ]
-IMAGES = [
-    *(Case(f"Broken: …: {r}", CONVERT + " --max-side 0", everything_broken, 1) for r in REASONS),
-    Case("Broken: …; and premature end", CONVERT, everything_broken, 1),
+CASES = [
+    *(Case(f"Broken: …: {r}", CONVERT + " --max-side 0", broken_images, 1) for r in REASONS),
+    Case("Broken: …; and premature end", CONVERT, broken_images, 1),
     Case("Broken: …: its bytes are not", "bt-convert x.beton out.beton", damaged, 1),
     Case("Damaged: …: image", "bt-convert --verify x.beton", damaged, 1),
-    Case("Damaged: …: other bytes", "bt-convert --verify shards", damaged_shard, 1),
+    Case("Damaged: …: its SHA-256", "bt-convert --verify shards", damaged_shard, 1),
 ]
-CASES = IMAGES

@@ -1,4 +1,4 @@
-"""docs/errors.md as a list, and command lines that must end in one of its messages."""
+"""The messages of docs/errors.md, and command lines that must fail with one of them."""
 
 import dataclasses
 import os
@@ -22,10 +22,10 @@ _LISTED = ("Broken: ", "Damaged: ", "bt-fast: rank ")  # lines that may stand be
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """The folder a case runs in, and what it may need."""
+    """The folder in which a case runs, and its data."""
 
     path: Path
-    data: Path  # a sound .beton of 64 images, 4 classes, nothing beside it
+    data: Path  # an intact .beton of 64 images, 4 classes, without a .val.beton
     run: Path  # a finished run
     monkeypatch: pytest.MonkeyPatch
 
@@ -33,12 +33,12 @@ class Place:
         self.monkeypatch.setattr(name, value)
 
     def without(self, *modules: str) -> None:
-        """As if they were not installed."""
+        """Simulate that the modules are not installed."""
         for module in modules:
             self.monkeypatch.setitem(__import__("sys").modules, module, None)
 
     def write(self, name: str, content: bytes | str) -> Path:
-        """A file, in the place of one that may be linked to elsewhere."""
+        """Write a file; a hard link of the same name is removed, not written through."""
         path = self.path / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.unlink(missing_ok=True)
@@ -49,7 +49,7 @@ class Place:
         return make_folder(self.path / name, classes or {"a": 2, "b": 2})
 
     def copy_run(self) -> Path:
-        """run/, whose files are links: `write` replaces them."""
+        """Copy the run to run/ as hard links, which `write` replaces."""
         shutil.copytree(self.run, self.path / "run", copy_function=os.link)
         return self.path / "run"
 
@@ -59,9 +59,9 @@ class Place:
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A command line that ends in a message of the list."""
+    """A command line that fails with a message of the list."""
 
-    entry: str  # the beginning of the message in the list, or all of it
+    entry: str  # the message in the list, or its beginning
     command: str  # {data}, {run}: of Place
     prepare: Callable[[Place], object] = lambda place: None
     status: int = 2
@@ -69,7 +69,7 @@ class Case:
 
     @property
     def message(self) -> str:
-        """The whole entry."""
+        """The complete message of the list."""
         if self.entry in ENTRIES:
             return self.entry
         (found,) = [entry for entry in ENTRIES if entry.startswith(self.entry)]
@@ -77,12 +77,12 @@ class Case:
 
 
 def matches(entry: str, text: str) -> bool:
-    """Is the text what the entry announces, with something for each "…"?"""
+    """Whether the text equals the entry, with any text for each "…"."""
     return re.fullmatch(".+".join(map(re.escape, entry.split("…"))), text, re.S) is not None
 
 
 def run_case(case: Case, place: Place, capsys) -> None:
-    """Run the command in this process; its stderr must be what the list says, and no more."""
+    """Run the command in this process; its stderr must equal the message of the list."""
     if case.needs:
         pytest.importorskip(case.needs, reason=f"{case.needs} is not installed")
     place.monkeypatch.chdir(place.path)
@@ -98,7 +98,7 @@ def run_case(case: Case, place: Place, capsys) -> None:
     except SystemExit as stop:
         status = stop.code
     error = capsys.readouterr().err
-    del kept  # what a preparation holds, such as a lock, it holds until here
+    del kept  # keeps the result of `prepare`, such as a lock, until here
     assert status == case.status, error
     if case.message.startswith(_LISTED):
         assert any(matches(case.message, line) for line in error.splitlines()), error

@@ -5,7 +5,7 @@ import sys
 import tarfile
 
 from conftest import drawn_picture, jpeg_bytes
-from error_convert_cases import done
+from error_convert_cases import converted
 from error_list import Case, Place
 from error_pretrain_cases import PRETRAIN, data_with, raises
 from error_source_cases import shards
@@ -29,7 +29,7 @@ def without_ffcv(place: Place) -> None:
 def for_others_only(place: Place) -> None:
     """Cut off, but native takes it."""
     data_with(place, jpeg_bytes(drawn_picture(0).resize((8, 8)))[:-20])
-    place.patch("pipelines.loading.native.CropCutter.decode", lambda cutter, sample: None)
+    place.patch("pipelines.loading.native.RecordDecoder.decode", lambda cutter, sample: None)
 
 
 def no_training_images(place: Place) -> None:
@@ -40,7 +40,7 @@ def no_training_images(place: Place) -> None:
 
 
 def odd_class(place: Place) -> None:
-    done(place, "--format=webdataset", out="shards", source=str(place.data))
+    converted(place, "--format=webdataset", out="shards", source=str(place.data))
     (path,) = (place.path / "shards").glob("*.tar")
     with tarfile.open(path) as archive:
         member = next(member for member in archive if member.name.endswith(".cls"))
@@ -57,10 +57,9 @@ def vanished_later(place: Place) -> None:
 
 
 LOADERS = [
-    Case("--cache-gb is the native loader's", DALI + " --cache-gb 1"),
     Case("--loader dali needs NVIDIA DALI", DALI, lambda place: place.without("nvidia.dali")),
     Case("--loader dali: DALI does not start", DALI, failing("build"), needs="nvidia.dali"),
-    Case("DALI does not decode what", DALI, failing("run"), needs="nvidia.dali"),
+    Case("DALI cannot decode an image that", DALI, failing("run"), needs="nvidia.dali"),
     Case("--cache-gb needs --loader native", FFCV + " --cache-gb 1"),
     Case("--loader ffcv needs FFCV", FFCV, without_ffcv),
     Case("--workers … is more than", FFCV + " --workers 999", needs="ffcv"),
@@ -75,7 +74,7 @@ WEB_SHARDS = [
         SHARDS,
         lambda place: shards(place).with_suffix(".idx").unlink(),
     ),
-    Case("… of … has the class …", PRETRAIN + " --val-data shards", odd_class),
+    Case("… of … has the invalid class …", PRETRAIN + " --val-data shards", odd_class),
     Case(
         "…: DALI does not read it",
         SHARDS + " --batch-size 4",

@@ -40,9 +40,8 @@ def raises(error: BaseException):
 
 def not_finite(place: Place) -> None:
     place.patch("bt_fast.train.MAX_SKIPPED", 1)
-    place.patch(
-        "bt_fast.distributed.fault_injection.inject", lambda views, step, world: views * torch.nan
-    )
+    inject = "bt_fast.distributed.fault_injection.inject"
+    place.patch(inject, lambda views, step, world: (view * torch.nan for view in views))
 
 
 def forged_checkpoint(place: Place, content: bytes) -> None:
@@ -74,7 +73,7 @@ def damaged_data(place: Place) -> None:
     from pipelines.beton import BetonReader
 
     content = bytearray(place.data.read_bytes())
-    start, size, _ = BetonReader(place.data).place(0)
+    start, size, _ = BetonReader(place.data).location(0)
     content[start + size // 2] ^= 1
     place.write("x.beton", bytes(content))
 
@@ -101,7 +100,7 @@ ANY = [
         "interrupted",
         PRETRAIN,
         lambda place: place.patch(
-            "bt_fast.distributed.launcher.launch", raises(KeyboardInterrupt())
+            "bt_fast.pretrain_command.run_pretrain", raises(KeyboardInterrupt())
         ),
         status=130,
     ),
@@ -123,18 +122,18 @@ SETTINGS = [
         ("--resolution has more", "--resolution 32:320"),
         ("--accumulate must be 1", "--accumulate 4"),
         ("--deterministic excludes", "--deterministic --compile max-autotune"),
-        ("view-…: … is a probability", "--view-a.blur 7"),
+        ("view-…: … must be a probability", "--view-a.blur 7"),
         ("view-…: … must not be negative", "--view-a.brightness=-1"),
         ("view-…: hue must lie", "--view-b.hue 0.7"),
         ("view-…: sigma must lie", "--view-a.sigma 0.1 5"),
-        ("--data … does not exist; say where", "--data nowhere.beton"),
-        ("--val-data … does not exist; say where", "--val-data nowhere.beton"),
+        ("--data … does not exist; pass its path", "--data nowhere.beton"),
+        ("--val-data … does not exist; pass its path", "--val-data nowhere.beton"),
         ("--batch-size … is more than", "--batch-size 65"),
         ("--batch-size … does not divide", "--gpus 3"),
         ("--batch-size … is less than 2", "--gpus 16"),
         ("--bn-group … does not divide", "--gpus 4 --bn-group 3"),
         ("--ablation … is not one of", "--ablation none"),
-        ("--resume …: no run is there", "--resume nowhere"),
+        ("--resume … is not the folder of a run", "--resume nowhere"),
     )
 ]
 PRETRAINING = [
@@ -164,7 +163,7 @@ PRETRAINING = [
     Case("--run-dir …: a resumed run", "pretrain --resume {run} --run-dir other"),
     *(
         Case(
-            "… is damaged: it is no list",
+            "… is damaged: it is not a list",
             RESUME,
             lambda place, text=text: (place.copy_run(), place.write("run/environment.json", text)),
         )

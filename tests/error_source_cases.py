@@ -1,4 +1,4 @@
-"""Sources for each message of bt-convert about them in docs/errors.md."""
+"""A source for each message of bt-convert about sources in docs/errors.md."""
 
 import io
 import json
@@ -8,7 +8,7 @@ import tarfile
 from pathlib import Path
 
 from conftest import drawn_picture, jpeg_bytes
-from error_convert_cases import CONVERT, done, failing, images
+from error_convert_cases import CONVERT, converted, failing, images
 from error_list import Case, Place
 
 from pipelines.convert import workers
@@ -19,7 +19,7 @@ VAL = "ILSVRC2012_img_val.tar"
 
 
 def tar(place: Place, name: str, **files: bytes) -> None:
-    """`key_jpg=...` is key.jpg; in the order given."""
+    """Write an archive; `key_jpg=...` is the member key.jpg, in the order given."""
     (place.path / name).write_bytes(archive({k.replace("_", "."): v for k, v in files.items()}))
 
 
@@ -33,9 +33,9 @@ def archive(files: dict[str, bytes]) -> bytes:
     return buffer.getvalue()
 
 
-def train_archive(place: Place, cut: int | None = None) -> None:
+def train_archive(place: Place, size: int | None = None) -> None:
     inner = archive({"n1_1.JPEG": JPEG})
-    (place.path / "train.tar").write_bytes(archive({"n1.tar": inner[:cut], "n2.tar": inner}))
+    (place.path / "train.tar").write_bytes(archive({"n1.tar": inner[:size], "n2.tar": inner}))
 
 
 def val_archive(place: Place, labels: str = "") -> None:
@@ -50,11 +50,11 @@ def both_archives(place: Place) -> None:
 
 
 def shards(place: Place) -> Path:
-    return next(done(place, "--format=webdataset", out="shards").glob("*.tar"))
+    return next(converted(place, "--format=webdataset", out="shards").glob("*.tar"))
 
 
-def meanwhile(change):
-    """The source changes between the listing and the reading."""
+def after_listing(change):
+    """Change the source after its images are listed and before they are read."""
 
     def patch(place: Place) -> None:
         original = workers.prepare_all
@@ -79,16 +79,16 @@ def named_parquet(place: Place) -> None:
     import pyarrow
     from pyarrow import parquet
 
-    noted = {"info": {"features": {"label": {"names": ["only one"]}}}}
+    metadata = {"info": {"features": {"label": {"names": ["only one"]}}}}
     table = pyarrow.table({"image": [{"bytes": JPEG}], "label": [3]})
-    table = table.replace_schema_metadata({"huggingface": json.dumps(noted)})
+    table = table.replace_schema_metadata({"huggingface": json.dumps(metadata)})
     parquet.write_table(table, place.path / "x.parquet")
 
 
 def two_parts(place: Place, **second: str) -> None:
-    done(place, "--shard=1/2", out="parts/1.beton")
+    converted(place, "--shard=1/2", out="parts/1.beton")
     if second:
-        done(place, "--shard=2/2", *second.values(), out="parts/2.beton")
+        converted(place, "--shard=2/2", *second.values(), out="parts/2.beton")
 
 
 def swapped_part(place: Place) -> None:
@@ -96,12 +96,12 @@ def swapped_part(place: Place) -> None:
     shutil.copy(place.data, place.path / "parts" / "1.beton")
 
 
-def validation_of_others(place: Place) -> None:
+def different_val_classes(place: Place) -> None:
     place.beton("x.beton", num_classes=2)
     place.beton("x.val.beton", num_classes=3)
 
 
-SOURCES = [
+CASES = [
     Case("SOURCE … does not exist", CONVERT),
     Case(
         "SOURCE … is neither",
@@ -112,7 +112,7 @@ SOURCES = [
         "SOURCE … cannot be read",
         CONVERT,
         failing(
-            "pipelines.convert.sources.shards.is_ours", PermissionError(13, "Permission denied")
+            "pipelines.convert.sources.shards.has_dataset", PermissionError(13, "Permission denied")
         ),
     ),
     Case(
@@ -136,29 +136,29 @@ SOURCES = [
         CONVERT,
         lambda place: (place.images("images/train", a=1), place.write("images/val/x.jpg", JPEG)),
     ),
-    Case("SOURCE … has … alone", CONVERT, lambda place: place.images("images/test", a=1)),
+    Case("SOURCE … has only", CONVERT, lambda place: place.images("images/test", a=1)),
     Case(
-        "… has no class, unlike others",
+        "… has no class, unlike other",
         "bt-convert x.tar out.beton",
         lambda place: tar(place, "x.tar", a_jpg=JPEG, a_cls=b"1", b_jpg=JPEG),
     ),
     Case(
-        "…: label … with … classes",
+        "…: label … is out of range: … classes",
         "bt-convert x.parquet out.beton",
         named_parquet,
         needs="pyarrow",
     ),
     Case(
-        "label … is no class",
+        "label … is out of range",
         "bt-convert x.txt out.beton",
         lambda place: place.write("x.txt", "a.jpg 99999999999\n"),
     ),
     Case(
-        "… has vanished",
+        "… no longer exists",
         CONVERT,
         lambda place: (
             images(place),
-            meanwhile(lambda place: shutil.rmtree(place.path / "images"))(place),
+            after_listing(lambda place: shutil.rmtree(place.path / "images"))(place),
         ),
     ),
     Case(
@@ -166,12 +166,14 @@ SOURCES = [
         "bt-convert x.tar out.beton",
         lambda place: (
             tar(place, "x.tar", a_jpg=JPEG, a_cls=b"1"),
-            meanwhile(lambda place: os.truncate("x.tar", 600))(place),
+            after_listing(lambda place: os.truncate("x.tar", 600))(place),
         ),
     ),
     Case("--labels …: only", CONVERT + " --labels x", images),
     Case(
-        "--labels …: … has the classes", "bt-convert train.tar out.beton --labels x", train_archive
+        "--labels …: … contains the classes",
+        "bt-convert train.tar out.beton --labels x",
+        train_archive,
     ),
     Case(
         "--labels … has no line for",
@@ -183,30 +185,30 @@ SOURCES = [
         f"bt-convert {VAL} out.beton --labels labels.txt",
         lambda place: val_archive(place, "n1\n"),
     ),
-    Case("… does not tell the classes", f"bt-convert {VAL} out.beton", val_archive),
+    Case("… does not contain the classes", f"bt-convert {VAL} out.beton", val_archive),
     Case(
         "… has classes that train lacks: …",
         "bt-convert . out.beton --labels labels.txt",
         both_archives,
     ),
     Case(
-        "… is not a sound development kit",
+        "… is not a valid development kit",
         f"bt-convert {VAL} out.beton --labels kit.tar.gz",
         lambda place: (val_archive(place), place.write("kit.tar.gz", b"garbage" * 99)),
         needs="scipy",
     ),
     Case(
-        "reading … takes SciPy",
+        "reading … requires SciPy",
         f"bt-convert {VAL} out.beton --labels kit.tar.gz",
         lambda place: (val_archive(place), place.without("scipy.io")),
     ),
     Case(
-        "…: … in it is cut off",
+        "…: … in it is truncated",
         "bt-convert train.tar out.beton",
-        lambda place: train_archive(place, cut=700),
+        lambda place: train_archive(place, size=700),
     ),
     Case(
-        "… is not a whole tar archive",
+        "… is not a complete tar archive",
         "bt-convert x.tar out.beton",
         lambda place: place.write("x.tar", b"garbage" * 99),
     ),
@@ -249,22 +251,22 @@ SOURCES = [
         lambda place: tar(place, "x.tar", a_jpg=JPEG, a_cls=b"1" * 200),
     ),
     Case(
-        "…: … images with … names",
+        "…: … images but … names",
         "bt-convert x.tar out.beton",
         lambda place: place.write("x.tar", archive({NAMES: b"a\0b\0", "a.jpg": JPEG})),
     ),
     Case(
-        "… has … bytes, and",
+        "… has … bytes, but",
         "bt-convert shards out.beton",
         lambda place: os.truncate(shards(place), 600),
     ),
     Case(
-        "… is damaged, or not of bt-fast",
+        "… is damaged or was not",
         "bt-convert shards out.beton",
         lambda place: place.write("shards/dataset.json", "{}"),
     ),
     Case(
-        "… has files named for testing",
+        "… has only files named for testing",
         "bt-convert shards out.beton",
         lambda place: place.write("shards/x-test.tar", archive({"a.jpg": JPEG})),
     ),
@@ -274,12 +276,11 @@ SOURCES = [
         "bt-convert parts out.beton",
         lambda place: (two_parts(place), place.write("parts/1.beton.json", "{")),
     ),
-    Case("… is not the file of which", "bt-convert parts out.beton", swapped_part),
+    Case("… is not the file that", "bt-convert parts out.beton", swapped_part),
     Case(
         "… and … are not parts of one conversion",
         "bt-convert parts out.beton",
         lambda place: two_parts(place, other="--max-side=32"),
     ),
-    Case("… has other classes than …: move", "bt-convert x.beton out.beton", validation_of_others),
+    Case("… has other classes than …: move", "bt-convert x.beton out.beton", different_val_classes),
 ]
-CASES = SOURCES

@@ -1,4 +1,4 @@
-"""Files as they are found in the wild: a folder of everything a converter meets sooner or later."""
+"""A folder with all sorts of valid, odd, damaged and malicious image files."""
 
 import io
 import os
@@ -10,7 +10,7 @@ import numpy as np
 from conftest import drawn_picture, jpeg_bytes
 from PIL import Image
 
-# What must become of each file: the start of the action, or a part of the reason.
+# Expected result for each file: the start of the action, or a part of the reason.
 STORED = {
     "a/plain.jpg": "kept",
     "a/grey.jpg": "kept",
@@ -53,14 +53,14 @@ BROKEN = {
 }
 
 
-def saved(picture: Image.Image, kind: str, **options) -> bytes:
+def saved(picture: Image.Image, format: str, **options) -> bytes:
     buffer = io.BytesIO()
-    picture.save(buffer, kind, **options)
+    picture.save(buffer, format, **options)
     return buffer.getvalue()
 
 
 def png_bomb(width: int, height: int) -> bytes:
-    """A small PNG of black pixels that announces a large one."""
+    """A small PNG of black pixels whose header has a large size."""
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     chunks = (b"IHDR", header), (b"IDAT", zlib.compress(bytes(100_000))), (b"IEND", b"")
     return b"\x89PNG\r\n\x1a\n" + b"".join(
@@ -70,7 +70,7 @@ def png_bomb(width: int, height: int) -> bytes:
 
 
 def damaged_png() -> bytes:
-    """Its compressed data was replaced, and decodes; only its checksum tells."""
+    """Compressed data that was replaced and decodes; only the checksum detects it."""
     whole, other = (saved(Image.new("L", (8, 8), shade), "PNG") for shade in (10, 200))
     assert len(whole) == len(other)
     start, end = whole.index(b"IDAT"), whole.index(b"IEND") - 8  # up to the checksum
@@ -78,7 +78,7 @@ def damaged_png() -> bytes:
 
 
 def make_hostile_folder(root: Path) -> None:
-    """Classes `a`, `b` (everything in STORED and BROKEN, and what is to be ignored) and `empty`."""
+    """Classes `a` and `b`, with all files of STORED and BROKEN and ignored ones, and `empty`."""
     for folder in ("a", "b/folder.jpg", "empty", ".hidden"):
         (root / folder).mkdir(parents=True)
     picture = drawn_picture(0)
@@ -137,7 +137,7 @@ def make_hostile_folder(root: Path) -> None:
 
 
 def make_folder(root: Path, classes: dict[str, int], seed: int = 0) -> Path:
-    """A harmless folder: so many small JPEGs in each class."""
+    """A folder of small JPEGs; `classes` has the number of images of each class."""
     for label, (name, count) in enumerate(classes.items()):
         (root / name).mkdir(parents=True)
         for index in range(count):

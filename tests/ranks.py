@@ -35,7 +35,7 @@ def _rank(rank: int, size: int, port: int, folder: str, function, arguments) -> 
         world = rendezvous.join(torch.device("cpu"), timeout=300)
         result = function(world, *arguments)
         torch.save(result, Path(folder) / f"{rank}.pt")
-        collectives.wait_for_all(world.group)
+        collectives.barrier(world.group)
     except BaseException:
         traceback.print_exc()
         raise

@@ -1,4 +1,4 @@
-"""A folder with the classes and names of ImageNet, and its conversion: what others must equal."""
+"""A folder with class and file names of ImageNet; other sources must convert to equal files."""
 
 from pathlib import Path
 
@@ -15,7 +15,7 @@ def convert(*arguments) -> int:
 
 
 def write_folder(root: Path) -> Path:
-    """train/ and val/ of three classes."""
+    """Write train/ and val/ with three classes."""
     for name, count in CLASSES.items():
         (root / "train" / name).mkdir(parents=True)
         for index in range(count):
@@ -29,7 +29,7 @@ def write_folder(root: Path) -> Path:
 
 
 def same_as(reference: Path, out: Path, splits=("train", "val")) -> bool:
-    """Do two conversions, with the .val.beton beside them, have the same bytes?"""
+    """Whether two outputs, and the .val.beton beside them, have the same bytes."""
     pairs = {"train": (reference, out)}
     pairs["val"] = tuple(path.with_suffix(".val.beton") for path in pairs["train"])
     return all(a.read_bytes() == b.read_bytes() for a, b in (pairs[split] for split in splits))

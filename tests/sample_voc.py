@@ -1,4 +1,4 @@
-"""A tiny VOC2007 in its own layout."""
+"""A tiny VOC2007 in the published layout."""
 
 from pathlib import Path
 

@@ -16,7 +16,8 @@ from PIL import Image
 
 from bt_fast.ablations import ABLATIONS
 from bt_fast.cli import main
-from bt_fast.run.directory import load_config, read_metrics
+from bt_fast.config import load_config
+from bt_fast.run.directory import read_metrics
 
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "tools"))  # where a script finds `_checkout`
@@ -111,9 +112,9 @@ def test_a_killed_grid_goes_on_and_tells_what_its_runs_found(data, tmp_path, mon
     assert before == {p: p.stat().st_mtime_ns for p in out.glob("*/checkpoints/*")}
     other = [*TINY, "--data", data, "--lambd=0.1", "--max-steps=3"]
     assert here(monkeypatch, "baseline", "--out", out, "--", *other) == 2
-    told = capsys.readouterr().err
-    assert "baseline-seed0 was begun with other --lambd --max-steps" in told
-    assert told.count("\n") == 1
+    error = capsys.readouterr().err
+    assert "baseline-seed0 was started with other values of --lambd --max-steps" in error
+    assert error.count("\n") == 1
 
 
 def test_the_quick_linear_protocol_is_kept_beside_the_run(labelled_run, tmp_path):
@@ -130,8 +131,8 @@ def test_the_quick_linear_protocol_is_kept_beside_the_run(labelled_run, tmp_path
     "arguments,message",
     [
         (["table9"], "table9 is neither a grid nor an ablation"),
-        ([], "needs a grid or an ablation"),
-        (["table5", "--", "--seed=3"], "--seed=3 after -- is chosen by ablate.py"),
+        ([], "a grid or an ablation is missing"),
+        (["table5", "--", "--seed=3"], "--seed=3 after -- is set by ablate.py"),
         (["table5", "--", "--data", "/nowhere.beton"], "/nowhere.beton does not exist"),
         (["table5", "--", "--epohcs", "3"], "perhaps you meant --epochs"),
         (["table5", "--sedes", "3"], "perhaps you meant --seeds"),
@@ -140,8 +141,8 @@ def test_the_quick_linear_protocol_is_kept_beside_the_run(labelled_run, tmp_path
 def test_what_cannot_be_run_is_one_line(arguments, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert here(monkeypatch, *arguments) == 2
-    told = capsys.readouterr().err
-    assert message in told and told.count("\n") == 1
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
     assert not any(tmp_path.iterdir())
 
 
@@ -160,7 +161,7 @@ def test_a_folder_of_somebody_else_is_left_alone(data, tmp_path, monkeypatch, ca
     (theirs / "thesis.txt").write_text("mine")
     flags = ["--", *TINY, "--data", data]
     assert here(monkeypatch, "imax", "--out", tmp_path / "out", *flags) == 2
-    assert "imax-seed0 is no run" in capsys.readouterr().err
+    assert "imax-seed0 contains other files" in capsys.readouterr().err
     assert [p.name for p in theirs.iterdir()] == ["thesis.txt"]
 
 
@@ -176,7 +177,7 @@ def test_a_run_that_fails_is_named_and_the_others_go_on(data, tmp_path, monkeypa
     monkeypatch.setattr(ablate, "pretrain", pretrain)
     flags = ["--", *TINY, "--data", data]
     assert here(monkeypatch, *statuses, "--out", tmp_path / "out", *flags) == 1
-    assert "not finished: baseline, seed 0. The same" in capsys.readouterr().err
+    assert "not finished: baseline, seed 0. Repeat" in capsys.readouterr().err
     assert "| imax | IMAX, lambda 1 | 1 |" in (tmp_path / "out" / "table.md").read_text()
 
 

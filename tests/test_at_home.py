@@ -1,4 +1,4 @@
-"""Training and evaluating need no network, and write where they are told."""
+"""Training and evaluation need no network, and write only into the given folder."""
 
 import json
 import os
@@ -11,13 +11,13 @@ from conftest import write_beton
 ROOT = Path(__file__).parents[1]
 COMMON = ["--device=cpu", "--precision=fp32"]
 
-# A guard on every connection, that first proves that it works; then the command lines of argv.
-AT_HOME = """
+# Guards all connections, checks that the guard works, then runs the commands in argv.
+GUARDED = """
 import ipaddress, json, socket, sys
 
-asked = []
+requested = []
 
-def is_near(host):
+def is_local(host):
     try:
         return host in (None, "", "localhost") or ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -26,8 +26,8 @@ def is_near(host):
 def guarded(real, host_of):
     def call(*arguments, **options):
         host = host_of(*arguments)
-        if not is_near(host):
-            asked.append(host)
+        if not is_local(host):
+            requested.append(host)
             raise OSError(f"no network: {host}")
         return real(*arguments, **options)
     return call
@@ -39,25 +39,25 @@ for name in ("connect", "connect_ex"):
     setattr(socket.socket, name, guarded(getattr(socket.socket, name), host_of))
 socket.getaddrinfo = guarded(socket.getaddrinfo, lambda host, *_: host)
 
-for try_it in (
+for connect in (
     lambda: socket.socket().connect(("192.0.2.1", 9)),
     lambda: socket.create_connection(("example.org", 80), timeout=1),
 ):
     try:
-        try_it()
+        connect()
     except OSError as error:
         assert "no network" in str(error)
-assert asked == ["192.0.2.1", "example.org"]
-asked.clear()
+assert requested == ["192.0.2.1", "example.org"]
+requested.clear()
 
 from bt_fast.cli import main
 
 for command in json.loads(sys.argv[1]):
     assert main(command) == 0
-sys.exit(f"asked for {asked}" if asked else 0)
+sys.exit(f"requested {requested}" if requested else 0)
 """
 
-# Caches of libraries in their usual places, which docs/security.md names.
+# Default caches of libraries, which docs/security.md lists.
 CACHES = (
     "home/.cache/matplotlib/",
     "home/.config/matplotlib/",
@@ -67,7 +67,7 @@ CACHES = (
 )
 
 
-def test_training_and_evaluating_need_no_network_and_write_where_they_are_told(tmp_path):
+def test_training_and_evaluation_need_no_network_and_write_into_the_given_folder(tmp_path):
     data = write_beton(tmp_path / "data.beton", 40)
     for folder in ("home", "tmp", "elsewhere"):
         (tmp_path / folder).mkdir()
@@ -85,14 +85,18 @@ def test_training_and_evaluating_need_no_network_and_write_where_they_are_told(t
         "PYTHONDONTWRITEBYTECODE": "1",
         "OMP_NUM_THREADS": "1",
     }
-    alone = ["unshare", "--map-root-user", "--net"]  # not even a loopback, where that is allowed
+    alone = [
+        "unshare",
+        "--map-root-user",
+        "--net",
+    ]  # without even a loopback device, where permitted
     try:
         subprocess.run([*alone, "true"], check=True, capture_output=True)
     except (OSError, subprocess.CalledProcessError):
         alone = []
     before = tree(tmp_path)
     done = subprocess.run(
-        [*alone, sys.executable, "-c", AT_HOME, json.dumps(commands)],
+        [*alone, sys.executable, "-c", GUARDED, json.dumps(commands)],
         cwd=tmp_path / "elsewhere",
         env=environment,
         capture_output=True,
@@ -107,5 +111,5 @@ def test_training_and_evaluating_need_no_network_and_write_where_they_are_told(t
 
 
 def tree(root: Path) -> set[str]:
-    """Every file below."""
+    """Relative paths of all files below a folder."""
     return {str(path.relative_to(root)) for path in root.rglob("*") if path.is_file()}

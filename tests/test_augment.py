@@ -1,4 +1,4 @@
-"""Every augmentation op against Pillow/torchvision, and the drawn parameters' distributions."""
+"""Every augmentation op against Pillow or torchvision, and the parameters' distributions."""
 
 import dataclasses
 import time
@@ -10,7 +10,7 @@ import torchvision.transforms.functional as TF
 from PIL import ImageFilter, ImageOps
 
 from pipelines import augment
-from pipelines.augment import VIEW_A, VIEW_B, Branch, Draw, threads
+from pipelines.augment import VIEW_A, VIEW_B, Branch, Draw
 from pipelines.order import view_keys
 
 
@@ -19,6 +19,7 @@ def keys_of(count: int, epoch: int = 0, view: int = 0) -> np.ndarray:
 
 
 def neutral(count: int, **changes) -> Draw:
+    """Parameters that change nothing, but for `changes`."""
     values = {
         "flip": torch.zeros(count, dtype=torch.bool),
         "jitter": torch.zeros(count, dtype=torch.bool),
@@ -32,7 +33,7 @@ def neutral(count: int, **changes) -> Draw:
 
 
 def to_batch(pictures) -> torch.Tensor:
-    """PIL pictures of one size -> uint8 [n, H, W, 3]."""
+    """PIL images of one size -> uint8 [n, H, W, 3]."""
     return torch.from_numpy(np.stack([np.array(picture) for picture in pictures]))
 
 
@@ -43,7 +44,7 @@ def grey_levels(normalised: torch.Tensor) -> np.ndarray:
 
 
 def compare(pictures, parameters: Draw, oracle) -> np.ndarray:
-    """Difference in grey levels between ours and oracle(picture, row), [n, H, W, 3]."""
+    """Absolute difference between `apply` and oracle(picture, row) in grey levels, [n, H, W, 3]."""
     ours = grey_levels(augment.apply(to_batch(pictures), parameters, dtype=torch.float32))
     theirs = np.stack([np.array(oracle(picture, i)) for i, picture in enumerate(pictures)])
     return np.abs(ours - theirs)
@@ -54,7 +55,7 @@ def pictures(request, photos):
     return [photo.resize(request.param[::-1]) for photo in photos]
 
 
-def test_nothing_drawn_means_nothing_changed(pictures):
+def test_neutral_parameters_change_nothing(pictures):
     assert compare(pictures, neutral(len(pictures)), lambda p, i: p).max() < 1e-4
 
 
@@ -69,11 +70,11 @@ def test_flip(pictures):
 @pytest.mark.parametrize(
     "column,function,mean_limit,max_limit",
     [
-        # Pillow cuts to whole grey levels where we keep the fraction: 0.5 in the mean.
+        # Pillow truncates to integers: a difference of 0.5 on average.
         (augment.BRIGHTNESS, TF.adjust_brightness, 0.55, 1.01),
-        (augment.CONTRAST, TF.adjust_contrast, 0.75, 1.6),  # the mean's last digit is rounded
+        (augment.CONTRAST, TF.adjust_contrast, 0.75, 1.6),  # the mean may round differently
         (augment.SATURATION, TF.adjust_saturation, 0.55, 1.3),
-        # Pillow's HSV has 256 hues and 256 saturations: most of this is its own rounding.
+        # Pillow's HSV has 256 hues and 256 saturations, whose rounding dominates.
         (augment.HUE, TF.adjust_hue, 2.0, 12),
     ],
 )
@@ -91,10 +92,10 @@ def test_each_jitter_op_against_pillow(pictures, column, function, mean_limit, m
     assert np.quantile(difference, 0.999) <= max_limit
 
 
-def test_jitter_runs_in_each_samples_own_order(pictures):
+def test_jitter_runs_in_the_order_of_each_sample(pictures):
     n = len(pictures)
-    # Strong factors, because the order of weak ones hardly shows; no hue, because Pillow's is
-    # coarse. Only the samples whose order differs from the fixed one can tell.
+    # Strong factors, because the order of weak ones has little effect; no hue, because Pillow's is
+    # coarse.
     strong = Branch(blur=0, solarize=0, flip=0, grayscale=0, jitter=1,
                     brightness=0.8, contrast=0.8, saturation=0.8, hue=0)  # fmt: skip
     parameters = augment.draw(strong, keys_of(n))
@@ -106,24 +107,24 @@ def test_jitter_runs_in_each_samples_own_order(pictures):
                 picture = functions[op](picture, parameters.factors[i, op].item())
         return picture
 
-    own = compare(pictures, parameters, lambda p, i: jitter(p, i, parameters.order[i].tolist()))
+    drawn = compare(pictures, parameters, lambda p, i: jitter(p, i, parameters.order[i].tolist()))
     fixed = compare(pictures, parameters, lambda p, i: jitter(p, i, range(4)))
-    assert own.mean() < 1.5
-    assert own.mean() < 0.6 * fixed.mean()
+    assert drawn.mean() < 1.5
+    assert drawn.mean() < 0.6 * fixed.mean()
 
 
 def test_grayscale(pictures):
     n = len(pictures)
-    chosen = torch.arange(n) % 3 == 0
+    selected = torch.arange(n) % 3 == 0
     difference = compare(
         pictures,
-        neutral(n, grayscale=chosen),
-        lambda p, i: TF.to_grayscale(p, num_output_channels=3) if chosen[i] else p,
+        neutral(n, grayscale=selected),
+        lambda p, i: TF.to_grayscale(p, num_output_channels=3) if selected[i] else p,
     )
-    assert difference.max() <= 0.51  # Pillow rounds to whole grey levels
+    assert difference.max() <= 0.51  # Pillow rounds to integers
 
 
-def test_blur_is_pillows_at_every_sigma(pictures):
+def test_blur_equals_pillows_at_every_sigma(pictures):
     n = len(pictures)
     sigma = torch.linspace(0.1, 2.0, n)
     difference = compare(
@@ -131,10 +132,10 @@ def test_blur_is_pillows_at_every_sigma(pictures):
         neutral(n, sigma=sigma),
         lambda p, i: p.filter(ImageFilter.GaussianBlur(radius=sigma[i].item())),
     )
-    # Pillow rounds to whole grey levels after each of its six passes, which is most of this.
+    # Pillow rounds to integers after each of its six passes, which dominates.
     inside = difference[:, 8:-8, 8:-8]
     assert inside.mean() < 0.5 and inside.max() < 3.5
-    # At the edge Pillow repeats pixels before each box, we before all three.
+    # Pillow replicates the edge before each box filter, `blur` before all three.
     assert difference.mean() < 0.65 and difference.max() < 32
 
 
@@ -148,8 +149,8 @@ def test_blur_kernels_have_the_gaussians_variance():
     assert (kernels >= 0).all()
 
 
-def test_blur_kernels_cost_the_host_little():
-    """It makes them for every step, while decoding threads hold its cores: no loop over views."""
+def test_blur_kernels_are_computed_without_a_loop_over_views():
+    """The host computes them for every step, while decoding threads use its cores."""
     sigma, boxes = torch.rand(4096), torch.rand(1, 4096, 13).double()
 
     def grouped() -> None:
@@ -167,17 +168,17 @@ def test_blur_kernels_cost_the_host_little():
 
 def test_solarize(pictures):
     n = len(pictures)
-    chosen = torch.arange(n) % 2 == 1
+    selected = torch.arange(n) % 2 == 1
     difference = compare(
         pictures,
-        neutral(n, solarize=chosen),
-        lambda p, i: ImageOps.solarize(p, 128) if chosen[i] else p,
+        neutral(n, solarize=selected),
+        lambda p, i: ImageOps.solarize(p, 128) if selected[i] else p,
     )
     assert difference.max() < 1e-4
 
 
-def test_normalisation_is_torchvisions(pictures):
-    ours = augment.plain(to_batch(pictures), dtype=torch.float32)
+def test_normalisation_equals_torchvisions(pictures):
+    ours = augment.normalise_only(to_batch(pictures), dtype=torch.float32)
     tensors = [TF.to_tensor(picture) for picture in pictures]
     expected = torch.stack(
         [TF.normalize(t, augment.IMAGENET_MEAN, augment.IMAGENET_STD) for t in tensors]
@@ -186,7 +187,7 @@ def test_normalisation_is_torchvisions(pictures):
 
 
 @pytest.mark.parametrize("branch,name", [(VIEW_A, "a"), (VIEW_B, "b")])
-def test_whole_branch_against_pillow(photos, branch, name):
+def test_complete_branch_against_pillow(photos, branch, name):
     pictures = [photo.resize((96, 96)) for photo in photos]
     parameters = augment.draw(branch, keys_of(len(pictures), view="ab".index(name)))
     functions = (TF.adjust_brightness, TF.adjust_contrast, TF.adjust_saturation, TF.adjust_hue)
@@ -212,30 +213,30 @@ def test_parameters_follow_the_papers_probabilities(branch):
     n = 40_000
     drawn = augment.draw(branch, keys_of(n))
 
-    def share(flags, probability):
+    def assert_probability(flags, probability):
         error = 4.5 * (probability * (1 - probability) / n) ** 0.5
         assert abs(flags.float().mean().item() - probability) <= error
 
-    share(drawn.flip, 0.5)
-    share(drawn.jitter, 0.8)
-    share(drawn.grayscale, 0.2)
-    share(drawn.sigma > 0, branch.blur)
-    share(drawn.solarize, branch.solarize)
+    assert_probability(drawn.flip, 0.5)
+    assert_probability(drawn.jitter, 0.8)
+    assert_probability(drawn.grayscale, 0.2)
+    assert_probability(drawn.sigma > 0, branch.blur)
+    assert_probability(drawn.solarize, branch.solarize)
 
-    def uniform(values, low, high):
+    def assert_uniform(values, low, high):
         assert low <= values.min() and values.max() <= high
         ranks = (values.sort().values - low) / (high - low)
         expected = (torch.arange(len(values)) + 0.5) / len(values)
         assert (ranks - expected).abs().max() < 2.2 / len(values) ** 0.5
 
     for column, (low, high) in enumerate([(0.6, 1.4), (0.6, 1.4), (0.8, 1.2), (-0.1, 0.1)]):
-        uniform(drawn.factors[drawn.jitter, column], low, high)
-    uniform(drawn.sigma[drawn.sigma > 0], 0.1, 2.0)
+        assert_uniform(drawn.factors[drawn.jitter, column], low, high)
+    assert_uniform(drawn.sigma[drawn.sigma > 0], 0.1, 2.0)
     assert (drawn.factors[~drawn.jitter] == torch.tensor([1.0, 1.0, 1.0, 0.0])).all()
 
     columns = torch.cat([drawn.factors, drawn.order.float(), drawn.sigma[:, None]], 1)
-    related = np.corrcoef(columns[drawn.jitter & (drawn.sigma > 0)].T.numpy())
-    assert np.abs(related[:4, 4:]).max() < 5 / (drawn.jitter & (drawn.sigma > 0)).sum().sqrt()
+    correlation = np.corrcoef(columns[drawn.jitter & (drawn.sigma > 0)].T.numpy())
+    assert np.abs(correlation[:4, 4:]).max() < 5 / (drawn.jitter & (drawn.sigma > 0)).sum().sqrt()
 
     codes = (drawn.order * torch.tensor([64, 16, 4, 1])).sum(1)
     counts = torch.unique(codes, return_counts=True)[1].float()
@@ -246,9 +247,9 @@ def test_parameters_follow_the_papers_probabilities(branch):
 def test_a_view_does_not_depend_on_its_batch(photos):
     images = to_batch([photo.resize((40, 40)) for photo in photos])
     keys = keys_of(len(images), view=1)
-    whole = augment.apply(images, augment.draw(VIEW_B, keys), dtype=torch.float32)
+    views = augment.apply(images, augment.draw(VIEW_B, keys), dtype=torch.float32)
     part = augment.apply(images[5:9], augment.draw(VIEW_B, keys[5:9]), dtype=torch.float32)
-    assert torch.allclose(whole[5:9], part, atol=1e-5)
+    assert torch.allclose(views[5:9], part, atol=1e-5)
 
 
 def test_output_is_half_and_channels_last(photos):
@@ -267,7 +268,7 @@ def test_wrong_input_is_refused():
 
 
 def test_the_definition_compiles_to_one_graph_with_the_same_views(photos):
-    """No shape depends on the draw, so a compiler can take it whole."""
+    """No shape depends on the draw."""
     images = torch.from_numpy(np.stack([np.array(photo.resize((40, 33))) for photo in photos]))
     compiled = torch.compile(augment.apply, dynamic=False, fullgraph=True, backend="aot_eager")
     strong = augment.Branch(blur=0.5, solarize=0.5, grayscale=0.3)
@@ -279,13 +280,13 @@ def test_the_definition_compiles_to_one_graph_with_the_same_views(photos):
         assert torch.allclose(views, expected, atol=1e-4)
 
 
-def test_joined_draws_are_those_of_both_batches():
+def test_concatenated_draws_are_those_of_both_batches():
     keys = view_keys(np.arange(6), seed=0, epoch=0, view=0)
     parts = [augment.draw(branch, keys) for branch in (augment.VIEW_A, augment.VIEW_B)]
-    joined = augment.join(*parts)
-    assert len(joined) == 12
-    for field in dataclasses.fields(joined):
-        ours = getattr(joined, field.name)
+    concatenated = augment.concatenate(*parts)
+    assert len(concatenated) == 12
+    for field in dataclasses.fields(concatenated):
+        ours = getattr(concatenated, field.name)
         assert torch.equal(ours[:6], getattr(parts[0], field.name))
         assert torch.equal(ours[6:], getattr(parts[1], field.name))
 
@@ -293,7 +294,8 @@ def test_joined_draws_are_those_of_both_batches():
 def test_threads_give_the_same_views(photos):
     images = to_batch(photo.resize((40, 33)) for photo in photos[:11])
     parameters = augment.draw(Branch(blur=0.5, solarize=0.5), keys_of(11))
-    views = threads.apply(images, parameters, dtype=torch.float32)
+    views = augment.apply_in_threads(images, parameters, dtype=torch.float32)
     assert views.is_contiguous(memory_format=torch.channels_last)
     assert torch.allclose(views, augment.apply(images, parameters, dtype=torch.float32), atol=1e-5)
-    assert torch.equal(views, threads.apply(images, parameters, dtype=torch.float32))
+    again = augment.apply_in_threads(images, parameters, dtype=torch.float32)
+    assert torch.equal(views, again)

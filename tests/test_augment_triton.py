@@ -29,7 +29,7 @@ def batch(height: int, width: int, count: int = 6) -> torch.Tensor:
 
 
 def difference(images: torch.Tensor, parameters: augment.Draw) -> torch.Tensor:
-    """fused - definition in grey levels, [n, 3, H, W]."""
+    """Fused minus definition in grey levels, [n, 3, H, W]."""
     expected = augment.apply(images, parameters, dtype=torch.float32)
     fused = augment_triton.apply(images, parameters, dtype=torch.float32)
     assert fused.is_contiguous(memory_format=torch.channels_last)
@@ -38,14 +38,13 @@ def difference(images: torch.Tensor, parameters: augment.Draw) -> torch.Tensor:
 
 
 def tf32(x: torch.Tensor) -> torch.Tensor:
-    """The nearest number of 11 significant bits, halves upwards, of numbers that are not negative;
-    by way of their exponents."""
+    """Non-negative values rounded to 11 significant bits, ties upwards; computed by exponents."""
     mantissa, exponent = torch.frexp(x)
     return torch.ldexp((mantissa * 2048 + 0.5).floor() / 2048, exponent)
 
 
 def blur_in_tf32(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
-    """`augment.blur` of rounded operands, columns first."""
+    """`augment.blur` with operands rounded to TF32, columns first."""
     n, channels, height, width = x.shape
     kernels = augment_triton.tf32_kernels(sigma).repeat_interleave(channels, 0)
     planes = F.pad(x.reshape(1, n * channels, height, width), (6,) * 4, mode="replicate")
@@ -61,7 +60,7 @@ def test_fused_views_equal_the_definition(size, branch):
     images = batch(*size)
     parameters = augment.draw(branch, view_keys(np.arange(len(images)), seed=1, epoch=0, view=0))
     found, blurred = difference(images, parameters).abs(), parameters.sigma > 0
-    # One sample in a thousand could round its mean the other way: one level of contrast.
+    # In one sample of a thousand the mean could round differently, by one grey level.
     assert (found[~blurred] < 1e-3).all()
     assert (found[blurred] < 0.3).all()  # the operands are rounded to TF32
 
@@ -73,7 +72,7 @@ def test_fused_views_equal_the_definition_with_operands_in_tf32(size, monkeypatc
     images = batch(*size)
     keys = view_keys(np.arange(len(images)), seed=1, epoch=0, view=0)
     found = difference(images, augment.draw(augment.VIEW_A, keys)).abs()
-    # Sums in another order round to the other of two TF32 numbers, now and then: a step of 1/8.
+    # Sums in another order occasionally round to the adjacent TF32 value, a step of 1/8.
     assert (found > 1e-3).float().mean() < 1e-3
     assert found.max() < 0.1
 
@@ -87,7 +86,7 @@ def test_every_order_of_the_jitter(photos):
     assert difference(images, parameters).abs().max() < 1e-3
 
 
-def test_the_kernels_of_the_blur_are_tf32_numbers_with_a_sum_of_1():
+def test_blur_kernels_are_tf32_values_with_a_sum_of_1():
     sigma = torch.linspace(0, 2, 2001)
     kernels = augment_triton.tf32_kernels(sigma)
     assert torch.equal(tf32(kernels), kernels)
@@ -97,16 +96,16 @@ def test_the_kernels_of_the_blur_are_tf32_numbers_with_a_sum_of_1():
 
 @pytest.fixture
 def tensor_cores(monkeypatch):
-    """Products in the interpreter cut the lower 13 bits of their operands off, as tensor cores do
-    that multiply float32 as TF32."""
-    real = interpreter.InterpreterBuilder.create_dot
+    """The interpreter's products truncate the lower 13 bits of float32 operands, as tensor cores do
+    in TF32."""
+    exact_dot = interpreter.InterpreterBuilder.create_dot
 
-    def cut(operand):
+    def truncate(operand):
         bits = operand.data.view(np.int32) & -0x2000
         return interpreter.TensorHandle(bits.view(np.float32), operand.dtype)
 
     def create_dot(self, a, b, *arguments):
-        return real(self, cut(a), cut(b), *arguments)
+        return exact_dot(self, truncate(a), truncate(b), *arguments)
 
     monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", create_dot)
 
@@ -123,12 +122,12 @@ def test_tensor_cores_do_not_darken_blurred_views(rounded, tensor_cores, monkeyp
     keys = view_keys(np.arange(len(images)), seed=1, epoch=0, view=0)
     parameters = augment.draw(augment.VIEW_A, keys)
     if not rounded:
-        monkeypatch.setattr(triton, "_round_to_tf32", unrounded)
-        monkeypatch.setattr(triton, "tf32_kernels", augment.blur_kernels)
+        monkeypatch.setattr(augment_triton, "_round_to_tf32", unrounded)
+        monkeypatch.setattr(augment_triton, "tf32_kernels", augment.blur_kernels)
         assert difference(images, parameters).mean() < -0.1
         return
-    found = difference(images, parameters).mean((1, 2, 3))  # grey levels, of each view
-    assert found.abs().max() < 0.02
+    means = difference(images, parameters).mean((1, 2, 3))  # grey levels, of each view
+    assert means.abs().max() < 0.02
 
 
 @interpreted
@@ -138,7 +137,7 @@ def test_small_tiles_of_other_gpus_give_the_same_views(monkeypatch):
     large = augment_triton.apply(images, parameters, dtype=torch.float32)
     small = augment_triton.tiling((8, 9))
     assert small != augment_triton.tiling((9, 0))
-    monkeypatch.setattr(triton, "tiling", lambda _: small)
+    monkeypatch.setattr(augment_triton, "tiling", lambda _: small)
     views = augment_triton.apply(images, parameters, dtype=torch.float32)
     assert torch.allclose(views, large, atol=1e-5)
 
@@ -160,6 +159,6 @@ def test_wrong_input_is_refused():
     parameters = augment.draw(STRONG, view_keys(np.arange(2), seed=0, epoch=0, view=0))
     with pytest.raises(ValueError, match="parameters for 2"):
         augment_triton.apply(torch.zeros(3, 8, 8, 3, dtype=torch.uint8), parameters)
-    huge = torch.zeros(1, dtype=torch.uint8).expand(2, 1 << 15, 1 << 14, 3)  # of one byte
+    huge = torch.zeros(1, dtype=torch.uint8).expand(2, 1 << 15, 1 << 14, 3)  # one byte in memory
     with pytest.raises(ValueError, match="fewer than 2 \\*\\* 29 pixels"):
         augment_triton.apply(huge, parameters)

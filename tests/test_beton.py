@@ -1,4 +1,4 @@
-"""The `.beton` format: what is written is read, by us and by stock FFCV, and theirs by us."""
+"""The `.beton` format, written and read by bt-fast and by FFCV in all combinations."""
 
 import io
 import pickle
@@ -17,7 +17,7 @@ from pipelines import beton
 from pipelines.beton import BetonReader
 from pipelines.beton.writer import BetonWriter
 
-# Our writer, our reader
+# BetonWriter and BetonReader
 
 
 def test_round_trip(tmp_path):
@@ -57,8 +57,8 @@ RECORDS = st.lists(
     spare=st.integers(0, 3),
     data=st.data(),
 )
-def test_anything_written_is_read_back(tmp_path_factory, records, class_names, spare, data):
-    """Bytes, sizes, names and labels of any kind; fewer images than announced."""
+def test_round_trip_of_any_record(tmp_path_factory, records, class_names, spare, data):
+    """Any bytes, sizes, names and labels, and fewer images than num_samples."""
     path = tmp_path_factory.mktemp("any") / "out.beton"
     last = len(class_names) - 1
     label = st.integers(0, last) if class_names else st.just(-1)
@@ -77,8 +77,8 @@ def test_anything_written_is_read_back(tmp_path_factory, records, class_names, s
         assert reader.checksum_ok(index) and not reader.is_raw(index)
 
 
-def test_sizes_are_made_once(tmp_path):
-    """Evaluations ask for them batch by batch: 9 ms each time for as many images as ImageNet's."""
+def test_sizes_are_computed_once(tmp_path):
+    """Evaluations read them for every batch; computing them takes 9 ms for ImageNet."""
     write_sample(tmp_path / "out.beton")
     reader = BetonReader(tmp_path / "out.beton")
     assert reader.sizes.tolist() == [list(reader.size(index)) for index in range(len(reader))]
@@ -91,7 +91,7 @@ def test_the_same_calls_give_the_same_bytes(tmp_path):
     assert (tmp_path / "a.beton").read_bytes() == (tmp_path / "b.beton").read_bytes()
 
 
-def test_fewer_images_than_announced(tmp_path):
+def test_fewer_images_than_num_samples(tmp_path):
     with BetonWriter(tmp_path / "out.beton", num_samples=500_000) as writer:
         writer.add(b"first", 1, 2, -1, "a")
         writer.add(b"second", 3, 4, -1, "b")
@@ -111,18 +111,18 @@ def test_pages(tmp_path):
     with BetonWriter(out, num_samples=len(sizes), page_size=PAGE_SIZE) as writer:
         for blob in blobs:
             writer.add(blob, 1, 1, -1, "x")
-    reader = BetonReader(out)  # checks the page rule
+    reader = BetonReader(out)  # raises BetonError if an image crosses a page boundary
     assert reader.page_size == 8 << 20
     assert [reader.image(index).tobytes() for index in range(len(reader))] == blobs
 
 
 def test_opening_a_large_file_is_quick(tmp_path):
-    """A hundred thousand records; 1.28 M take 0.3 s."""
+    """100,000 records; 1.28 M take 0.3 s."""
     path = tmp_path / "large.beton"
     with BetonWriter(path, num_samples=100_000, class_names=list("abc")) as writer:
         for index in range(100_000):
             writer.add(b"x", 1, 1, index % 3, f"{index}.jpg", checksum=0)
-    start = time.process_time()  # what else runs on the machine does not count
+    start = time.process_time()  # excludes other processes of the machine
     assert len(BetonReader(path)) == 100_000
     assert time.process_time() - start < 1
     assert beton.MAX_PIXELS < 1 << 31  # sizes stay within the decoders' C integers
@@ -138,7 +138,10 @@ def test_misuse_of_the_writer(tmp_path):
             BetonWriter(out, num_samples=1, class_names=["cat"]) as writer,
         ):
             writer.add(*arguments)
-    with pytest.raises(ValueError, match="announced"), BetonWriter(out, num_samples=1) as writer:
+    with (
+        pytest.raises(ValueError, match="num_samples=1"),
+        BetonWriter(out, num_samples=1) as writer,
+    ):
         writer.add(b"x", 1, 1, -1, "a")
         writer.add(b"x", 1, 1, -1, "b")
     with pytest.raises(ValueError, match="no images"), BetonWriter(out, num_samples=1):
@@ -150,10 +153,10 @@ def test_misuse_of_the_writer(tmp_path):
     assert out.read_text() == "precious"
 
 
-# Stock FFCV
+# FFCV
 
 
-def test_stock_ffcv_reads_our_file(tmp_path):
+def test_ffcv_reads_a_file_of_the_writer(tmp_path):
     pytest.importorskip("ffcv", reason="ffcv is not installed", exc_type=ImportError)
     from ffcv.fields.decoders import IntDecoder, SimpleRGBImageDecoder
     from ffcv.loader import Loader, OrderOption
@@ -166,7 +169,7 @@ def test_stock_ffcv_reads_our_file(tmp_path):
     with BetonWriter(out, num_samples=40, class_names=list("abcde")) as writer:
         for index, jpeg in enumerate(encoded):
             writer.add(jpeg, 64, 96, labels[index], f"{index}")
-    for os_cache in (True, False):  # both of FFCV's ways to read a file
+    for os_cache in (True, False):  # FFCV's two file readers
         loader = Loader(
             str(out),
             batch_size=7,
@@ -185,7 +188,7 @@ def test_stock_ffcv_reads_our_file(tmp_path):
 
 
 class StockDataset:
-    """Indexable, as ffcv's writer wants it; three fields in an order of its own."""
+    """Four fields, as FFCV's writer reads them by index."""
 
     def __len__(self):
         return 17
@@ -199,7 +202,7 @@ def bytes_of(index: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize("mode", ["jpg", "raw", "proportion"])
-def test_files_written_by_stock_ffcv(tmp_path, mode):
+def test_files_written_by_ffcv(tmp_path, mode):
     pytest.importorskip("ffcv", reason="ffcv is not installed", exc_type=ImportError)
     from ffcv.fields import BytesField, FloatField, IntField, RGBImageField
     from ffcv.writer import DatasetWriter
@@ -216,8 +219,8 @@ def test_files_written_by_stock_ffcv(tmp_path, mode):
     assert len(reader) == 17
     assert (reader.num_classes, reader.class_names, reader.sha256()) == (4, None, None)
     assert reader.labels.tolist() == [index % 4 for index in range(17)]
-    kinds = {reader.is_raw(index) for index in range(17)}
-    assert kinds == {"jpg": {False}, "raw": {True}, "proportion": {True, False}}[mode]
+    modes = {reader.is_raw(index) for index in range(17)}
+    assert modes == {"jpg": {False}, "raw": {True}, "proportion": {True, False}}[mode]
     for index in range(17):
         original = np.asarray(drawn_picture(index, 50 + index, 40), np.int16)
         assert reader.size(index) == (40, 50 + index)

@@ -1,4 +1,4 @@
-"""No `.beton`, however damaged or malicious, is read wrongly, crashes us or passes unnoticed."""
+"""Damaged and malicious `.beton` files are detected and never crash the reader."""
 
 import os
 import struct
@@ -15,14 +15,14 @@ from pipelines.beton.writer import BetonWriter
 
 
 @pytest.fixture
-def ours(tmp_path) -> Path:
-    write_sample(tmp_path / "ours.beton", page_size=PAGE_SIZE)
-    return tmp_path / "ours.beton"
+def sample(tmp_path) -> Path:
+    write_sample(tmp_path / "sample.beton", page_size=PAGE_SIZE)
+    return tmp_path / "sample.beton"
 
 
 @contextmanager
 def edited(path: Path, edits: dict[int, bytes], size: int | None = None):
-    """Change bytes in place, and the length; put everything back afterwards."""
+    """Change bytes and the length of a file; restores it after the block."""
     original = path.read_bytes()
     with open(path, "r+b") as file:
         for offset, content in edits.items():
@@ -44,7 +44,7 @@ def edited(path: Path, edits: dict[int, bytes], size: int | None = None):
 
 
 def contents(reader: BetonReader) -> list[tuple]:
-    """Everything the reader tells, so every byte it vouches for is touched."""
+    """All records of the reader, which reads every byte that they consist of."""
     return [
         (
             reader.image(index).tobytes(),
@@ -76,11 +76,11 @@ def regions(path: Path) -> list[tuple[int, int]]:
     ]
 
 
-def random_edit(generator: np.random.Generator, raw: bytes, places) -> dict[int, bytes]:
-    """One to three changes: a bit flipped, a byte, a field of 2, 4 or 8 set to a telling value."""
+def random_edit(generator: np.random.Generator, raw: bytes, ranges) -> dict[int, bytes]:
+    """One to three changes: a flipped bit, or an integer of 1 to 8 bytes set to an edge case."""
     edits = {}
     for _ in range(generator.integers(1, 4)):
-        start, end = places[generator.integers(len(places))]
+        start, end = ranges[generator.integers(len(ranges))]
         offset = int(generator.integers(start, max(end, start + 1)))
         width = int(generator.choice([1, 1, 2, 4, 8]))
         value = int(
@@ -96,16 +96,16 @@ def random_edit(generator: np.random.Generator, raw: bytes, places) -> dict[int,
     return edits
 
 
-def test_damage_to_our_file_is_found(ours):
-    """2,000 damaged files: refused, or every record is as it was or fails its checksum."""
-    raw, places, expected = ours.read_bytes(), regions(ours), contents(BetonReader(ours))
+def test_damage_is_detected(sample):
+    """2,000 damaged files: refused, or every record is unchanged or fails its checksum."""
+    raw, ranges, expected = sample.read_bytes(), regions(sample), contents(BetonReader(sample))
     generator, refused, flagged = np.random.default_rng(0), 0, 0
     for _ in range(2000):
-        with edited(ours, random_edit(generator, raw, places)):
+        with edited(sample, random_edit(generator, raw, ranges)):
             try:
-                reader = BetonReader(ours)
+                reader = BetonReader(sample)
             except BetonError as error:
-                assert str(ours) in str(error)
+                assert str(sample) in str(error)
                 refused += 1
                 continue
             assert len(reader) == NUM_IMAGES
@@ -118,19 +118,19 @@ def test_damage_to_our_file_is_found(ours):
 
 
 @pytest.mark.parametrize("kind", ["stock", "forged"])
-def test_lies_without_or_with_a_right_checksum(ours, kind):
-    """2 x 1,000 files whose tables lie: refused, or every record lies within the file."""
-    if kind == "stock":  # what FFCV writes: no arguments, hence no checksum to help us
-        with open(ours, "r+b") as file:
+def test_invalid_tables_without_or_with_a_valid_checksum(sample, kind):
+    """2 x 1,000 files with invalid tables: refused, or every record is within the file."""
+    if kind == "stock":  # as written by FFCV: no arguments, so no checksum
+        with open(sample, "r+b") as file:
             file.seek(HEADER.itemsize + 17)
             file.write(bytes(1024))
-    raw, places = ours.read_bytes(), regions(ours)
+    raw, ranges = sample.read_bytes(), regions(sample)
     generator, refused, opened = np.random.default_rng(1), 0, 0
     for _ in range(1000):
-        edits = random_edit(generator, raw, places)
-        with edited(ours, edits | (forged(raw, edits) if kind == "forged" else {})):
+        edits = random_edit(generator, raw, ranges)
+        with edited(sample, edits | (forged(raw, edits) if kind == "forged" else {})):
             try:
-                reader = BetonReader(ours)
+                reader = BetonReader(sample)
             except BetonError as error:
                 assert "checksum" not in str(error)
                 refused += 1
@@ -143,7 +143,7 @@ def test_lies_without_or_with_a_right_checksum(ours, kind):
 
 
 def forged(raw: bytes, edits: dict[int, bytes]) -> dict[int, bytes]:
-    """The edit that makes the checksum right for an edited file, where there is one to be had."""
+    """The edit that makes the checksum of an edited file valid, if its tables can be located."""
     changed = bytearray(raw)
     for offset, content in edits.items():
         changed[offset : offset + len(content)] = content
@@ -162,13 +162,13 @@ def forged(raw: bytes, edits: dict[int, bytes]) -> dict[int, bytes]:
     return {HEADER.itemsize + 17 + 8: struct.pack("<I", crc)}
 
 
-def test_truncated_files_are_refused(ours):
-    size = ours.stat().st_size
+def test_truncated_files_are_refused(sample):
+    size = sample.stat().st_size
     cuts = np.random.default_rng(2).integers(0, size, 300).tolist()
     for cut in [*range(0, 64), *cuts, *range(size - 64, size)]:
-        with edited(ours, {}, size=cut), pytest.raises(BetonError, match=r"ours\.beton"):
-            BetonReader(ours)
-    assert len(BetonReader(ours)) == NUM_IMAGES
+        with edited(sample, {}, size=cut), pytest.raises(BetonError, match=r"sample\.beton"):
+            BetonReader(sample)
+    assert len(BetonReader(sample)) == NUM_IMAGES
 
 
 HUGE = (1 << 64) - 1
@@ -184,7 +184,7 @@ IMAGE_TYPE, LABEL_TYPE = HEADER.itemsize, HEADER.itemsize + FIELD.itemsize
         (2, "<H", 65535, "truncated"),
         (4, "<I", 0, "page size"),
         (4, "<I", (2 << 20) + 1, "page size"),
-        (4, "<I", 4 << 20, None),  # true as well: what fits a page fits one of twice the size
+        (4, "<I", 4 << 20, None),  # valid, too: data in one page is in one page of twice the size
         (8, "<Q", 0, "no images"),
         (8, "<Q", HUGE, "truncated"),
         (8, "<Q", NUM_IMAGES + 1, "allocation"),
@@ -200,7 +200,7 @@ IMAGE_TYPE, LABEL_TYPE = HEADER.itemsize, HEADER.itemsize + FIELD.itemsize
         (METADATA + 5, "<Q", 0, "not in the allocation table"),
         (METADATA + 5, "<Q", HUGE, "not in the allocation table"),
         (METADATA + 16, "<q", 1 << 40, "label"),
-        (METADATA + 16, "<q", -7, None),  # no class, as other tools write it
+        (METADATA + 16, "<q", -7, None),  # no class, as written by other tools
         ("tables+0", "<Q", 1, "bytes of another"),
         ("tables+8", "<Q", 0, "outside the data"),
         ("tables+8", "<Q", HUGE, "outside the data"),
@@ -210,21 +210,21 @@ IMAGE_TYPE, LABEL_TYPE = HEADER.itemsize, HEADER.itemsize + FIELD.itemsize
         ("tables+16", "<Q", PAGE_SIZE + 1, "page boundary"),
     ],
 )
-def test_each_lie_is_named(ours, offset, layout, value, message):
-    with open(ours, "r+b") as file:  # without the checksum, which would find all of these
+def test_each_invalid_number_is_named(sample, offset, layout, value, message):
+    with open(sample, "r+b") as file:  # without the checksum, which would detect all of these
         file.seek(HEADER.itemsize + 17)
         file.write(bytes(1024))
     if isinstance(offset, str):
-        offset = regions(ours)[-1][0] + int(offset.removeprefix("tables"))
-    with edited(ours, {offset: struct.pack(layout, value)}):
+        offset = regions(sample)[-1][0] + int(offset.removeprefix("tables"))
+    with edited(sample, {offset: struct.pack(layout, value)}):
         if message is None:
-            assert len(BetonReader(ours)) == NUM_IMAGES
+            assert len(BetonReader(sample)) == NUM_IMAGES
         else:
             with pytest.raises(BetonError, match=message):
-                BetonReader(ours)
+                BetonReader(sample)
 
 
-def test_what_is_not_a_beton_file(tmp_path):
+def test_other_files(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "empty").touch()
     (tmp_path / "text").write_text("hello " * 100)
@@ -237,7 +237,7 @@ def test_what_is_not_a_beton_file(tmp_path):
 
 
 def test_unfinished_files_are_refused(tmp_path):
-    """What a killed conversion leaves, should someone rename it."""
+    """A partial file of a killed conversion that was renamed."""
     path = tmp_path / "out.beton"
     with BetonWriter(path, num_samples=10) as writer:
         for index in range(10):
@@ -250,8 +250,8 @@ def test_unfinished_files_are_refused(tmp_path):
         BetonReader(path)
 
 
-def test_a_damaged_image_is_flagged(ours):
-    start = ours.read_bytes().index(BetonReader(ours).image(5).tobytes())
-    with edited(ours, {start + 100: b"\x00\x01\x02\x03"}):
-        reader = BetonReader(ours)
+def test_a_damaged_image_fails_its_checksum(sample):
+    start = sample.read_bytes().index(BetonReader(sample).image(5).tobytes())
+    with edited(sample, {start + 100: b"\x00\x01\x02\x03"}):
+        reader = BetonReader(sample)
         assert [index for index in range(NUM_IMAGES) if not reader.checksum_ok(index)] == [5]

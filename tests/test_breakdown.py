@@ -8,8 +8,8 @@ import torch
 
 from bt_fast.config import Config
 from bt_fast.models.networks import BarlowTwins
-from bt_fast.plan import step_costs
 from bt_fast.runtime import Runtime
+from tools import step_work
 from tools.breakdown import (
     AUGMENT,
     CLASSES,
@@ -196,7 +196,7 @@ def test_the_work_of_the_papers_model():
         model = BarlowTwins("resnet50", (8192, 8192, 8192))
         views = torch.empty(512, 3, 224, 224, dtype=torch.bfloat16)
         off = torch.autocast("cpu", enabled=False)
-        work = step_costs.count(model.bfloat16(), views, off)
+        work = step_work.count_work(model.bfloat16(), views, off)
     stem = 64 * 147 * 112**2
     assert work.flop["convolutions"] == pytest.approx(2 * 512 * (3 * 4.087e9 - stem), rel=0.001)
     projector = 2048 * 8192 + 2 * 8192**2

@@ -1,4 +1,4 @@
-"""Weights cast together: the step is that of autocast alone, bit for bit."""
+"""A step with a stage's weights cast together equals a step with autocast's casts, bit for bit."""
 
 import copy
 
@@ -10,20 +10,20 @@ from torch.nn.parallel import DistributedDataParallel
 
 from bt_fast.distributed.collectives import ALONE, World
 from bt_fast.loss import barlow_twins_loss
-from bt_fast.models import resnet, weight_casts
+from bt_fast.models import networks
 from bt_fast.models.networks import BarlowTwins
 
 
-def with_casts_of_autocast(part: nn.Module, x):
-    return part(x)
+def forward_with_autocast(stage: nn.Module, x):
+    return stage(x)
 
 
 def train_a_step(world: World, encoder: str, together: bool) -> dict[str, torch.Tensor]:
-    """Loss, gradients and running statistics under bf16 autocast, over DDP where there are ranks.
+    """Loss, gradients and running statistics under bf16 autocast, with DDP on several ranks.
     Convolutions are 1 x 1 and 3 x 3, channels-last."""
     torch.manual_seed(0)
     model = BarlowTwins(encoder, (32, 32), small_images=True)
-    for layer in model.modules():  # zero would hide the branches
+    for layer in model.modules():  # zero weights would hide the residual branches
         if isinstance(layer, nn.BatchNorm2d):
             nn.init.uniform_(layer.weight, 0.5, 1.0)
     model.to(memory_format=torch.channels_last)
@@ -32,7 +32,7 @@ def train_a_step(world: World, encoder: str, together: bool) -> dict[str, torch.
     embed = model if world.group is None else DistributedDataParallel(model)
     with pytest.MonkeyPatch.context() as patch:
         if not together:
-            patch.setattr(weight_casts, "forward", with_casts_of_autocast)
+            patch.setattr(networks, "_forward_cast", forward_with_autocast)
         with torch.autocast("cpu", torch.bfloat16):
             z_a, z_b = embed(views).chunk(2)
         loss = barlow_twins_loss(z_a, z_b, group=world.group)
@@ -45,7 +45,7 @@ def train_a_step(world: World, encoder: str, together: bool) -> dict[str, torch.
 
 @pytest.mark.parametrize("num_ranks", [1, 2])
 @pytest.mark.parametrize("encoder", ["resnet18", "resnet50"])
-def test_a_step_is_that_of_autocast(encoder, num_ranks):
+def test_a_step_equals_autocasts(encoder, num_ranks):
     if num_ranks == 1:
         found = [[train_a_step(ALONE, encoder, together)] for together in (True, False)]
     else:
@@ -70,64 +70,64 @@ class Casts(torch.utils._python_dispatch.TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def stage() -> nn.Module:
-    return resnet.build("resnet18", nn.BatchNorm2d).layer2  # five convolutions
+def build_stage() -> nn.Module:
+    return networks.build_encoder("resnet18").layer2  # five convolutions
 
 
-def test_a_stages_weights_are_cast_once_each_way():
-    part, x = stage(), torch.randn(4, 64, 8, 8).bfloat16()
-    names = list(part.state_dict())
-    with Casts() as seen, torch.autocast("cpu", torch.bfloat16):
-        weight_casts.forward(part, x)[0].sum().backward()
-    assert seen.lists == [[torch.float32] * 5, [torch.bfloat16] * 5]
-    assert seen.single == 0
-    assert list(part.state_dict()) == names
-    assert all(type(p) is nn.Parameter and p.dtype == torch.float32 for p in part.parameters())
+def test_a_stages_weights_are_cast_once_in_each_pass():
+    stage, x = build_stage(), torch.randn(4, 64, 8, 8).bfloat16()
+    names = list(stage.state_dict())
+    with Casts() as casts, torch.autocast("cpu", torch.bfloat16):
+        networks._forward_cast(stage, x)[0].sum().backward()
+    assert casts.lists == [[torch.float32] * 5, [torch.bfloat16] * 5]
+    assert casts.single == 0
+    assert list(stage.state_dict()) == names
+    assert all(type(p) is nn.Parameter and p.dtype == torch.float32 for p in stage.parameters())
 
 
 @pytest.mark.parametrize("case", ["evaluation", "no autocast", "bf16 weights", "frozen"])
-def test_elsewhere_nothing_changes(case):
-    part, x = stage(), torch.randn(4, 64, 8, 8)
+def test_no_weights_are_cast_together_outside_mixed_precision_training(case):
+    stage, x = build_stage(), torch.randn(4, 64, 8, 8)
     if case == "evaluation":
-        part.eval()
+        stage.eval()
     if case == "bf16 weights":
-        part, x = part.bfloat16(), x.bfloat16()
-    part.requires_grad_(case != "frozen")
-    plain = copy.deepcopy(part)
-    with Casts() as seen, torch.autocast("cpu", torch.bfloat16, enabled=case != "no autocast"):
-        y = weight_casts.forward(part, x)
-        assert not seen.lists
-        assert torch.equal(y, plain(x))
+        stage, x = stage.bfloat16(), x.bfloat16()
+    stage.requires_grad_(case != "frozen")
+    reference = copy.deepcopy(stage)
+    with Casts() as casts, torch.autocast("cpu", torch.bfloat16, enabled=case != "no autocast"):
+        y = networks._forward_cast(stage, x)
+        assert not casts.lists
+        assert torch.equal(y, reference(x))
 
 
 def test_frozen_weights_are_left_to_autocast():
-    part, x = stage(), torch.randn(4, 64, 8, 8).bfloat16()
-    part[0].requires_grad_(False)
-    with Casts() as seen, torch.autocast("cpu", torch.bfloat16):
-        weight_casts.forward(part, x).sum().backward()
-    assert seen.lists == [[torch.float32] * 2, [torch.bfloat16] * 2]
-    assert all((p.grad is None) != p.requires_grad for p in part.parameters())
+    stage, x = build_stage(), torch.randn(4, 64, 8, 8).bfloat16()
+    stage[0].requires_grad_(False)
+    with Casts() as casts, torch.autocast("cpu", torch.bfloat16):
+        networks._forward_cast(stage, x).sum().backward()
+    assert casts.lists == [[torch.float32] * 2, [torch.bfloat16] * 2]
+    assert all((p.grad is None) != p.requires_grad for p in stage.parameters())
 
 
 def test_a_failure_leaves_the_weights_in_place():
-    part = stage()
-    before = dict(part.named_parameters())
+    stage = build_stage()
+    before = dict(stage.named_parameters())
     with torch.autocast("cpu", torch.bfloat16), pytest.raises(RuntimeError):
-        weight_casts.forward(part, torch.randn(4, 63, 8, 8))
-    assert all(p is before[name] for name, p in part.named_parameters())
+        networks._forward_cast(stage, torch.randn(4, 63, 8, 8))
+    assert all(p is before[name] for name, p in stage.named_parameters())
 
 
-def test_a_compiled_stage_is_that_of_autocast():
-    """One graph, without casts of lists."""
+def test_a_compiled_stage_is_left_to_the_compiler():
+    """It is one graph, without casts of lists."""
     graphs = []
 
     def backend(graph, _):
         graphs.append(graph)
         return graph.forward
 
-    part, x = stage(), torch.randn(4, 64, 8, 8).bfloat16()
+    stage, x = build_stage(), torch.randn(4, 64, 8, 8).bfloat16()
     compiled = torch.compile(
-        lambda x: weight_casts.forward(part, x), backend=backend, fullgraph=True
+        lambda x: networks._forward_cast(stage, x), backend=backend, fullgraph=True
     )
     with torch.autocast("cpu", torch.bfloat16):
         compiled(x)

@@ -1,4 +1,4 @@
-"""Checkpoints: exact, whole or absent, and passed over when damaged."""
+"""Checkpoints: exact, complete or absent, skipped if damaged."""
 
 import hashlib
 import itertools
@@ -75,7 +75,7 @@ def test_the_newest_ones_are_kept(tmp_path):
         ("state.json", None),
     ],
 )
-def test_a_damaged_checkpoint_is_passed_over_by_name(tmp_path, file, damage):
+def test_a_damaged_checkpoint_is_reported_and_skipped(tmp_path, file, damage):
     state = small_model()
     save(tmp_path, 1, *state)
     path = save(tmp_path, 2, *state) / file
@@ -114,7 +114,7 @@ def test_another_models_checkpoint_is_refused(tmp_path):
 
 
 def small_model():
-    """As `trained`, in no time."""
+    """As `trained`, without training."""
     model = torch.nn.Sequential(torch.nn.Linear(5, 4), torch.nn.BatchNorm1d(4))
     optimizer = LARS(model.parameters(), 0.1)
     model(torch.randn(4, 5)).square().sum().backward()
@@ -123,14 +123,14 @@ def small_model():
 
 
 def forge(folder, **changes) -> None:
-    """Change state.json, its hash included: damage does not do this, malice may."""
+    """Change state.json including its hash, as an attacker could."""
     state = json.loads((folder / "state.json").read_text()) | changes
     del state["sha256"]
     state["sha256"] = checkpoint._sha256_of_state(state)
     (folder / "state.json").write_text(json.dumps(state))
 
 
-def test_a_forged_checkpoint_is_passed_over_or_refused(tmp_path):
+def test_a_forged_checkpoint_is_skipped_or_refused(tmp_path):
     """With hashes that fit: facts of other types, broadcast shapes, dtypes, a lying header."""
     state = small_model()
     folder = save(tmp_path, 3, *state)

@@ -1,14 +1,17 @@
-"""The command line: every mistake is one clear line and a non-zero exit; nothing is overwritten."""
+"""The command line: a user error is one line and a non-zero exit; nothing is overwritten."""
 
 import os
 import subprocess
 import sys
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from bt_fast.cli import main, parse_pretrain
-from bt_fast.config import from_json, to_json
+from bt_fast.config import from_json, immutable_changes, to_json
 from bt_fast.recipes import RECIPES
+from pipelines.branches import VIEW_A
 
 
 @pytest.mark.parametrize(
@@ -25,15 +28,15 @@ from bt_fast.recipes import RECIPES
         (["--projector", "64", "0"], "--projector needs positive widths"),
         (["--gpus", "0"], "--gpus must be at least 1"),
         (["--gpus", "32", "--batch-size", "48"], "does not divide by 32 ranks"),
-        (["--loader", "dali", "--cache-gb", "1"], "--cache-gb is the native loader's"),
-        (["--resume", "nowhere"], "--resume nowhere: no run is there"),
+        (["--loader", "dali", "--cache-gb", "1"], "--cache-gb needs --loader native: dali"),
+        (["--resume", "nowhere"], "--resume nowhere is not the folder of a run"),
         (["--view-a.sigma", "0.1", "5"], "sigma"),
-        (["--view-a.blur", "7"], "blur is a probability"),
+        (["--view-a.blur", "7"], "blur must be a probability"),
         (["--cache-gb", "inf"], "--cache-gb must be finite"),
         (["--resolution", "160"], "--resolution is LOW:HIGH"),
         (["--resolution", "160:200"], "multiples of 32"),
         (["--resolution", "224:160"], "--resolution is LOW:HIGH"),
-        (["--accumulate", "4"], "functions of the whole batch"),
+        (["--accumulate", "4"], "functions of the global batch"),
         (["--seed", "99999999999999999999"], "--seed must fit into 64 bits"),
         (["--probe-images", "0"], "--probe-images must be at least 1"),
         (["--size", "200000", "--batch-size", "16"], "not enough memory"),
@@ -102,7 +105,7 @@ def test_the_last_recipe_counts():
 
 def test_eval_of_what_is_no_run(tmp_path, capsys):
     assert main(["eval", "knn", str(tmp_path)]) == 2
-    assert "no run is there" in capsys.readouterr().err
+    assert "is not the folder of a run" in capsys.readouterr().err
 
 
 def test_data_that_is_no_beton(tmp_path, capsys):
@@ -154,12 +157,12 @@ def test_the_default_recipe_is_the_papers():
 
 def test_the_resolution_grows_by_epoch_to_the_last():
     config = parse_pretrain(["--resolution", "160:224", "--epochs", "100", "--size", "96"])
-    sizes = [config.size_of(epoch) for epoch in range(100)]
+    sizes = [config.view_size(epoch) for epoch in range(100)]
     assert config.size == 224 and sizes == sorted(sizes)
     assert {size: sizes.count(size) for size in sizes} == {160: 25, 192: 50, 224: 25}
-    assert config.size_of(100) == 224  # a step past the end
-    assert parse_pretrain(["--resolution=64:64", "--epochs=1"]).size_of(0) == 64
-    assert parse_pretrain(["--resolution=32:64", "--epochs=1"]).size_of(0) == 64
+    assert config.view_size(100) == 224  # a step past the end
+    assert parse_pretrain(["--resolution=64:64", "--epochs=1"]).view_size(0) == 64
+    assert parse_pretrain(["--resolution=32:64", "--epochs=1"]).view_size(0) == 64
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -173,3 +176,31 @@ def test_a_saved_configuration_reads_back(name, tmp_path):
 def test_a_damaged_configuration_is_one_clear_error(text, tmp_path):
     with pytest.raises(ValueError):
         from_json(text, tmp_path / "config.json")
+
+
+@pytest.mark.parametrize("flags", [["--patience", "5"], ["--patience=5"]])
+def test_renamed_flags_are_hidden_aliases(flags, tmp_path, capsys):
+    config = parse_pretrain(flags)
+    assert config.timeout == 5
+    saved = to_json(config).replace("timeout", "patience")
+    assert from_json(saved, tmp_path) == config
+    with pytest.raises(SystemExit):
+        parse_pretrain(["--help"])
+    assert "patience" not in capsys.readouterr().out
+
+
+def test_what_a_resumed_run_may_change():
+    """Where and how it is computed, never what is learned."""
+    config = RECIPES["demo"]()
+    mutable = {"data", "resume", "gpus", "timeout", "device", "compile", "norm", "loader", "keep"}
+    learned = {"seed", "epochs", "batch_size", "precision", "view_a", "lambd", "weight_decay"}
+    changed = {
+        "data": Path("x"), "resume": Path("r"), "gpus": 2, "timeout": 1.0, "device": "cuda",
+        "compile": "default", "norm": "fused", "loader": "dali", "keep": 9, "seed": 1,
+        "epochs": 99, "batch_size": 32, "precision": "bf16", "view_a": VIEW_A, "lambd": 0.1,
+        "weight_decay": 0.5,
+    }  # fmt: skip
+    assert changed.keys() == mutable | learned
+    for name, value in changed.items():
+        flags = immutable_changes(replace(config, **{name: value}), config)
+        assert flags == ([f"--{name.replace('_', '-')}"] if name in learned else [])

@@ -1,4 +1,4 @@
-"""Ranks and the collapse report against their definitions, and `bt-fast eval knn`."""
+"""Effective rank and the collapse report against their definitions, and `bt-fast eval knn`."""
 
 import math
 import re
@@ -63,7 +63,7 @@ def test_eval_knn_reports_everything(labelled_run, capsys):
     flags = ["--device=cpu", "--precision=fp32", "--workers=2", "--augmented", "--collapse"]
     assert main(["eval", "knn", str(labelled_run), *flags]) == 0
     output = re.sub(r"[│\s]+", " ", capsys.readouterr().out)
-    assert "30 images (held out) among 64" in output
+    assert "30 queries (held out), 64 bank images" in output
     assert re.search(r"kNN, k = 20, T = 0\.07 \d+\.\d\d %", output)
     for letter in "AB":
         assert re.search(rf"held-out images as view {letter} \d+\.\d\d %, \d+\.\d\d %", output)

@@ -170,14 +170,14 @@ def test_fused_norms_pass_through_the_compiler_whole(workers, num_ranks, blocks)
     not print a deep network for each operator that is new to it."""
     traffic = result(workers.submit(step, num_ranks, True, blocks))
     most, saved = (101.5, 21.8) if num_ranks == 1 else (39.0, 9.0)
-    assert 0.9 * most < traffic.gigabytes("own") < most
+    assert 0.9 * most < traffic.gigabytes("custom") < most
     assert traffic.saved / 1e9 < saved
     # Weights' gradients, bf16 to float32: 1.05 GB with ResNet-50; and the pooled features'.
     assert traffic.gigabytes("fused", backward=True) < 1.3
     # Of a norm three passes over the batch; but 4 of them share all but their statistics with
     # another. With ranks, an all-reduce for each pass that sums.
     passes = 3 * sum(blocks) + 1 + 2
-    own = [len(traffic.of("own", backward=backward)) for backward in (False, True)]
+    own = [len(traffic.of("custom", backward=backward)) for backward in (False, True)]
     assert own == [2 * passes, 2 * passes]
     assert len(traffic.of("collective")) == (2 * passes if num_ranks > 1 else 0)
 
@@ -200,7 +200,7 @@ def test_a_slice_counts_what_is_read(workers):
 
 def test_own_kernels_count(workers):
     traffic = result(workers.submit(small, OwnKernels, (2048, 1024)))
-    own = {(k.name, k.backward): k for k in traffic.of("own")}
+    own = {(k.name, k.backward): k for k in traffic.of("custom")}
     values, sums = 2048 * 1024 * 4, 2048 * 4
     expected = {
         ("_doubling", False): 2 * values,
@@ -211,7 +211,7 @@ def test_own_kernels_count(workers):
     }
     assert {key: kernel.accesses for key, kernel in own.items()} == expected
     assert all(isinstance(kernel, Kernel) for kernel in traffic.of("fused"))
-    assert traffic.gigabytes("own") == pytest.approx(sum(expected.values()) / 1e9)
+    assert traffic.gigabytes("custom") == pytest.approx(sum(expected.values()) / 1e9)
 
 
 def test_a_wrong_model_fails_and_a_version_that_differs_says_so(workers):

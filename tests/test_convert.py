@@ -1,4 +1,4 @@
-"""`bt-convert`: what is stored, what is refused, and that nothing is ever half done."""
+"""`bt-convert`: stored images, rejected images, wrong usage, and no partial output."""
 
 import json
 import os
@@ -30,11 +30,11 @@ def convert(*arguments) -> int:
     return main([str(argument) for argument in arguments])
 
 
-def leftovers(folder: Path) -> list[str]:
+def names_in(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-# What is stored
+# Stored images
 
 
 def test_plain_jpegs_keep_their_bytes_in_torchvisions_order(folder, tmp_path):
@@ -52,7 +52,7 @@ def test_plain_jpegs_keep_their_bytes_in_torchvisions_order(folder, tmp_path):
         assert reader.checksum_ok(index)
 
 
-def test_the_result_does_not_depend_on_the_workers(folder, tmp_path):
+def test_the_output_is_independent_of_the_number_of_workers(folder, tmp_path):
     assert convert(folder, tmp_path / "one.beton", "--workers", 1) == 0
     assert convert(folder, tmp_path / "three.beton", "--workers", 3) == 0
     assert (tmp_path / "one.beton").read_bytes() == (tmp_path / "three.beton").read_bytes()
@@ -74,7 +74,7 @@ def test_real_photographs(tmp_path):
         assert reader.image(index).tobytes() == source.read_bytes()
 
 
-# What is refused
+# Rejected images
 
 
 def test_hostile_folder(hostile, tmp_path, capsys):
@@ -85,10 +85,10 @@ def test_hostile_folder(hostile, tmp_path, capsys):
         line = next(line for line in errors.splitlines() if f"/{name}:" in line)
         assert reason in line, line
     assert errors.count("Broken: ") == len(BROKEN)
-    assert leftovers(tmp_path) == []
+    assert names_in(tmp_path) == []
 
     assert convert(hostile, out, "--skip-broken") == 0
-    assert "Without images, but kept as classes" in capsys.readouterr().out
+    assert "Classes without images" in capsys.readouterr().out
     reader, report = BetonReader(out), json.loads(Path(f"{out}.json").read_text())
     assert reader.class_names == report["classes"] == ["a", "b", "empty"]
     names = [reader.name(index) for index in range(len(reader))]
@@ -114,17 +114,17 @@ def test_names_that_are_not_utf8(tmp_path, capsys):
     try:
         Path(os.fsdecode(os.fsencode(tmp_path) + b"/images/\xff\xfe.jpg")).write_bytes(plain)
     except OSError:
-        pytest.skip("this file system wants UTF-8")
+        pytest.skip("this file system requires UTF-8")
     (tmp_path / "images" / "\x1b[31m.jpg").write_bytes(b"")
     assert convert(tmp_path / "images", tmp_path / "out.beton", "--skip-broken") == 0
     assert BetonReader(tmp_path / "out.beton").name(0) == "\\xff\\xfe.jpg"
     assert "\x1b" not in capsys.readouterr().err
 
 
-def test_an_unreadable_folder_is_broken_not_forgotten(folder, tmp_path, monkeypatch, capsys):
+def test_an_unreadable_folder_is_reported_as_broken(folder, tmp_path, monkeypatch, capsys):
     scandir = os.scandir
 
-    def guarded(path):  # root reads every folder, so the permission is played
+    def guarded(path):  # simulated, because root may read every folder
         if str(path).endswith("dog"):
             raise PermissionError(13, "Permission denied")
         return scandir(path)
@@ -155,7 +155,7 @@ def test_a_broken_val_leaves_no_train(tmp_path):
     make_folder(tmp_path / "images" / "val", {"cat": 2})
     (tmp_path / "images" / "val" / "cat" / "x.jpg").touch()
     assert convert(tmp_path / "images", tmp_path / "out.beton") == 1
-    assert leftovers(tmp_path) == ["images"]
+    assert names_in(tmp_path) == ["images"]
 
 
 def test_a_class_of_val_unknown_to_train_is_an_error(tmp_path, capsys):
@@ -198,49 +198,49 @@ def test_images_without_classes(tmp_path):
         ("nothing", "out.beton", "no images"),
         ("images", ".", "is a folder; name a file"),
         ("images", "out.ffcv", "must end in .beton"),
-        ("images", "missing/out.beton", "does not exist; make it first"),
+        ("images", "missing/out.beton", "does not exist; create it first"),
         ("images", "exists.beton", "--overwrite"),
     ],
 )
-def test_wrong_usage_is_one_clear_line(tmp_path, capsys, source, out, message):
+def test_wrong_usage_prints_one_line(tmp_path, capsys, source, out, message):
     make_folder(tmp_path, {"images": 1})
     (tmp_path / "nothing").mkdir()
     (tmp_path / "file.txt").touch()
     (tmp_path / "file.doc").touch()
     (tmp_path / "exists.beton").write_text("precious")
-    before = leftovers(tmp_path)
+    before = names_in(tmp_path)
     assert convert(tmp_path / source, tmp_path / out) == 2
     errors = capsys.readouterr().err
     assert message in errors and errors.count("\n") == 1
-    assert leftovers(tmp_path) == before
+    assert names_in(tmp_path) == before
     assert (tmp_path / "exists.beton").read_text() == "precious"
 
 
 @pytest.mark.parametrize(
     "flag,value", [("--workers", "0"), ("--max-side", "-1"), ("--subset", "0")]
 )
-def test_impossible_numbers(folder, tmp_path, capsys, flag, value):
+def test_numbers_out_of_range(folder, tmp_path, capsys, flag, value):
     assert convert(folder, tmp_path / "out.beton", flag, value) == 2
     assert f"{flag} {value}" in capsys.readouterr().err
 
 
-def test_flags_that_do_not_parse_are_one_line(folder, tmp_path, capsys):
+def test_invalid_flags_print_one_line(folder, tmp_path, capsys):
     assert convert(folder, tmp_path / "out.beton", "--worker", "2") == 2
     error = capsys.readouterr().err
     assert "perhaps you meant --workers" in error and error.count("\n") == 1
 
 
-def test_a_val_file_of_another_conversion_does_not_pass_for_this_ones(tmp_path, capsys):
+def test_a_val_file_of_another_conversion_is_an_error(tmp_path, capsys):
     make_folder(tmp_path / "images" / "a", {"": 2})
     (tmp_path / "out.val.beton").write_text("older")
     for flags in ([], ["--overwrite"]):
         assert convert(tmp_path / "images", tmp_path / "out.beton", *flags) == 2
         error = capsys.readouterr().err
         assert "out.val.beton" in error and error.count("\n") == 1
-    assert leftovers(tmp_path) == ["images", "out.val.beton"]
+    assert names_in(tmp_path) == ["images", "out.val.beton"]
 
 
-def test_a_subset_takes_from_train_alone(tmp_path):
+def test_a_subset_is_of_train_only(tmp_path):
     make_folder(tmp_path / "images" / "train", {"a": 4, "b": 4})
     make_folder(tmp_path / "images" / "val", {"a": 3, "b": 1})
     assert convert(tmp_path / "images", tmp_path / "out.beton", "--subset", "4") == 0
@@ -249,11 +249,11 @@ def test_a_subset_takes_from_train_alone(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["out.beton", "out.val.beton"])
-def test_a_link_that_leads_nowhere_is_not_replaced(folder, tmp_path, capsys, name):
+def test_a_broken_link_is_not_replaced(folder, tmp_path, capsys, name):
     (tmp_path / name).symlink_to("unmounted/disk.beton")
     assert convert(folder, tmp_path / "out.beton") == 2
     assert f"{tmp_path / name} " in capsys.readouterr().err
-    assert leftovers(tmp_path) == [name]
+    assert names_in(tmp_path) == [name]
 
 
 def test_overwrite_replaces(folder, tmp_path):
@@ -266,14 +266,14 @@ def test_a_failed_overwrite_keeps_the_old_file(hostile, tmp_path):
     (tmp_path / "out.beton").write_text("old")
     assert convert(hostile, tmp_path / "out.beton", "--overwrite") == 1
     assert (tmp_path / "out.beton").read_text() == "old"
-    assert leftovers(tmp_path) == ["out.beton"]
+    assert names_in(tmp_path) == ["out.beton"]
 
 
-def test_a_full_disk_is_one_line(folder, tmp_path, capsys, monkeypatch):
+def test_a_full_disk_prints_one_line(folder, tmp_path, capsys, monkeypatch):
     def full(descriptor):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
     assert convert(folder, tmp_path / "out.beton") == 1
     assert "free some space" in capsys.readouterr().err
-    assert leftovers(tmp_path) == []
+    assert names_in(tmp_path) == []

@@ -1,4 +1,4 @@
-"""`--continue`: whatever interrupted a conversion, its result is that of one never interrupted."""
+"""`--continue`: the output equals that of an uninterrupted conversion after any interruption."""
 
 import signal
 import subprocess
@@ -21,7 +21,7 @@ FORMATS = {"beton": [], "webdataset": ["--format", "webdataset", "--shard-size",
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """Images of 100 to 200 kB, so that web shards of 1 MB are begun and ended, and a broken one."""
+    """Images of 100 to 200 kB, enough for several web shards of 1 MB, and a broken one."""
     root = tmp_path_factory.mktemp("images")
     for index in range(NUM_TRAIN + NUM_VAL):
         path = root / ("train" if index < NUM_TRAIN else "val") / "ab"[index % 2] / f"{index}.jpg"
@@ -32,8 +32,8 @@ def folder(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def whole(folder, tmp_path_factory) -> dict[str, dict[str, bytes]]:
-    """What conversions that nothing disturbs leave behind, by format."""
+def uninterrupted(folder, tmp_path_factory) -> dict[str, dict[str, bytes]]:
+    """The output of uninterrupted conversions, by format."""
     results = {}
     for name, flags in FORMATS.items():
         root = tmp_path_factory.mktemp(name)
@@ -54,7 +54,7 @@ def contents(root: Path) -> dict[str, bytes]:
 
 
 class Interruption:
-    """Has the disk full after some sound images were prepared; counts them."""
+    """Simulates a full disk after `limit` intact images were prepared; counts them."""
 
     def __init__(self, monkeypatch):
         self.count, self.limit = 0, 0
@@ -65,7 +65,9 @@ class Interruption:
         for pair in self._prepare_all(*arguments, **options):
             if self.count == self.limit:
                 raise OSError(28, "No space left on device")
-            self.count += pair[1].image is not None  # broken ones are tried every time
+            self.count += (
+                pair[1].image is not None
+            )  # broken images are prepared again in every conversion
             yield pair
 
 
@@ -76,24 +78,26 @@ def interruption(monkeypatch) -> Interruption:
 
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("after", [0, 1, 8, 20, NUM_TRAIN, NUM_TRAIN + 4])
-def test_continued(folder, whole, tmp_path, capsys, interruption, format, after):
-    """Stopped in train or in val, once or at every image: nothing is done twice."""
+def test_continued(folder, uninterrupted, tmp_path, capsys, interruption, format, after):
+    """Stopped in train or in val, once or repeatedly: no intact image is prepared twice."""
     flags = [*FORMATS[format], "--continue"]
     for limit in range(after, 99, 9):
         interruption.limit = limit
         if run(folder, tmp_path, *flags) == 0:
             break
         assert "free some space" in (error := capsys.readouterr().err)
-        assert error.endswith("what is done stays for --continue\n")
-        assert len(names_in(tmp_path)) == 1  # under the final name there is nothing
-    assert contents(tmp_path) == whole[format]
+        assert error.endswith("partial output is kept for --continue\n")
+        assert len(names_in(tmp_path)) == 1  # no file has its final name
+    assert contents(tmp_path) == uninterrupted[format]
     assert interruption.count == NUM_TRAIN + NUM_VAL - 1
 
 
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("seed", range(8))
-def test_damage_to_what_is_there_is_found(folder, whole, tmp_path, interruption, format, seed):
-    """Cut, or overwritten somewhere: images and journal, as after a power failure."""
+def test_damage_to_partial_output_is_detected(
+    folder, uninterrupted, tmp_path, interruption, format, seed
+):
+    """Images and journal are truncated or overwritten, as after a power failure."""
     generator = np.random.default_rng(seed)
     flags = [*FORMATS[format], "--continue"]
     interruption.limit = 17 + seed
@@ -102,20 +106,20 @@ def test_damage_to_what_is_there_is_found(folder, whole, tmp_path, interruption,
     for path in files:
         data = bytearray(path.read_bytes())
         first = data.find(b"\n") + 1 if path.suffix == ".journal" else 0
-        place = int(generator.integers(first, len(data) + 1))
+        offset = int(generator.integers(first, len(data) + 1))
         if generator.random() < 0.5:
-            del data[place:]
+            del data[offset:]
         else:
-            data[place : place + 9] = generator.bytes(len(data[place : place + 9]))
+            data[offset : offset + 9] = generator.bytes(len(data[offset : offset + 9]))
         path.write_bytes(data)
     interruption.limit = 999
     assert run(folder, tmp_path, *flags) == 0
-    assert contents(tmp_path) == whole[format]
+    assert contents(tmp_path) == uninterrupted[format]
 
 
 @pytest.mark.parametrize("format", FORMATS)
 def test_killed(tmp_path, format):
-    """kill -9 of a real conversion with two workers, which was not told that it would be."""
+    """kill -9 of a conversion with two workers that was started without --continue."""
     folder = tmp_path / "images"
     (folder / "a").mkdir(parents=True)
     for index in range(4000):
@@ -150,24 +154,24 @@ def test_other_settings_are_refused(folder, tmp_path, capsys, interruption):
         capsys.readouterr()
         assert run(folder, tmp_path, "--continue", *flags) == 2
         error = capsys.readouterr().err
-        assert "begun with other settings" in error and error.count("\n") == 1
+        assert "written with other settings" in error and error.count("\n") == 1
     other = make_folder(tmp_path / "other" / "train", {"a": 3}).parent
     assert run(other, tmp_path, "--continue") == 2
     assert "(other images)" in capsys.readouterr().err
     assert {k: v for k, v in contents(tmp_path).items() if "other" not in k} == before
 
     interruption.limit = 99
-    assert run(other, tmp_path) == 0  # without --continue: begun anew
+    assert run(other, tmp_path) == 0  # without --continue: started again
     assert "left by a conversion that was killed" in capsys.readouterr().out
 
 
-def test_nothing_to_continue_is_a_new_conversion(folder, whole, tmp_path):
+def test_nothing_to_continue_is_a_new_conversion(folder, uninterrupted, tmp_path):
     assert run(folder, tmp_path, "--continue") == 0
-    assert contents(tmp_path) == whole["beton"]
-    assert run(folder, tmp_path, "--continue") == 2  # and a finished one is never touched
+    assert contents(tmp_path) == uninterrupted["beton"]
+    assert run(folder, tmp_path, "--continue") == 2  # a finished conversion is not changed
 
 
-def test_a_signal_keeps_what_is_done_only_if_told_to(tmp_path):
+def test_partial_output_is_kept_after_a_signal(tmp_path):
     folder = tmp_path / "images"
     (folder / "a").mkdir(parents=True)
     (folder / "large.bin").write_bytes(jpeg_bytes(drawn_picture(0, 1600, 1200)))
@@ -176,53 +180,55 @@ def test_a_signal_keeps_what_is_done_only_if_told_to(tmp_path):
     child = start_conversion(folder, tmp_path / "out.beton", "--continue")
     child.send_signal(signal.SIGTERM)
     _, errors = child.communicate(timeout=300)
-    assert child.returncode == 143 and "what is done stays for --continue" in errors
+    assert child.returncode == 143 and "partial output is kept for --continue" in errors
     assert names_in(tmp_path) == ["images", "out.beton.partial"]
 
 
 @pytest.mark.parametrize("format", FORMATS)
-def test_an_image_repaired_meanwhile_is_taken(tmp_path, format):
-    """The others behind it move; the result is that of the repaired folder."""
+def test_an_image_that_was_repaired_is_stored(tmp_path, format):
+    """All images after it move; the output is that of the repaired folder."""
     folder = make_folder(tmp_path / "images", {"a": 12})
     broken = folder / "a" / "004.jpg"
-    whole = broken.read_bytes()
+    intact = broken.read_bytes()
     flags = [*FORMATS[format], "--workers", "1"]
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
     assert main([str(folder), str(tmp_path / "a" / "out.beton"), *flags]) == 0
-    broken.write_bytes(whole[:-40])
+    broken.write_bytes(intact[:-40])
     again = [str(folder), str(tmp_path / "b" / "out.beton"), *flags, "--continue"]
     for _ in range(2):
         assert main(again) == 1
-    broken.write_bytes(whole)
+    broken.write_bytes(intact)
     assert main(again) == 0
     assert contents(tmp_path / "b") == contents(tmp_path / "a")
 
 
-def test_broken_images_can_be_left_out_afterwards(folder, whole, tmp_path, interruption, capsys):
+def test_broken_images_can_be_left_out_afterwards(
+    folder, uninterrupted, tmp_path, interruption, capsys
+):
     interruption.limit = 99
     out = tmp_path / "out.beton"
     flags = ["--workers", "1", "--continue"]
     assert main([str(folder), str(out), *flags]) == 1
     assert "7.jpg: not an image" in capsys.readouterr().err
     assert main([str(folder), str(out), *flags, "--skip-broken"]) == 0
-    assert contents(tmp_path) == whole["beton"]
+    assert contents(tmp_path) == uninterrupted["beton"]
     assert interruption.count == NUM_TRAIN + NUM_VAL - 1
 
 
-def test_a_folder_of_somebody_else_is_not_touched(folder, tmp_path, capsys):
+def test_a_folder_of_other_files_is_not_changed(folder, tmp_path, capsys):
     precious = tmp_path / "out.beton.partial" / "thesis.tex"
     precious.parent.mkdir()
     precious.write_text("precious")
     for flags in ([], ["--continue"], ["--overwrite"]):
         assert run(folder, tmp_path, *flags) == 1
         error = capsys.readouterr().err
-        assert "Is a folder of somebody else" in error and error.count("\n") == 1
+        assert "Not a folder of unfinished output" in error and error.count("\n") == 1
     assert precious.read_text() == "precious"
 
 
 def test_out_inside_the_source(tmp_path, interruption):
-    """What is unfinished there is no class."""
+    """The work folder inside the source is not a class."""
     folder = make_folder(tmp_path, {"a": 3, "b": 2})
     interruption.limit = 2
     out = folder / "out.beton"

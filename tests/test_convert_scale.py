@@ -1,4 +1,4 @@
-"""Many images, large files, full disks: memory stays, offsets hold, messages are one line."""
+"""Many images, large files and full disks: bounded memory, 64-bit offsets, one-line messages."""
 
 import contextlib
 import gc
@@ -18,15 +18,14 @@ import pipelines.webdataset.writer
 from pipelines.beton import BetonReader
 from pipelines.beton.writer import BetonWriter
 from pipelines.convert.command import main
-from pipelines.convert.manifest import Image as Listed
-from pipelines.convert.manifest import Listing, Place, Split
+from pipelines.convert.manifest import Location, Manifest, SourceImage, Split
 from pipelines.webdataset.writer import ShardWriter
 
 CLASSES = ["cat", "dog"]
 
 
 def peak(work, *arguments) -> int:
-    """Bytes that Python and NumPy had allocated at most while `work` ran."""
+    """Peak of the bytes that Python and NumPy allocate while `work` runs."""
     tracemalloc.start()
     try:
         work(*arguments)
@@ -35,17 +34,17 @@ def peak(work, *arguments) -> int:
         tracemalloc.stop()
 
 
-def listed(count: int, folder: Path) -> None:
+def fill_manifest(count: int, folder: Path) -> None:
     images = (
-        Listed(f"cat/{index}.jpg", index % 2, Place(f"{folder}/cat/{index}.jpg"))
+        SourceImage(f"cat/{index}.jpg", index % 2, Location(f"{folder}/cat/{index}.jpg"))
         for index in range(count)
     )
-    listing = Listing(Split(root=folder, class_names=CLASSES, images=images), folder)
-    listing.keep(count // 2)
-    assert sum(1 for _ in listing) == count // 2
+    manifest = Manifest(Split(root=folder, class_names=CLASSES, images=images), folder)
+    manifest.select_subset(count // 2)
+    assert sum(1 for _ in manifest) == count // 2
 
 
-def written(count: int, folder: Path) -> None:
+def write_beton(count: int, folder: Path) -> None:
     names = {"num_samples": count, "class_names": CLASSES}
     with BetonWriter(folder / f"{count}.beton", **names, overwrite=True) as writer:
         for index in range(count):
@@ -54,7 +53,7 @@ def written(count: int, folder: Path) -> None:
         writer.sha256()
 
 
-def sharded(count: int, folder: Path) -> None:
+def write_shards(count: int, folder: Path) -> None:
     out = folder / f"shards {count}"
     out.mkdir()
     with ShardWriter(out, "train", max_bytes=1 << 40, has_classes=True) as writer:
@@ -63,18 +62,18 @@ def sharded(count: int, folder: Path) -> None:
     assert len(writer.shards) == -(-count // 1000)
 
 
-@pytest.mark.parametrize("work", [listed, written, sharded])
+@pytest.mark.parametrize("work", [fill_manifest, write_beton, write_shards])
 def test_memory_does_not_grow_with_the_number_of_images(work, tmp_path, monkeypatch):
-    """Five times the images; a table of one number an image would take 8 B more for each."""
+    """For five times the images; a table of one number per image would take 8 B more for each."""
     monkeypatch.setattr(pipelines.webdataset.writer, "MAX_IMAGES", 1000)
-    work(100, tmp_path)  # what is allocated once and for all
+    work(100, tmp_path)  # allocates what is allocated only once
     few, many = 5_000, 25_000
     assert peak(work, many, tmp_path) < peak(work, few, tmp_path) + 4 * (many - few)
 
 
 def test_opening_takes_little_more_than_the_labels(tmp_path):
-    written(100, tmp_path)
-    written(200_000, tmp_path)
+    write_beton(100, tmp_path)
+    write_beton(200_000, tmp_path)
     BetonReader(tmp_path / "100.beton")
     few = peak(BetonReader, tmp_path / "100.beton")
     assert peak(BetonReader, tmp_path / "200000.beton") < few + 8 * 200_000 + (8 << 20)
@@ -82,7 +81,7 @@ def test_opening_takes_little_more_than_the_labels(tmp_path):
 
 @pytest.mark.parametrize("in_place", [False, True])
 def test_offsets_beyond_4_gib(tmp_path, in_place):
-    """A sparse file: as if 5 GiB of images were stored between the second and the third."""
+    """A sparse file with 5 GiB between the second and the third image."""
     jpegs = [jpeg_bytes(drawn_picture(index)) for index in range(4)]
     path = tmp_path / "large.beton"
     with BetonWriter(path, num_samples=4, class_names=CLASSES, in_place=in_place) as writer:
@@ -96,7 +95,7 @@ def test_offsets_beyond_4_gib(tmp_path, in_place):
     reader = BetonReader(path)
     assert path.stat().st_size > 5 << 30 and path.stat().st_blocks * 512 < 1 << 30
     assert [reader.image(index).tobytes() for index in range(4)] == jpegs
-    assert reader.place(3)[0] > 1 << 32 and all(map(reader.checksum_ok, range(4)))
+    assert reader.location(3)[0] > 1 << 32 and all(map(reader.checksum_ok, range(4)))
     flags = ["--workers", "1"]
     assert main([str(path), str(tmp_path / "small.beton"), *flags]) == 0
     small = BetonReader(tmp_path / "small.beton")
@@ -116,27 +115,29 @@ def test_an_image_larger_than_a_page(tmp_path):
     assert reader.page_size == 16 << 20 and reader.image(1).tobytes() == large
 
 
-# Places where nothing can be written
+# Outputs that cannot be written
 
 
 @contextlib.contextmanager
 def mounted(folder: Path, options: str):
-    """A file system of its own in memory; skips where we may not mount one."""
+    """A file system in memory; skips the test without permission to mount one."""
     folder.mkdir()
     command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)]
     try:
         subprocess.run(command, check=True, capture_output=True)
     except (OSError, subprocess.CalledProcessError):
-        pytest.skip("mounting a small file system takes root")
+        pytest.skip("mounting a file system requires root")
     try:
         yield folder
     finally:
-        gc.collect()  # files without a name that a traceback still holds
+        gc.collect()  # closes unnamed files that a traceback still references
         subprocess.run(["umount", str(folder)], check=True)
 
 
 @pytest.mark.parametrize("flags", [[], ["--format", "webdataset"], ["--continue"]])
-@pytest.mark.parametrize("size", ["9m", "400k", "12k"])  # full of images, at once, while listing
+@pytest.mark.parametrize(
+    "size", ["9m", "400k", "12k"]
+)  # full at the images, immediately, at the manifest
 def test_a_full_disk(tmp_path, capsys, flags, size):
     (tmp_path / "images" / "a").mkdir(parents=True)
     (tmp_path / "image.bin").write_bytes(jpeg_bytes(drawn_picture(0, 500, 400), quality=95))
@@ -160,14 +161,14 @@ def test_a_read_only_target(tmp_path, capsys):
         assert "no permission to write into" in error and error.count("\n") == 1
 
 
-@pytest.mark.parametrize("what", ["file", "folder"])
-def test_a_source_that_vanishes(tmp_path, capsys, monkeypatch, what):
-    """One file is a broken image; all of them, a disk that is gone, are not listed one by one."""
+@pytest.mark.parametrize("removed", ["file", "folder"])
+def test_a_source_that_disappears(tmp_path, capsys, monkeypatch, removed):
+    """A missing file is a broken image; if the folder is missing, files are not listed."""
     folder = make_folder(tmp_path / "images", {"a": 9})
     prepare = pipelines.convert.write_split.prepare_all
 
     def vanish(*arguments, **options):
-        if what == "file":
+        if removed == "file":
             os.unlink(folder / "a" / "004.jpg")
         else:
             folder.rename(tmp_path / "gone")
@@ -175,10 +176,10 @@ def test_a_source_that_vanishes(tmp_path, capsys, monkeypatch, what):
 
     monkeypatch.setattr(pipelines.convert.write_split, "prepare_all", vanish)
     out = tmp_path / "out.beton"
-    assert main([str(folder), str(out), "--workers", "1"]) == (1 if what == "file" else 2)
+    assert main([str(folder), str(out), "--workers", "1"]) == (1 if removed == "file" else 2)
     error = capsys.readouterr().err
-    if what == "file":
+    if removed == "file":
         assert "004.jpg: No such file" in error and "1 broken" in error
     else:
-        assert "images has vanished" in error and error.count("\n") == 1
+        assert "images no longer exists" in error and error.count("\n") == 1
     assert not out.exists() and len(list(tmp_path.iterdir())) == 1

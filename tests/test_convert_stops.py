@@ -1,4 +1,4 @@
-"""A real conversion, stopped in the middle: nothing half done stays, nobody waits for ever."""
+"""A conversion that is stopped leaves no partial output, and no process waits forever."""
 
 import os
 import signal
@@ -21,7 +21,7 @@ COMMAND = [sys.executable, "-m", "pipelines.convert.command"]
 
 @pytest.fixture(scope="module")
 def many(tmp_path_factory) -> Path:
-    """Work for a minute: links to one large image."""
+    """4,000 links to a large image: a minute of work."""
     root = tmp_path_factory.mktemp("many")
     (root / "cat").mkdir()
     (root / "large.bin").write_bytes(jpeg_bytes(drawn_picture(0, 1600, 1200)))
@@ -31,7 +31,7 @@ def many(tmp_path_factory) -> Path:
 
 
 def start_conversion(folder: Path, out: Path, *flags: str) -> subprocess.Popen:
-    """Start a conversion with two workers; returns when it has begun to write."""
+    """Start a conversion with two workers; returns when it has stored the first image."""
     command = [*COMMAND, str(folder), str(out), "--workers", "2", *flags]
     child = subprocess.Popen(
         command, cwd=ROOT, text=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
@@ -57,18 +57,18 @@ def status(pid: int) -> list[str]:
 
 
 def descendants(pid: int) -> list[int]:
-    everyone = [int(path.name) for path in Path("/proc").iterdir() if path.name.isdecimal()]
-    children = [other for other in everyone if status(other)[1:2] == [str(pid)]]
+    processes = [int(path.name) for path in Path("/proc").iterdir() if path.name.isdecimal()]
+    children = [other for other in processes if status(other)[1:2] == [str(pid)]]
     return children + [other for child in children for other in descendants(child)]
 
 
 def test_a_killed_conversion(many, tmp_path, capsys):
-    """No output, no orphans; while it runs nobody may write there, and afterwards it is tidied."""
+    """No output, no orphans; the work folder is locked meanwhile, and reused afterwards."""
     out = tmp_path / "out.beton"
     small = make_folder(tmp_path / "small", {"cat": 2})
     child = start_conversion(many, out)
     family = descendants(child.pid)
-    assert len(family) >= 3  # the server that forks, and two workers
+    assert len(family) >= 3  # the fork server and two workers
     assert main([str(small), str(out)]) == 2
     assert "by another bt-convert" in capsys.readouterr().err
 

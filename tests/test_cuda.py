@@ -17,12 +17,12 @@ import torch
 from conftest import jpeg_bytes, photographs
 from norm_forms import (
     FORMS,
+    assert_equal_steps,
+    assert_equals_definition,
+    assert_repeats_bitwise,
+    assert_sums_complete,
     batches_of_views,
-    require_equal_steps,
-    require_the_definition,
-    require_the_same_bits,
-    require_whole_sums,
-    step_of,
+    make_step,
 )
 from safetensors.torch import load_file
 
@@ -30,13 +30,13 @@ from bt_fast import loss, train
 from bt_fast.build import build
 from bt_fast.cli import main, parse_pretrain
 from bt_fast.lars import LARS
-from bt_fast.prefetch import feed
+from bt_fast.prefetch import prefetch
 from bt_fast.runtime import choose_runtime
 from pipelines import augment
 from pipelines.beton import BetonReader
 from pipelines.beton.writer import BetonWriter
 from pipelines.crop import RandomResizedCrop
-from pipelines.loading.native import NativeLoader
+from pipelines.loading.choose import open_loader
 from pipelines.order import view_keys
 
 if not torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1":
@@ -141,7 +141,7 @@ def test_fused_lars_repeats_bit_for_bit():
 )
 @pytest.mark.parametrize("form", FORMS)
 def test_fused_norms_equal_the_definition_in_double(form, shape, dtype):
-    require_the_definition(form, shape, dtype, CUDA)
+    assert_equals_definition(form, shape, dtype, CUDA)
     torch.cuda.empty_cache()  # other processes test beside this one
 
 
@@ -151,20 +151,22 @@ def test_fused_norms_add_the_parts_of_all_programs(channels, num_rows):
     source = torch.zeros(2**28, device=CUDA)  # 1 GiB
     target, other_stream = torch.empty_like(source), torch.cuda.Stream()
 
-    def beside(launch: int) -> None:
+    def keep_busy(launch: int) -> None:
         if launch % 100 == 0:
             torch.cuda._sleep(50_000_000)  # 25 ms: the launches that follow are queued meanwhile
         with torch.cuda.stream(other_stream):
             target.copy_(source)
 
-    require_whole_sums(channels, num_rows, torch.bfloat16, CUDA, launches=1500, beside=beside)
+    assert_sums_complete(
+        channels, num_rows, torch.bfloat16, CUDA, launches=1500, before_launch=keep_busy
+    )
     torch.cuda.synchronize()
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_fused_norms_repeat_bit_for_bit(form):
     for shape in ((32, 256, 28, 28), (6, 67, 7, 5)):
-        require_the_same_bits(form, shape, torch.bfloat16, CUDA, repetitions=100)
+        assert_repeats_bitwise(form, shape, torch.bfloat16, CUDA, repetitions=100)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
@@ -176,14 +178,14 @@ def test_a_compiled_fused_step_equals_the_eager_one(compile, dtype):
     def wrap(model):
         return torch.compile(model, dynamic=False, mode=compile)
 
-    step = step_of(is_fused=True, dtype=dtype, device=CUDA, wrap=wrap)
-    require_equal_steps(step, batches_of_views(5, 64, 64), dtype, CUDA)
+    step = make_step(is_fused=True, dtype=dtype, device=CUDA, wrap=wrap)
+    assert_equal_steps(step, batches_of_views(5, 64, 64), dtype, CUDA)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_a_fused_step_can_be_recorded_as_a_cuda_graph(dtype):
     full_float32()
-    step = step_of(is_fused=True, dtype=dtype, device=CUDA)
+    step = make_step(is_fused=True, dtype=dtype, device=CUDA)
     batches = batches_of_views(4, 64, 64)
     views, stream = batches[0].to(CUDA), torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -200,7 +202,7 @@ def test_a_fused_step_can_be_recorded_as_a_cuda_graph(dtype):
         graph.replay()
         return found
 
-    require_equal_steps(replay, batches, dtype, CUDA)
+    assert_equal_steps(replay, batches, dtype, CUDA)
 
 
 def test_deterministic_fused_steps_repeat_bit_for_bit(small_beton):
@@ -256,7 +258,7 @@ def test_updates_equal_those_of_the_cpu(small_beton, compile, norm):
 
 
 @pytest.mark.parametrize("loader,tolerance", [("native", 0.02), ("dali", 0.05)])
-def test_the_feed_hands_out_every_batch_in_order(small_beton, loader, tolerance):
+def test_prefetch_returns_every_batch_in_order(small_beton, loader, tolerance):
     """While the encoder's stream is busy, so that a missing wait or reused memory would show."""
     if loader == "dali":
         pytest.importorskip("nvidia.dali", reason="DALI is not installed")
@@ -267,12 +269,12 @@ def test_the_feed_hands_out_every_batch_in_order(small_beton, loader, tolerance)
     ]
     branches = (augment.VIEW_A, augment.VIEW_B)
     sums = []
-    for views in feed(setups[0].loader.batches(0, 40), branches, setups[0].runtime):
+    for views in prefetch(setups[0].loader.batches(0, 40), branches, setups[0].runtime):
         torch.cuda._sleep(20_000_000)  # 10 ms: more than the host takes for a batch
         sums.append(views.double().sum((1, 2, 3)))  # enqueued after the work
     expected = [
         views.double().sum((1, 2, 3))
-        for views in feed(setups[1].loader.batches(0, 40), branches, setups[1].runtime)
+        for views in prefetch(setups[1].loader.batches(0, 40), branches, setups[1].runtime)
     ]
     assert len(sums) == len(expected) == 40
     scale = 3 * 32 * 32
@@ -283,17 +285,16 @@ def test_the_feed_hands_out_every_batch_in_order(small_beton, loader, tolerance)
 def test_dali_on_the_gpu_makes_natives_views(tmp_path):
     """nvJPEG and DALI's resize on whole photographs; the views stay on the GPU."""
     pytest.importorskip("nvidia.dali", reason="DALI is not installed")
-    from pipelines.loading.dali import DaliLoader
 
     pictures = photographs(16)
     with BetonWriter(tmp_path / "x.beton", num_samples=16, class_names=["a"]) as writer:
         for picture in pictures:
             writer.add(jpeg_bytes(picture), picture.height, picture.width, 0, "a")
     reader, crop = BetonReader(tmp_path / "x.beton"), RandomResizedCrop()
-    native = NativeLoader(reader, crop, batch_size=8)
-    dali = DaliLoader(reader, crop, batch_size=8, device=torch.device("cuda", 0))
+    native = open_loader("native", reader, crop, batch_size=8)
+    dali = open_loader("dali", reader, crop, batch_size=8, device=torch.device("cuda", 0))
     for a, b in zip(native.batches(0, 20), dali.batches(0, 20), strict=True):
-        assert b.views.is_cuda and np.array_equal(a.samples, b.samples)
+        assert b.views.is_cuda and np.array_equal(a.request.samples, b.request.samples)
         difference = (a.views.int() - b.views.cpu().int()).abs().float()
         assert difference.mean(dim=(2, 3, 4)).max() < 1
 

@@ -12,12 +12,12 @@ from test_loader import damaged
 from pipelines.beton import BetonReader
 from pipelines.beton.writer import BetonWriter
 from pipelines.crop import RandomResizedCrop
-from pipelines.loading.native import NativeLoader
 
 pytest.importorskip("nvidia.dali", reason="DALI is not installed")
 
 from pipelines.loading import choose
-from pipelines.loading.dali import CPU, DaliLoader
+from pipelines.loading.choose import open_loader
+from pipelines.loading.dali import CPU
 
 CROP = RandomResizedCrop(size=24)
 
@@ -28,7 +28,7 @@ def reader(small_beton):
 
 
 def loader_of(data, **changes):
-    return DaliLoader(data, CROP, **{"batch_size": 12, "seed": 7, **changes})
+    return open_loader("dali", data, CROP, **{"batch_size": 12, "seed": 7, **changes})
 
 
 def test_samples_keys_and_boxes_are_natives_and_so_are_pixels_nearly(tmp_path):
@@ -38,38 +38,40 @@ def test_samples_keys_and_boxes_are_natives_and_so_are_pixels_nearly(tmp_path):
         for index, picture in enumerate(pictures):
             writer.add(jpeg_bytes(picture), picture.height, picture.width, 0, f"a/{index}.jpg")
     crop, settings = RandomResizedCrop(), {"batch_size": 8, "seed": 3}
-    native = NativeLoader(BetonReader(path), crop, **settings)
-    dali = DaliLoader(BetonReader(path), crop, **settings)
+    native = open_loader("native", BetonReader(path), crop, **settings)
+    dali = open_loader("dali", BetonReader(path), crop, **settings)
     for a, b in zip(native.batches(0, 6), dali.batches(0, 6), strict=True):
-        assert a.step == b.step and np.array_equal(a.samples, b.samples)
-        assert all(map(np.array_equal, a.keys, b.keys))
+        assert a.request.step == b.request.step and np.array_equal(
+            a.request.samples, b.request.samples
+        )
+        assert all(map(np.array_equal, a.request.keys, b.request.keys))
         difference = (a.views.int() - b.views.int()).abs().float()
         assert difference.mean(dim=(2, 3, 4)).max() < 0.5  # of every single view
-    for a, b in zip(native.steps.requests(0, 6), dali.steps.requests(0, 6), strict=True):
+    for a, b in zip(native.sampler.requests(0, 6), dali.sampler.requests(0, 6), strict=True):
         assert np.array_equal(a.boxes, b.boxes)
 
 
 def test_three_loaders_one_order(reader):
     pytest.importorskip("ffcv", reason="ffcv is not installed")
-    from pipelines.loading.ffcv import FfcvLoader
 
     loaders = [
-        kind(reader, CROP, batch_size=12, seed=7) for kind in (NativeLoader, DaliLoader, FfcvLoader)
+        open_loader(name, reader, CROP, batch_size=12, seed=7)
+        for name in ("native", "dali", "ffcv")
     ]
     for native, dali, ffcv in zip(*(loader.batches(3, 8) for loader in loaders), strict=True):
         for other in (dali, ffcv):
-            assert native.step == other.step and np.array_equal(native.samples, other.samples)
-            assert all(map(np.array_equal, native.keys, other.keys))
-    for native, dali, ffcv in zip(*(x.steps.requests(3, 8) for x in loaders), strict=True):
+            assert native.request.step == other.request.step and np.array_equal(
+                native.request.samples, other.request.samples
+            )
+            assert all(map(np.array_equal, native.request.keys, other.request.keys))
+    for native, dali, ffcv in zip(*(x.sampler.requests(3, 8) for x in loaders), strict=True):
         assert np.array_equal(native.boxes, dali.boxes)
         assert np.array_equal(native.boxes, ffcv.boxes)
 
 
 def test_views_grow_by_epoch(reader):
-    growing = loader_of(reader, size_of=lambda epoch: 16 * (epoch + 1))
-    native = NativeLoader(
-        reader, CROP, batch_size=12, seed=7, size_of=lambda epoch: 16 * (epoch + 1)
-    )
+    growing = loader_of(reader, sizes=[16, 32, 48])
+    native = open_loader("native", reader, CROP, batch_size=12, seed=7, sizes=[16, 32, 48])
     for a, b in zip(growing.batches(3, 12), native.batches(3, 12), strict=True):
         assert a.views.shape == b.views.shape
         assert (a.views.int() - b.views.int()).abs().float().mean() < 0.5
@@ -88,20 +90,20 @@ class HalfRaw(BetonReader):
     def checksum_ok(self, index):
         return True
 
-    def place(self, index):
-        return (*super().place(index)[:2], None)
+    def location(self, index):
+        return (*super().location(index)[:2], None)
 
 
 def test_raw_records(small_beton):
     mixed = HalfRaw(small_beton)
-    native = NativeLoader(mixed, CROP, batch_size=12, seed=7)
+    native = open_loader("native", mixed, CROP, batch_size=12, seed=7)
     for a, b in zip(loader_of(mixed).batches(0, 5), native.batches(0, 5), strict=True):
         assert (a.views.int() - b.views.int()).abs().float().mean(dim=(2, 3, 4)).max() < 0.5
 
 
 def test_auto_measures_both(reader, monkeypatch):
-    monkeypatch.setattr(choose, "SECONDS", 0.2)
-    name, why = choose.choose_backend(
+    monkeypatch.setattr(choose, "MEASURE_SECONDS", 0.2)
+    name, why = choose.choose_loader(
         "auto",
         reader,
         10**8,
@@ -109,7 +111,9 @@ def test_auto_measures_both(reader, monkeypatch):
         cache=False,
         device=torch.device("cuda", 0),
     )
-    found = re.fullmatch(r"(\w+) \(one rank alone, images/s: native ([\d,]+), dali ([\d,]+)\)", why)
+    found = re.fullmatch(
+        r"(\w+) \(measured on one rank, images/s: native ([\d,]+), dali ([\d,]+)\)", why
+    )
     native, dali = (int(found[place].replace(",", "")) for place in (2, 3))
     assert native > 0 and dali > 0
     assert name == found[1] == ("dali" if dali > 1.1 * native else "native")
@@ -134,7 +138,7 @@ def test_a_damaged_record_is_named(small_beton, tmp_path):
 def test_damage_that_dali_would_take_for_good_is_found_without_checksums(small_beton, tmp_path):
     reader = damaged(small_beton, tmp_path / "damaged.beton", 21)
     reader.checksum_ok = lambda index: True  # as in a file the stock writer made
-    reader.place = lambda index: (0, 0, None)
+    reader.location = lambda index: (0, 0, None)
     message = stopped_by(loader_of(reader))
     assert "image 21 (class-1/021.jpg)" in message and "does not decode" in message
 

@@ -1,4 +1,4 @@
-"""What is read from a device late: nothing is lost, and nothing else changes."""
+"""Deferred reads of device values: nothing is lost, and nothing else changes."""
 
 import json
 from functools import partial
@@ -9,8 +9,8 @@ from tiny_runs import comparable, learned, metrics, pretrain, same
 
 from bt_fast import train
 from bt_fast.deferred import GPU_DELAY, Deferred
-from bt_fast.prefetch import LEAD
-from bt_fast.run.async_checkpoint import Saving
+from bt_fast.prefetch import NUM_STEPS_AHEAD
+from bt_fast.run.async_checkpoint import AsyncCheckpoints
 
 
 def test_on_a_cpu_nothing_is_late():
@@ -28,7 +28,7 @@ def late(monkeypatch):
 
 
 def test_actions_run_in_order_when_the_prefetcher_has_waited_for_their_step(late):
-    assert GPU_DELAY > LEAD
+    assert GPU_DELAY > NUM_STEPS_AHEAD
     done: list[str] = []
     deferred = late(torch.device("cpu"))
     deferred.add(1, lambda: done.append("line of 1"))
@@ -52,16 +52,16 @@ def test_a_run_read_late_is_the_same_run(late, small_beton, finished, tmp_path, 
 
 
 def test_no_checkpoint_is_newer_than_the_log(late, small_beton, tmp_path, monkeypatch):
-    """A run killed behind a checkpoint has all lines that a resumed one would not write again."""
+    """A run killed after a checkpoint has all lines that a resumed one does not write again."""
     folder, seen = tmp_path / "run", []
-    write = Saving._write
+    write = AsyncCheckpoints._write
 
     def checked(self, step, *arguments):
         lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         seen.append((step, max(line["step"] for line in lines if line["kind"] == "train")))
         return write(self, step, *arguments)
 
-    monkeypatch.setattr(Saving, "_write", checked)
+    monkeypatch.setattr(AsyncCheckpoints, "_write", checked)
     assert pretrain("--data", small_beton, "--run-dir", folder, "--save-every", 4) == 0
     assert seen == [(4, 4), (8, 8), (12, 12)]  # --log-every 2
 

@@ -29,7 +29,7 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("demo") / "pictures"
     result = make(out, "--train", 60, "--val", 20)
     assert result.returncode == 0, result.stderr
-    assert "80/80 pictures" in result.stdout
+    assert "80/80 images" in result.stdout
     return out
 
 

@@ -12,10 +12,10 @@ from bt_fast import loss, train
 from bt_fast.build import build
 from bt_fast.cli import parse_pretrain
 from bt_fast.distributed import rendezvous
-from bt_fast.distributed.collectives import Traffic, World, compare_weights, of_all
+from bt_fast.distributed.collectives import Traffic, World, compare_weights, gather_objects
 from bt_fast.models import batch_norm
 from bt_fast.models.networks import BarlowTwins
-from bt_fast.prefetch import feed
+from bt_fast.prefetch import prefetch
 
 TINY = [
     "--recipe=demo", "--device=cpu", "--precision=fp32", "--encoder=resnet18", "--size=32",
@@ -65,7 +65,7 @@ def test_every_sharded_form_equals_the_dense_one(size):
         assert (grads - wanted).norm() <= 1e-11 * wanted.norm()
 
 
-def test_embeddings_travel_once_in_the_dtype_they_have():
+def test_embeddings_are_gathered_once_in_their_dtype():
     """gram: one gather of both views, one sum of a scalar, one of [2, D] for the gradient."""
     for dtype, itemsize in ((torch.float32, 4), (torch.bfloat16, 2)):
         _, _, calls, sent = run_ranks(2, sharded_losses, dtype)[0][0]
@@ -90,7 +90,7 @@ def loss_in_bf16(world: World, num_samples: int, num_dimensions: int) -> tuple[d
 
 
 def test_bytes_and_memory_of_the_loss_on_four_ranks():
-    """Against what the dense form, which all-reduces C, cannot do without.
+    """Against the minimum of the dense form, which all-reduces C.
 
     It sends 2 (W - 1) / W D^2 values and holds C and its gradient in fp32 (measured: 4.4 GB here,
     twice as much).
@@ -107,7 +107,7 @@ def test_bytes_and_memory_of_the_loss_on_four_ranks():
 def sharded_norm(world: World, x: torch.Tensor, grad: torch.Tensor, group_size: int) -> tuple:
     layer = batch_norm.BatchNorm2d(x.shape[2]).to(x.dtype)
     torch.nn.init.normal_(layer.weight, generator=torch.Generator().manual_seed(3))
-    batch_norm.over_ranks(layer, world.new_group(torch.device("cpu"), size=group_size))
+    batch_norm.set_process_group(layer, world.new_group(torch.device("cpu"), size=group_size))
     share = slice(
         world.rank * x.shape[1] // world.size, (world.rank + 1) * x.shape[1] // world.size
     )
@@ -175,7 +175,7 @@ def updates(
         return original(**arguments)
 
     setup.optimizer.step = step
-    for index, views in enumerate(feed(setup.loader.batches(0, 10), branches, setup.runtime)):
+    for index, views in enumerate(prefetch(setup.loader.batches(0, 10), branches, setup.runtime)):
         train.set_learning_rates(setup, 10 if at_full_rate else index)
         on_diagonal, off_diagonal, applied = train.update(setup, views.to(dtype))
         assert applied
@@ -226,7 +226,7 @@ def test_compiled_ranks_update_as_one_process_does(tmp_path):
 
 def collectives_of_the_papers_model(world: World) -> dict:
     model = BarlowTwins("resnet50", (64, 64, 64))
-    batch_norm.over_ranks(model, world.group)
+    batch_norm.set_process_group(model, world.group)
     with Traffic() as traffic:
         z_a, z_b = model(torch.randn(4, 3, 32, 32)).chunk(2)
         loss.barlow_twins_loss(z_a, z_b, group=world.group).backward()
@@ -290,14 +290,14 @@ def weights_that_differ(world: World, differ: bool) -> str:
 
 def test_a_rank_whose_weights_differ_is_named():
     assert run_ranks(2, weights_that_differ, False) == ["", ""]
-    for told in run_ranks(2, weights_that_differ, True):
-        assert "the weights of ranks [1] are no longer those of rank 0" in told
+    for message in run_ranks(2, weights_that_differ, True):
+        assert "the weights of ranks [1] are no longer those of rank 0" in message
 
 
 def values_of_all(world: World) -> list:
-    return of_all({"rank": world.rank}, world.group)
+    return gather_objects({"rank": world.rank}, world.group)
 
 
-def test_every_rank_hears_every_ranks_value():
+def test_objects_of_all_ranks_are_gathered_on_every_rank():
     assert run_ranks(2, values_of_all) == [[{"rank": 0}, {"rank": 1}]] * 2
-    assert of_all("alone", None) == ["alone"]
+    assert gather_objects("alone", None) == ["alone"]

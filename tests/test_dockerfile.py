@@ -93,5 +93,5 @@ def test_a_dockerfile_in_stages_is_read():
         "7:7",
         ("one", ["/p"], "/q"),
     )
-    with pytest.raises(ValueError, match="ONBUILD is not known"):
+    with pytest.raises(ValueError, match="ONBUILD is not supported"):
         parse("FROM a\nONBUILD RUN x")

@@ -132,8 +132,8 @@ def test_the_commands_run(block, sandbox, capsys):
     assert block.commands(), "a block of the console has prompts"
     for command in block.commands():
         status = run(shlex.split(command, comments=True))
-        told = capsys.readouterr()
-        assert status == 0, f"{command}\n{told.out}\n{told.err}"
+        output = capsys.readouterr()
+        assert status == 0, f"{command}\n{output.out}\n{output.err}"
 
 
 def run(words: list[str]) -> int:

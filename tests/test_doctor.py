@@ -1,4 +1,4 @@
-"""`bt-fast doctor`: what it finds is what is there, what is broken it names with the way out."""
+"""`bt-fast doctor`: its report matches the machine and names a fix for each problem."""
 
 import json
 import os
@@ -26,7 +26,7 @@ def rows(**options) -> dict[str, doctor.Row]:
     return {row.name: row for row in diagnose(Doctor(**options))}
 
 
-def test_it_works_without_data_and_says_how_to_make_some(tmp_path, monkeypatch, capsys):
+def test_it_works_without_data_and_prints_how_to_create_some(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert main(["doctor"]) == 0
     output = " ".join(capsys.readouterr().out.split())
@@ -35,9 +35,9 @@ def test_it_works_without_data_and_says_how_to_make_some(tmp_path, monkeypatch, 
     assert not os.listdir(tmp_path)
 
 
-def test_the_screen_fits_and_the_command_ends_soon(tmp_path):
+def test_the_report_fits_on_a_screen(tmp_path):
     command = [sys.executable, "-m", "bt_fast.cli", "doctor"]
-    environment = {**os.environ, "PYTHONPATH": str(Path(doctor.__file__).parents[1])}
+    environment = {**os.environ, "PYTHONPATH": str(Path(doctor.__file__).parents[2])}
     done = subprocess.run(
         command, cwd=tmp_path, capture_output=True, text=True, timeout=300, env=environment
     )
@@ -53,7 +53,7 @@ def test_its_data_is_measured(tmp_path):
     assert float(found["disk"].value.partition(" MB/s")[0].replace(",", "")) > 0
 
 
-def test_damaged_data_and_a_place_nobody_may_write_are_broken(tmp_path, monkeypatch, capsys):
+def test_damaged_data_and_a_run_folder_without_permission_are_broken(tmp_path, monkeypatch, capsys):
     data = write_beton(tmp_path / "some.beton", 24)
     with open(data, "r+b") as file:
         file.truncate(data.stat().st_size - 1)
@@ -83,12 +83,14 @@ def test_too_old_and_missing_packages_are_broken(monkeypatch, capsys):
     assert "bt-fast[dali]" in output
 
 
-def test_what_an_installation_asks_for_is_what_the_checkout_does(monkeypatch, tmp_path):
-    """Read from the metadata, as where there is no pyproject.toml."""
+def test_an_installation_has_the_requirements_of_the_checkout(monkeypatch, tmp_path):
+    """Read from the metadata if there is no pyproject.toml."""
     here = requirements.requirements()
     lines = [str(r) for r in here[""]]
     lines += [f'{r} ; extra == "{e}"' for e in here if e for r in here[e]]
-    monkeypatch.setattr(requirements, "__file__", str(tmp_path / "bt_fast" / "packages.py"))
+    monkeypatch.setattr(
+        requirements, "__file__", str(tmp_path / "bt_fast" / "doctor" / "requirements.py")
+    )
     monkeypatch.setattr(requirements.importlib.metadata, "requires", lambda name: lines)
     installed = requirements.requirements()
     assert {e: [r.name for r in installed[e]] for e in installed} == {
@@ -114,7 +116,7 @@ def test_a_gpu_that_torch_cannot_use_is_broken_and_a_hidden_one_is_not(monkeypat
     assert not row.problem
 
 
-def test_what_several_gpus_need_of_the_system(monkeypatch):
+def test_several_gpus_need_shared_and_locked_memory(monkeypatch):
     usage = namedtuple("usage", "total used free")(64 << 20, 0, 64 << 20)
     monkeypatch.setattr(doctor.shutil, "disk_usage", lambda place: usage)
     monkeypatch.setattr(doctor.resource, "getrlimit", lambda kind: (65536, 65536))
@@ -124,13 +126,13 @@ def test_what_several_gpus_need_of_the_system(monkeypatch):
     assert several["locked memory"].problem and "memlock" in several["locked memory"].fix
 
 
-def test_a_containers_limits_count(monkeypatch, tmp_path):
-    monkeypatch.setattr(hardware, "_GROUP", tmp_path)
-    assert hardware.granted_cores() is None
+def test_limits_of_a_container_are_reported(monkeypatch, tmp_path):
+    monkeypatch.setattr(hardware, "_CGROUP", tmp_path)
+    assert hardware.cpu_quota() is None
     (tmp_path / "cpu.max").write_text("max 100000\n")
-    assert hardware.granted_cores() is None
+    assert hardware.cpu_quota() is None
     (tmp_path / "cpu.max").write_text("50000 100000\n")
-    assert hardware.granted_cores() == 0.5
+    assert hardware.cpu_quota() == 0.5
     assert doctor.cores().fix == "bt-fast pretrain --workers 1"
     free = hardware.free_memory()
     (tmp_path / "memory.max").write_text("max\n")
@@ -141,7 +143,7 @@ def test_a_containers_limits_count(monkeypatch, tmp_path):
     assert "--batch-size" in rows()["memory"].fix
 
 
-def test_json_holds_the_same_and_replaces_nothing(tmp_path, capsys):
+def test_json_has_the_same_rows_and_replaces_no_file(tmp_path, capsys):
     file = tmp_path / "here.json"
     assert main(["doctor", "--json", str(file)]) == 0
     content = json.loads(file.read_text())
@@ -154,7 +156,7 @@ def test_json_holds_the_same_and_replaces_nothing(tmp_path, capsys):
     assert "remove it" in capsys.readouterr().err and file.read_bytes() == before
 
 
-def test_cards_that_do_not_answer_are_broken_and_those_that_do_are_not(monkeypatch):
+def test_gpus_that_do_not_compute_are_broken(monkeypatch):
     card = namedtuple("card", "name total_memory")("NVIDIA H200", 150e9)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)

@@ -1,4 +1,4 @@
-"""Evaluations that several ranks share find what one process finds."""
+"""Evaluations on several ranks have the results of one process."""
 
 import json
 
@@ -10,7 +10,7 @@ from ranks import run_ranks
 from safetensors.torch import load_file
 
 from bt_fast.cli import main
-from bt_fast.distributed.collectives import ALONE, gather_shares
+from bt_fast.distributed.collectives import ALONE, gather_slices
 from bt_fast.evaluate.supervised import Classifier, _sum_gradients
 from bt_fast.export.encoder_files import load_encoder
 from bt_fast.models import batch_norm
@@ -18,8 +18,8 @@ from bt_fast.models.networks import build_encoder
 from bt_fast.run.directory import read_metrics
 
 COMMON = ["--device=cpu", "--precision=fp32", "--workers=1"]
-# Of three ranks none has the same share of every batch: 64 images are four batches of 14 and one of
-# 8, and 32 for fine-tuning divide into 11, 11, 10.
+# Three ranks have unequal slices of every batch: 64 images are four batches of 14 and one of 8, and
+# 32 images for fine-tuning divide into 11, 11, 10.
 RANKS = (1, 3)
 LINEAR = ["linear", "--epochs=2", "--batch-size=14", "--lr=1"]
 SEMI = ["semi", "--percent=50", "--epochs=2", "--batch-size=32"]
@@ -40,40 +40,40 @@ def result(out) -> dict:
     return json.loads(file.read_text())
 
 
-def test_a_frozen_encoder_is_evaluated_alike(labelled_run, tmp_path, capfd):
+def test_a_frozen_encoder_has_the_result_of_one_process(labelled_run, tmp_path, capfd):
     for ranks in RANKS:
         assert evaluate(labelled_run, tmp_path / f"{ranks}", ranks, *LINEAR) == 0
-        told = capfd.readouterr().out
-        assert told.count("top-1 of 30") == 1 and told.count("epoch 2 of 2") == 1
+        output = capfd.readouterr().out
+        assert output.count("top-1 of 30") == 1 and output.count("epoch 2 of 2") == 1
     alone, shared = (classifier(tmp_path / f"{ranks}") for ranks in RANKS)
     for name, value in alone.items():
         assert (shared[name] - value).norm() <= 1e-4 * value.norm(), name
     assert result(tmp_path / "3") == result(tmp_path / "1")
 
 
-def test_fine_tuning_is_alike_batch_norms_too(labelled_run, tmp_path):
-    """In float32 the ranks' sums round otherwise, by 6e-6 of what a parameter moved. Where that
+def test_fine_tuning_has_the_result_of_one_process_with_its_batch_norms(labelled_run, tmp_path):
+    """In float32 the ranks' sums round differently, by 6e-6 of a parameter's change. Where that
     moves an activation across a ReLU's zero it becomes 2e-2, which depends on the processor: so one
-    seed of five must do. A wrong statistic or gradient differs with every seed; a single step is
+    seed of five must agree. A wrong statistic or gradient differs with every seed; a single step is
     held to 1e-8 in float64 below."""
     before = load_encoder(labelled_run).state_dict()
-    found = []
+    largest = []
     for seed in range(5):
         for ranks in RANKS:
             out = tmp_path / f"{seed}-{ranks}"
             assert evaluate(labelled_run, out, ranks, *SEMI, f"--seed={seed}") == 0
         alone, shared = (classifier(tmp_path / f"{seed}-{ranks}") for ranks in RANKS)
         assert shared.keys() == alone.keys()
-        differences = []  # relative to what was moved
+        differences = []  # relative to the change by training
         for name in ("layer3.1.bn1.bias", "layer4.1.bn1.running_var", "layer4.1.bn1.bias"):
             value, start = alone[f"encoder.{name}"], before[name]
             moved = (value - start).norm()
             assert moved > 1e-3 * start.norm(), name
             differences.append(float((shared[f"encoder.{name}"] - value).norm() / moved))
-        found.append(max(differences))
-        if found[-1] <= 1e-3:
+        largest.append(max(differences))
+        if largest[-1] <= 1e-3:
             return
-    pytest.fail(f"differences with five seeds: {found}")
+    pytest.fail(f"differences with five seeds: {largest}")
 
 
 def test_features_of_the_quick_protocol_are_read_by_all_ranks(labelled_run, tmp_path, capfd):
@@ -90,10 +90,10 @@ def test_features_of_the_quick_protocol_are_read_by_all_ranks(labelled_run, tmp_
         assert np.allclose(shared[name], features, rtol=1e-2, atol=1e-3), name  # half precision
     assert result(tmp_path / "3") == result(tmp_path / "1")
     assert evaluate(labelled_run, tmp_path / "3", 3, *flags) == 0
-    assert "done before" in capfd.readouterr().out
+    assert "already finished" in capfd.readouterr().out
 
 
-def test_neighbours_are_those_of_one_process(labelled_run, tmp_path, capfd):
+def test_knn_has_the_result_of_one_process(labelled_run, tmp_path, capfd):
     tables = []
     for ranks in (1, 2):
         flags = ["knn", "--augmented", "--collapse"]
@@ -105,7 +105,7 @@ def test_neighbours_are_those_of_one_process(labelled_run, tmp_path, capfd):
 def test_more_ranks_than_images_of_a_batch(labelled_run, tmp_path, capfd):
     assert evaluate(labelled_run, tmp_path, 5, "linear", "--batch-size=4") == 2
     assert capfd.readouterr().err == (
-        "bt-fast eval linear: --batch-size 4 is less than one for each rank\n"
+        "bt-fast eval linear: --batch-size 4 is less than the number of ranks\n"
     )
 
 
@@ -113,41 +113,43 @@ COUNTS = (5, 2, 0)  # images of each rank
 
 
 def tuned_step(world, counts: tuple[int, ...]) -> tuple[dict, dict]:
-    """Gradients and state of a whole classifier in float64 after a batch that ranks share."""
+    """Gradients and state of a fine-tuned classifier in float64, the batch divided among ranks."""
     torch.manual_seed(0)
     images, labels = torch.randn(7, 3, 32, 32, dtype=torch.float64), torch.arange(7) % 3
     model = Classifier(build_encoder("resnet18"), 512, 3, seed=0).double().train()
     torch.nn.init.constant_(model.encoder.layer4[1].bn2.weight, 0.5)  # zero would hide a branch
-    batch_norm.over_uneven_ranks(model, world.group)
-    own = slice(sum(counts[: world.rank]), sum(counts[: world.rank + 1]))
-    loss = F.cross_entropy(model(images[own]), labels[own], reduction="sum") / 7
+    batch_norm.convert_sync_batch_norm(model, world.group)
+    local = slice(sum(counts[: world.rank]), sum(counts[: world.rank + 1]))
+    loss = F.cross_entropy(model(images[local]), labels[local], reduction="sum") / 7
     loss.backward()
     _sum_gradients(list(model.parameters()), world)
     return {name: p.grad for name, p in model.named_parameters()}, model.state_dict()
 
 
-def test_a_batch_that_ranks_share_unequally_has_the_gradients_of_one_process():
-    """The last batch of an epoch; a rank may have nothing of it."""
+def test_a_batch_divided_unequally_has_the_gradients_of_one_process():
+    """The last batch of an epoch; a rank may have no image of it."""
     expected = tuned_step(ALONE, (7,))
-    for found in run_ranks(3, tuned_step, COUNTS):
-        for theirs, ours in zip(expected, found, strict=True):
+    for results in run_ranks(3, tuned_step, COUNTS):
+        for theirs, ours in zip(expected, results, strict=True):
             assert theirs.keys() == ours.keys()
             for name, value in theirs.items():
                 assert torch.allclose(ours[name], value, rtol=1e-8, atol=1e-12), name
 
 
 def shares(world, counts: tuple[int, ...]) -> list[torch.Tensor]:
-    """Rows that were divided and gathered again."""
+    """Rows after they were divided among ranks and gathered."""
     return [
-        gather_shares(torch.from_numpy(world.share(np.arange(2 * n).reshape(n, 2))), n, world.group)
+        gather_slices(
+            torch.from_numpy(world.local_slice(np.arange(2 * n).reshape(n, 2))), n, world.group
+        )
         for n in counts
     ]
 
 
-def test_shares_come_together_in_their_order():
+def test_gathered_slices_are_in_order():
     counts = (1, 2, 3, 4, 7)
-    for found in run_ranks(3, shares, counts):
-        for n, rows in zip(counts, found, strict=True):
+    for results in run_ranks(3, shares, counts):
+        for n, rows in zip(counts, results, strict=True):
             assert torch.equal(rows, torch.arange(2 * n).view(n, 2))
 
 

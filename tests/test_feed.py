@@ -7,28 +7,30 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
-from bt_fast import prefetch as room
-from bt_fast.prefetch import feed
+import bt_fast.prefetch
+from bt_fast.prefetch import prefetch
 from bt_fast.runtime import choose_runtime
 from pipelines import augment
 from pipelines.beton import BetonReader
 from pipelines.crop import RandomResizedCrop
-from pipelines.loading.native import NativeLoader
+from pipelines.loading.choose import open_loader
+from pipelines.loading.loader import Loader
 
 BRANCHES = (augment.VIEW_A, augment.VIEW_B)
 
 
-def loader(path, **settings) -> NativeLoader:
-    return NativeLoader(BetonReader(path), RandomResizedCrop(size=32), batch_size=16, **settings)
+def loader(path, **settings) -> Loader:
+    crop = RandomResizedCrop(size=32)
+    return open_loader("native", BetonReader(path), crop, batch_size=16, **settings)
 
 
 def test_views_are_those_of_the_definition_view_a_first(small_beton):
     runtime = choose_runtime("cpu", "fp32", "off")
     batches = list(loader(small_beton).batches(0, 3))
-    for batch, views in zip(batches, feed(iter(batches), BRANCHES, runtime), strict=True):
+    for batch, views in zip(batches, prefetch(iter(batches), BRANCHES, runtime), strict=True):
         expected = [
             augment.apply(crops, augment.draw(branch, keys), dtype=torch.float32)
-            for crops, branch, keys in zip(batch.views, BRANCHES, batch.keys, strict=True)
+            for crops, branch, keys in zip(batch.views, BRANCHES, batch.request.keys, strict=True)
         ]
         assert views.shape == (32, 3, 32, 32)
         assert views.is_contiguous(memory_format=torch.channels_last)
@@ -38,17 +40,17 @@ def test_views_are_those_of_the_definition_view_a_first(small_beton):
 def test_the_views_dtype_is_the_precisions(small_beton):
     for precision, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
         runtime = choose_runtime("cpu", precision, "off")
-        (views,) = feed(loader(small_beton).batches(0, 1), BRANCHES, runtime)
+        (views,) = prefetch(loader(small_beton).batches(0, 1), BRANCHES, runtime)
         assert views.dtype == dtype
 
 
 def test_views_grow_by_epoch_and_boxes_stay(small_beton):
-    growing = loader(small_beton, size_of=lambda epoch: 16 * (epoch + 1))
+    growing = loader(small_beton, sizes=[16, 32, 48])
     fixed = loader(small_beton)
     for batch, other in zip(growing.batches(2, 10), fixed.batches(2, 10), strict=True):
-        epoch = batch.step // 4
+        epoch = batch.request.step // 4
         assert batch.views.shape == (2, 16, 16 * (epoch + 1), 16 * (epoch + 1), 3)
-        assert np.array_equal(batch.samples, other.samples)
+        assert np.array_equal(batch.request.samples, other.request.samples)
         if epoch == 1:
             assert torch.equal(batch.views, other.views)
 
@@ -65,14 +67,14 @@ def test_beside_a_gpu_the_host_computes_in_one_thread(monkeypatch):
 
 
 class Device:
-    """Stands for a GPU that does nothing before it is waited for: how far ahead may the host be?"""
+    """A GPU that completes a step only when it is synchronised: how far ahead may the host be?"""
 
     def __init__(self) -> None:
-        self.made, self.told, self.done, self.most = 0, 0, 0, 0
+        self.made, self.recorded, self.done, self.most = 0, 0, 0, 0
 
     def record_event(self, event=None):
-        self.told += 1
-        return SimpleNamespace(synchronize=lambda step=self.told: self.finish(step))
+        self.recorded += 1
+        return SimpleNamespace(synchronize=lambda step=self.recorded: self.finish(step))
 
     def finish(self, step: int) -> None:
         self.done = step
@@ -86,12 +88,12 @@ class Device:
         return SimpleNamespace(record_stream=lambda stream: None)
 
 
-def test_the_host_makes_no_more_views_than_a_rehearsal_makes_room_for(monkeypatch):
+def test_the_host_makes_no_more_views_than_a_rehearsal_allocates(monkeypatch):
     device, side = Device(), Device()
     monkeypatch.setattr(torch.cuda, "Stream", lambda _: side)
     monkeypatch.setattr(torch.cuda, "stream", lambda _: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "current_stream", lambda _: device)
-    monkeypatch.setattr(room, "distort", device.views)
+    monkeypatch.setattr("bt_fast.prefetch._augmented", device.views)
     runtime = replace(choose_runtime("cpu", "fp32", "off"), device=torch.device("cuda", 0))
-    assert len(list(feed(range(10), BRANCHES, runtime))) == device.made == 10
-    assert device.most == room.IN_MEMORY
+    assert len(list(prefetch(range(10), BRANCHES, runtime))) == device.made == 10
+    assert device.most == bt_fast.prefetch.NUM_BATCHES_IN_MEMORY

@@ -17,9 +17,8 @@ import cv2
 from pipelines.beton import BetonReader
 from pipelines.beton.writer import BetonWriter
 from pipelines.crop import RandomResizedCrop, random_boxes
-from pipelines.loading.ffcv import FfcvLoader
-from pipelines.loading.ffcv_stream import Stream
-from pipelines.loading.native import NativeLoader
+from pipelines.loading.choose import open_loader
+from pipelines.loading.ffcv_stream import RequestIterator
 from pipelines.order import epoch_order, view_keys
 
 CROP = RandomResizedCrop(size=24)
@@ -30,12 +29,14 @@ def reader(small_beton) -> BetonReader:
     return BetonReader(small_beton)
 
 
-def loader_of(reader, kind=FfcvLoader, crop=CROP, **changes):
-    return kind(reader, crop, **{"batch_size": 12, "seed": 7, "num_threads": 1, **changes})
+def loader_of(reader, name="ffcv", crop=CROP, **changes):
+    return open_loader(
+        name, reader, crop, **{"batch_size": 12, "seed": 7, "num_threads": 1, **changes}
+    )
 
 
 def streams() -> list[threading.Thread]:
-    return [thread for thread in threading.enumerate() if isinstance(thread, Stream)]
+    return [thread for thread in threading.enumerate() if isinstance(thread, RequestIterator)]
 
 
 def write_photos(path, count: int) -> BetonReader:
@@ -85,15 +86,15 @@ def assert_close(views: torch.Tensor, expected: np.ndarray) -> None:
 
 
 def test_samples_and_keys_are_those_of_the_native_loader(reader):
-    loader, native = loader_of(reader), loader_of(reader, NativeLoader)
+    loader, native = loader_of(reader), loader_of(reader, "native")
     assert loader.steps_per_epoch == native.steps_per_epoch == 5
     for ours, theirs in zip(loader.batches(0, 10), native.batches(0, 10), strict=True):
-        assert ours.step == theirs.step
-        assert np.array_equal(ours.samples, theirs.samples)
-        assert np.array_equal(ours.keys, theirs.keys)
-        start = ours.step % 5 * 12
-        expected = epoch_order(64, 7, ours.step // 5)[start : start + 12]
-        assert np.array_equal(ours.samples, expected)
+        assert ours.request.step == theirs.request.step
+        assert np.array_equal(ours.request.samples, theirs.request.samples)
+        assert np.array_equal(ours.request.keys, theirs.request.keys)
+        start = ours.request.step % 5 * 12
+        expected = epoch_order(64, 7, ours.request.step // 5)[start : start + 12]
+        assert np.array_equal(ours.request.samples, expected)
 
 
 @pytest.mark.parametrize("size", [32, 224])
@@ -104,14 +105,14 @@ def test_views_are_the_boxes_through_ffcvs_filter(tmp_path, size):
     boxes = [
         random_boxes(
             crop,
-            view_keys(batch.samples, seed=7, epoch=3, view=view),
-            *reader.sizes[batch.samples].T,
+            view_keys(batch.request.samples, seed=7, epoch=3, view=view),
+            *reader.sizes[batch.request.samples].T,
         )
         for view in (0, 1)
     ]
     assert batch.views.shape == (2, 16, size, size, 3) and batch.views.dtype == torch.uint8
     assert batch.views.is_contiguous()
-    assert_close(batch.views, expected_views(reader, batch.samples, boxes, size))
+    assert_close(batch.views, expected_views(reader, batch.request.samples, boxes, size))
 
 
 @pytest.mark.skipif(not IMAGENET_SAMPLE.exists(), reason="needs the ImageNet sample")
@@ -120,7 +121,7 @@ def test_pixels_differ_from_natives_by_about_two_grey_levels(tmp_path):
     reader = write_photos(tmp_path / "photos.beton", 48)
     settings = {"crop": RandomResizedCrop(size=224), "batch_size": 48}
     (ours,) = loader_of(reader, **settings).batches(0, 1)
-    (theirs,) = loader_of(reader, NativeLoader, **settings).batches(0, 1)
+    (theirs,) = loader_of(reader, "native", **settings).batches(0, 1)
     difference = (ours.views.int() - theirs.views.int()).abs().float().mean().item()
     assert 0.5 < difference < 3  # other boxes would differ by 50
 
@@ -131,7 +132,7 @@ def test_a_view_half_as_large_as_its_box_is_the_mean_of_two_by_two(tmp_path):
     assert all(reader.is_raw(index) for index in range(6))
     whole = RandomResizedCrop(size=24, scale=(1, 1), ratio=(1, 1))
     (batch,) = loader_of(reader, crop=whole, batch_size=6).batches(0, 1)
-    for row, sample in enumerate(batch.samples):
+    for row, sample in enumerate(batch.request.samples):
         expected = torch.from_numpy(np.array(pictures[sample].reduce(2)))
         assert torch.equal(batch.views[0, row], expected)
         assert torch.equal(batch.views[1, row], expected)
@@ -142,10 +143,10 @@ def test_files_with_jpegs_and_raw_images(tmp_path):
     reader = write_with_ffcv(tmp_path / "mixed.beton", pictures, "proportion")
     assert {reader.is_raw(index) for index in range(24)} == {True, False}
     loader = loader_of(reader, batch_size=24)
-    (request,) = loader.steps.requests(0, 1)
+    (request,) = loader.sampler.requests(0, 1)
     (batch,) = loader.batches(0, 1)
     boxes = [request.boxes[:, view] for view in (0, 1)]
-    assert_close(batch.views, expected_views(reader, batch.samples, boxes, 24))
+    assert_close(batch.views, expected_views(reader, batch.request.samples, boxes, 24))
 
 
 @pytest.mark.parametrize("first", [4, 8])
@@ -154,22 +155,26 @@ def test_starting_later_gives_the_same_next_twenty_batches(reader, first):
     whole = list(loader.batches(0, first + 20))[first:]
     resumed = list(loader_of(reader, prefetch=1).batches(first, first + 20))
     for a, b in zip(whole, resumed, strict=True):
-        assert a.step == b.step and np.array_equal(a.samples, b.samples)
+        assert a.request.step == b.request.step and np.array_equal(
+            a.request.samples, b.request.samples
+        )
         assert torch.equal(a.views, b.views)
 
 
 def test_two_ranks_share_the_global_batch(reader):
     (whole,) = loader_of(reader).batches(3, 4)
     parts = [next(loader_of(reader, rank=r, world_size=2).batches(3, 4)) for r in (0, 1)]
-    assert np.array_equal(np.concatenate([part.samples for part in parts]), whole.samples)
+    assert np.array_equal(
+        np.concatenate([part.request.samples for part in parts]), whole.request.samples
+    )
     assert torch.equal(torch.cat([part.views for part in parts], dim=1), whole.views)
 
 
 def test_views_grow_by_epoch(reader):
-    loader = loader_of(reader, size_of=lambda epoch: 16 + 8 * epoch)
+    loader = loader_of(reader, sizes=[16, 24, 32, 40])
     fixed = loader_of(reader).batches(3, 8)
     for batch, other in zip(loader.batches(3, 8), fixed, strict=True):
-        side = 16 + 8 * (batch.step // 5)
+        side = 16 + 8 * (batch.request.step // 5)
         assert batch.views.shape == (2, 12, side, side, 3)
         assert torch.equal(batch.views, other.views) == (side == 24)
 
@@ -186,7 +191,7 @@ def test_a_batch_is_the_consumers_to_keep(reader):
 def damaged(reader: BetonReader, copy, sample: int, position: float, data: bytes) -> BetonReader:
     """A copy of a .beton with `data` written at a share of one record's length."""
     shutil.copy(reader.path, copy)
-    start, num_bytes, _ = reader.place(sample)
+    start, num_bytes, _ = reader.location(sample)
     with open(copy, "r+b") as file:
         file.seek(start + int(num_bytes * position))
         file.write(data)
@@ -231,7 +236,7 @@ def test_what_only_ffcv_cannot_decode_is_not_trained_on(reader, tmp_path, monkey
     reader = damaged(reader, tmp_path / "damaged.beton", 21, 0.5, bytes(40))
     reader.checksum_ok = lambda index: True
     loader = loader_of(reader)
-    monkeypatch.setattr(loader.cutter, "decode", lambda sample: None)  # native takes it
+    monkeypatch.setattr(loader.backend.decoder, "decode", lambda sample: None)  # native takes it
     with pytest.raises(ValueError, match=r"image 21 .* with FFCV's libjpeg-turbo.*--loader native"):
         list(loader.batches(0, 6))
 
@@ -256,7 +261,7 @@ def test_two_loops_at_once(reader):
 
 def test_a_thread_that_dies_ends_the_loop(reader, monkeypatch):
     loader = loader_of(reader)
-    monkeypatch.setattr(Stream, "run_pipeline", lambda *_: 1 / 0)  # FFCV would wait for ever
+    monkeypatch.setattr(RequestIterator, "run_pipeline", lambda *_: 1 / 0)  # FFCV would block
     with pytest.raises(ZeroDivisionError):
         next(loader.batches(0, 5))
 

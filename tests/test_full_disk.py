@@ -40,10 +40,10 @@ def saved_steps(folder: Path) -> list[str]:
     return sorted(path.name for path in (folder / "checkpoints").iterdir())
 
 
-def test_a_full_disk_keeps_the_last_checkpoint_and_the_run_goes_on(
+def test_a_full_disk_keeps_the_last_checkpoint_and_the_run_continues(
     small_beton, finished, tmp_path, capsys
 ):
-    with mounted(tmp_path / "disk", "size=150m") as disk:  # room for one checkpoint of 90 MB
+    with mounted(tmp_path / "disk", "size=150m") as disk:  # space for one checkpoint of 90 MB
         folder = disk / "run"
         flags = ("--data", small_beton, "--run-dir", folder, "--save-every", 4)
         assert pretrain(*flags) == EXIT_UNSAVED
@@ -51,10 +51,10 @@ def test_a_full_disk_keeps_the_last_checkpoint_and_the_run_goes_on(
         assert saved_steps(folder) == ["step-00000004"]
         assert output.count("warning") == 2 and "step 8 was not saved" in output
         assert "No space left on device" in output
-        assert "the newest checkpoint is of step 4. Make room, then:" in output
+        assert "the newest checkpoint is of step 4. Free disk space, then:" in output
         assert comparable(metrics(folder)) == comparable(metrics(finished))
         ours, theirs = (path / "encoder.safetensors" for path in (folder, finished))
-        assert ours.read_bytes() == theirs.read_bytes()  # there was room for this
+        assert ours.read_bytes() == theirs.read_bytes()  # there was space for this
 
         subprocess.run(["mount", "-o", "remount,size=500m", disk], check=True)
         assert main(["pretrain", "--resume", str(folder)]) == 0
@@ -110,7 +110,7 @@ def test_a_folder_that_turns_read_only_keeps_its_checkpoints(
     assert same(learned(folder), learned(finished))
 
 
-def test_a_save_that_fails_once_is_made_up_for(
+def test_the_next_save_follows_one_that_failed(
     small_beton, finished, tmp_path, monkeypatch, capsys
 ):
     real = checkpoint.write
@@ -127,10 +127,10 @@ def test_a_save_that_fails_once_is_made_up_for(
     assert same(learned(tmp_path / "run"), learned(finished))
 
 
-def test_training_goes_on_while_a_checkpoint_is_written(
+def test_training_continues_while_a_checkpoint_is_written(
     small_beton, finished, tmp_path, monkeypatch
 ):
-    """What is written is the state at its step, not what has become of it."""
+    """The checkpoint holds the state at its step, not a later one."""
     real_write, real_update = checkpoint.write, train.update
     updates, further = itertools.count(1), threading.Event()
 
@@ -154,7 +154,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(
     assert same(learned(folder), learned(finished))
 
 
-def test_what_a_run_can_do_without_is_told_once(
+def test_missing_optional_output_is_reported_once(
     small_beton, finished, tmp_path, monkeypatch, capsys
 ):
     """No line of the metrics for half a run, and no picture: nothing is lost but the pictures."""
@@ -185,22 +185,22 @@ def test_what_a_run_can_do_without_is_told_once(
     assert comparable(metrics(folder)) == comparable(metrics(finished))
 
 
-def test_a_record_is_whole_or_waits(tmp_path, monkeypatch):
-    """A disk with room for so many bytes and no more, now and then."""
-    real, room = os.pwrite, [0]
+def test_a_record_is_complete_or_pending(tmp_path, monkeypatch):
+    """A disk that accepts only a number of bytes, now and then."""
+    real, space = os.pwrite, [0]
 
     def pwrite(descriptor, data, offset):
-        size = min(room[0], len(data))
+        size = min(space[0], len(data))
         if size == 0:
             raise FULL
-        room[0] -= size
+        space[0] -= size
         return real(descriptor, data[:size], offset)
 
     monkeypatch.setattr(os, "pwrite", pwrite)
     path = tmp_path / "records"
     file, failures = RecordFile(path), 0
     for number in range(60):
-        room[0] = (0, 3, 7, 1000)[number % 4] if 7 < number % 20 < 18 else 5
+        space[0] = (0, 3, 7, 1000)[number % 4] if 7 < number % 20 < 18 else 5
         try:
             file.append(f"record {number}\n".encode())
         except OSError:
@@ -208,12 +208,12 @@ def test_a_record_is_whole_or_waits(tmp_path, monkeypatch):
         lines = path.read_text().splitlines()
         assert lines == [f"record {index}" for index in range(len(lines))]
     assert len(lines) < 60 and 10 < failures < 60
-    room[0] = 10_000
+    space[0] = 10_000
     file.close()
     assert path.read_text().splitlines()[-1] == "record 59"
 
 
-def test_records_that_are_lost_are_told(tmp_path, monkeypatch):
+def test_closing_with_pending_records_raises(tmp_path, monkeypatch):
     def pwrite(*_):
         raise FULL
 
@@ -224,7 +224,7 @@ def test_records_that_are_lost_are_told(tmp_path, monkeypatch):
             act()
 
 
-def test_a_run_goes_on_when_nobody_reads_what_it_prints(small_beton, tmp_path):
+def test_a_closed_output_pipe_does_not_end_a_run(small_beton, tmp_path):
     folder = tmp_path / "run"
     process = start("--data", small_beton, "--run-dir", folder, "--save-every", 1)
     wait_for_step(process, folder, 2)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from tools.fuzz_judge import judge, mutate
-from tools.fuzz_kinds import KINDS
+from tools.fuzz_targets import TARGETS
 
 TOOL = Path(__file__).parents[1] / "tools" / "fuzz.py"
 SEED = 20260101
@@ -27,37 +27,37 @@ SEED = 20260101
     ],
 )
 def test_no_damage_passes_unnoticed_or_crashes(tmp_path, name, count, refused):
-    kind = KINDS[name](tmp_path)
+    target = TARGETS[name](tmp_path)
     verdicts: Counter[str] = Counter()
     for number in range(count):
-        verdict, message, _ = judge(kind, number, SEED)
+        verdict, message, _ = judge(target, number, SEED)
         assert verdict not in ("SILENT", "CRASH"), f"number {number}: {message}"
         verdicts[verdict] += 1
     assert verdicts["refused"] >= refused
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", TARGETS)
 def test_what_is_whole_is_unharmed(tmp_path, name):
     """Else every verdict above would be one on the reader, not on the damage."""
     if name == "weights":
         pytest.skip("the files of weights are too small to be a ResNet on purpose")
-    kind = KINDS[name](tmp_path)
-    for original, data in enumerate(kind.originals):
-        assert kind.judge(original, data, False) == ("unharmed", "")
+    target = TARGETS[name](tmp_path)
+    for original, data in enumerate(target.originals):
+        assert target.judge(original, data, False) == ("unharmed", "")
 
 
 def test_the_judge_sees_what_it_looks_for(tmp_path, monkeypatch):
     """Without the checksums there is silent damage, and crashes are crashes."""
     monkeypatch.setattr("pipelines.beton.BetonReader.checksum_ok", lambda reader, index: True)
-    kind = KINDS["beton"](tmp_path)
-    verdicts = [judge(kind, number, SEED)[0] for number in range(60)]
+    target = TARGETS["beton"](tmp_path)
+    verdicts = [judge(target, number, SEED)[0] for number in range(60)]
     assert "SILENT" in verdicts
 
     def fail(path):
         raise IndexError("off by one")
 
-    monkeypatch.setattr("tools.fuzz_kinds.BetonReader", fail)
-    assert judge(kind, 0, SEED)[:2] == ("CRASH", "IndexError: off by one")
+    monkeypatch.setattr("tools.fuzz_targets.BetonReader", fail)
+    assert judge(target, 0, SEED)[:2] == ("CRASH", "IndexError: off by one")
 
 
 def test_mutations_differ_and_repeat():

@@ -51,7 +51,7 @@ def test_a_set_runs_to_its_end_at_toy_sizes(small_beton, tmp_path, name):
     assert len(step["breakdown"]["kernels"]["longest"]) == 20 and step["step_s"] > 0
     assert step["breakdown"]["parts"].keys() >= {"convolutions", "norm", "optimizer", "gaps"}
     report = (out / "performance.md").read_text()
-    assert "none for this card" in report and "Training from JPEGs: " in report
+    assert "none for this GPU" in report and "Training from JPEGs: " in report
     assert "cannot be written" not in report
     assert "## The step by class of work: " in report and "| augmentation | " in report
     if interprets:
@@ -67,10 +67,10 @@ def test_a_set_runs_to_its_end_at_toy_sizes(small_beton, tmp_path, name):
 
 def test_flags_that_cannot_be_used(tmp_path):
     unknown = suite("--parts", "x", "--out", tmp_path / "new")
-    assert unknown.returncode == 2 and "--parts x: there is correctness" in unknown.stderr
+    assert unknown.returncode == 2 and "--parts x: choose from correctness" in unknown.stderr
     (tmp_path / "suite.json").touch()
     used = suite("--out", tmp_path)
-    assert used.returncode == 2 and "holds results already" in used.stderr
+    assert used.returncode == 2 and "contains results" in used.stderr
 
 
 @pytest.mark.parametrize("name", ["quick", "full"])
@@ -181,8 +181,8 @@ def results(device: str) -> dict:
 
 def test_aims_are_the_cards():
     report = suite_report.markdown(results("NVIDIA H100 80GB HBM3"))
-    assert "| views/s, views there | 4,500, then 6,450 | 5,120 |" in report
-    assert "| of MLPerf's rate on this card |  | 72% |" in report
+    assert "| views/s, views on device | 4,500, then 6,450 | 5,120 |" in report
+    assert "| fraction of MLPerf's rate on this GPU |  | 72% |" in report
     assert "| step without encoder and projector | <= 4 % | 10.0% |" in report
     assert "| times as fast as definition, compiled | >= 20 | 25.0 |" in report
     assert "| times as fast as the released code's step | >= 2 | 2.10 |" in report
@@ -192,7 +192,7 @@ def test_aims_are_the_cards():
     assert "1 failed, 4 passed" in report and "- `b`: `E  assert 0`" in report
     assert "| 5,000, then 7,200 | 5,120 |" in suite_report.markdown(results("NVIDIA H200"))
     other = suite_report.markdown(results("NVIDIA L4"))
-    assert "none for this card" in other and "MLPerf" not in other
+    assert "none for this GPU" in other and "MLPerf" not in other
 
 
 @pytest.mark.parametrize("odd", [[], {"stages": 3}, {"Rows": None}, "text", 7])

@@ -1,4 +1,4 @@
-"""The ILSVRC2012 archives give what a folder of their images gives."""
+"""The ILSVRC2012 archives convert like a folder of their images."""
 
 import io
 import tarfile
@@ -20,7 +20,7 @@ def add(archive: tarfile.TarFile, name: str, content: bytes) -> None:
 
 @pytest.fixture
 def downloads(imagenet_folder, tmp_path) -> Path:
-    """The two archives as the ImageNet site has them, in no particular order."""
+    """The two archives as downloaded, with unsorted members."""
     root = tmp_path / "downloads"
     root.mkdir()
     with tarfile.open(root / "ILSVRC2012_img_train.tar", "w") as outer:
@@ -42,11 +42,11 @@ def val_classes(folder: Path) -> list[str]:
 
 
 def write_devkit(path: Path, folder: Path) -> None:
-    """Numbers that are not in the order of the names, and classes of other years behind them."""
+    """Write a devkit whose class numbers are not sorted by name, with a class of another year."""
     savemat = pytest.importorskip("scipy.io", reason="SciPy is not installed").savemat
     names = ["n15075141", "n01440764", "n01443537", "n99999999"]
-    kinds = [("ILSVRC2012_ID", "f8"), ("WNID", "O"), ("words", "O"), ("num_children", "f8")]
-    synsets = np.array([(i + 1, n, f"w{i}", 0) for i, n in enumerate(names)], kinds)
+    fields = [("ILSVRC2012_ID", "f8"), ("WNID", "O"), ("words", "O"), ("num_children", "f8")]
+    synsets = np.array([(i + 1, n, f"w{i}", 0) for i, n in enumerate(names)], fields)
     buffer = io.BytesIO()
     savemat(buffer, {"synsets": synsets.reshape(-1, 1)})
     numbers = "".join(f"{names.index(name) + 1}\n" for name in val_classes(folder))
@@ -110,8 +110,10 @@ def test_ilsvrc_that_cannot_be_read(downloads, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_an_archive_that_vanishes_is_one_line(downloads, tmp_path, capsys, monkeypatch, workers):
-    """Listed, and gone when its images are to be read."""
+def test_an_archive_that_disappears_prints_one_line(
+    downloads, tmp_path, capsys, monkeypatch, workers
+):
+    """The archive is removed after its images are listed."""
     prepare = pipelines.convert.write_split.prepare_all
 
     def vanish(*arguments, **options):

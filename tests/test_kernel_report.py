@@ -1,4 +1,4 @@
-"""Machine code of the Triton kernels: what the compiler makes of them for GPUs of three kinds."""
+"""Machine code of the Triton kernels for GPUs of three architectures."""
 
 import os
 import re
@@ -34,17 +34,17 @@ def test_no_kernel_spills_or_wastes_bandwidth(capability):
     assert all("0 B local, 0 B stack" in row for row in rows)
     (sums,) = (row for row in rows if " lars_triton._sums:" in row)
     (apply,) = (row for row in rows if " lars_triton._apply:" in row)
-    (augment,) = (row for row in rows if " augment_triton._augment " in row)
+    (augment,) = (row for row in rows if " augment.triton._augment " in row)
     # So few that two or four programs share an SM.
     assert int(re.search(r"(\d+) registers", augment)[1]) <= 128
-    # A block of 2,048 elements on 256 threads: 8 float32 of each tensor, or two accesses of 16
-    # bytes. _sums reads two tensors (p, g), _apply three (and m), of which it writes two.
+    # A block of 2,048 elements on 256 threads: 8 float32 of each tensor, two accesses of 16 bytes.
+    # _sums reads two tensors (p, g), _apply three (and m), of which it writes two.
     for row, num_bytes in ((sums, 64), (apply, 160)):
         assert f" {num_bytes} B, " in row and row.endswith("accesses 16 to 16 B wide"), row
 
 
 @compiles
-def test_breaking_a_rule_is_named():
+def test_a_broken_rule_is_reported():
     program = """
 import sys
 sys.path.append("tools")
@@ -76,8 +76,8 @@ def copy(source, target, stride, rows, BLOCK: tl.constexpr):
 
 
 @compiles
-def test_alignments_are_those_of_a_launch(tmp_path):
-    """Rows of bf16 are copied 16 bytes at a time only if their length is known to be divisible."""
+def test_alignments_equal_those_of_a_launch(tmp_path):
+    """Rows of bf16 are copied 16 bytes at a time only if their stride is known to be divisible."""
     (tmp_path / "kernels.py").write_text(COPY)
     program = f"""
 import sys
@@ -97,46 +97,47 @@ for divisible in ((), ("stride",)):
 
 
 def listing(*instructions: str) -> str:
-    """As cuobjdump prints it: 16 bytes an instruction, the second half of each on its own line."""
+    """In cuobjdump's format: 16 bytes per instruction, the second half of each on a second line."""
     return "\tFunction : _kernel\n" + "".join(
-        f"        /*{16 * place:04x}*/                   {text} ;    /* 0x00000a00ff017b82 */\n"
+        f"        /*{16 * index:04x}*/                   {text} ;    /* 0x00000a00ff017b82 */\n"
         f"{'':80}/* 0x000fe20000000800 */\n"
-        for place, text in enumerate(instructions)
+        for index, text in enumerate(instructions)
     )
 
 
-def counted(*instructions: str) -> tuple[list[str], list[int], bool]:
+def analyse(*instructions: str) -> tuple[list[str], list[int], bool]:
+    """(opcodes of the main loop, bytes of its memory accesses, whether there is a loop)."""
     loop, found = main_loop(parse(listing(*instructions)))
     widths = [instruction.num_bytes for instruction in loop if instruction.num_bytes]
     return [instruction.opcode for instruction in loop], widths, found
 
 
-def test_a_program_without_loops_is_taken_whole():
-    opcodes, widths, found = counted(
+def test_a_program_without_loops_is_analysed_completely():
+    opcodes, widths, found = analyse(
         "LDC R1, c[0x0][0x28]",
         "@!P0 LDG.E.64 R4, desc[UR4][R2.64]",
         "@P1 EXIT",
         "STG.E.U16 desc[UR4][R2.64+0x10], R4",
         "EXIT",
-        "BRA 0x50",  # to itself: pads the end
+        "BRA 0x50",  # to itself, as padding
         "NOP",
     )
     assert opcodes == ["LDC", "LDG.E.64", "EXIT", "STG.E.U16", "EXIT"]
     assert widths == [8, 2] and not found
 
 
-def test_the_loop_that_moves_most_is_the_main_one():
-    opcodes, widths, found = counted(
+def test_the_main_loop_is_the_one_that_moves_most_bytes():
+    opcodes, widths, found = analyse(
         "S2R R0, SR_TID.X",
         "LDG.E.LTC128B R9, desc[UR4][R2.64]",  # 0x10: outer loop
         "LDG.E.128 R4, desc[UR4][R2.64]",  # 0x20: inner loop
         "@!P1 STG.E.128 desc[UR4][R2.64], R4",
         "ISETP.LT.AND P0, PT, R0, R1, PT",
         "@P0 BRA 0x20",
-        "FADD R7, R7, R7",  # 0x60: a loop that moves nothing, within the outer one
+        "FADD R7, R7, R7",  # 0x60: a loop without memory accesses, within the outer one
         "@P2 BRA 0x60",
         "@P3 BRA 0x10",
-        "LDG.E R4, desc[UR4][R2.64]",  # 0x90: a narrower loop behind
+        "LDG.E R4, desc[UR4][R2.64]",  # 0x90: a later loop with narrower accesses
         "@!UP0 BRA 0x90",
         "EXIT",
         "BRA 0xc0",
@@ -145,29 +146,29 @@ def test_the_loop_that_moves_most_is_the_main_one():
     assert widths == [16, 16] and found
 
 
-def test_a_block_behind_the_program_that_returns_is_no_loop():
+def test_an_out_of_line_block_that_jumps_back_is_no_loop():
     program = [
         "LDG.E.128 R4, desc[UR4][R2.64]",
         "BRA.DIV UR4, 0x50",
         "SHFL.BFLY PT, R6, R7, 0x8, 0x1f",
         "STG.E.128 desc[UR4][R2.64], R4",  # 0x30
         "EXIT",
-        "MOV R8, R9",  # 0x50: where the warp is divided
+        "MOV R8, R9",  # 0x50: for a divergent warp
         "BRA 0x30",
     ]
-    opcodes, widths, found = counted(*program)
+    opcodes, widths, found = analyse(*program)
     assert opcodes[-2:] == ["MOV", "BRA"] and widths == [16, 16] and not found
-    # Within a loop it belongs to that, once, and so does a jump back from the middle.
+    # Within a loop it is part of that loop, once, as is a jump back from the middle.
     program[4:5] = ["@P1 BRA 0x0", "EXIT"]
     program[1], program[6:] = "BRA.DIV UR4, 0x60", ["@P2 BRA 0x0", "BRA 0x30"]
-    opcodes, widths, found = counted(*program)
+    opcodes, widths, found = analyse(*program)
     assert opcodes == ["LDG.E.128", "BRA.DIV", "SHFL.BFLY", "STG.E.128", "BRA", "BRA", "BRA"]
     assert widths == [16, 16] and found
 
 
-def test_a_loop_entered_in_its_middle_is_found():
-    """Rotated: the first load stands before, the next iteration's at the end."""
-    opcodes, widths, found = counted(
+def test_a_rotated_loop_is_found():
+    """The first load precedes the loop; the next iteration's load is at its end."""
+    opcodes, widths, found = analyse(
         "LDG.E.128 R4, desc[UR4][R2.64]",
         "FADD R4, R4, R4",  # 0x10
         "STG.E.128 desc[UR4][R2.64], R4",

@@ -1,4 +1,4 @@
-"""Weighted kNN against a plain rewriting of its definition, and the choice of its data."""
+"""Weighted kNN against a direct implementation of its definition, and the choice of its data."""
 
 import math
 
@@ -17,10 +17,10 @@ def oracle(bank, bank_labels, queries, query_labels, k, temperature, num_classes
     for query, label in zip(queries.tolist(), query_labels.tolist(), strict=True):
         similarity = [sum(a * b for a, b in zip(query, row, strict=True)) for row in bank.tolist()]
         nearest = sorted(range(len(similarity)), key=lambda i: -similarity[i])[:k]
-        votes = [0.0] * num_classes
+        scores = [0.0] * num_classes
         for i in nearest:
-            votes[bank_labels[i]] += math.exp(similarity[i] / temperature)
-        correct += votes.index(max(votes)) == label
+            scores[bank_labels[i]] += math.exp(similarity[i] / temperature)
+        correct += scores.index(max(scores)) == label
     return correct / len(queries)
 
 
@@ -56,7 +56,7 @@ def test_a_split_is_disjoint_and_reproducible(small_beton):
     assert np.array_equal(data.query_samples, choose_data(reader, None, seed=3).query_samples)
 
 
-def test_a_held_out_file_asks_and_the_limit_holds(small_beton, tmp_path):
+def test_queries_come_from_a_held_out_file_up_to_the_limit(small_beton, tmp_path):
     val = BetonReader(write_beton(tmp_path / "val.beton", 20))
     data = choose_data(BetonReader(small_beton), val, seed=0, limit=16)
     assert data.queries is val and len(data.bank_samples) == 16 and len(data.query_samples) == 8

@@ -1,4 +1,4 @@
-"""From one command to all ranks, and back from whatever happens to one of them."""
+"""Launching all ranks with one command, and recovery from faults of one of them."""
 
 import os
 import re
@@ -15,9 +15,9 @@ from bt_fast.cli import main
 from bt_fast.config import Config
 from bt_fast.distributed import fault_injection
 from bt_fast.distributed.collectives import World
-from bt_fast.distributed.launcher import elsewhere
+from bt_fast.distributed.launcher import Placement, several_machines
 from bt_fast.distributed.signals import EXIT_STOPPED
-from bt_fast.plan.dry_run import count
+from bt_fast.plan.dry_run import count_costs
 
 # Beside those of every tiny run: what makes ranks comparable.
 FLAGS = [
@@ -54,7 +54,7 @@ def test_one_command_trains_on_two_ranks_as_one_process_does(two_ranks, small_be
 
 
 def ranks_of(process) -> list[int]:
-    """Process numbers of the ranks that a launching process started."""
+    """Process ids of the ranks that a supervisor started."""
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
     return [int(number) for number in children.read_text().split()]
 
@@ -88,7 +88,7 @@ def test_a_signal_to_any_rank_stops_all_at_the_same_step(two_ranks, small_beton,
     assert same(learned(folder), learned(two_ranks))
 
 
-def test_a_stop_asked_for_before_the_first_step_leaves_nothing(small_beton, tmp_path):
+def test_a_stop_request_before_the_first_step_leaves_nothing(small_beton, tmp_path):
     process = start(*FLAGS, "--data", small_beton, "--run-dir", tmp_path / "run")
     catches = 1 << (signal.SIGUSR1 - 1)
 
@@ -103,7 +103,7 @@ def test_a_stop_asked_for_before_the_first_step_leaves_nothing(small_beton, tmp_
     assert "stopped before the first step" in output and not (tmp_path / "run").exists()
 
 
-def test_torchrun_does_not_start_again_what_was_asked_to_stop(small_beton, tmp_path):
+def test_torchrun_does_not_restart_after_a_stop_request(small_beton, tmp_path):
     folder, status = tmp_path / "run", tmp_path / "status"
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
     torchrun += ["--max-restarts=3", "--standalone", "-m", "bt_fast.cli", "pretrain"]
@@ -120,7 +120,7 @@ def test_torchrun_does_not_start_again_what_was_asked_to_stop(small_beton, tmp_p
     assert "stopped; continue with" in output and "resuming" not in output
 
 
-def test_a_restart_with_the_same_flags_goes_on(small_beton, tmp_path, capsys, monkeypatch):
+def test_a_restart_with_the_same_flags_resumes(small_beton, tmp_path, capsys, monkeypatch):
     flags = [*FLAGS, "--data", small_beton, "--run-dir", tmp_path / "run"]
     assert pretrain(*flags, "--max-steps", 2, "--save-every", 1) == 0
     assert pretrain(*flags) == 2  # another run
@@ -152,22 +152,29 @@ def test_another_number_of_ranks_than_torchruns_is_refused(small_beton, capsys, 
     assert "--gpus 2, but 4 ranks were started" in capsys.readouterr().err
 
 
-def test_more_gpus_than_a_machine_has_is_told_how(small_beton, capsys, monkeypatch):
+def test_more_gpus_than_a_machine_has_prints_the_command(small_beton, capsys, monkeypatch):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 8)
     flags = ["--data", str(small_beton), "--gpus", "32", "--batch-size", "64"]
     assert main(["pretrain", *flags, "--device=auto"]) == 2
     error = capsys.readouterr().err
     assert "torchrun --nnodes 4 --nproc-per-node 8" in error and "each of 4 machines" in error
-    nine = elsewhere(["--gpus", "9", "--data", "my photos.beton"], 9, 8)
+
+
+def test_a_command_for_any_number_of_gpus():
+    def command(num_ranks: int, *arguments: str) -> str:
+        placement = Placement(num_ranks=num_ranks, num_local_gpus=8, srun=None, on_gpus=True)
+        return several_machines(arguments, placement, gpus_per_machine=4)
+
+    nine = command(9, "--gpus", "9", "--data", "my photos.beton")
     assert "--nnodes 3 --nproc-per-node 3" in nine and "'my photos.beton' --run-dir" in nine
-    assert "--run-dir" not in elsewhere(["--gpus", "16", "--resume", "run"], 16, 8)
+    assert "--run-dir" not in command(16, "--gpus", "16", "--resume", "run")
 
 
 def test_32_gpus_elsewhere_needs_no_data(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert main(["pretrain", "--gpus", "32"]) == 2
     error = capsys.readouterr().err
-    assert "type this on each of 4 machines with 8 each" in error and "--gpus 32" in error
+    assert "run this on each of 4 machines with 8 GPUs each" in error and "--gpus 32" in error
     assert not list(tmp_path.iterdir())
 
 
@@ -191,7 +198,7 @@ def test_the_plan_of_any_number_of_ranks(tmp_path, monkeypatch, capsys, small_be
 
 
 def test_the_plan_counts_what_the_paper_says():
-    counted = count(Config())
+    counted = count_costs(Config())
     assert counted.num_parameters == 174_535_744 and counted.num_norm_layers == 55
     assert counted.num_projector_parameters == 151_027_712
     view = 3 * 2 * (4.09e9 + 0.151e9)  # FLOP, both ways
@@ -203,25 +210,25 @@ def test_a_run_survives_a_fault_of_one_rank(two_ranks, small_beton, tmp_path, ki
     folder = tmp_path / "run"
     flags, fault = ["--save-every", 1], f"1:5:{kind}"
     if kind == "hang":
-        flags += ["--patience", 15]  # seconds: more than a step takes on a busy machine
+        flags += ["--timeout", 15]  # seconds: more than a step takes on a busy machine
     done = start_two(small_beton, folder, *flags, env=with_fault(fault))
     output, _ = done.communicate(timeout=300)
     assert done.returncode == 0, output
     assert f"BT_FAST_FAULT=1:5:{kind}: now" in output and "resuming" in output
     if kind == "hang":
-        assert "ranks [1] do not answer" in output
+        assert "ranks [1] do not respond" in output
     assert same(learned(folder), learned(two_ranks))
 
 
-def test_a_rank_without_memory_is_not_started_again(small_beton, tmp_path):
+def test_a_rank_out_of_memory_is_not_restarted(small_beton, tmp_path):
     process = start_two(small_beton, tmp_path / "run", env=with_fault("1:5:memory"))
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 2, output
-    assert "rank 1 stops: not enough memory; choose a smaller --batch-size" in output
-    assert "again" not in output
+    assert "rank 1 failed: not enough memory; choose a smaller --batch-size" in output
+    assert "restarting" not in output
 
 
-def test_a_rank_without_numbers_skips_the_update_on_all(small_beton, tmp_path):
+def test_nan_on_one_rank_skips_the_update_on_all(small_beton, tmp_path):
     folder = tmp_path / "run"
     done = start_two(small_beton, folder, env=with_fault("1:5:nan"))
     output, _ = done.communicate(timeout=300)
@@ -229,7 +236,7 @@ def test_a_rank_without_numbers_skips_the_update_on_all(small_beton, tmp_path):
     assert [record["skipped"] for record in metrics(folder)] == [0] * 5 + [1] + [0] * 6
 
 
-def test_a_fault_that_is_none_is_refused(monkeypatch):
+def test_an_unknown_fault_is_refused(monkeypatch):
     monkeypatch.setenv("BT_FAST_FAULT", "1:now:kill")
     with pytest.raises(ValueError, match="RANK:STEP"):
         fault_injection.inject(torch.zeros(1), 0, World(rank=0, size=1, local_rank=0, local_size=1))

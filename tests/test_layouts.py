@@ -1,4 +1,4 @@
-"""Data sets read where they lie: image files against a .beton of them, and published layouts."""
+"""Data sets read without conversion: image files against a .beton, and published layouts."""
 
 import json
 
@@ -15,7 +15,7 @@ from pipelines.beton import BetonReader
 from pipelines.convert.command import main as convert
 from pipelines.loading.image_files import open_folder
 
-PERFORMANCE = choose_runtime("cpu", "fp32", compile=False)
+RUNTIME = choose_runtime("cpu", "fp32", compile="off")
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +35,7 @@ def folder(tmp_path_factory):
     return root
 
 
-def test_files_give_the_views_of_a_beton_of_them(folder, tmp_path):
+def test_image_files_have_the_views_of_their_beton(folder, tmp_path):
     assert convert([str(folder), str(tmp_path / "x.beton")]) == 0
     reader, files = BetonReader(tmp_path / "x.beton"), open_folder(folder)["train"]
     assert len(files) == len(reader) == 12 and files.class_names == reader.class_names
@@ -43,13 +43,13 @@ def test_files_give_the_views_of_a_beton_of_them(folder, tmp_path):
     samples = np.array([3, 0, 11, 2, 7])
     assert np.array_equal(files.sizes[samples], reader.sizes[samples])
     for name, arguments in (
-        ("central", {"share": 0.8}),
+        ("central", {"crop": 0.8}),
         ("random", {"min_scale": 0.2, "seed": 1, "epoch": 2}),
     ):
         ours, theirs = (
             torch.cat(
                 list(
-                    getattr(Views(source, PERFORMANCE, size=24, num_threads=2), name)(
+                    getattr(Views(source, RUNTIME, size=24, num_threads=2), name)(
                         samples, batch_size=2, **arguments
                     )
                 )
@@ -60,8 +60,8 @@ def test_files_give_the_views_of_a_beton_of_them(folder, tmp_path):
         assert torch.equal(ours, theirs)
 
 
-def test_random_views_do_not_depend_on_the_batch_but_on_the_epoch(folder):
-    views = Views(open_folder(folder)["train"], PERFORMANCE, size=24, num_threads=2)
+def test_random_views_depend_on_the_epoch_and_not_on_the_batch(folder):
+    views = Views(open_folder(folder)["train"], RUNTIME, size=24, num_threads=2)
     samples = np.arange(12)
     first, again, later = (
         torch.cat(
@@ -78,7 +78,7 @@ def test_a_broken_file_is_named(folder, tmp_path):
     (place / "x.jpg").write_bytes(b"nothing")
     files = open_folder(tmp_path)["train"]
     with pytest.raises(ValueError, match=r"a/x\.jpg cannot be read"):
-        list(Views(files, PERFORMANCE, size=24, num_threads=1).central(np.arange(1), 1.0))
+        list(Views(files, RUNTIME, size=24, num_threads=1).central(np.arange(1), 1.0))
 
 
 def evaluate(run, out, *flags) -> int:
@@ -111,7 +111,7 @@ def test_places_205(place, tmp_path):
     assert train.size(0) == val.size(1) == (30, 40) and val.name(1) == "e/x y/e.jpg"
 
 
-def test_places_205_without_images_says_where_it_looked(tmp_path):
+def test_places_205_without_images_lists_the_candidates(tmp_path):
     for part in ("train", "val"):
         (tmp_path / f"{part}_places205.csv").write_text("a/b.jpg 0\n")
     with pytest.raises(ValueError, match=r"images256/a/b\.jpg"):
@@ -140,7 +140,7 @@ def test_inat_18_end_to_end(labelled_run, tmp_path):
     assert json.loads(file.read_text())["history"][-1]["epoch"] == 2
 
 
-def test_a_foreign_json_is_named(tmp_path):
+def test_json_of_another_format_is_named(tmp_path):
     (tmp_path / "train2018.json").write_text('{"images": []}')
-    with pytest.raises(ValueError, match=r"train2018\.json is not as iNaturalist"):
+    with pytest.raises(ValueError, match=r"train2018\.json is not in iNaturalist's format"):
         inat18(tmp_path)

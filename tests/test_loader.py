@@ -8,8 +8,9 @@ import simplejpeg
 import torch
 
 from pipelines.beton import BetonReader
-from pipelines.crop import RandomResizedCrop, cut, random_boxes
-from pipelines.loading.native import NativeLoader
+from pipelines.crop import RandomResizedCrop, crop_and_resize, random_boxes
+from pipelines.loading.choose import open_loader
+from pipelines.loading.loader import Loader
 from pipelines.order import epoch_order, view_keys
 
 CROP = RandomResizedCrop(size=24)
@@ -20,8 +21,8 @@ def reader(small_beton) -> BetonReader:
     return BetonReader(small_beton)
 
 
-def loader_of(reader, **changes) -> NativeLoader:
-    return NativeLoader(reader, CROP, **{"batch_size": 12, "seed": 7, **changes})
+def loader_of(reader, **changes) -> Loader:
+    return open_loader("native", reader, CROP, **{"batch_size": 12, "seed": 7, **changes})
 
 
 def test_batches_follow_the_epoch_orders_and_drop_the_tail(reader):
@@ -30,22 +31,31 @@ def test_batches_follow_the_epoch_orders_and_drop_the_tail(reader):
     batches = list(loader.batches(0, 2 * loader.steps_per_epoch))
     for epoch in (0, 1):
         part = batches[epoch * 5 : (epoch + 1) * 5]
-        seen = np.concatenate([batch.samples for batch in part])
+        seen = np.concatenate([batch.request.samples for batch in part])
         assert np.array_equal(seen, epoch_order(64, 7, epoch)[:60])
-    assert [batch.step for batch in batches] == list(range(10))
+    assert [batch.request.step for batch in batches] == list(range(10))
+
+
+def test_every_iteration_is_the_next_epoch(reader):
+    loader = loader_of(reader)
+    assert len(loader) == 5
+    batches = [*loader, *loader]
+    assert [batch.request.step for batch in batches] == list(range(10))
+    for ours, theirs in zip(batches, loader_of(reader).batches(0, 10), strict=True):
+        assert torch.equal(ours.views, theirs.views)
 
 
 def test_views_are_the_two_crops_of_the_decoded_image(reader):
     batch = next(loader_of(reader).batches(6, 7))  # second epoch
     for view in (0, 1):
-        keys = view_keys(batch.samples, seed=7, epoch=1, view=view)
-        assert np.array_equal(batch.keys[view], keys)
-        boxes = random_boxes(CROP, keys, *reader.sizes[batch.samples].T)
-        for row, sample in enumerate(batch.samples):
+        keys = view_keys(batch.request.samples, seed=7, epoch=1, view=view)
+        assert np.array_equal(batch.request.keys[view], keys)
+        boxes = random_boxes(CROP, keys, *reader.sizes[batch.request.samples].T)
+        for row, sample in enumerate(batch.request.samples):
             pixels = simplejpeg.decode_jpeg(reader.image(sample), fastdct=False, fastupsample=False)
             image = torch.from_numpy(pixels).permute(2, 0, 1)
             expected = torch.empty(24, 24, 3, dtype=torch.uint8)
-            cut(image, boxes[row], out=expected)
+            crop_and_resize(image, boxes[row], out=expected)
             assert torch.equal(batch.views[view][row], expected)
     assert batch.views[0].dtype == torch.uint8
     assert not torch.equal(batch.views[0], batch.views[1])
@@ -56,7 +66,9 @@ def test_starting_later_gives_the_same_batches(reader, first):
     whole = list(loader_of(reader).batches(0, 10))[first:]
     resumed = list(loader_of(reader, num_threads=3, prefetch=1).batches(first, 10))
     for a, b in zip(whole, resumed, strict=True):
-        assert a.step == b.step and np.array_equal(a.samples, b.samples)
+        assert a.request.step == b.request.step and np.array_equal(
+            a.request.samples, b.request.samples
+        )
         assert torch.equal(a.views, b.views)
 
 
@@ -65,14 +77,14 @@ def test_a_cache_changes_nothing_but_the_number_of_decodes(reader, monkeypatch, 
     plain = list(loader_of(reader).batches(0, 20))
     loader = loader_of(reader, cache_bytes=cache_bytes)
     decodes = []
-    real = loader.cutter.decode
-    monkeypatch.setattr(loader.cutter, "decode", lambda s: decodes.append(s) or real(s))
+    real = loader.backend.decoder.decode
+    monkeypatch.setattr(loader.backend.decoder, "decode", lambda s: decodes.append(s) or real(s))
     for a, b in zip(plain, loader.batches(0, 20), strict=True):
         assert torch.equal(a.views, b.views)
-    held = sum(image.nbytes for image in loader.cutter.cache.values())
+    held = sum(image.nbytes for image in loader.backend.cache.values())
     assert 0 < held <= cache_bytes
     if cache_bytes > 1_000_000:
-        assert set(decodes) == set(loader.cutter.cache)
+        assert set(decodes) == set(loader.backend.cache)
         assert len(decodes) <= 2 * 64  # 240 views; two threads may meet at one image
     else:
         assert len(decodes) > 2 * 64
@@ -85,7 +97,9 @@ def test_ranks_share_the_global_batch(reader, world_size):
         next(loader_of(reader, rank=rank, world_size=world_size).batches(3, 4))
         for rank in range(world_size)
     ]
-    assert np.array_equal(np.concatenate([part.samples for part in parts]), whole.samples)
+    assert np.array_equal(
+        np.concatenate([part.request.samples for part in parts]), whole.request.samples
+    )
     assert torch.equal(torch.cat([part.views[1] for part in parts]), whole.views[1])
 
 
@@ -143,8 +157,13 @@ def test_ranks_that_change_in_number_see_every_sample_once(small_beton):
     reader, seen = BetonReader(small_beton), []
     for world_size, steps in ((4, (0, 2)), (2, (2, 4))):
         for rank in range(world_size):
-            loader = NativeLoader(
-                reader, RandomResizedCrop(size=16), batch_size=16, rank=rank, world_size=world_size
+            loader = open_loader(
+                "native",
+                reader,
+                RandomResizedCrop(size=16),
+                batch_size=16,
+                rank=rank,
+                world_size=world_size,
             )
-            seen += [batch.samples for batch in loader.batches(*steps)]
+            seen += [batch.request.samples for batch in loader.batches(*steps)]
     assert sorted(np.concatenate(seen)) == list(range(64))

@@ -1,4 +1,4 @@
-"""Which loader reads the images: asked for, or chosen."""
+"""Which loader reads the images: the requested one, or the chosen one."""
 
 import json
 import sys
@@ -10,12 +10,13 @@ import torch
 from tiny_runs import TINY
 
 from bt_fast.cli import main
-from bt_fast.evaluate.options import open_images
+from bt_fast.evaluate.eval_setup import open_images
 from pipelines.beton import BetonReader
 from pipelines.convert.command import main as convert
 from pipelines.crop import RandomResizedCrop
 from pipelines.loading import choose, dali
-from pipelines.loading.choose import choose_backend, open_data, open_loader, rate
+from pipelines.loading.choose import choose_loader, open_loader, rate
+from pipelines.loading.datasets import open_data
 
 GPU, CPU = torch.device("cuda", 0), torch.device("cpu")
 
@@ -32,8 +33,8 @@ def shards(small_beton, tmp_path_factory):
     return folder
 
 
-def chosen(data, rates, monkeypatch, *, wish="auto", images=10**8, cache=False, device=GPU):
-    """What is chosen if the loaders are that fast, and which were measured."""
+def chosen(data, rates, monkeypatch, *, requested="auto", images=10**8, cache=False, device=GPU):
+    """(chosen loader, reason, measured loaders), for loaders of these rates."""
     measured = []
 
     def measure(name):
@@ -45,11 +46,11 @@ def chosen(data, rates, monkeypatch, *, wish="auto", images=10**8, cache=False, 
     monkeypatch.setattr(choose, "rate", lambda loader: loader)
     monkeypatch.setattr(dali, "is_installed", lambda: "dali" in rates)
     monkeypatch.setattr(dali, "release_memory", lambda: None)
-    name, why = choose_backend(wish, data, images, measure, cache=cache, device=device)
+    name, why = choose_loader(requested, data, images, measure, cache=cache, device=device)
     return name, why, measured
 
 
-def test_auto_takes_the_faster_one_and_says_so(reader, monkeypatch):
+def test_auto_chooses_the_faster_one_and_gives_the_rates(reader, monkeypatch):
     name, why, measured = chosen(reader, {"native": 2000.0, "dali": 5000.0}, monkeypatch)
     assert name == "dali" and sorted(measured) == ["dali", "native"]
     assert "native 2,000" in why and "dali 5,000" in why
@@ -62,14 +63,14 @@ def test_auto_measures_nothing_where_there_is_nothing_to_choose(reader, shards, 
     assert chosen(reader, both, monkeypatch, device=CPU)[::2] == ("native", [])
     assert chosen(reader, both, monkeypatch, cache=True)[::2] == ("native", [])
     assert chosen(reader, both, monkeypatch, images=10_000)[::2] == ("native", [])
-    assert chosen(reader, both, monkeypatch, wish="ffcv")[::2] == ("ffcv", [])
+    assert chosen(reader, both, monkeypatch, requested="ffcv")[::2] == ("ffcv", [])
     assert chosen(open_data(shards, "--data"), both, monkeypatch)[::2] == ("dali", [])
 
 
 def test_a_dali_that_fails_is_not_chosen(reader, monkeypatch):
     failing = {"native": 1.0, "dali": RuntimeError("in:\n\nencountered:\n\nno decoder\nmore")}
     name, why, _ = chosen(reader, failing, monkeypatch)
-    assert name == "native" and why == "native (dali cannot: no decoder)"
+    assert name == "native" and why == "native (dali fails: no decoder)"
 
 
 def test_the_rate_is_that_of_the_loader(monkeypatch):
@@ -79,7 +80,7 @@ def test_the_rate_is_that_of_the_loader(monkeypatch):
     def batches(first, last):
         for _ in range(first, last):
             now[0] += 0.01
-            yield SimpleNamespace(samples=np.zeros(8))
+            yield SimpleNamespace(request=SimpleNamespace(samples=np.zeros(8)))
 
     found = rate(SimpleNamespace(batches=batches))
     assert found == pytest.approx(800)
@@ -100,7 +101,8 @@ def test_missing_packages_are_named_with_the_way_out(reader, shards, monkeypatch
 
 def test_the_cache_is_natives(reader):
     with pytest.raises(ValueError, match="--cache-gb"):
-        dali.DaliLoader(reader, RandomResizedCrop(size=16), batch_size=16, cache_bytes=9)
+        crop = RandomResizedCrop(size=16)
+        open_loader("dali", reader, crop, batch_size=16, cache_bytes=9)
 
 
 def test_the_choice_is_in_the_table_and_in_the_runs_configuration(small_beton, tmp_path, capsys):

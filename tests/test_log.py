@@ -1,4 +1,4 @@
-"""What a person reads: durations, the plain lines, and metrics that survive a torn line."""
+"""Console output and metrics: durations, plain lines, torn lines."""
 
 import json
 
@@ -56,7 +56,7 @@ def test_a_torn_line_ends_the_metrics(tmp_path):
 
 
 def test_tensorboard_reads_what_was_logged(tmp_path):
-    """Two starts of a run, the second from step 2 on: what the first said after it is forgotten."""
+    """Two starts of a run, the second from step 2: it supersedes later events of the first."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     for first, last, loss in ((0, 4, 8.0), (2, 6, 0.5)):
@@ -83,6 +83,14 @@ def test_lines_that_no_run_wrote_end_the_metrics(tmp_path, line):
 def test_paths_are_shown_as_they_are(tmp_path, name, capsys):
     console = Console(width=200)
     console.print(summary_table("a run", {"data": name}))
-    RunLog(console, tmp_path, 0, 1).say(name)
+    RunLog(console, tmp_path, 0, 1).info(name)
     shown = name.replace("\n", "\\n").replace("\udcff", "\\udcff")
     assert capsys.readouterr().out.count(shown) == 2
+
+
+def test_metrics_of_earlier_versions_are_read(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"kind": "train", "step": 1, "invariance": 2.5, "redundancy": 100.0}\n')
+    [(line, record)] = read_metrics(path)
+    assert (record["on_diagonal"], record["off_diagonal"]) == (2.5, 100.0)
+    assert line == path.read_text()

@@ -1,4 +1,4 @@
-"""The loss against an independent float64 oracle: values, gradients, both forms."""
+"""The loss against an independent float64 oracle: values and gradients of all methods."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from bt_fast.loss import barlow_twins_loss, choose_method, correlation_terms
 
 
 def oracle(z_a: torch.Tensor, z_b: torch.Tensor, lambd: float) -> torch.Tensor:
-    """The paper's pseudo-code, element by element; nothing shared with the implementation."""
+    """The paper's pseudo-code, element by element; shares nothing with the implementation."""
     norm = torch.nn.BatchNorm1d(z_a.shape[1], affine=False, dtype=z_a.dtype)
     correlation = torch.einsum("ni,nj->ij", norm(z_a), norm(z_b)) / z_a.shape[0]
     target = torch.eye(z_a.shape[1], dtype=z_a.dtype)
@@ -16,7 +16,7 @@ def oracle(z_a: torch.Tensor, z_b: torch.Tensor, lambd: float) -> torch.Tensor:
 
 
 def embeddings(n: int, d: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """Correlated, shifted and unevenly scaled float64 embeddings, as a network's are."""
+    """Correlated, shifted and unevenly scaled float64 embeddings, like those of a network."""
     generator = torch.Generator().manual_seed(seed)
     shared = torch.randn(n, d, dtype=torch.float64, generator=generator)
     scale = torch.logspace(-2, 2, d, dtype=torch.float64)
@@ -48,23 +48,22 @@ def test_gradients_pass_gradcheck():
         )
 
 
-def test_terms_add_up_and_redundancy_is_the_off_diagonal():
+def test_the_loss_is_the_weighted_sum_of_its_terms():
     z_a, z_b = embeddings(32, 20)
     for method in ("dense", "gram", "columns"):
         on_diagonal, off_diagonal = correlation_terms(z_a, z_b, method=method)
-        total = barlow_twins_loss(z_a, z_b, lambd=0.1, method=method)
-        assert torch.allclose(on_diagonal + 0.1 * off_diagonal, total, rtol=1e-14)
+        loss = barlow_twins_loss(z_a, z_b, lambd=0.1, method=method)
+        assert torch.allclose(on_diagonal + 0.1 * off_diagonal, loss, rtol=1e-14)
         assert torch.allclose(on_diagonal, oracle(z_a, z_b, 0.0), rtol=1e-12)
 
 
-def test_loss_ignores_scale_and_shift_of_every_dimension():
+def test_loss_is_invariant_to_a_shift_of_every_dimension():
     z_a, z_b = embeddings(64, 8)
-    moved = barlow_twins_loss(z_a * 1000 + 5, z_b * 1000 - 7)
-    # eps = 1e-5 keeps this from being exact for the dimensions of smallest variance
-    assert torch.allclose(moved, barlow_twins_loss(z_a * 1000, z_b * 1000), rtol=1e-9)
+    shifted = barlow_twins_loss(z_a * 1000 + 5, z_b * 1000 - 7)
+    assert torch.allclose(shifted, barlow_twins_loss(z_a * 1000, z_b * 1000), rtol=1e-9)
 
 
-def test_identical_decorrelated_views_have_no_loss():
+def test_the_loss_of_identical_decorrelated_views_is_zero():
     z = torch.linalg.qr(torch.randn(64, 9, dtype=torch.float64))[0]
     z = torch.linalg.qr(z - z.mean(0))[0] * 1000
     assert barlow_twins_loss(z, z).item() < 1e-6
@@ -80,7 +79,7 @@ def test_half_precision_embeddings_are_computed_in_float32():
         assert abs(loss.item() / expected.item() - 1) < 1e-5
 
 
-def test_auto_takes_the_cheaper_form():
+def test_auto_selects_the_faster_method():
     assert choose_method(256, 8192) == "gram"
     assert choose_method(6144, 8192) == "gram"  # 8 N^2 D = 6 N D^2
     assert choose_method(6145, 8192) == "dense"
@@ -90,7 +89,7 @@ def test_auto_takes_the_cheaper_form():
 
 @pytest.mark.parametrize(
     "shape_a,shape_b,message",
-    [((4, 3), (4, 2), "alike"), ((4,), (4,), r"\[n, D\]"), ((1, 3), (1, 3), "two samples")],
+    [((4, 3), (4, 2), "same shape"), ((4,), (4,), r"\[n, D\]"), ((1, 3), (1, 3), "two samples")],
 )
 def test_wrong_shapes_are_refused(shape_a, shape_b, message):
     with pytest.raises(ValueError, match=message):

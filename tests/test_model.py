@@ -1,4 +1,4 @@
-"""Encoder, projector and the flat batch statistics."""
+"""Encoder, projector and the flat running statistics."""
 
 import pytest
 import torch
@@ -20,15 +20,15 @@ def test_residual_branches_start_at_zero():
     assert all((block.bn3.weight == 0).all() for block in encoder.layer3)
 
 
-def test_projector_is_the_papers():
+def test_projector_matches_the_paper():
     model = BarlowTwins("resnet50", (8192, 8192, 8192))
-    kinds = [type(layer).__name__ for layer in model.projector]
-    assert kinds == ["Linear", "BatchNorm1d", "ReLU", "Linear", "BatchNorm1d", "ReLU", "Linear"]
+    layers = [type(layer).__name__ for layer in model.projector]
+    assert layers == ["Linear", "BatchNorm1d", "ReLU", "Linear", "BatchNorm1d", "ReLU", "Linear"]
     assert all(layer.bias is None for layer in model.projector if hasattr(layer, "in_features"))
     assert sum(p.numel() for p in model.parameters()) == 23_508_032 + 151_027_712
 
 
-def test_a_projector_has_a_relu_only_where_it_says_so():
+def test_projector_applies_relu_only_where_it_has_one():
     layers = build_projector((8, 8, 8))
     x = torch.randn(6, 8)
     assert (layers[:2](x) < 0).any()
@@ -38,13 +38,13 @@ def test_a_projector_has_a_relu_only_where_it_says_so():
 
 def test_small_images_keep_their_resolution():
     encoder = build_encoder("resnet18", small_images=True)
-    seen = []
-    encoder.layer1.register_forward_hook(lambda module, inputs, output: seen.append(output.shape))
+    shapes = []
+    encoder.layer1.register_forward_hook(lambda module, inputs, output: shapes.append(output.shape))
     encoder(torch.randn(2, 3, 32, 32))
-    assert seen == [(2, 64, 32, 32)]
+    assert shapes == [(2, 64, 32, 32)]
 
 
-def test_flat_statistics_are_the_models_own():
+def test_flat_statistics_share_memory_with_the_models_buffers():
     model = BarlowTwins("resnet18", (16, 16))
     running = RunningStatistics(model).running
     running[:64] = 3

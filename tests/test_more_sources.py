@@ -1,4 +1,4 @@
-"""Parquet files, lists and `.beton` files give what a folder of the same images gives."""
+"""Parquet files, lists and `.beton` files convert like a folder of the same images."""
 
 import io
 import json
@@ -12,15 +12,14 @@ from PIL import Image
 from sample_imagenet import CLASSES, convert, same_as
 
 from pipelines.beton import BetonReader
-from pipelines.convert.manifest import Image as Listed
-from pipelines.convert.manifest import Place
+from pipelines.convert.manifest import Location, SourceImage
 from pipelines.convert.workers import prepare_all
 
 # Parquet
 
 
 def write_parquet(folder: Path, out: Path, *, names: bool, num_files: int = 2) -> None:
-    """As `datasets` writes it: images with bytes and path, labels, class names in the schema."""
+    """Files like those of `datasets`: image bytes and path, labels, class names in the schema."""
     pa = pytest.importorskip("pyarrow", reason="PyArrow is not installed")
     from pyarrow import parquet
 
@@ -36,13 +35,13 @@ def write_parquet(folder: Path, out: Path, *, names: bool, num_files: int = 2) -
         table = pa.table({"image": image, "label": labels})
         features = {"image": {"_type": "Image"}, "label": {"names": classes, "_type": "ClassLabel"}}
         if names:
-            noted = {"huggingface": json.dumps({"info": {"features": features}})}
-            table = table.replace_schema_metadata(noted)
+            metadata = {"huggingface": json.dumps({"info": {"features": features}})}
+            table = table.replace_schema_metadata(metadata)
         for number in range(num_files):
             part = table.slice(number * 6, 6 if number + 1 < num_files else None)
             name = f"{word}-{number:05}-of-{num_files:05}.parquet"
             parquet.write_table(part, out / name, row_group_size=4)
-    (out / "test-00000-of-00001.parquet").write_bytes(b"of no use")
+    (out / "test-00000-of-00001.parquet").write_bytes(b"not read")
 
 
 @pytest.mark.parametrize("names", [True, False])
@@ -89,11 +88,11 @@ def test_lists(imagenet_folder, imagenet_beton, tmp_path, capsys):
     lines = [f"{path} {name}" for path, name in zip(relative, names, strict=True)]
     (tmp_path / "list.txt").write_text("\n".join(lines) + "\n\n")
     assert convert(tmp_path / "list.txt", tmp_path / "out.beton") == 0
-    made, expected = BetonReader(tmp_path / "out.beton"), BetonReader(imagenet_beton)
-    assert made.labels.tolist() == expected.labels.tolist()
-    assert made.class_names == expected.class_names
+    converted, expected = BetonReader(tmp_path / "out.beton"), BetonReader(imagenet_beton)
+    assert converted.labels.tolist() == expected.labels.tolist()
+    assert converted.class_names == expected.class_names
     for index in range(len(expected)):
-        assert made.image(index).tobytes() == expected.image(index).tobytes()
+        assert converted.image(index).tobytes() == expected.image(index).tobytes()
 
     spaced = tmp_path / "a name.jpg"
     spaced.write_bytes(files[0].read_bytes())
@@ -113,7 +112,7 @@ def test_lists(imagenet_folder, imagenet_beton, tmp_path, capsys):
 # .beton files
 
 
-def test_the_images_of_ffcvs_own_files(imagenet_folder, tmp_path):
+def test_images_of_files_written_by_ffcv(imagenet_folder, tmp_path):
     pytest.importorskip("ffcv", reason="ffcv is not installed", exc_type=ImportError)
     from ffcv.fields import IntField, RGBImageField
     from ffcv.writer import DatasetWriter
@@ -123,23 +122,23 @@ def test_the_images_of_ffcvs_own_files(imagenet_folder, tmp_path):
         fields = {"image": RGBImageField(write_mode=mode), "label": IntField()}
         writer = DatasetWriter(str(tmp_path / f"{mode}.beton"), fields, num_workers=2)
         writer.from_indexed_dataset(ImageFolder(imagenet_folder / "train"))
-        assert convert(tmp_path / f"{mode}.beton", tmp_path / f"our {mode}.beton") == 0
-        theirs = BetonReader(tmp_path / f"{mode}.beton")
-        ours = BetonReader(tmp_path / f"our {mode}.beton")
-        assert ours.class_names == ["0", "1", "2"]
-        assert ours.labels.tolist() == theirs.labels.tolist()
-        for index in range(len(theirs)):
-            image = ours.image(index).tobytes()
+        assert convert(tmp_path / f"{mode}.beton", tmp_path / f"converted {mode}.beton") == 0
+        source = BetonReader(tmp_path / f"{mode}.beton")
+        converted = BetonReader(tmp_path / f"converted {mode}.beton")
+        assert converted.class_names == ["0", "1", "2"]
+        assert converted.labels.tolist() == source.labels.tolist()
+        for index in range(len(source)):
+            image = converted.image(index).tobytes()
             if mode == "jpg":
-                assert image == theirs.image(index).tobytes()
+                assert image == source.image(index).tobytes()
             else:
-                pixels = theirs.image(index).reshape(*theirs.size(index), 3).astype(np.int16)
+                pixels = source.image(index).reshape(*source.size(index), 3).astype(np.int16)
                 assert np.abs(np.asarray(Image.open(io.BytesIO(image))) - pixels).mean() < 2
 
 
-def test_a_damaged_image_of_a_beton_is_not_passed_on(imagenet_beton, tmp_path, capsys):
+def test_a_damaged_image_of_a_beton_is_broken(imagenet_beton, tmp_path, capsys):
     data = bytearray(imagenet_beton.read_bytes())
-    start, size, _ = BetonReader(imagenet_beton).place(4)
+    start, size, _ = BetonReader(imagenet_beton).location(4)
     data[start + size // 2] ^= 1
     (tmp_path / "damaged.beton").write_bytes(data)
     assert convert(tmp_path / "damaged.beton", tmp_path / "out.beton", "--check", "quick") == 1
@@ -149,21 +148,21 @@ def test_a_damaged_image_of_a_beton_is_not_passed_on(imagenet_beton, tmp_path, c
     )
 
 
-# Slices of files
+# Archives
 
 
 def test_bytes_beyond_4_gib(tmp_path):
-    """A sparse file, as a large archive would be."""
+    """A sparse file in place of a large archive."""
     jpeg = jpeg_bytes(drawn_picture(0))
     with open(tmp_path / "large", "wb") as file:
         file.seek(5 << 30)
         file.write(jpeg)
-    images = [Listed("a", 0, Place(str(tmp_path / "large"), 5 << 30, len(jpeg)))]
+    images = [SourceImage("a", 0, Location(str(tmp_path / "large"), 5 << 30, len(jpeg)))]
     ((_, outcome),) = prepare_all(iter(images), workers=1, max_side=0, check="full")
     assert outcome.image.jpeg == jpeg
 
 
-def test_images_beside_archives_are_not_guessed_about(tmp_path, capsys):
+def test_images_beside_archives_are_ambiguous(tmp_path, capsys):
     make_folder(tmp_path / "images", {"assets": 1})
     (tmp_path / "images" / "data").mkdir()
     (tmp_path / "images" / "data" / "train-0.tar").touch()

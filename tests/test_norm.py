@@ -16,18 +16,18 @@ def close(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
     return torch.allclose(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
-def apart(ours: torch.Tensor, theirs: torch.Tensor) -> float:
-    """Relative to the largest value; of zeros only, absolute."""
+def max_difference(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    """Relative to the largest value; absolute if all values are zero."""
     return ((ours - theirs).abs().max() / (theirs.abs().max() or 1)).item()
 
 
-def by_torch(layer, x: torch.Tensor) -> torch.Tensor:
-    """A layer's forward pass by torch's kernels, as it is without compiler and other ranks."""
+def native(layer, x: torch.Tensor) -> torch.Tensor:
+    """A layer's forward pass with torch's kernels: not compiled, on a single rank."""
     return layer(x)
 
 
 def explicit(layer, x: torch.Tensor) -> torch.Tensor:
-    """The same by the function that is compiled."""
+    """The forward pass with `normalise`, the function that is compiled."""
     y, mean, variance, count = batch_norm.normalise(x, layer.weight, layer.bias, eps=layer.eps)
     values = x.detach().to(mean.dtype).unflatten(0, (2, -1)).transpose(1, 2).flatten(2)
     assert count == values.shape[2]
@@ -37,22 +37,22 @@ def explicit(layer, x: torch.Tensor) -> torch.Tensor:
 
 
 def traced(layer, x: torch.Tensor) -> torch.Tensor:
-    """The same as the compiler sees it."""
+    """The forward pass as the compiler traces it."""
     compiled = torch.compile(layer, backend="aot_eager", dynamic=False, fullgraph=True)
     return compiled(x)
 
 
 @pytest.mark.parametrize("dtype,tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-5)])
-@pytest.mark.parametrize("way", [by_torch, explicit, traced])
+@pytest.mark.parametrize("forward", [native, explicit, traced])
 @pytest.mark.parametrize("shape", [(12, 5, 6, 7), (12, 5), (12, 3, 1, 1)])
-def test_one_call_equals_two(way, shape, dtype, tolerance):
-    kinds = (
+def test_one_call_equals_two(forward, shape, dtype, tolerance):
+    classes = (
         (batch_norm.BatchNorm2d, nn.BatchNorm2d)
         if len(shape) == 4
         else (batch_norm.BatchNorm1d, nn.BatchNorm1d)
     )
     torch.manual_seed(0)
-    ours, theirs = (kind(shape[1]).to(dtype) for kind in kinds)
+    ours, theirs = (layer_class(shape[1]).to(dtype) for layer_class in classes)
     weight = torch.randn(shape[1], dtype=dtype)
     for layer in (ours, theirs):
         nn.init.constant_(layer.bias, 0.5)
@@ -61,18 +61,19 @@ def test_one_call_equals_two(way, shape, dtype, tolerance):
     for _ in range(2):
         x = (torch.randn(shape) * 3 + offsets).to(dtype)
         a, b = x.clone().requires_grad_(), x.clone().requires_grad_()
-        out = way(ours, a)
+        out = forward(ours, a)
         expected = torch.cat([theirs(half) for half in b.chunk(2)]).relu()
         gradient = torch.randn_like(out)
-        torch.relu_(out).backward(gradient)  # in place, as the next layer works
+        torch.relu_(out).backward(gradient)  # in place, as in a network
         expected.backward(gradient)
-        assert apart(out, expected) < tolerance and apart(a.grad, b.grad) < tolerance
-        assert apart(ours.weight.grad, theirs.weight.grad) < tolerance
-        assert apart(ours.bias.grad, theirs.bias.grad) < tolerance
+        assert max_difference(out, expected) < tolerance
+        assert max_difference(a.grad, b.grad) < tolerance
+        assert max_difference(ours.weight.grad, theirs.weight.grad) < tolerance
+        assert max_difference(ours.bias.grad, theirs.bias.grad) < tolerance
 
 
 @pytest.mark.parametrize("compiled", [False, True])
-def test_a_layer_on_its_own_moves_its_statistics(compiled):
+def test_a_single_layer_updates_its_statistics_in_the_forward_pass(compiled):
     torch.manual_seed(0)
     ours, theirs = batch_norm.BatchNorm2d(5, momentum=0.3), nn.BatchNorm2d(5, momentum=0.3)
     forward = torch.compile(ours, backend="eager", dynamic=False) if compiled else ours
@@ -88,10 +89,10 @@ def test_a_layer_on_its_own_moves_its_statistics(compiled):
     assert close(ours(x[:3]), theirs(x[:3]))
 
 
-def test_statistics_of_a_model_move_together_or_not_at_all():
+def test_statistics_of_a_model_are_updated_together_or_not_at_all():
     torch.manual_seed(0)
     model = BarlowTwins("resnet18", (16, 16))
-    other = with_torchs_batch_norm(model)
+    reference = with_torchs_batch_norm(model)
     statistics = batch_norm.RunningStatistics(model)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     views = torch.randn(8, 3, 32, 32)
@@ -100,12 +101,12 @@ def test_statistics_of_a_model_move_together_or_not_at_all():
         assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
         statistics.update(torch.tensor(applied))
     for half in views.chunk(2):
-        other(half)
-    for name, value in other.state_dict().items():
+        reference(half)
+    for name, value in reference.state_dict().items():
         assert close(model.state_dict()[name].float(), value.float()), name
 
 
-def test_the_function_keeps_dtype_and_memory_order_and_returns_no_view():
+def test_normalise_preserves_dtype_and_memory_format_and_returns_no_view():
     layer = batch_norm.BatchNorm2d(4)
     x = torch.randn(6, 4, 5, 5).to(torch.bfloat16, memory_format=torch.channels_last)
     out = explicit(layer, x.requires_grad_())
@@ -116,13 +117,13 @@ def test_the_function_keeps_dtype_and_memory_order_and_returns_no_view():
     assert x.grad.is_contiguous(memory_format=torch.channels_last)
 
 
-def test_a_channel_far_from_zero_keeps_its_variance_over_ranks():
-    """Mean square less squared mean: in float32 nothing would be left of a variance of 1."""
-    for variance, count in run_ranks(2, far_from_zero):
+def test_variance_over_ranks_is_exact_for_a_large_mean():
+    """In float32, mean square - squared mean would lose all digits of a variance of 1."""
+    for variance, count in run_ranks(2, variance_with_a_large_mean):
         assert variance == pytest.approx(1.25, rel=1e-3) and count == 8
 
 
-def far_from_zero(world) -> tuple[float, int]:
+def variance_with_a_large_mean(world) -> tuple[float, int]:
     x = 4096 + torch.arange(8.0).view(2, 4).repeat(1, 2)[:, 4 * world.rank :][:, :4].reshape(8, 1)
     _, _, variance, count = batch_norm.normalise(
         x, torch.ones(1), torch.zeros(1), eps=1e-5, group=world.group
@@ -135,7 +136,7 @@ def test_an_odd_batch_is_refused():
         batch_norm.BatchNorm1d(3)(torch.randn(5, 3))
 
 
-def test_the_model_equals_two_calls_of_the_plain_one():
+def test_the_model_equals_two_calls_with_torchs_batch_norm():
     torch.manual_seed(0)
     ours = BarlowTwins("resnet18", (24, 24))
     theirs = with_torchs_batch_norm(ours)
@@ -147,12 +148,12 @@ def test_the_model_equals_two_calls_of_the_plain_one():
     expected.square().sum().backward()
     for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
         assert (p.grad - q.grad).norm() <= 1e-3 * q.grad.norm() + 1e-5
-    state, other = ours.state_dict(), theirs.state_dict()
-    assert state.keys() == other.keys()
-    assert all(close(state[name].float(), other[name].float()) for name in state)
+    state, expected_state = ours.state_dict(), theirs.state_dict()
+    assert state.keys() == expected_state.keys()
+    assert all(close(state[name].float(), expected_state[name].float()) for name in state)
 
 
-def test_checkpoints_fit_torchs_layers():
+def test_torchs_layers_load_our_checkpoints():
     ours = batch_norm.BatchNorm2d(3)
     theirs = nn.BatchNorm2d(3)
     theirs.load_state_dict(copy.deepcopy(ours.state_dict()))
@@ -162,7 +163,7 @@ COUNTS = (5, 2, 0)  # samples of each rank
 
 
 def uneven_batch(dtype: torch.dtype) -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
-    """(torch's layer, a batch of one view, the gradient of what comes out)."""
+    """(torch's layer, a batch of one view, the gradient of its output)."""
     torch.manual_seed(0)
     x, gradient = (torch.randn(sum(COUNTS), 4, 3, 3, dtype=dtype) for _ in range(2))
     model = nn.Sequential(nn.BatchNorm2d(4)).to(dtype)
@@ -171,28 +172,28 @@ def uneven_batch(dtype: torch.dtype) -> tuple[nn.Module, torch.Tensor, torch.Ten
 
 
 def results(model: nn.Module, x: torch.Tensor, gradient: torch.Tensor):
-    """([output, gradients of input, weight and bias], what the layer remembers)."""
+    """([output, gradients of input, weight and bias], state dict after the step)."""
     x = x.detach().requires_grad_()
     out = model(x)
     out.backward(gradient)
     return [out.detach(), x.grad, model[0].weight.grad, model[0].bias.grad], model.state_dict()
 
 
-def uneven_layer(world, dtype: torch.dtype):
-    """Of a rank that holds its part of the batch."""
+def results_of_rank(world, dtype: torch.dtype):
+    """`results` of one rank, which holds a slice of the batch."""
     model, *batch = uneven_batch(dtype)
-    batch_norm.over_uneven_ranks(model, world.group)
+    batch_norm.convert_sync_batch_norm(model, world.group)
     return results(model, *(part.split(COUNTS)[world.rank] for part in batch))
 
 
 @pytest.mark.parametrize("dtype,tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-5)])
-def test_ranks_with_more_samples_than_others_normalise_as_one(dtype, tolerance):
+def test_ranks_with_different_numbers_of_samples_normalise_as_one(dtype, tolerance):
     expected, state = results(*uneven_batch(dtype))
-    found = run_ranks(3, uneven_layer, dtype)
-    for number, value in enumerate(expected):
-        parts = [tensors[number] for tensors, _ in found]
-        assert apart(torch.cat(parts) if number < 2 else sum(parts), value) < tolerance
+    found = run_ranks(3, results_of_rank, dtype)
+    for index, value in enumerate(expected):
+        parts = [tensors[index] for tensors, _ in found]
+        assert max_difference(torch.cat(parts) if index < 2 else sum(parts), value) < tolerance
     for _, theirs in found:
         assert theirs.keys() == state.keys()
         for name, value in state.items():
-            assert apart(theirs[name].double(), value.double()) < tolerance, name
+            assert max_difference(theirs[name].double(), value.double()) < tolerance, name

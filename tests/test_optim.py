@@ -1,4 +1,4 @@
-"""LARS, plain and fused, and the schedule against the reference's arithmetic over a trajectory."""
+"""LARS, its definition and fused, and the schedule against the reference over a trajectory."""
 
 import math
 
@@ -11,22 +11,22 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 from bt_fast.lars import LARS, parameter_groups
 from bt_fast.models.networks import BarlowTwins
-from bt_fast.schedule import FLOOR, learning_rate
+from bt_fast.schedule import FINAL_FRACTION, learning_rate
 from tools import reference
 
 
 def reference_rate(step: int, steps_per_epoch: int, epochs: int, batch_size: int) -> float:
-    """The released schedule before its two factors 0.2 and 0.0048, rewritten from its text."""
-    total, warmup = epochs * steps_per_epoch, 10 * steps_per_epoch
+    """The released code's schedule without its two factors 0.2 and 0.0048."""
+    num_steps, warmup = epochs * steps_per_epoch, 10 * steps_per_epoch
     base = batch_size / 256
     if step < warmup:
         return base * step / warmup
-    q = 0.5 * (1 + math.cos(math.pi * (step - warmup) / (total - warmup)))
+    q = 0.5 * (1 + math.cos(math.pi * (step - warmup) / (num_steps - warmup)))
     return base * q + base * 0.001 * (1 - q)
 
 
 def reference_update(p, g, momentum, lr, *, weight_decay, eta=1e-3, mu=0.9):
-    """One parameter's step of the reference, in Python floats over nested lists."""
+    """The reference's update of one parameter, in Python floats."""
     flat_p, flat_g, flat_m = (t.flatten().tolist() for t in (p, g, momentum))
     if p.ndim != 1:
         flat_g = [gi + weight_decay * pi for gi, pi in zip(flat_g, flat_p, strict=True)]
@@ -43,7 +43,7 @@ def test_lars_and_schedule_follow_the_reference_for_100_steps():
     generator = torch.Generator().manual_seed(0)
     shapes = [(8, 3, 3, 3), (8,), (8,), (5, 8), (1, 7), (4, 4)]
     ours = [torch.randn(s, dtype=torch.float64, generator=generator) for s in shapes]
-    ours[-1].zero_()  # a parameter of norm 0 takes the plain step
+    ours[-1].zero_()  # a parameter of norm 0 has trust ratio 1
     theirs = [p.clone() for p in ours]
     buffers = [torch.zeros_like(p) for p in ours]
     for p in ours:
@@ -73,8 +73,8 @@ def test_lars_and_schedule_follow_the_reference_for_100_steps():
 @pytest.mark.parametrize("batch_size,epochs", [(2048, 1000), (256, 100), (4096, 300)])
 def test_schedule_equals_the_reference_at_every_step(batch_size, epochs):
     steps_per_epoch = 1_281_167 // batch_size
-    total = epochs * steps_per_epoch
-    for step in [0, 1, 10 * steps_per_epoch - 1, 10 * steps_per_epoch, *range(0, total, 997)]:
+    num_steps = epochs * steps_per_epoch
+    for step in [0, 1, 10 * steps_per_epoch - 1, 10 * steps_per_epoch, *range(0, num_steps, 997)]:
         ours = learning_rate(
             step, steps_per_epoch=steps_per_epoch, epochs=epochs, batch_size=batch_size, base_lr=0.2
         )
@@ -82,7 +82,7 @@ def test_schedule_equals_the_reference_at_every_step(batch_size, epochs):
         assert abs(ours - expected) <= 1e-12
 
 
-def test_schedule_peaks_and_ends_where_the_paper_says():
+def test_schedule_has_the_papers_peak_and_final_rate():
     run = {"steps_per_epoch": 625, "epochs": 1000, "batch_size": 2048}
     assert learning_rate(0, base_lr=0.2, **run) == 0
     assert learning_rate(6250, base_lr=0.2, **run) == pytest.approx(1.6)
@@ -90,18 +90,18 @@ def test_schedule_peaks_and_ends_where_the_paper_says():
     assert learning_rate(625_000, base_lr=0.2, **run) == pytest.approx(0.0016)
 
 
-def test_a_warmup_as_long_as_the_run_never_divides_by_zero():
+def test_a_warmup_as_long_as_the_run_does_not_divide_by_zero():
     run = {"steps_per_epoch": 3, "epochs": 10, "batch_size": 256, "base_lr": 1.0}
     assert learning_rate(29, **run) == pytest.approx(29 / 30)
     assert math.isfinite(learning_rate(30, **run))
 
 
 ALIGNED = [(64, 3, 7, 7), (64,), (130, 332), (8,), (40_000,), (1, 8), (4, 4)]
-ODD = [(64, 3, 7, 7), (64,), (130, 333), (5,), (40_001,), (1, 7), (3, 3)]
+UNALIGNED = [(64, 3, 7, 7), (64,), (130, 333), (5,), (40_001,), (1, 7), (3, 3)]
 
 
-def mixed_parameters(shapes=ODD) -> list[torch.Tensor]:
-    """Every kind of tensor a model has: channels-last, one row, large, tiny, all zeros."""
+def mixed_parameters(shapes=UNALIGNED) -> list[torch.Tensor]:
+    """Tensors like a model's: channels-last, one row, large, small, all zeros."""
     generator = torch.Generator().manual_seed(0)
     parameters = [torch.randn(shape, generator=generator) for shape in shapes]
     parameters[0] = parameters[0].to(memory_format=torch.channels_last)
@@ -109,7 +109,7 @@ def mixed_parameters(shapes=ODD) -> list[torch.Tensor]:
     return [p.requires_grad_() for p in parameters]
 
 
-def optimizer_of(parameters: list[torch.Tensor], fused: bool) -> LARS:
+def build_optimizer(parameters: list[torch.Tensor], fused: bool) -> LARS:
     if fused:
         require_interpreter()
     groups = [
@@ -119,60 +119,61 @@ def optimizer_of(parameters: list[torch.Tensor], fused: bool) -> LARS:
     return LARS(groups, 0.1, weight_decay=1e-2, fused=fused)
 
 
-@pytest.mark.parametrize("shapes", [ALIGNED, ODD])
+@pytest.mark.parametrize("shapes", [ALIGNED, UNALIGNED])
 def test_the_fused_update_equals_the_definition(shapes):
-    """In Triton's interpreter; gradients partly in another memory order or absent."""
-    plain, fused = mixed_parameters(shapes), mixed_parameters(shapes)
-    optimizers = optimizer_of(plain, False), optimizer_of(fused, True)
+    """In Triton's interpreter; some gradients have other strides or are absent."""
+    unfused, fused = mixed_parameters(shapes), mixed_parameters(shapes)
+    optimizers = build_optimizer(unfused, False), build_optimizer(fused, True)
     for step in range(4):
-        for i, (p, q) in enumerate(zip(plain, fused, strict=True)):
+        for i, (p, q) in enumerate(zip(unfused, fused, strict=True)):
             p.grad = torch.randn(p.shape) * 10.0 ** (step - 2)
             q.grad = p.grad.clone()
             if (step, i) == (2, 3):
                 p.grad = q.grad = None
         for optimizer in optimizers:
             optimizer.step()
-        for p, q in zip(plain, fused, strict=True):
+        for p, q in zip(unfused, fused, strict=True):
             assert (p - q).norm() <= 1e-6 * p.norm()
 
 
-def test_the_fused_update_takes_memory_that_is_not_aligned():
+def test_the_fused_update_of_unaligned_memory():
     storage = torch.randn(41)
     parameters = [storage[1:25].view(4, 6).requires_grad_(), storage[25:41].requires_grad_()]
     expected = [p.detach().clone().requires_grad_() for p in parameters]
-    for some, fused in ((parameters, True), (expected, False)):
-        for p in some:
+    for params, fused in ((parameters, True), (expected, False)):
+        for p in params:
             p.grad = torch.ones_like(p)
-        optimizer_of(some, fused).step()
+        build_optimizer(params, fused).step()
     assert all(torch.allclose(p, q) for p, q in zip(parameters, expected, strict=True))
 
 
 @pytest.mark.parametrize("fused", [False, True])
 def test_a_guarded_step_that_is_not_finite_changes_nothing(fused):
     parameters = mixed_parameters()
-    optimizer = optimizer_of(parameters, fused)
+    optimizer = build_optimizer(parameters, fused)
 
-    def run(guard: float, poison: float = 0.0, where: int = 0) -> list[torch.Tensor]:
+    def step(guard: float, addend: float = 0.0, index: int = 0) -> list[torch.Tensor]:
+        """One step with `addend` in the last element of one gradient -> parameters and buffers."""
         for p in parameters:
             p.grad = torch.ones_like(p)
-        parameters[where].grad[(-1,) * parameters[where].ndim] += poison
+        parameters[index].grad[(-1,) * parameters[index].ndim] += addend
         applied = optimizer.step(guard=torch.tensor(guard))
-        assert applied.item() == (math.isfinite(guard) and math.isfinite(poison))
+        assert applied.item() == (math.isfinite(guard) and math.isfinite(addend))
         state = [optimizer.state[p]["momentum"] for p in parameters]
         return [t.detach().clone() for t in (*parameters, *state)]
 
-    first = run(1.0)
-    for bad in (math.nan, math.inf, -math.inf):
-        assert all(map(torch.equal, run(bad), first))
-        for where in range(len(parameters)):
-            assert all(map(torch.equal, run(1.0, bad, where), first))
-    assert not any(map(torch.equal, run(1.0), first))
+    first = step(1.0)
+    for value in (math.nan, math.inf, -math.inf):
+        assert all(map(torch.equal, step(value), first))
+        for index in range(len(parameters)):
+            assert all(map(torch.equal, step(1.0, value, index), first))
+    assert not any(map(torch.equal, step(1.0), first))
 
 
 class Launches(TorchDispatchMode):
-    """Counts the operations that a GPU would launch: neither views nor allocations."""
+    """Counts the operations that a GPU would launch: no views or allocations."""
 
-    NONE = frozenset({"empty", "empty_like", "_to_copy", "detach", "unbind", "zeros_like"})
+    NO_LAUNCH = frozenset({"empty", "empty_like", "_to_copy", "detach", "unbind", "zeros_like"})
 
     def __init__(self) -> None:
         super().__init__()
@@ -180,12 +181,12 @@ class Launches(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.overloadpacket.__name__
-        self.count += not (func.is_view or name in self.NONE or name.startswith("_record"))
+        self.count += not (func.is_view or name in self.NO_LAUNCH or name.startswith("_record"))
         return func(*args, **(kwargs or {}))
 
 
 class CountedKernel:
-    """A Triton kernel whose launches are counted, and not what its interpreter does."""
+    """A Triton kernel whose launches are counted, without the operations of the interpreter."""
 
     def __init__(self, kernel, launches: Launches) -> None:
         self.kernel, self.launches = kernel, launches
@@ -201,7 +202,7 @@ class CountedKernel:
 
 def test_launches_of_the_papers_model(monkeypatch):
     """One step of ResNet-50 and its projector: the released code's loop, foreach, fused kernels.
-    The tensors are small, because launches depend on their number."""
+    The tensors are small, because launches depend only on the number of tensors."""
     require_interpreter()
     from bt_fast import lars_triton
 
@@ -218,7 +219,7 @@ def test_launches_of_the_papers_model(monkeypatch):
     ]
     counts = []
     for optimizer in optimizers:
-        optimizer.step()  # makes what the others use again
+        optimizer.step()  # allocates the state
         with monkeypatch.context() as patch, Launches() as launches:
             for name in ("_sums", "_ratios", "_apply"):
                 patch.setattr(
@@ -229,7 +230,7 @@ def test_launches_of_the_papers_model(monkeypatch):
     assert (len(parameters), *counts) == (166, 1114, 19, 3)
 
 
-def test_parameters_without_gradient_are_left_alone():
+def test_parameters_without_gradient_are_unchanged():
     used, unused = torch.randn(3, 3, requires_grad=True), torch.randn(3, 3, requires_grad=True)
     before = unused.detach().clone()
     used.grad = torch.randn(3, 3)
@@ -250,10 +251,10 @@ def test_negative_hyper_parameters_are_refused(name):
     batch_size=st.integers(2, 8192),
     base_lr=st.floats(1e-6, 10),
 )
-def test_any_schedule_rises_evenly_to_its_peak_then_falls_to_a_thousandth(
+def test_any_schedule_rises_linearly_to_its_peak_then_falls_to_a_thousandth(
     steps_per_epoch, epochs, warmup_epochs, batch_size, base_lr
 ):
-    warmup_epochs = min(warmup_epochs, epochs - 1)  # what a run is given is shorter than the run
+    warmup_epochs = min(warmup_epochs, epochs - 1)  # the configuration requires it
     run = {
         "steps_per_epoch": steps_per_epoch,
         "epochs": epochs,
@@ -271,4 +272,4 @@ def test_any_schedule_rises_evenly_to_its_peak_then_falls_to_a_thousandth(
     assert min(rates) >= 0 and max(rates) <= peak * (1 + 1e-12)
     if warmup == int(warmup):
         assert falling[0] == pytest.approx(peak)
-    assert rates[steps:] == pytest.approx([peak * FLOOR] * 3)  # also after the end
+    assert rates[steps:] == pytest.approx([peak * FINAL_FRACTION] * 3)  # also after the end

@@ -1,4 +1,4 @@
-"""What several machines convert with --shard becomes what one machine would have made."""
+"""Parts converted with --shard join to the output of a single conversion."""
 
 from pathlib import Path
 
@@ -18,7 +18,7 @@ def parts(imagenet_folder, tmp_path) -> Path:
     return root
 
 
-def test_parts_make_a_whole(imagenet_folder, parts, imagenet_beton, tmp_path):
+def test_parts_are_joined(imagenet_folder, parts, imagenet_beton, tmp_path):
     assert convert(parts, tmp_path / "out.beton") == 0
     assert same_as(imagenet_beton, tmp_path / "out.beton")
 
@@ -35,22 +35,22 @@ def test_parts_that_do_not_belong_together(imagenet_folder, parts, tmp_path, cap
     out = tmp_path / "out.beton"
     saved = {path: path.read_bytes() for path in parts.iterdir()}
 
-    def refused(message: str) -> bool:
+    def is_refused(message: str) -> bool:
         code, error = convert(parts, out), capsys.readouterr().err
         for path, content in saved.items():
             path.write_bytes(content)
         return code == 2 and message in error and error.count("\n") == 1 and not out.exists()
 
     (parts / "p2.beton").unlink()
-    assert refused("has parts 1, 3 of 3")
+    assert is_refused("has parts 1, 3 of 3")
     (parts / "p2.beton").write_bytes(saved[parts / "p1.beton"])
-    assert refused("is not the file of which p2.beton.json reports")
+    assert is_refused("is not the file that p2.beton.json describes")
     flags = ["--shard", "2/3", "--overwrite", "--max-side", 90]
     assert convert(imagenet_folder, parts / "p2.beton", *flags) == 0
     capsys.readouterr()
-    assert refused("they differ in max_side")
+    assert is_refused("they differ in max_side")
     (parts / "p3.val.beton").unlink()
-    assert refused("has parts 1, 2 of 3")
+    assert is_refused("has parts 1, 2 of 3")
 
 
 def test_parts_cover_every_image_once(tmp_path):
@@ -66,17 +66,17 @@ def test_parts_cover_every_image_once(tmp_path):
 
 
 @pytest.mark.parametrize("shard", ["0/2", "3/2", "2", "a/b", "1/0", "-1/2"])
-def test_impossible_parts(imagenet_folder, tmp_path, capsys, shard):
+def test_invalid_parts(imagenet_folder, tmp_path, capsys, shard):
     assert convert(imagenet_folder, tmp_path / "out.beton", f"--shard={shard}") == 2
     assert f"--shard {shard}" in capsys.readouterr().err
 
 
 def test_more_parts_than_images(imagenet_folder, tmp_path, capsys):
     assert convert(imagenet_folder, tmp_path / "out.beton", "--shard", "1/50") == 2
-    assert "too few images for so many parts" in capsys.readouterr().err
+    assert "fewer images than parts" in capsys.readouterr().err
 
 
-def test_reports_that_are_damaged(parts, tmp_path, capsys):
+def test_damaged_reports(parts, tmp_path, capsys):
     for content, message in (("{", "is not JSON"), ("[]", "has parts 1, 3 of 3")):
         (parts / "p2.beton.json").write_text(content)
         assert convert(parts, tmp_path / "out.beton") == 2

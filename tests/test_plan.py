@@ -1,4 +1,4 @@
-"""What fits on which GPU, counted on shapes: against what torch allocates, and by hand."""
+"""Memory and rates of the plan: against torch's allocations, by hand and as published."""
 
 from collections import namedtuple
 from dataclasses import replace
@@ -6,10 +6,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from bt_fast.build import build_model
 from bt_fast.cli import main
 from bt_fast.config import Config
 from bt_fast.doctor import doctor
+from bt_fast.models.networks import build_model
 from bt_fast.plan import dry_run, gpus
 from bt_fast.recipes import RECIPES
 
@@ -17,7 +17,7 @@ SMALL = Config(encoder="resnet18", size=32, small_images=True, projector=(96, 64
 
 
 @pytest.mark.parametrize("change", [{}, {"small_images": False, "size": 64}, {"predictor": True}])
-def test_activations_are_what_a_forward_pass_leaves_allocated(change):
+def test_activations_are_the_memory_a_forward_pass_leaves_allocated(change):
     config = replace(SMALL, **change)
     model = build_model(config)
     views = torch.randn(8, 3, config.size, config.size)
@@ -28,7 +28,7 @@ def test_activations_are_what_a_forward_pass_leaves_allocated(change):
     with torch.device("meta"):
         shapes = build_model(config)
         embeddings, saved = dry_run.forward(shapes, torch.empty_like(views, device="meta"))
-    # The views were there before, and nothing of the output is needed for its own gradient.
+    # The views existed before, and the gradient of the output does not need the output.
     expected = saved - views.nbytes + embeddings.nbytes
     assert left == pytest.approx(expected, rel=0.01)
 
@@ -40,41 +40,41 @@ def test_resnet50_with_256_images():
     stem and its pool 1.8 M. With the blocks' shortcuts (0.8 + 0.4 + 0.2 + 0.1 M, before and behind
     the norm) and the larger first convolution of a stage: some 21 M values, 42 MB of bf16.
     """
-    counted = dry_run.count(Config())
+    counted = dry_run.count_costs(Config())
     assert counted.saved_bytes / 2 == pytest.approx(42e6, rel=0.1)
-    parts = dry_run.memory(Config(), counted, 256)
+    parts = dry_run.memory_bytes(Config(), counted, 256)
     assert 20e9 < parts["activations"] < 30e9
     assert parts["weights, gradients, momentum"] == pytest.approx(14 * 174.5e6, rel=1e-3)
     assert 25e9 < sum(parts.values()) < 30e9
-    whole = dry_run.count(Config(precision="fp32"))
+    whole = dry_run.count_costs(Config(precision="fp32"))
     assert whole.saved_bytes == pytest.approx(2 * counted.saved_bytes, rel=0.05)
-    assert sum(dry_run.memory(Config(), whole, 256).values()) > 45e9
+    assert sum(dry_run.memory_bytes(Config(), whole, 256).values()) > 45e9
 
 
 def test_the_largest_batch_fits_and_the_next_does_not():
-    counted = dry_run.count(SMALL)
-    for card in (gpus.CARDS[0], gpus.H100):
+    counted = dry_run.count_costs(SMALL)
+    for card in (gpus.MODELS[0], gpus.H100):
         most = dry_run.largest_batch(SMALL, counted, card)
         assert most % 16 == 0 and most > 0
-        assert sum(dry_run.memory(SMALL, counted, most).values()) <= card.memory
-        assert sum(dry_run.memory(SMALL, counted, most + 16).values()) > card.memory
-    assert dry_run.largest_batch(SMALL, counted, gpus.Card(name="tiny", memory=2e9)) == 0
+        assert sum(dry_run.memory_bytes(SMALL, counted, most).values()) <= card.memory
+        assert sum(dry_run.memory_bytes(SMALL, counted, most + 16).values()) > card.memory
+    assert dry_run.largest_batch(SMALL, counted, gpus.GpuModel(name="tiny", memory=2e9)) == 0
     # More ranks gather more embeddings.
-    config, counted = Config(), dry_run.count(Config())
+    config, counted = Config(), dry_run.count_costs(Config())
     alone, many = (dry_run.largest_batch(config, counted, gpus.H100, n) for n in (1, 32))
     assert 0.8 * alone < many < alone
 
 
-def test_rates_are_those_that_were_published():
-    """PyTorch's ResNet-50 on an A100 in bf16, channels-last: 2,470 to 2,600 images/s, which are one
-    view each. Between cards, no rate differs by more than its slower resource does."""
-    config, counted = Config(), dry_run.count(Config())
+def test_rates_are_the_published_ones():
+    """PyTorch's ResNet-50 on an A100 in bf16, channels-last: 2,470 to 2,600 images/s, of one
+    view each. The ratio of two GPUs' rates lies between their ratios of FLOP/s and of bandwidth."""
+    config, counted = Config(), dry_run.count_costs(Config())
     rates = {
-        card.name: 256 / dry_run.step_seconds(config, counted, 256, card) for card in gpus.CARDS
+        card.name: 256 / dry_run.step_seconds(config, counted, 256, card) for card in gpus.MODELS
     }
     assert 2 * rates["A100 80 GB"] == pytest.approx(2_535, rel=0.05)
-    for one in gpus.CARDS:
-        for other in gpus.CARDS:
+    for one in gpus.MODELS:
+        for other in gpus.MODELS:
             ratios = one.flop_per_s / other.flop_per_s, one.bytes_per_s / other.bytes_per_s
             assert 0.95 * min(ratios) < rates[one.name] / rates[other.name] < 1.05 * max(ratios)
 
@@ -99,40 +99,43 @@ def test_rates_are_those_that_were_published():
 )
 def test_a_gpu_is_recognised_by_its_name_and_memory(name, gibibytes, card):
     found = gpus.of_device(name, int(gibibytes * 2**30))
-    expected = {known.name: known.bytes_per_s for known in gpus.CARDS}.get(card, 0)
+    expected = {known.name: known.bytes_per_s for known in gpus.MODELS}.get(card, 0)
     assert found.bytes_per_s == expected and found.name == name.removeprefix("NVIDIA ")
     assert 0.9 * gibibytes * 2**30 < found.memory < gibibytes * 2**30
     if card is not None:
-        nominal = {known.name: known.memory for known in gpus.CARDS}[card]
+        nominal = {known.name: known.memory for known in gpus.MODELS}[card]
         assert nominal < 1.01 * found.memory < 1.1 * nominal
 
 
-def test_the_gpu_that_is_here_comes_first():
-    config, counted = Config(), dry_run.count(Config())
-    here = gpus.of_device("NVIDIA RTX A6000", 48 << 30)
-    rows = dry_run.fits(config, counted, 1, here)
+def test_the_local_gpu_comes_first():
+    config, counted = Config(), dry_run.count_costs(Config())
+    local = gpus.of_device("NVIDIA RTX A6000", 48 << 30)
+    rows = dry_run.memory_and_rate_rows(config, counted, 1, local)
     assert list(rows)[1:] == ["this RTX A6000", "GPUs of 24 GB", "GPUs of 40 GB", "GPUs of 80 GB"]
-    assert "images/s" not in rows["this RTX A6000"]  # its rates are not known
+    assert "images/s" not in rows["this RTX A6000"]  # its rates are unknown
     huge = replace(config, size=4096)
-    assert dry_run.fits(huge, dry_run.count(huge), 1)["GPUs of 24 GB"] == "does not fit"
+    assert (
+        dry_run.memory_and_rate_rows(huge, dry_run.count_costs(huge), 1)["GPUs of 24 GB"]
+        == "does not fit"
+    )
 
 
-def test_doctor_says_which_batch_fits(monkeypatch):
+def test_doctor_reports_the_largest_batch(monkeypatch):
     config = RECIPES["imagenet"]()
     row = doctor.gpu_memory(config, 1)
     assert "on GPUs of 24 GB" in row.value and "on GPUs of 80 GB" in row.value and not row.problem
     h100 = gpus.of_device("NVIDIA H100 80GB HBM3", int(79.2 * 2**30))
-    monkeypatch.setattr(gpus, "present", lambda: h100)
+    monkeypatch.setattr(gpus, "first_gpu", lambda: h100)
     row = doctor.gpu_memory(config, 1)
     assert row.problem and not row.broken
     flag = row.fix.partition("--batch-size ")[2]
     assert 700 < int(flag.partition(",")[0]) < 1000 and "--gpus 1" in row.fix
     assert not doctor.gpu_memory(config, 8).problem
-    monkeypatch.setattr(gpus, "present", lambda: gpus.Card(name="small", memory=2e9))
+    monkeypatch.setattr(gpus, "first_gpu", lambda: gpus.GpuModel(name="small", memory=2e9))
     assert "--size 160" in doctor.gpu_memory(config, 8).fix
 
 
-def test_a_dry_run_with_data_says_what_fits(small_beton, monkeypatch, capsys):
+def test_a_dry_run_with_data_reports_the_largest_batch(small_beton, monkeypatch, capsys):
     properties = namedtuple("Properties", "name total_memory")
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties("NVIDIA L4", 22))
     flags = ["--recipe=demo", "--data", str(small_beton), "--batch-size=16", "--size=32"]

@@ -72,7 +72,7 @@ def test_a_compiled_step_is_profiled_and_predicted(small_beton, tmp_path):
         assert len(np.unique(np.array(picture))) > 20
     assert json.loads((tmp_path / "p" / "trace.json").read_text())["traceEvents"]
     again = profile(tmp_path, *flags)
-    assert again.returncode == 2 and "holds a profile already" in again.stderr
+    assert again.returncode == 2 and "contains a profile" in again.stderr
 
 
 def test_against_the_reference_without_data(tmp_path):
@@ -108,15 +108,15 @@ def test_a_mistake_is_said_once_by_all_ranks(small_beton, tmp_path):
     (tmp_path / "profile.json").touch()
     done = profile(tmp_path, "--data", small_beton, "--out", tmp_path, ranks=2)
     assert done.returncode != 0
-    assert done.stderr.count("profile.py: --out") == 1 and "holds a profile already" in done.stderr
+    assert done.stderr.count("profile.py: --out") == 1 and "contains a profile" in done.stderr
 
 
 @pytest.mark.parametrize(
     "flags,message",
     [
         (["--link-gbps", "0"], "--link-gbps must be positive"),
-        (["--resume", "runs/x"], "are for runs, not for profiles"),
-        (["--resolution", "32:64"], "profile one --size"),
+        (["--resume", "runs/x"], "apply to runs, not to profiles"),
+        (["--resolution", "32:64"], "profile each --size"),
         (["--data", "nowhere.beton"], "--data nowhere.beton does not exist"),
         (["--against", "everyone"], "--against"),
         (["--batch-size", "0"], "--batch-size must be at least 1"),
@@ -135,7 +135,7 @@ def report(device: str = "cuda", *, step: float, alone: float, **stages):
     config = RECIPES["imagenet"]()
     runtime = Runtime(device=torch.device(device), precision="bf16", compile="default")
     reader = types.SimpleNamespace(sizes=np.full((1000, 2), 400))
-    setup = types.SimpleNamespace(config=config, runtime=runtime, reader=reader, num_threads=10**6)
+    setup = types.SimpleNamespace(config=config, runtime=runtime, dataset=reader, num_threads=10**6)
     return Report(
         setup=setup,
         data="data",
@@ -173,7 +173,7 @@ def test_the_advice_puts_first_what_takes_longest():
         "the device waits for data 75 % of the step: --cache-gb 1 keeps all images decoded"
     )
     slow_disk = report(step=0.4, alone=0.1, loader=0.4, read=0.1, decode=0.01)
-    assert "the disk is slower" in slow_disk.advice()[0]
+    assert "to a faster disk" in slow_disk.advice()[0]
     # On a CPU the rest of the step is not waiting: the loader shares the cores.
     assert "waits for data 25 %" in "".join(report("cpu", step=0.4, alone=0.1, loader=0.1).advice())
     assert report(step=0.0, alone=0.1).advice() == []
@@ -189,14 +189,14 @@ def test_a_profile_is_saved_before_it_is_complete(tmp_path):
         assert name not in found["stages"] and stage.seconds > 0
 
 
-def measured(**changes) -> step_costs.Measured:
+def measured(**changes) -> step_costs.StepTimes:
     values = {
         "embedding_itemsize": 2, "images": 64, "optimizer": 1e-3,
         "encoder": 0.02, "backward": 0.013, "loss": 2e-4,
         "num_parameters": 174_535_744, "num_projector_parameters": 151_027_712,
         "num_dimensions": 8192, "num_norm_layers": 55,
     }  # fmt: skip
-    return step_costs.Measured(**values | changes)
+    return step_costs.StepTimes(**values | changes)
 
 
 def test_one_rank_is_predicted_as_it_was_measured():
@@ -229,7 +229,7 @@ def test_the_plan_of_32_gpus_with_64_images_is_what_was_reckoned_by_hand():
     """By hand, for H200: an encoder of 77 ms with 256 images, so 22 with 64; 5 of collectives, LARS
     1.2; with one communicator the projector's 604 MB are 4 ms of waiting."""
     config = RECIPES["imagenet"]()
-    counted = dry_run.count(config)
+    counted = dry_run.count_costs(config)
     measured = dry_run.single_gpu(config, counted, 64, gpus.H200)
     apart, shared = (
         step_costs.predict(measured, 32, dry_run.LINK_GBPS, separate_communicators=separate)

@@ -1,4 +1,4 @@
-"""What a release holds, and that it runs where the checkout is not."""
+"""The files of a release, and that it runs outside the checkout."""
 
 import os
 import shutil

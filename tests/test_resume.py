@@ -1,4 +1,4 @@
-"""Runs that are killed, stopped or damaged go on as if nothing had been."""
+"""Runs that are killed, stopped or damaged resume and equal an uninterrupted run."""
 
 import os
 import pty
@@ -38,7 +38,7 @@ def test_killed_at_a_random_step_and_resumed_equals_uninterrupted(small_beton, f
     assert comparable(metrics(folder)) == comparable(metrics(finished))
 
 
-def test_a_probe_lost_to_a_kill_is_made_up_for(small_beton, finished, tmp_path, monkeypatch):
+def test_a_probe_lost_to_a_kill_is_repeated(small_beton, finished, tmp_path, monkeypatch):
     real, folder = train.probe, tmp_path / "run"
 
     def killed(job, log, step):
@@ -54,7 +54,7 @@ def test_a_probe_lost_to_a_kill_is_made_up_for(small_beton, finished, tmp_path, 
     assert comparable(metrics(folder)) == comparable(metrics(finished))
 
 
-def test_damaged_checkpoints_do_not_push_out_new_ones(small_beton, tmp_path):
+def test_damaged_checkpoints_do_not_count_as_kept(small_beton, tmp_path):
     folder = tmp_path / "run"
     flags = ("--data", small_beton, "--run-dir", folder, "--save-every", 1, "--probe-every", 0)
     assert pretrain(*flags, "--max-steps", 6) == 0
@@ -65,7 +65,7 @@ def test_damaged_checkpoints_do_not_push_out_new_ones(small_beton, tmp_path):
     assert {"step-00000001", "step-00000002", "step-00000005.damaged"} <= names
 
 
-def test_a_signal_saves_and_says_how_to_go_on(small_beton, finished, tmp_path):
+def test_a_signal_saves_and_prints_how_to_resume(small_beton, finished, tmp_path):
     folder = tmp_path / "stopped"
     process = start("--data", small_beton, "--run-dir", folder, "--save-every", 1)
     wait_for_step(process, folder, 2)
@@ -77,10 +77,8 @@ def test_a_signal_saves_and_says_how_to_go_on(small_beton, finished, tmp_path):
     assert same(learned(folder), learned(finished))
 
 
-def test_a_terminal_that_is_closed_leaves_a_run_that_goes_on(
-    small_beton, finished, hang_up, tmp_path
-):
-    """Its hang-up asks to stop, and nothing can be shown any more."""
+def test_a_run_whose_terminal_closes_can_be_resumed(small_beton, finished, hang_up, tmp_path):
+    """SIGHUP is a stop request, and output fails."""
     folder, (ours, theirs) = tmp_path / "stopped", pty.openpty()
     command = [sys.executable, "-m", "bt_fast.cli", "pretrain", *TINY, "--save-every", "1"]
     command += ["--data", str(small_beton), "--run-dir", str(folder)]
@@ -108,7 +106,7 @@ def _read(terminal: int, closing: threading.Event) -> None:
             os.read(terminal, 1 << 16)
 
 
-def test_a_damaged_newest_checkpoint_is_passed_over(
+def test_a_damaged_newest_checkpoint_is_skipped(
     small_beton, finished, tmp_path, capsys, monkeypatch
 ):
     folder = tmp_path / "torn"
@@ -118,7 +116,7 @@ def test_a_damaged_newest_checkpoint_is_passed_over(
     monkeypatch.chdir(tmp_path)  # a run can be continued from any folder
     assert main(["pretrain", "--resume", str(folder), "--max-steps", "12"]) == 0
     output = capsys.readouterr().out
-    assert "passed over: step-00000006" in output and "at step 5 of 12" in output
+    assert "skipped a damaged checkpoint: step-00000006" in output and "at step 5 of 12" in output
     assert same(learned(folder), learned(finished))
 
 

@@ -1,4 +1,4 @@
-"""The folder of a run: one owner, a name of its own, nothing overwritten."""
+"""The run directory: one owner, a unique name, nothing overwritten."""
 
 import errno
 import fcntl
@@ -28,7 +28,7 @@ def test_runs_of_one_second_have_folders_of_their_own(tmp_path, monkeypatch):
     }
 
 
-def test_the_second_owner_is_told_of_the_first(tmp_path):
+def test_a_second_process_names_the_first(tmp_path):
     with RunDirectory(tmp_path), pytest.raises(ValueError) as refused:
         RunDirectory(tmp_path)
     assert f"in use by process {os.getpid()} on {socket.gethostname()}" in str(refused.value)
@@ -45,7 +45,7 @@ def test_a_killed_owner_blocks_nobody(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == [".lock"]
 
 
-def test_without_locks_a_living_owner_of_this_machine_is_noticed(tmp_path, monkeypatch):
+def test_without_locks_a_running_owner_of_this_machine_is_detected(tmp_path, monkeypatch):
     def no_locks(*_):
         raise OSError(errno.ENOLCK, "No locks available")
 
@@ -70,7 +70,7 @@ def test_without_locks_a_living_owner_of_this_machine_is_noticed(tmp_path, monke
     RunDirectory(tmp_path).close()
 
 
-def test_a_start_that_was_killed_leaves_a_folder_that_can_be_taken(tmp_path):
+def test_the_folder_of_a_killed_start_can_be_used(tmp_path):
     for name in (".lock", "config.json.tmp-12"):
         (tmp_path / name).touch()
     assert directory.choose_path(Config(run_dir=tmp_path)) == tmp_path

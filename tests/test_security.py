@@ -172,7 +172,7 @@ def test_a_run_with_a_bomb_in_place_of_its_checkpoint_is_not_resumed_from_it(
             file.write_bytes(pickle.dumps(Bomb(mark)))
     (run / "encoder.safetensors").write_bytes(pickle.dumps(Bomb(mark)))
     assert main(["pretrain", "--resume", str(run), "--device", "cpu", "--max-steps", "1"]) == 0
-    assert "passed over" in capsys.readouterr().out and not mark.exists()
+    assert "skipped a damaged checkpoint" in capsys.readouterr().out and not mark.exists()
 
 
 def test_archives_and_headers_that_claim_more_than_they_are(tmp_path, capsys):
@@ -195,7 +195,7 @@ def test_archives_and_headers_that_claim_more_than_they_are(tmp_path, capsys):
     offsets.write_bytes(struct.pack("<Q", len(text)) + text)
     for file, reason in (
         (zipped, "compressed"),
-        (virtual, "claims more than it holds"),
+        (virtual, "its tensors are larger than it"),
         (header, "header"),
         (offsets, ""),
     ):

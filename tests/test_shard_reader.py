@@ -1,6 +1,7 @@
-"""Images of web shards by number: what a .beton of the same images says."""
+"""ShardReader and BetonReader agree on the same images."""
 
 import json
+import re
 import shutil
 
 import numpy as np
@@ -19,18 +20,18 @@ def shards(small_beton, tmp_path_factory):
     return folder
 
 
-def test_it_says_what_the_beton_says(small_beton, shards):
+def test_it_equals_the_reader_of_a_beton(small_beton, shards):
     beton, reader = BetonReader(small_beton), ShardReader(shards)
     assert len(reader) == len(beton) and reader.class_names == beton.class_names
     assert np.array_equal(reader.labels, beton.labels)
     assert np.array_equal(reader.sizes[np.arange(64)], beton.sizes)
     for index in range(64):
         assert np.array_equal(reader.image(index), beton.image(index))
-        assert reader.place(index)[2] == beton.place(index)[2] and reader.checksum_ok(index)
+        assert reader.location(index)[2] == beton.location(index)[2] and reader.checksum_ok(index)
     assert reader.name(7) == "000000007.jpg in train-000000.tar"
 
 
-def test_classes_are_read_of_some_images_from_everywhere(small_beton, shards, monkeypatch):
+def test_labels_are_read_of_a_random_sample(small_beton, shards, monkeypatch):
     monkeypatch.setattr("pipelines.webdataset.reader.MAX_LABELS", 20)
     labels = ShardReader(shards).labels
     known = np.flatnonzero(labels >= 0)
@@ -43,9 +44,9 @@ def copy_of(shards, folder):
     return folder
 
 
-def test_a_flipped_bit_is_noticed(shards, tmp_path):
+def test_a_flipped_bit_is_detected(shards, tmp_path):
     folder = copy_of(shards, tmp_path / "flipped")
-    position = ShardReader(folder).place(9)[0]
+    position = ShardReader(folder).location(9)[0]
     with open(folder / "train-000000.tar", "r+b") as file:
         file.seek(position + 400)
         byte = file.read(1)
@@ -59,7 +60,7 @@ def test_shards_of_an_earlier_version_have_no_checksums(shards, tmp_path):
     folder = copy_of(shards, tmp_path / "old")
     content = (folder / "train-000000.tar").read_bytes()
     (folder / "train-000000.tar").write_bytes(content.replace(b".crc32", b".other"))
-    assert ShardReader(folder).place(9)[2] is None
+    assert ShardReader(folder).location(9)[2] is None
 
 
 @pytest.mark.parametrize(
@@ -70,6 +71,9 @@ def test_shards_of_an_earlier_version_have_no_checksums(shards, tmp_path):
         lambda text: text.replace(" 000000009.jpg", ""),
         lambda text: text.replace("jpg 512 ", "jpg 512000000000 "),
         lambda text: text.rpartition("jpg")[0],
+        lambda text: text.replace("jpg 512 ", "jpg 99999999999999999999 "),
+        lambda text: text.replace("jpg 512 ", "jpg -512 "),
+        lambda text: re.sub("jpg 512 [0-9]+", f"jpg {2**63 - 1} 1", text),  # the sum overflows
     ],
 )
 def test_a_damaged_index_is_refused(shards, tmp_path, damage):
@@ -81,7 +85,7 @@ def test_a_damaged_index_is_refused(shards, tmp_path, damage):
     assert "\n" not in str(caught.value)
 
 
-def test_what_is_not_ours_or_not_whole_is_refused(shards, tmp_path):
+def test_other_or_incomplete_folders_are_refused(shards, tmp_path):
     with pytest.raises(ValueError, match="bt-convert"):
         ShardReader(tmp_path)
     with pytest.raises(ValueError, match="has no val images"):

@@ -1,4 +1,4 @@
-"""Submitting to Slurm, and a real one of two nodes on this machine, where runs are disturbed."""
+"""Submission to Slurm, and interrupted runs on a real Slurm of two nodes on this machine."""
 
 import os
 import re
@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import load_file
 
 from bt_fast.cli import main, parse_pretrain
+from bt_fast.config import load_config
 from bt_fast.distributed import slurm
 from bt_fast.distributed.slurm import first_host
-from bt_fast.run.directory import load_config
 from tools.slurm_cluster import missing, slurm_cluster
 
 TINY = [
@@ -49,7 +49,7 @@ def test_the_job_of_32_gpus_can_be_seen_anywhere(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize("status,calls", [(0, ""), (2, ""), (1, ""), (75, "requeue 7\n")])
 def test_the_job_requeues_itself_when_stopped(tmp_path, status, calls):
     config = parse_pretrain(["--gpus=4", "--gpus-per-node=4"])
-    script = slurm.script(config, 4, "fast", tmp_path / "a run")
+    script = slurm.job_script(config, 4, "fast", tmp_path / "a run")
     run = re.search(r"^.* -m bt_fast\.cli .*$", script, re.MULTILINE)[0]
     assert f"--resume '{tmp_path}/a run'" in run
     script = script.replace(run, f"(exit {status})")
@@ -62,10 +62,10 @@ def test_the_job_requeues_itself_when_stopped(tmp_path, status, calls):
 
 def test_a_part_of_a_node_and_no_gpus():
     config = parse_pretrain(["--workers=6"])
-    part = options(slurm.script(config, 4, "fast", Path("/r")))
+    part = options(slurm.job_script(config, 4, "fast", Path("/r")))
     assert part["nodes"] == "1" and part["gres"] == "gpu:4" and part["cpus-per-task"] == "6"
     assert "exclusive" not in part
-    assert "gres" not in options(slurm.script(parse_pretrain(TINY), 2, "fast", Path("/r")))
+    assert "gres" not in options(slurm.job_script(parse_pretrain(TINY), 2, "fast", Path("/r")))
 
 
 @pytest.mark.parametrize(
@@ -171,8 +171,8 @@ def wait(job: str, ready, log: Path) -> None:
     facts = job_facts(job)
     while not ready():
         on_its_way = not re.search("JobState=(COMPLETED|FAILED|CANCELLED)", facts)
-        told = facts + (log.read_text() if log.exists() else "")
-        assert on_its_way and time.monotonic() < deadline, told
+        state = facts + (log.read_text() if log.exists() else "")
+        assert on_its_way and time.monotonic() < deadline, state
         time.sleep(0.1)
         facts = job_facts(job)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from tools.soak_runs import contents, ends, equal
+from tools.soak_runs import contents, early_and_late, equal
 
 ROOT = Path(__file__).parents[1]
 
@@ -41,5 +41,6 @@ def test_two_kills_and_nothing_is_lost(small_beton, tmp_path):
 
 
 def test_early_and_late():
-    assert ends([900.0] * 10 + [100.0] * 10 + [50.0] * 70 + [120.0] * 10) == (100.0, 120.0)
-    assert ends([7]) == (7, 7)
+    values = [900.0] * 10 + [100.0] * 10 + [50.0] * 70 + [120.0] * 10
+    assert early_and_late(values) == (100.0, 120.0)
+    assert early_and_late([7]) == (7, 7)

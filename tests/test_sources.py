@@ -1,4 +1,4 @@
-"""What is listed, in which order, and what becomes of an image file."""
+"""The images of a folder and their order, and the conversion of an image file."""
 
 import io
 from pathlib import Path
@@ -10,7 +10,7 @@ from hostile import STORED, make_hostile_folder, saved
 from PIL import Image
 
 from pipelines.convert.jpeg import UnreadableImage, prepare
-from pipelines.convert.manifest import Listing
+from pipelines.convert.manifest import Manifest
 from pipelines.convert.sources import find_splits, sorting
 
 
@@ -20,7 +20,7 @@ def test_order_in_nested_folders_is_torchvisions(tmp_path):
     for name in ("z/1.jpg", "z/a/2.jpg", "z/a-b/3.jpg", "z/a/b/0.PNG", "Y/é/1.jpg", "Y/0.jpg"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
-    images = list(Listing(find_splits(tmp_path)["train"]))
+    images = list(Manifest(find_splits(tmp_path)["train"]))
     assert [(image.data.path, image.label) for image in images] == ImageFolder(tmp_path).samples
     assert [str(tmp_path / image.name) for image in images] == [i.data.path for i in images]
 
@@ -33,7 +33,7 @@ def test_larger_images_are_shrunk_with_antialiasing():
     stored = np.asarray(Image.open(io.BytesIO(prepared.jpeg)), np.int16)
     assert np.abs(stored - expected).mean() < 3
     aliased = np.asarray(picture.resize((300, 200), Image.Resampling.NEAREST), np.int16)
-    assert np.abs(aliased - expected).mean() > 4  # so the bound above can fail
+    assert np.abs(aliased - expected).mean() > 4  # shows that the bound above can fail
 
 
 @pytest.mark.parametrize("max_side", [300, 900, 0])
@@ -50,11 +50,11 @@ def test_sixteen_bit_greys_are_scaled_not_clipped():
     assert np.abs(stored - ramp / 257).max() < 4
 
 
-@pytest.mark.parametrize("kind", ["PNG", "WEBP", "TIFF", "BMP"])
-def test_other_formats_keep_their_pixels(kind):
+@pytest.mark.parametrize("format", ["PNG", "WEBP", "TIFF", "BMP"])
+def test_other_formats_keep_their_pixels(format):
     picture = drawn_picture(4)
-    options = {"lossless": True} if kind == "WEBP" else {}
-    prepared = prepare(saved(picture, kind, **options), 0)
+    options = {"lossless": True} if format == "WEBP" else {}
+    prepared = prepare(saved(picture, format, **options), 0)
     stored = np.asarray(Image.open(io.BytesIO(prepared.jpeg)), np.int16)
     oracle = saved(picture, "JPEG", quality=95, subsampling="4:4:4")
     assert np.abs(stored - np.asarray(Image.open(io.BytesIO(oracle)), np.int16)).max() <= 1
@@ -81,7 +81,7 @@ def test_every_stored_image_is_read_by_torchvisions_decoder(tmp_path):
         assert np.abs(decoded.numpy().transpose(1, 2, 0) - pillow).mean() < 1
 
 
-def test_the_quick_check_finds_what_a_files_structure_tells():
+def test_the_quick_check_detects_damage_to_the_structure():
     whole = jpeg_bytes(drawn_picture(5, 400, 300))
     assert prepare(whole, 0, "quick") == prepare(whole, 0, "full")
     middle = len(whole) // 2
@@ -97,7 +97,7 @@ def test_the_quick_check_finds_what_a_files_structure_tells():
             stored = prepare(data, 0, "quick").action
         except UnreadableImage:
             continue
-        assert name == "cut with an end marker" and stored == "kept"  # only decoding tells
+        assert name == "cut with an end marker" and stored == "kept"  # only decoding detects it
     with pytest.raises(UnreadableImage):
         prepare(damaged["cut with an end marker"], 0, "full")
 
@@ -109,37 +109,37 @@ def test_a_subset_is_spread_over_the_classes(tmp_path):
             (tmp_path / label / f"{index}.jpg").touch()
 
     def kept(count: int) -> list[tuple[str, int]]:
-        listing = Listing(find_splits(tmp_path)["train"])
-        listing.keep(count)
-        images = [(image.name, image.label) for image in listing]
-        assert len(listing) == len(images)
+        manifest = Manifest(find_splits(tmp_path)["train"])
+        manifest.select_subset(count)
+        images = [(image.name, image.label) for image in manifest]
+        assert len(manifest) == len(images)
         return images
 
-    everything = kept(100)
-    assert len(everything) == 16
-    for count in range(1, 16):  # one by one: always from the class of which fewest were taken
+    all_images = kept(100)
+    assert len(all_images) == 16
+    for count in range(1, 16):  # each further image is of the smallest class so far
         taken = [label for _, label in kept(count)]
         (added,) = set(kept(count)) - set(kept(count - 1) if count > 1 else [])
         fewest = min(
             taken.count(label) for label in range(3) if taken.count(label) < [5, 2, 9][label]
         )
         assert taken.count(added[1]) - 1 <= fewest
-        assert kept(count) == [image for image in everything if image in kept(count)]
+        assert kept(count) == [image for image in all_images if image in kept(count)]
     assert kept(9) == [
         image
-        for image in everything
+        for image in all_images
         if image[0] not in ["a/4.jpg", *(f"c/{i}.jpg" for i in range(3, 9))]
     ]
 
 
-def test_other_folders_beside_train_and_val_are_ignored_aloud(tmp_path):
+def test_other_folders_beside_train_and_val_are_reported_as_ignored(tmp_path):
     for name in ("train/a", "val/a", "devkit/data"):
         (tmp_path / name).mkdir(parents=True)
         (tmp_path / name / "1.jpg").touch()
     (tmp_path / "train" / "loose.jpg").touch()
     splits = find_splits(tmp_path)
     for split in splits.values():
-        assert [image.name for image in Listing(split)] == ["a/1.jpg"]
+        assert [image.name for image in Manifest(split)] == ["a/1.jpg"]
     assert splits["train"].ignored["devkit/ beside train/"] == 1
     assert splits["train"].ignored["images beside the class folders"] == 1
 
@@ -165,29 +165,29 @@ def classes_of(root: Path, *folders: str) -> dict[str, tuple[str, list[str]]]:
         (["test", "val"], "val", None),
     ],
 )
-def test_parts_of_a_data_set_are_no_classes(tmp_path, folders, train, val):
+def test_folders_named_like_splits_are_not_classes(tmp_path, folders, train, val):
     expected = {"train": (train, ["a", "b"])} | ({"val": (val, ["a", "b"])} if val else {})
     assert classes_of(tmp_path, *folders) == expected
 
 
 @pytest.mark.parametrize("folders", [["bus", "train"], ["bus", "test", "train"], ["bus", "val"]])
-def test_beside_other_folders_they_are_classes(tmp_path, folders):
+def test_folders_named_like_splits_beside_others_are_classes(tmp_path, folders):
     assert classes_of(tmp_path, *folders) == {"train": (tmp_path.name, folders)}
 
 
-def test_hidden_class_folders_are_ignored_aloud(tmp_path):
+def test_hidden_class_folders_are_reported_as_ignored(tmp_path):
     for name in ("a", ".ipynb_checkpoints"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "1.jpg").touch()
     split = find_splits(tmp_path)["train"]
-    assert [image.name for image in Listing(split)] == ["a/1.jpg"]
+    assert [image.name for image in Manifest(split)] == ["a/1.jpg"]
     assert split.ignored == {"hidden": 1}
 
 
 @pytest.mark.parametrize("count", [0, 9, 10, 11, 1000])
-def test_names_are_sorted_whatever_their_number(monkeypatch, count):
-    monkeypatch.setattr(sorting, "RUN", 10)
-    monkeypatch.setattr(sorting, "READ", 50)
+def test_any_number_of_names_is_sorted(monkeypatch, count):
+    monkeypatch.setattr(sorting, "RUN_LENGTH", 10)
+    monkeypatch.setattr(sorting, "READ_SIZE", 50)
     generator = np.random.default_rng(count)
     alphabet = ["a", "B", "é", "\n", "/", "-", "\udcff", "𝄞"]
     names = ["".join(generator.choice(alphabet, generator.integers(1, 40))) for _ in range(count)]

@@ -1,4 +1,4 @@
-"""Starting ranks and seeing them through, with ranks that do one thing only."""
+"""The supervisor, with ranks that run a line of Python."""
 
 import os
 import signal
@@ -11,7 +11,7 @@ import pytest
 from tiny_runs import wait_until
 
 from bt_fast.distributed import rendezvous, supervisor
-from bt_fast.distributed.signals import ASK_TO_STOP, EXIT_STOPPED, StopFlag
+from bt_fast.distributed.signals import EXIT_STOPPED, STOP_SIGNALS, StopFlag
 
 
 @pytest.fixture
@@ -20,7 +20,7 @@ def ranks(tmp_path, monkeypatch):
     monkeypatch.setenv(rendezvous.RESTARTS, "0")
     started, ready = tmp_path / "started", tmp_path / "ready"
 
-    def run(program: str, how=supervisor.here, *arguments) -> tuple[int, list[str]]:
+    def run(program: str, how=supervisor.run_processes, *arguments) -> tuple[int, list[str]]:
         text = (
             "import os, signal, sys, time\n"
             "rank, restarts = int(os.environ.get('RANK', 0)), int(os.environ['BT_FAST_RESTARTS'])\n"
@@ -40,8 +40,8 @@ def test_ranks_that_end_well_are_started_once(ranks):
     assert ranks(program) == (0, ["0/0", "1/0"])
 
 
-def test_all_start_again_when_one_dies_and_the_other_does_not_notice(ranks, capfd, monkeypatch):
-    monkeypatch.setattr(supervisor, "_LAST_WORDS", 1.0)
+def test_all_restart_when_one_dies_and_the_other_does_not_notice(ranks, capfd, monkeypatch):
+    monkeypatch.setattr(supervisor, "_GRACE_PERIOD", 1.0)
     program = (
         "if restarts == 0:\n"
         "    if rank == 0: time.sleep(3600)\n"
@@ -49,15 +49,15 @@ def test_all_start_again_when_one_dies_and_the_other_does_not_notice(ranks, capf
         "    os.kill(os.getpid(), 9)"
     )
     assert ranks(program) == (0, ["0/0", "0/1", "1/0", "1/1"])
-    assert "rank 1 ended with SIGKILL; all start again" in capfd.readouterr().err
+    assert "rank 1 ended with SIGKILL; restarting all ranks" in capfd.readouterr().err
 
 
-def test_what_a_rank_refuses_is_not_tried_again(ranks):
+def test_a_user_error_is_not_retried(ranks):
     assert ranks("sys.exit(2 if rank else 0)") == (2, ["0/0", "1/0"])
 
 
 def test_a_run_that_keeps_failing_ends(ranks):
-    with pytest.raises(ValueError, match="rank 0 ended with exit status 3, and so did 3 restarts"):
+    with pytest.raises(ValueError, match="rank 0 ended with exit status 3, also after 3 restarts"):
         ranks("sys.exit(0 if rank else 3)")
 
 
@@ -67,8 +67,8 @@ STOPS = (
 )
 
 
-@pytest.mark.parametrize("number", ASK_TO_STOP)
-def test_a_signal_is_passed_on(ranks, hang_up, tmp_path, number):
+@pytest.mark.parametrize("number", STOP_SIGNALS)
+def test_a_signal_is_forwarded(ranks, hang_up, tmp_path, number):
     ready = tmp_path / "ready"
 
     def signal_when_ready() -> None:
@@ -83,7 +83,7 @@ def test_a_signal_is_passed_on(ranks, hang_up, tmp_path, number):
 
 def test_another_launcher_is_one_process(ranks):
     program = "assert sys.argv[1:] == []; sys.exit(75 if restarts else 137)"
-    status, started = ranks(program, supervisor.under, ["env", "A=1"], [])
+    status, started = ranks(program, supervisor.run_under, ["env", "A=1"], [])
     assert (status, started) == (EXIT_STOPPED, ["0/0", "0/1"])
 
 
@@ -91,7 +91,7 @@ def test_a_stop_before_the_first_start_starts_nothing(monkeypatch):
     monkeypatch.setattr(subprocess, "Popen", None)
     with StopFlag() as stop:
         os.kill(os.getpid(), signal.SIGUSR1)
-        assert supervisor.here([], 2, stop) == EXIT_STOPPED
+        assert supervisor.run_processes([], 2, stop) == EXIT_STOPPED
 
 
 def test_ctrl_c_interrupts_until_there_is_something_to_save():

@@ -1,4 +1,4 @@
-"""The supervised protocols: their loop, their resume, what they refuse, what they leave."""
+"""The supervised protocols: training loop, continuation, error messages and results."""
 
 import json
 
@@ -10,11 +10,13 @@ from safetensors.torch import load_file
 
 from bt_fast.cli import main
 from bt_fast.evaluate import supervised
-from bt_fast.evaluate.eval_directory import EvalFolder
-from bt_fast.evaluate.options import EvalOptions, labelled, open_pair, open_subject
+from bt_fast.evaluate.eval_directory import EvalDirectory
+from bt_fast.evaluate.eval_setup import build_setup, labelled_subset, open_labelled_splits
+from bt_fast.evaluate.options import EvalOptions
 from bt_fast.evaluate.semi import class_balanced
 from bt_fast.evaluate.supervised import Protocol
 from bt_fast.export.encoder_files import load_encoder
+from bt_fast.runtime import choose_runtime
 from pipelines.order import epoch_order
 
 COMMON = ["--device=cpu", "--precision=fp32", "--workers=2"]
@@ -30,7 +32,7 @@ def evaluate(run, out, *flags) -> int:
     return main(["eval", command, str(run), "--out", str(out), *COMMON, *map(str, rest)])
 
 
-def found(out) -> dict:
+def result(out) -> dict:
     (file,) = out.glob("*/result.json")
     return json.loads(file.read_text())
 
@@ -58,7 +60,7 @@ def test_rates_are_those_of_torchs_schedulers(protocol, theirs):
     scheduler = theirs(optimizer)
     for epoch in range(protocol.epochs):
         expected = optimizer.param_groups[0]["lr"]
-        assert protocol.lr_head * protocol.share(epoch) == pytest.approx(expected, abs=1e-12)
+        assert protocol.lr_head * protocol.lr_factor(epoch) == pytest.approx(expected, abs=1e-12)
         optimizer.step()
         scheduler.step()
 
@@ -75,16 +77,16 @@ def test_transfer_divides_by_ten_at_two_equally_spaced_points(monkeypatch, label
         flags = [f"--data={labelled_run.parent / 'train.beton'}", f"--epochs={epochs}"]
         assert evaluate(labelled_run, tmp_path, "transfer", *flags) == 130
         protocol = seen.pop()
-        assert protocol.drops == drops and protocol.share(0) == 1
-        assert protocol.share(epochs - 1) == pytest.approx(1 if epochs == 1 else 0.01)
+        assert protocol.drops == drops and protocol.lr_factor(0) == 1
+        assert protocol.lr_factor(epochs - 1) == pytest.approx(1 if epochs == 1 else 0.01)
         assert (protocol.lr_head, protocol.weight_decay, protocol.lr_encoder) == (0.01, 5e-4, 0)
 
 
 def test_the_linear_protocol_is_plain_sgd_on_frozen_features(labelled_run, tmp_path):
     assert evaluate(labelled_run, tmp_path, *COMMANDS["linear"]) == 0
-    subject = open_subject(EvalOptions(run=labelled_run, device="cpu", precision="fp32"))
-    train, val = open_pair(EvalOptions(run=labelled_run), subject)
-    views = subject.views(train)
+    setup = build_setup(EvalOptions(run=labelled_run, device="cpu", precision="fp32"))
+    train, val = open_labelled_splits(EvalOptions(run=labelled_run), setup.config)
+    views = setup.views(train)
     head = torch.nn.Linear(512, 4)
     with torch.no_grad():
         head.weight.copy_(0.01 * torch.randn(4, 512, generator=torch.Generator().manual_seed(0)))
@@ -96,9 +98,11 @@ def test_the_linear_protocol_is_plain_sgd_on_frozen_features(labelled_run, tmp_p
         batches = views.random(order, min_scale=0.25, seed=0, epoch=epoch, batch_size=24)
         for number, images in enumerate(batches):
             labels = torch.from_numpy(train.labels[order[24 * number :][:24]])
-            assert len(images) == (24, 24, 16)[number]  # the last one smaller, none left out
+            assert (
+                len(images) == (24, 24, 16)[number]
+            )  # the last batch is smaller, no image is dropped
             with torch.no_grad():
-                features = subject.encoder.eval()(images)
+                features = setup.encoder.eval()(images)
             optimizer.zero_grad()
             F.cross_entropy(head(features), labels).backward()
             optimizer.step()
@@ -108,21 +112,21 @@ def test_the_linear_protocol_is_plain_sgd_on_frozen_features(labelled_run, tmp_p
     assert torch.allclose(saved["head.bias"], head.bias, atol=1e-6)
     assert not torch.allclose(head.weight, torch.zeros(()), atol=1e-2)
     with torch.no_grad():
-        (images,) = subject.views(val).central(np.arange(30), subject.crop)
-        right = head(subject.encoder(images)).argmax(1) == torch.from_numpy(val.labels)
-    assert found(tmp_path)["top1"] == pytest.approx(right.float().mean().item())
+        (images,) = setup.views(val).central(np.arange(30), setup.crop)
+        right = head(setup.encoder(images)).argmax(1) == torch.from_numpy(val.labels)
+    assert result(tmp_path)["top1"] == pytest.approx(right.float().mean().item())
 
 
 @pytest.mark.parametrize("command", ["linear", "semi"])
 def test_only_fine_tuning_changes_the_encoder(command, labelled_run, tmp_path):
     before = load_encoder(labelled_run).state_dict()
     options = EvalOptions(run=labelled_run, device="cpu", precision="fp32", out=tmp_path)
-    subject = open_subject(options)
-    train, val = (labelled(images) for images in open_pair(options, subject))
+    setup = build_setup(options)
+    train, val = (labelled_subset(i) for i in open_labelled_splits(options, setup.config))
     tuned = command == "semi"
     protocol = Protocol(epochs=1, batch_size=24, lr_head=0.3, lr_encoder=0.1 if tuned else 0.0)
-    supervised.train_classifier(subject, command, train, val, protocol)
-    after = subject.encoder.state_dict()
+    supervised.train_classifier(setup, command, train, val, protocol)
+    after = setup.encoder.state_dict()
     if tuned:
         for name in ("conv1.weight", "bn1.running_mean", "layer4.1.conv2.weight"):
             assert not torch.equal(after[name], before[name])
@@ -132,14 +136,14 @@ def test_only_fine_tuning_changes_the_encoder(command, labelled_run, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "command,saves",  # of cached, 1 to 4 are the epochs of the grid, 5 its choice
+    "command,saves",  # cached: saves 1 to 4 are the grid's epochs, 5 the choice
     [("linear", 1), ("linear", 2), ("semi", 2), ("cached", 2), ("cached", 5), ("cached", 7)],
 )
 def test_interrupted_and_run_again_ends_the_same(
     command, saves, labelled_run, tmp_path, monkeypatch, capsys
 ):
     assert evaluate(labelled_run, tmp_path / "whole", *COMMANDS[command]) == 0
-    keep, count = EvalFolder.save, 0
+    keep, count = EvalDirectory.save, 0
 
     def save_and_stop(self, *arguments):
         nonlocal count
@@ -148,26 +152,26 @@ def test_interrupted_and_run_again_ends_the_same(
         if count == saves:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(EvalFolder, "save", save_and_stop)
+    monkeypatch.setattr(EvalDirectory, "save", save_and_stop)
     assert evaluate(labelled_run, tmp_path / "again", *COMMANDS[command]) == 130
     assert not list((tmp_path / "again").glob("*/result.json"))
-    monkeypatch.setattr(EvalFolder, "save", keep)
+    monkeypatch.setattr(EvalDirectory, "save", keep)
     assert evaluate(labelled_run, tmp_path / "again", *COMMANDS[command]) == 0
     first, second = classifier(tmp_path / "whole"), classifier(tmp_path / "again")
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name], second[name]) for name in first)
-    assert found(tmp_path / "whole") == found(tmp_path / "again")
+    assert result(tmp_path / "whole") == result(tmp_path / "again")
     assert not list((tmp_path / "again").glob("*/state.safetensors"))
     capsys.readouterr()
     assert evaluate(labelled_run, tmp_path / "again", *COMMANDS[command]) == 0
-    assert "done before" in capsys.readouterr().out
+    assert "already finished" in capsys.readouterr().out
 
 
 def test_a_damaged_state_is_named(labelled_run, tmp_path, monkeypatch, capsys):
     def stop(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(EvalFolder, "finish", stop)
+    monkeypatch.setattr(EvalDirectory, "finish", stop)
     assert evaluate(labelled_run, tmp_path, *COMMANDS["linear"]) == 130
     (state,) = tmp_path.glob("*/state.safetensors")
     state.write_bytes(state.read_bytes()[:100])
@@ -177,27 +181,21 @@ def test_a_damaged_state_is_named(labelled_run, tmp_path, monkeypatch, capsys):
     assert str(state) in error and "delete it" in error and error.count("\n") == 1
 
 
-def test_other_settings_and_the_random_encoder_have_folders_of_their_own(labelled_run, tmp_path):
+def test_other_settings_and_the_random_encoder_have_separate_folders(labelled_run, tmp_path):
     for flags in ([], ["--lr=0.1"], ["--random"], ["--seed=1"]):
         assert evaluate(labelled_run, tmp_path, "linear", "--epochs=1", *flags) == 0
     assert len(list(tmp_path.glob("linear-*/result.json"))) == 4
 
 
 class Batches:
-    """Views whose images are logits already, in batches of 7."""
+    """Stands for Views; its images are logits, in batches of 7."""
 
     def __init__(self, logits, labels):
-        self.logits, self.reader = logits, type("Reader", (), {"labels": labels})
-        self.runtime = open_performance()
+        self.logits, self.images = logits, type("Images", (), {"labels": labels})
+        self.runtime = choose_runtime("cpu", "fp32", compile="off")
 
     def central(self, samples, _):
         return iter(self.logits[torch.from_numpy(samples)].split(7))
-
-
-def open_performance():
-    from bt_fast.runtime import choose_runtime
-
-    return choose_runtime("cpu", "fp32", compile="off")
 
 
 def test_every_held_out_image_counts_once():
@@ -214,7 +212,7 @@ def test_every_held_out_image_counts_once():
 
 
 @pytest.mark.parametrize("percent", [1, 10, 50])
-def test_a_subset_takes_the_same_share_of_every_class(percent):
+def test_a_subset_has_the_same_percentage_of_every_class(percent):
     generator = np.random.default_rng(0)
     labels = generator.integers(-1, 5, 2000)
     chosen = class_balanced(labels, percent, seed=3)
@@ -235,7 +233,10 @@ def test_a_published_list_names_the_images(labelled_run, tmp_path, capsys):
     assert "6 images, those in" in output and "released: encoder 0.005" in output
     (tmp_path / "list.txt").write_text("000.jpg\nn01440764_10026.JPEG\n")
     assert evaluate(labelled_run, tmp_path / "out", *flags) == 2
-    assert "n01440764_10026.JPEG first, cannot be found" in capsys.readouterr().err
+    assert (
+        "(first: n01440764_10026.JPEG) do not belong to exactly one image"
+        in capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize(
@@ -251,7 +252,7 @@ def test_a_published_list_names_the_images(labelled_run, tmp_path, capsys):
         (["linear", "--min-scale=2"], "--min-scale must be in (0, 1]"),
         (["semi", "--percent=0"], "--percent must be in (0, 100]"),
         (["semi", "--train-list=nowhere.txt"], "--train-list nowhere.txt cannot be read"),
-        (["transfer"], "--data is needed"),
+        (["transfer"], "--data is required"),
         (["transfer", "--data=nowhere"], "--data nowhere does not exist"),
         (["transfer", "--data=.", "--dataset=voc07"], "does not hold VOC07"),
         (["transfer", "--data=.", "--dataset=inat18"], "does not hold iNaturalist"),
@@ -269,7 +270,7 @@ def test_a_wrong_flag_is_one_line(flags, message, labelled_run, tmp_path, capsys
 def test_a_file_of_weights_needs_data_and_then_works(labelled_run, tmp_path, capsys):
     file = labelled_run / "encoder.safetensors"
     assert evaluate(file, tmp_path, "linear") == 2
-    assert "--data is needed" in capsys.readouterr().err
+    assert "--data is required" in capsys.readouterr().err
     flags = ["--data", labelled_run.parent / "train.beton", "--size=32", "--crop=1"]
     assert evaluate(file, tmp_path, "linear", "--epochs=1", *flags) == 0
     assert "resnet18, " in capsys.readouterr().out
@@ -285,7 +286,7 @@ def test_one_command_compares_random_and_pretrained(labelled_run, tmp_path, caps
     assert len(list(tmp_path.glob("*/result.json"))) == 4  # linear and semi, twice each
 
 
-def test_an_image_that_would_be_alone_in_a_batch_norm_waits(labelled_run, tmp_path, capsys):
-    """32 labelled images, whose features are 1 x 1 pixel at the end, in batches of 31."""
+def test_fine_tuning_skips_a_last_batch_of_one_image(labelled_run, tmp_path, capsys):
+    """32 labelled images, whose last features are 1 x 1 pixel, in batches of 31."""
     assert evaluate(labelled_run, tmp_path, "semi", "--percent=50", "--batch-size=31") == 0
     assert "top-1 of 30" in capsys.readouterr().out

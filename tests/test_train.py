@@ -1,4 +1,4 @@
-"""Runs end to end on a CPU, and what they leave behind."""
+"""Runs end to end on a CPU, and the files they write."""
 
 import json
 import os
@@ -57,12 +57,12 @@ def test_another_seed_gives_another_run(small_beton, finished, tmp_path):
 
 
 def test_a_run_of_nothing_but_skipped_steps_ends(small_beton, tmp_path, monkeypatch, capsys):
-    real = train.feed
+    real = train.prefetch
 
     def poisoned(*arguments):
         return (views * float("nan") for views in real(*arguments))
 
-    monkeypatch.setattr(train, "feed", poisoned)
+    monkeypatch.setattr(train, "prefetch", poisoned)
     flags = ("--data", small_beton, "--run-dir", tmp_path / "nan", "--probe-every", 0)
     assert pretrain(*flags) == 2
     captured = capsys.readouterr()

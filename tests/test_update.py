@@ -1,4 +1,4 @@
-"""One step of training: what the paper says, or nothing at all."""
+"""One training step: the paper's update, or none."""
 
 import numpy as np
 import pytest
@@ -7,11 +7,11 @@ from conftest import with_torchs_batch_norm
 from tiny_runs import TINY
 
 from bt_fast import train
-from bt_fast.build import build, rehearse
+from bt_fast.build import build, measure_step_seconds
 from bt_fast.cli import parse_pretrain
 from bt_fast.evaluate.features import extract_features
 from bt_fast.evaluate.views import Views
-from bt_fast.prefetch import distort
+from bt_fast.prefetch import augment_batch
 from pipelines import augment
 
 
@@ -43,7 +43,7 @@ def test_a_step_that_is_not_finite_changes_nothing(small_beton, tmp_path):
 def test_rehearsal_leaves_no_trace(small_beton):
     arguments = [*TINY, "--data", str(small_beton)]
     setup, untouched = (build(parse_pretrain(arguments)) for _ in range(2))
-    assert rehearse(setup)[32] > 0
+    assert measure_step_seconds(setup)[32] > 0
     ours, theirs = setup.model.state_dict(), untouched.model.state_dict()
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     assert all(p.grad is None for p in setup.model.parameters())
@@ -91,7 +91,7 @@ def reference_step(model, views, momenta, rates, *, lambd, weight_decay, grad_sc
 
 
 def test_the_loop_trains_as_the_paper_says(small_beton):
-    """Every wire between the rooms: views, loss, scale, rates, decay, momentum, statistics."""
+    """Everything between the modules: views, loss, scale, rates, decay, momentum, statistics."""
     flags = ["--encoder=resnet18", "--size=32", "--batch-size=16", "--projector", "24", "24"]
     flags += ["--epochs=12", "--precision=fp32", "--device=cpu", "--weight-decay=0.02"]
     flags += ["--lr-weights=3", "--lr-biases=0.5", "--lambd=0.02"]
@@ -100,21 +100,21 @@ def test_the_loop_trains_as_the_paper_says(small_beton):
     start = [p.detach().clone() for p in model.parameters()]
     momenta = [torch.zeros_like(p) for p in model.parameters()]
     for batch in setup.loader.batches(0, 4):
-        rate = 16 / 256 * batch.step / 40  # linear warm-up: 10 epochs of 4 steps
+        rate = 16 / 256 * batch.request.step / 40  # linear warm-up: 10 epochs of 4 steps
         views = [
             augment.apply(images, augment.draw(branch, keys), dtype=torch.float32)
             for images, branch, keys in zip(
-                batch.views, (augment.VIEW_A, augment.VIEW_B), batch.keys, strict=True
+                batch.views, (augment.VIEW_A, augment.VIEW_B), batch.request.keys, strict=True
             )
         ]
         reference_step(
             model, views, momenta, {True: 3 * rate, False: 0.5 * rate},
             lambd=0.02, weight_decay=0.02, grad_scale=1 / 16,
         )  # fmt: skip
-        rates = train.set_learning_rates(setup, batch.step)
+        rates = train.set_learning_rates(setup, batch.request.step)
         assert rates == pytest.approx({"lr_weights": 3 * rate, "lr_biases": 0.5 * rate})
         branches = setup.config.view_a, setup.config.view_b
-        assert train.update(setup, distort(batch, branches, setup.runtime))[2]
+        assert train.update(setup, augment_batch(batch, branches, setup.runtime))[2]
     for before, ours, theirs in zip(
         start, setup.model.parameters(), model.parameters(), strict=True
     ):
@@ -128,7 +128,7 @@ def test_a_probe_sees_single_images_and_leaves_no_trace(small_beton):
     setup = build(parse_pretrain([*TINY, "--data", str(small_beton)]))
     before = {name: value.clone() for name, value in setup.model.state_dict().items()}
     samples = np.arange(12)
-    views = Views(setup.reader, setup.runtime, size=32, num_threads=2)
+    views = Views(setup.dataset, setup.runtime, size=32, num_threads=2)
     encoder = setup.model.encoder
     whole = extract_features(encoder, views, samples, crop=1.0)
     part = extract_features(encoder, views, samples[3:5], crop=1.0)

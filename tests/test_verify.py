@@ -1,4 +1,4 @@
-"""`bt-convert --verify` passes what is sound, and finds every byte that is not."""
+"""`bt-convert --verify` accepts intact outputs and detects every changed byte."""
 
 import io
 import shutil
@@ -36,11 +36,11 @@ def copies(results, tmp_path) -> tuple[Path, Path]:
     return tmp_path / "out.beton", tmp_path / "shards"
 
 
-def test_sound_results(copies, capsys):
+def test_intact_outputs(copies, capsys):
     for path, sheet in zip(copies, ("out.beton.png", "shards.train.png"), strict=True):
         assert run("--verify", path) == 0
         output = capsys.readouterr().out
-        assert "16 of 16 images are sound plain JPEGs" in output
+        assert "16 of 16 images are intact plain JPEGs" in output
         assert [line.split()[:2] for line in output.splitlines() if "#" in line] == [
             ["10", "#" * 40],
             ["5", "#" * 20],
@@ -55,7 +55,7 @@ def test_the_contact_sheet_shows_the_images(copies):
     reader = BetonReader(copies[0])
     for index in (0, 9, 15):
         picture = Image.open(io.BytesIO(reader.image(index).tobytes()))
-        pixels = np.asarray(picture, np.int16)  # smaller than its place: shown as it is
+        pixels = np.asarray(picture, np.int16)  # smaller than its cell, so not resized
         top, left = index // 10 * 134 + 2, index % 10 * 120 + 2
         shown = sheet[top : top + pixels.shape[0], left : left + pixels.shape[1]]
         assert np.abs(shown - pixels).mean() < 1
@@ -66,20 +66,21 @@ def test_after_converting(tmp_path, capsys):
     make_folder(folder / "val", {"a": 2})
     assert run(folder, tmp_path / "out.beton", "--verify") == 0
     output = capsys.readouterr().out
-    assert output.count("images are sound plain JPEGs") == 2
+    assert output.count("images are intact plain JPEGs") == 2
     assert (tmp_path / "out.val.beton.png").exists()
 
 
 def test_every_changed_byte_of_an_image_is_found(copies, capsys):
     beton, shards = copies
-    start, size, _ = BetonReader(beton).place(6)
+    start, size, _ = BetonReader(beton).location(6)
     name = BetonReader(beton).name(6)
     (tar,) = shards.glob("*.tar")
     inside = tar.read_bytes().index(beton.read_bytes()[start : start + size])
     for offset in (0, size // 2, size - 1):
-        for path, place in ((beton, start + offset), (tar, inside + offset)):
+        for path, position in ((beton, start + offset), (tar, inside + offset)):
             before = path.read_bytes()
-            path.write_bytes(before[:place] + bytes([before[place] ^ 1]) + before[place + 1 :])
+            changed = bytes([before[position] ^ 1])
+            path.write_bytes(before[:position] + changed + before[position + 1 :])
             assert run("--verify", beton if path == beton else shards) == 1
             error = capsys.readouterr().err
             assert "damaged (listed above)" in error
@@ -87,8 +88,8 @@ def test_every_changed_byte_of_an_image_is_found(copies, capsys):
             path.write_bytes(before)
 
 
-def test_what_checksums_cannot_tell(tmp_path, capsys):
-    """Stored as it is, but not what the tables say, or no image at all."""
+def test_damage_with_valid_checksums(tmp_path, capsys):
+    """Images of another size than recorded, or truncated before they were stored."""
     jpeg = jpeg_bytes(drawn_picture(0, 80, 60))
     with BetonWriter(tmp_path / "out.beton", num_samples=3) as writer:
         writer.add(jpeg, 60, 80, -1, "good.jpg")
@@ -96,11 +97,11 @@ def test_what_checksums_cannot_tell(tmp_path, capsys):
         writer.add(jpeg[:-100], 60, 80, -1, "cut.jpg")
     assert run("--verify", tmp_path / "out.beton") == 1
     error = capsys.readouterr().err
-    assert "(turned.jpg): is of (60, 80) pixels, and (80, 60) in the table" in error
+    assert "(turned.jpg): is of (60, 80) pixels, but (80, 60) in the table" in error
     assert "(cut.jpg): Premature end" in error and "2 damaged" in error
 
 
-def test_what_cannot_be_verified(tmp_path, copies, capsys):
+def test_outputs_that_cannot_be_verified(tmp_path, copies, capsys):
     (tmp_path / "folder").mkdir()
     for path, message in (
         (tmp_path / "missing.beton", "no such file"),

@@ -1,4 +1,4 @@
-"""VOC07: average precision by hand and by another program, and a small data set in its layout."""
+"""VOC07: average precision by hand and by another implementation, and a small data set."""
 
 import json
 
@@ -8,7 +8,7 @@ from sample_voc import write_devkit
 
 from bt_fast.cli import main
 from bt_fast.evaluate import transfer_datasets, voc07
-from bt_fast.evaluate.eval_directory import EvalFolder
+from bt_fast.evaluate.eval_directory import EvalDirectory
 from bt_fast.evaluate.voc07 import average_precision
 
 
@@ -30,7 +30,7 @@ def test_average_precision_by_hand(ranked, expected):
 
 
 def eleven_points(scores, positive) -> float:
-    """VOC's devkit in other words: thresholds one after the other, recall against each tenth."""
+    """As in VOC's devkit: precision and recall at every threshold, the best for each tenth."""
     points = []
     for threshold in sorted(scores, reverse=True):
         taken = [p for s, p in zip(scores, positive, strict=True) if s >= threshold]
@@ -48,7 +48,7 @@ def eleven_points(scores, positive) -> float:
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_average_precision_by_another_program(seed):
+def test_average_precision_by_another_implementation(seed):
     generator = np.random.default_rng(seed)
     positive = generator.random(120) < 0.2
     scores = generator.normal(size=120) + positive
@@ -67,7 +67,7 @@ def devkit(tmp_path_factory):
     return write_devkit(tmp_path_factory.mktemp("voc")).parent
 
 
-def test_the_layout_is_read_as_it_is(devkit):
+def test_the_published_layout_is_read(devkit):
     names, trainval, test = transfer_datasets.voc07(devkit)
     assert names == ["blue", "red"]
     assert (len(trainval.images), len(test.images)) == (24, 18)
@@ -91,16 +91,16 @@ def test_a_small_data_set_end_to_end(devkit, labelled_run, tmp_path, capsys, mon
     assert found["map"] > 0.7  # half of the pictures have a class, so chance is about a half
     assert f"{100 * found['map']:.2f} %" in output
 
-    # Stopped after the first class and run again: the same, without the first class anew.
-    keep = EvalFolder.save
+    # Stopped after the first class and continued: the same result; the first class is not repeated.
+    keep = EvalDirectory.save
 
     def save_and_stop(self, *arguments):
         keep(self, *arguments)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(EvalFolder, "save", save_and_stop)
+    monkeypatch.setattr(EvalDirectory, "save", save_and_stop)
     assert main([*flags, str(tmp_path / "again")]) == 130
-    monkeypatch.setattr(EvalFolder, "save", keep)
+    monkeypatch.setattr(EvalDirectory, "save", keep)
     capsys.readouterr()
     assert main([*flags, str(tmp_path / "again")]) == 0
     assert "blue: AP" not in capsys.readouterr().out
@@ -124,4 +124,4 @@ def test_the_cost_is_chosen_by_cross_validation():
         means.append(np.mean(scores))
     chosen = voc07.COSTS.index(voc07.choose_cost(features, present, num_threads=2))
     assert max(means) - min(means) > 0.01
-    assert means[chosen] > max(means) - 0.02  # the folds differ: ours deal images out in turn
+    assert means[chosen] > max(means) - 0.02  # the folds differ: ours take images in turn

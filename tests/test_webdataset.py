@@ -1,10 +1,12 @@
-"""Web shards: ours as the webdataset library, DALI and tar read them, and other people's."""
+"""Web shards: those of bt-convert, read by webdataset, DALI and tar, and those of other tools."""
 
 import hashlib
 import io
 import json
 import os
 import shutil
+import subprocess
+import sys
 import tarfile
 import zlib
 from pathlib import Path
@@ -36,7 +38,7 @@ def beton(tmp_path_factory) -> BetonReader:
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory, beton) -> Path:
-    """The same images in shards as small as they can be."""
+    """The same images in shards of the smallest --shard-size."""
     root = tmp_path_factory.mktemp("shards") / "shards"
     assert convert(beton.path, root, "--format", "webdataset", "--shard-size", 1) == 0
     return root
@@ -44,7 +46,7 @@ def shards(tmp_path_factory, beton) -> Path:
 
 @pytest.fixture(scope="module")
 def many(tmp_path_factory) -> tuple[Path, Path]:
-    """2.6 MB of images: three shards of 1 MB. Returns (.beton, shards)."""
+    """2.6 MB of images in three shards of 1 MB. Returns (.beton, shards)."""
     root = tmp_path_factory.mktemp("many")
     for index in range(9):
         path = root / "images" / "ab"[index % 2] / f"dots.in.name {index} é.jpg"
@@ -61,7 +63,7 @@ def archives(shards: Path) -> list[Path]:
     return sorted(shards.glob("*.tar"))
 
 
-def test_plain_tar_finds_keys_images_and_classes(shards, beton):
+def test_tar_reads_keys_images_and_labels(shards, beton):
     assert [path.name for path in archives(shards)] == ["train-000000.tar"]
     with tarfile.open(archives(shards)[0]) as archive:
         names = archive.getnames()
@@ -75,20 +77,20 @@ def test_plain_tar_finds_keys_images_and_classes(shards, beton):
     assert not contents and len(names) == 2 * 41 + 2
 
 
-def test_shards_are_bounded_and_described(many):
+def test_size_and_description_of_shards(many):
     _, shards = many
     dataset = json.loads((shards / "dataset.json").read_text())
     assert (dataset["num_images"], dataset["classes"]) == (9, ["a", "b"])
-    described = dataset["splits"]["train"]["shards"]
-    assert [shard["name"] for shard in described] == [path.name for path in archives(shards)]
-    assert len(described) >= 3 and sum(shard["num_images"] for shard in described) == 9
-    for shard, path in zip(described, archives(shards), strict=True):
+    entries = dataset["splits"]["train"]["shards"]
+    assert [shard["name"] for shard in entries] == [path.name for path in archives(shards)]
+    assert len(entries) >= 3 and sum(shard["num_images"] for shard in entries) == 9
+    for shard, path in zip(entries, archives(shards), strict=True):
         assert shard["num_bytes"] == path.stat().st_size <= 1_000_000
         assert shard["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def index_of(path: Path) -> str:
-    """DALI's index of an archive, from what Python's tarfile finds in it."""
+    """The index of an archive in DALI's format, from the members that tarfile lists."""
     samples: dict[str, str] = {}
     with tarfile.open(path) as archive:
         for member in archive:
@@ -105,7 +107,7 @@ def test_index_files(shards, many, tmp_path):
         assert path.with_suffix(".idx").read_text() == index_of(path)
 
 
-def test_dalis_own_tool_makes_the_same_index(many, tmp_path, capsys):
+def test_dalis_tool_writes_the_same_index(many, tmp_path, capsys):
     wds2idx = pytest.importorskip("wds2idx", reason="DALI is not installed")
     for path in archives(many[1]):
         with wds2idx.IndexCreator(str(path), str(tmp_path / "idx")) as creator:
@@ -149,8 +151,8 @@ def test_dali_reads_them(many, indexed):
         assert int(np.array(classes.at(index)).tobytes()) == beton.label(index)
 
 
-def test_there_and_back_is_the_same_file(many, tmp_path):
-    """.beton to shards to .beton to shards, larger than the default --max-side: every byte."""
+def test_conversion_between_formats_keeps_every_byte(many, tmp_path):
+    """.beton to shards to .beton to shards, with images larger than the default --max-side."""
     beton, shards = many
     assert convert(shards, tmp_path / "back.beton") == 0
     assert (tmp_path / "back.beton").read_bytes() == beton.read_bytes()
@@ -186,7 +188,7 @@ def test_train_and_val_without_classes(tmp_path):
     assert BetonReader(tmp_path / "out.beton").labels.tolist() == [-1, -1, -1]
 
 
-# Other people's shards
+# Shards of other tools
 
 
 def write_archive(path: Path, files: dict[str, bytes]) -> None:
@@ -197,7 +199,7 @@ def write_archive(path: Path, files: dict[str, bytes]) -> None:
             archive.addfile(member, io.BytesIO(content))
 
 
-def test_shards_of_others(tmp_path):
+def test_shards_of_other_tools(tmp_path):
     pictures = [drawn_picture(index) for index in range(5)]
     jpegs = [jpeg_bytes(picture) for picture in pictures]
     long_name = "x" * 150 + "/é"
@@ -233,7 +235,7 @@ def rename_shard(shards: Path, name: str) -> None:
         (lambda shards: rename_shard(shards, "../../x.tar"), "dataset.json is damaged"),
     ],
 )
-def test_damaged_shards_are_one_clear_line(many, tmp_path, capsys, damage, message):
+def test_damaged_shards_print_one_line(many, tmp_path, capsys, damage, message):
     shutil.copytree(many[1], tmp_path / "shards")
     damage(tmp_path / "shards")
     assert convert(tmp_path / "shards", tmp_path / "out.beton") == 2
@@ -242,27 +244,39 @@ def test_damaged_shards_are_one_clear_line(many, tmp_path, capsys, damage, messa
     assert sorted(path.name for path in tmp_path.iterdir()) == ["shards"]
 
 
-def test_damage_inside_other_peoples_shards(tmp_path, capsys):
+def test_a_shard_outside_the_folder_is_refused_without_asserts(many, tmp_path):
+    """`python -O` removes asserts. The archive outside exists, with the size in dataset.json."""
+    shutil.copytree(many[1], tmp_path / "shards")
+    shutil.copy(archives(tmp_path / "shards")[0], tmp_path / "outside.tar")
+    rename_shard(tmp_path / "shards", "../outside.tar")
+    command = [sys.executable, "-O", "-m", "pipelines.convert.command"]
+    command += [str(tmp_path / "shards"), str(tmp_path / "out.beton"), "--workers=1"]
+    done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True)
+    assert done.returncode == 2 and not (tmp_path / "out.beton").exists()
+    assert "dataset.json is damaged" in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_damage_inside_shards_of_other_tools(tmp_path, capsys):
     jpeg = jpeg_bytes(drawn_picture(0))
     write_archive(tmp_path / "a.tar", {"1.jpg": jpeg, "1.cls": b"cat"})
     assert convert(tmp_path / "a.tar", tmp_path / "out.beton") == 2
     assert "1.cls is not a number" in capsys.readouterr().err
-    for label, message in ((b"9" * 12, "there may be"), (b"1" * 200, "has 200 bytes")):
+    for label, message in ((b"9" * 12, "is out of range"), (b"1" * 200, "has 200 bytes")):
         write_archive(tmp_path / "a.tar", {"1.jpg": jpeg, "1.cls": label})
         assert convert(tmp_path / "a.tar", tmp_path / "out.beton") == 2
         assert message in (error := capsys.readouterr().err) and error.count("\n") == 1
     write_archive(tmp_path / "a.tar", {"1.jpg": jpeg, "1.cls": b"1", "2.jpg": jpeg})
     assert convert(tmp_path / "a.tar", tmp_path / "out.beton") == 2
-    assert "2.jpg has no class, unlike others" in capsys.readouterr().err
+    assert "2.jpg has no class, unlike other images" in capsys.readouterr().err
     (tmp_path / "a.tar").write_bytes((tmp_path / "a.tar").read_bytes()[: len(jpeg) // 2])
     assert convert(tmp_path / "a.tar", tmp_path / "out.beton") == 2
-    assert "not a whole tar archive" in capsys.readouterr().err
+    assert "not a complete tar archive" in capsys.readouterr().err
     (tmp_path / "a.tar").write_bytes(b"<html>404</html>" * 99)
     assert convert(tmp_path / "a.tar", tmp_path / "out.beton") == 2
-    assert "not a whole tar archive" in capsys.readouterr().err
+    assert "not a complete tar archive" in capsys.readouterr().err
 
 
-# The folder that is written
+# The output folder
 
 
 def test_only_a_folder_of_shards_is_replaced(shards, beton, tmp_path, capsys):
@@ -277,7 +291,7 @@ def test_only_a_folder_of_shards_is_replaced(shards, beton, tmp_path, capsys):
     assert [path.name for path in out.iterdir()] == ["thesis.tex"]
 
     (out / "thesis.tex").unlink()
-    assert convert(beton.path, out, *flags) == 0  # an empty folder is no loss
+    assert convert(beton.path, out, *flags) == 0  # an empty folder may be replaced
     assert convert(beton.path, out, *flags, "--subset", 3, "--overwrite") == 0
     assert json.loads((out / "dataset.json").read_text())["num_images"] == 3
     assert [path.name for path in tmp_path.iterdir()] == ["shards"]
@@ -290,7 +304,7 @@ def test_only_a_folder_of_shards_is_replaced(shards, beton, tmp_path, capsys):
     assert (tmp_path / "pipe").is_fifo() and (tmp_path / "dangling").is_symlink()
 
 
-def test_a_link_to_a_folder_is_that_folder(beton, tmp_path):
+def test_a_link_to_a_folder_is_followed(beton, tmp_path):
     (tmp_path / "large disk" / "shards").mkdir(parents=True)
     (tmp_path / "link").symlink_to("large disk/shards")
     assert convert(beton.path, tmp_path / "link", "--format", "webdataset") == 0

@@ -1,4 +1,4 @@
-"""Seconds-long runs for the tests: started, waited for, and what they leave."""
+"""Runs of a few seconds for the tests."""
 
 import json
 import subprocess
@@ -37,7 +37,7 @@ def start(*flags, tiny: bool = True, **options) -> subprocess.Popen:
 
 
 def wait_for_step(process: subprocess.Popen, folder: Path, step: int) -> None:
-    """Until a checkpoint of `step` or a later one is there, of a run that saves at every step."""
+    """Wait for a checkpoint of `step` or later, of a run that saves at every step."""
 
     def saved() -> bool:
         found = (folder / "checkpoints").glob("step-????????")
@@ -47,8 +47,8 @@ def wait_for_step(process: subprocess.Popen, folder: Path, step: int) -> None:
 
 
 def wait_until(happened: Callable[[], bool], process: subprocess.Popen | None = None) -> None:
-    """Until it has happened; fails when the process that should let it happen has ended, or after
-    five minutes."""
+    """Wait for a condition; fails when the process that should cause it has ended, or after five
+    minutes."""
     deadline = time.monotonic() + 300
     while not happened():
         ended = process is not None and process.poll() is not None
@@ -62,7 +62,7 @@ def metrics(folder: Path) -> list[dict]:
 
 
 def comparable(records: list[dict]) -> list[dict]:
-    """Without what a clock says."""
+    """Without times and rates."""
     drop = ("images_per_s", "seconds")
     return [{k: v for k, v in record.items() if k not in drop} for record in records]
 
@@ -78,5 +78,5 @@ def learned(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
-    """Bit for bit."""
+    """Whether all tensors are equal bit for bit."""
     return one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)

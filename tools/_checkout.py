@@ -1,7 +1,7 @@
-"""Imported first by every script here: puts the checkout first on sys.path and this folder last.
+"""Puts the checkout first and this folder last on sys.path; every script imports this module first.
 
-Python puts a script's folder first, and there `profile.py` would hide the standard library's
-`profile`, which torch.compile needs. (Last it stays for worker processes, which import this again.)
+Python puts a script's folder first, where `profile.py` would hide the standard library's `profile`,
+which torch.compile imports. (The folder stays on the path for worker processes.)
 """
 
 import sys

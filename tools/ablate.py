@@ -1,11 +1,11 @@
-"""Run the paper's ablations over seeds, and set what they give beside the paper's figures.
+"""Run the paper's ablations over seeds and compare the results with the paper's figures.
 
     python tools/ablate.py table5 --seeds 0 1 2 -- --recipe cifar10-cpu --data cifar10.beton
     python tools/ablate.py baseline imax --linear -- --data imagenet.beton --epochs 300 --gpus 8
 
-What follows `--` are flags of `bt-fast pretrain`. Each run lies in OUT/NAME-seedN, an ordinary run
-directory. The same command, after whatever happened, goes on: finished runs are not repeated, begun
-ones are resumed. After every run OUT/table.md, results.json and ablations.png tell what is there.
+Flags of `bt-fast pretrain` follow `--`. OUT/NAME-seedN is the run directory of each run. After an
+interruption the same command continues: finished runs are not repeated, unfinished ones are
+resumed. OUT/table.md, results.json and ablations.png are updated after every run.
 """
 
 import _checkout  # noqa: F401  # isort: skip
@@ -27,37 +27,37 @@ import tyro
 
 from bt_fast import cli
 from bt_fast.ablations import ABLATIONS, GRIDS
-from bt_fast.build import open_data, open_val
-from bt_fast.config import Config
+from bt_fast.config import Config, immutable_changes, load_config
 from bt_fast.distributed.signals import EXIT_STOPPED, StopFlag
-from bt_fast.evaluate.linear import EvalLinear, measure_linear
-from bt_fast.evaluate.options import open_pair, open_subject
+from bt_fast.evaluate.eval_setup import build_setup, open_labelled_splits
+from bt_fast.evaluate.linear import measure_linear
+from bt_fast.evaluate.options import EvalLinear
 from bt_fast.run.console import duration
-from bt_fast.run.directory import RunDirectory, load_config, read_metrics
-from pipelines.common.console import say
+from bt_fast.run.directory import RunDirectory, read_metrics
+from pipelines.common.console import print_line
 from pipelines.common.flags import parse_flags
+from pipelines.loading.datasets import open_data, open_val
 from tools import ablate_report
 
-_CHOSEN_HERE = ("--ablation", "--seed", "--run-dir", "--resume", "--dry-run")
-# What a figure depends on beside what is learned.
-_MEASURED = ("data", "val_data", "max_steps", "probe_images")
-_PATIENCE = 60  # seconds that a run which was told to end may take for its last step
+_RESERVED_FLAGS = ("--ablation", "--seed", "--run-dir", "--resume", "--dry-run")
+# Settings that change the results although a resumed run may change them.
+_DATA_SETTINGS = ("data", "val_data", "max_steps", "probe_images")
+_GRACE_PERIOD = 60  # seconds for the last step of a run after a stop request
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Options:
-    """Run ablations over seeds. Flags of `bt-fast pretrain` follow after --."""
+    """Run ablations over seeds. Flags of `bt-fast pretrain` follow --."""
 
     names: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="NAME")]
-    """Grids (table5, table6, figure2, figure3, figure4, figure4-depth, discussion), or ablations by
-    name: docs/ablations.md."""
+    """Grids (table5, table6, figure2, figure3, figure4, figure4-depth, discussion) or names of
+    ablations from docs/ablations.md."""
     seeds: tuple[int, ...] = (0,)
-    """Every ablation runs once with each."""
+    """Seeds; each ablation runs once with each."""
     out: Path = Path("ablations")
     """Folder for all runs, the table and the figure."""
     linear: bool = False
-    """Also the quick linear protocol (`bt-fast eval linear --cached`), which takes held-out
-    images."""
+    """Additional quick linear protocol (`bt-fast eval linear --cached`) on held-out images."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -74,7 +74,7 @@ class Cell:
         return f"{self.name}, seed {self.seed}"
 
     def figures(self) -> dict[str, float] | None:
-        """What the finished run found; None before it is finished."""
+        """Accuracies, fractions, of the finished run; None before it is finished."""
         if not (self.folder / "encoder.safetensors").exists():
             return None
         probes = [r for _, r in read_metrics(self.folder / "metrics.jsonl") if r["kind"] == "probe"]
@@ -86,12 +86,14 @@ class Cell:
 def main() -> int:
     arguments = sys.argv[1:]
     at = arguments.index("--") if "--" in arguments else len(arguments)
-    own, flags = arguments[:at], arguments[at + 1 :]
-    return cli.in_one_line("ablate.py", lambda: run(parse_flags(Options, "ablate.py", own), flags))
+    own_flags, flags = arguments[:at], arguments[at + 1 :]
+    return cli.run_command(
+        "ablate.py", lambda: run(parse_flags(Options, "ablate.py", own_flags), flags)
+    )
 
 
 def run(options: Options, flags: list[str]) -> int:
-    """All cells, one after the other; returns the exit status."""
+    """Run all cells in sequence; returns the exit status."""
     cells = grid(options, flags)
     began, num_run, failed = time.perf_counter(), 0, []
     for number, cell in enumerate(cells):
@@ -101,10 +103,10 @@ def run(options: Options, flags: list[str]) -> int:
             if num_run:
                 seconds = (time.perf_counter() - began) / num_run * (len(cells) - number)
                 left = f", about {duration(seconds)} left"
-            say(f"[{number + 1}/{len(cells)}] {cell.title}{left}")
+            print_line(f"[{number + 1}/{len(cells)}] {cell.title}{left}")
             status = pretrain(cell, flags)
             if status == EXIT_STOPPED:
-                say("stopped; the same command goes on")
+                print_line("stopped; repeat the command to continue")
                 return status
             num_run += 1
         if cell.figures() is None:
@@ -117,23 +119,25 @@ def run(options: Options, flags: list[str]) -> int:
             report(options, cells, flags)
     ablate_report.show(report(options, cells, flags))
     if failed:
-        say(f"not finished: {'; '.join(failed)}. The same command tries again", file=sys.stderr)
+        print_line(
+            f"not finished: {'; '.join(failed)}. Repeat the command to retry", file=sys.stderr
+        )
     return 1 if failed else 0
 
 
 def grid(options: Options, flags: list[str]) -> list[Cell]:
-    """Every run, all of one seed first. Raises ValueError for what cannot be run or continued."""
+    """Every run, ordered by seed. Raises ValueError if one cannot be run or continued."""
     for flag in flags:
-        if flag.partition("=")[0].replace("_", "-") in _CHOSEN_HERE:
-            raise ValueError(f"{flag} after -- is chosen by ablate.py for every run; leave it out")
+        if flag.partition("=")[0].replace("_", "-") in _RESERVED_FLAGS:
+            raise ValueError(f"{flag} after -- is set by ablate.py for every run; leave it out")
     names = []
     for name in options.names:
         if name not in GRIDS and name not in ABLATIONS:
             known = ", ".join([*GRIDS, *ABLATIONS])
-            raise ValueError(f"{name} is neither a grid nor an ablation; there is {known}")
+            raise ValueError(f"{name} is neither a grid nor an ablation; choose from {known}")
         names += GRIDS.get(name, (name,))
     if not names or not options.seeds:
-        raise ValueError("needs a grid or an ablation and a seed, as in: ablate.py table5")
+        raise ValueError("a grid or an ablation is missing, or a seed, as in: ablate.py table5")
     cells = [
         Cell(
             name=name,
@@ -148,8 +152,8 @@ def grid(options: Options, flags: list[str]) -> list[Cell]:
     open_data(config.data, "--data")
     if options.linear and open_val(config.data, config.val_data) is None:
         raise ValueError(
-            f"--linear needs held-out images: none are beside {config.data}; name them with"
-            " --val-data, after --"
+            f"--linear needs held-out images: there are none beside {config.data}; pass them as"
+            " --val-data after --"
         )
     for cell in cells:
         check(cell)
@@ -157,61 +161,61 @@ def grid(options: Options, flags: list[str]) -> list[Cell]:
 
 
 def check(cell: Cell) -> None:
-    """Raise ValueError if what lies in the cell's folder is not this run."""
+    """Raise ValueError if the cell's folder contains anything but this run."""
     if (cell.folder / "config.json").exists():
         saved = load_config(cell.folder, "--out")
-        wanted = dataclasses.replace(
+        config = dataclasses.replace(
             cell.config,
             data=cell.config.data.resolve(),
             val_data=cell.config.val_data and cell.config.val_data.resolve(),
         )
-        changed = cli.learns_otherwise(dataclasses.replace(wanted, run_dir=saved.run_dir), saved)
+        changed = immutable_changes(dataclasses.replace(config, run_dir=saved.run_dir), saved)
         changed += [
             f"--{name.replace('_', '-')}"
-            for name in _MEASURED
-            if getattr(wanted, name) != getattr(saved, name)
+            for name in _DATA_SETTINGS
+            if getattr(config, name) != getattr(saved, name)
         ]
         if changed:
             raise ValueError(
-                f"{cell.folder} was begun with other {' '.join(changed)};"
-                " give the same flags, or another --out"
+                f"{cell.folder} was started with other values of {' '.join(changed)};"
+                " pass the same flags or another --out"
             )
     elif cell.folder.exists() and any(
         entry.name != ".lock" and ".tmp-" not in entry.name for entry in cell.folder.iterdir()
     ):
-        raise ValueError(f"{cell.folder} is no run, and in use; choose another --out")
+        raise ValueError(f"{cell.folder} contains other files; choose another --out")
 
 
 def pretrain(cell: Cell, flags: list[str]) -> int:
-    """Run or resume one cell in a process of its own; returns its exit status.
+    """Run or resume one cell in a new process; returns its exit status.
 
-    A run's folder is begun here, so that a kill at any moment leaves one that can be resumed.
+    The run directory is created first, so that the run can be resumed after a kill at any moment.
     """
-    if not claim(cell):
-        say(f"{cell.folder} is in use by another process; left to it")
+    if not prepare_folder(cell):
+        print_line(f"{cell.folder} is in use by another process and is skipped")
         return 1
     arguments = ["--resume", str(cell.folder), *flags]
     process = multiprocessing.get_context("spawn").Process(target=_pretrain, args=(arguments,))
-    told = False
+    is_stopped = False
     with StopFlag() as stop:
         process.start()
         while process.is_alive():
             process.join(0.1)
-            if stop.requested and not told:
+            if stop.requested and not is_stopped:
                 process.terminate()
-                told = True
-    return EXIT_STOPPED if told else process.exitcode or 0
+                is_stopped = True
+    return EXIT_STOPPED if is_stopped else process.exitcode or 0
 
 
-def claim(cell: Cell) -> bool:
-    """Wait for a process that ends there; write the configuration. False if it does not end."""
+def prepare_folder(cell: Cell) -> bool:
+    """Write the configuration once no process uses the folder. Returns False after a timeout."""
     cell.folder.mkdir(parents=True, exist_ok=True)
-    deadline = time.monotonic() + _PATIENCE
+    deadline = time.monotonic() + _GRACE_PERIOD
     while True:
         try:
             with RunDirectory(cell.folder) as folder:
                 if not (cell.folder / "config.json").exists():
-                    folder.record_settings(cell.config)
+                    folder.record_config(cell.config)
                 return True
         except ValueError:
             if time.monotonic() > deadline:
@@ -220,20 +224,20 @@ def claim(cell: Cell) -> bool:
 
 
 def _pretrain(arguments: list[str]) -> None:
-    """In the new process. It stops, saved, when the one that started it is gone."""
+    """Train in the new process, which stops with a checkpoint when its parent process ends."""
     parent = multiprocessing.parent_process()
     assert parent is not None
 
-    def follow() -> None:
+    def stop_with_parent() -> None:
         multiprocessing.connection.wait([parent.sentinel])
         os.kill(os.getpid(), signal.SIGTERM)
 
-    threading.Thread(target=follow, daemon=True).start()
+    threading.Thread(target=stop_with_parent, daemon=True).start()
     sys.exit(cli.main(["pretrain", *arguments]))
 
 
 def measure(cell: Cell) -> None:
-    """The quick linear protocol; kept beside the run."""
+    """Run the quick linear protocol and write linear.json into the run directory."""
     config = cell.config
     options = EvalLinear(
         run=cell.folder,
@@ -243,15 +247,15 @@ def measure(cell: Cell) -> None:
         workers=config.workers,
         cache_gb=config.cache_gb,
     )
-    subject = open_subject(options)
-    train, val = open_pair(options, subject)
-    top1, _ = measure_linear(options, subject, train, val)
+    setup = build_setup(options)
+    train, val = open_labelled_splits(options, setup.config)
+    top1, _ = measure_linear(options, setup, train, val)
     with RunDirectory(cell.folder) as folder:
         folder.write("linear.json", json.dumps({"linear": top1}) + "\n")
 
 
 def report(options: Options, cells: list[Cell], flags: list[str]) -> list[ablate_report.Row]:
-    """Write what there is by now; returns the rows of the table."""
+    """Write the results so far; returns the rows of the table."""
     found: dict[str, dict[int, dict[str, float]]] = {cell.name: {} for cell in cells}
     for cell in cells:
         figures = cell.figures()

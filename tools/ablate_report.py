@@ -1,4 +1,4 @@
-"""What `ablate.py` found, beside the paper's figures: a table, a picture, JSON."""
+"""Results of `ablate.py` beside the paper's figures: a table, a figure, JSON."""
 
 import json
 import statistics
@@ -15,7 +15,7 @@ from rich.table import Table
 from bt_fast.ablations import ABLATIONS
 from pipelines.common.atomic import atomic_file
 
-Found = dict[str, dict[int, dict[str, float]]]  # {ablation: {seed: {figure: share}}}
+Found = dict[str, dict[int, dict[str, float]]]  # {ablation: {seed: {measure: fraction}}}
 
 MEASURES = {"knn": "kNN", "linear": "linear"}
 PAPER = "paper"
@@ -28,17 +28,17 @@ NOTE = (
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Row:
-    """An ablation: percent of every seed by measure, and of the paper; differences to baseline."""
+    """An ablation: percent of every seed by measure, of the paper, differences to the baseline."""
 
     name: str
-    what: str
+    change: str
     seeds: int
     values: dict[str, list[float]]
     differences: dict[str, float]
 
     def cells(self, measures: list[str]) -> list[str]:
-        """For a table; what is not there is "-"."""
-        texts = [self.name, self.what, str(self.seeds)]
+        """Cells of the table; "-" for a missing value."""
+        texts = [self.name, self.change, str(self.seeds)]
         for measure in measures:
             texts += [spread(self.values[measure]), "-"]
             if measure in self.differences:
@@ -47,7 +47,7 @@ class Row:
 
 
 def measured(table: list[Row]) -> list[str]:
-    """The measures that have a figure in some row."""
+    """The measures with a value in at least one row."""
     return [m for m in (*MEASURES.values(), PAPER) if any(row.values[m] for row in table)]
 
 
@@ -60,7 +60,7 @@ def spread(values: list[float]) -> str:
 
 
 def rows(found: Found) -> list[Row]:
-    """In the order of the grid."""
+    """Rows of the table, in the order of the grid."""
     values = {
         name: {
             **{
@@ -75,26 +75,26 @@ def rows(found: Found) -> list[Row]:
     return [
         Row(
             name=name,
-            what=ABLATIONS[name].what,
+            change=ABLATIONS[name].summary,
             seeds=len(found[name]),
-            values=own,
+            values=by_measure,
             differences={
-                measure: statistics.mean(own[measure]) - statistics.mean(baseline[measure])
-                for measure in own
-                if own[measure] and baseline.get(measure) and name != "baseline"
+                measure: statistics.mean(percent) - statistics.mean(baseline[measure])
+                for measure, percent in by_measure.items()
+                if percent and baseline.get(measure) and name != "baseline"
             },
         )
-        for name, own in values.items()
+        for name, by_measure in values.items()
     ]
 
 
 def headings(measures: list[str]) -> list[str]:
     parts = [part for measure in measures for part in (measure, "Δ")]
-    return ["ablation", "what changes", "seeds", *parts]
+    return ["ablation", "change", "seeds", *parts]
 
 
 def write(folder: Path, table: list[Row], found: Found, flags: list[str]) -> None:
-    """table.md, results.json and ablations.png, each replaced as a whole."""
+    """Write table.md, results.json and ablations.png, each atomically."""
     measures = measured(table)
     lines = [
         "| " + " | ".join(headings(measures)) + " |",
@@ -103,10 +103,10 @@ def write(folder: Path, table: list[Row], found: Found, flags: list[str]) -> Non
         "",
         f"{NOTE} Flags of every run: `{' '.join(flags)}`.",
     ]
-    every = [figures for seeds in found.values() for figures in seeds.values()]
-    starts = [figures["random"] for figures in every if "random" in figures]
-    if starts:
-        lines.append(f"kNN at random initialisation: {spread([100 * start for start in starts])}.")
+    runs = [figures for seeds in found.values() for figures in seeds.values()]
+    random = [100 * figures["random"] for figures in runs if "random" in figures]
+    if random:
+        lines.append(f"kNN at random initialisation: {spread(random)}.")
     results = {"flags": flags, "found": found, "paper": {r.name: r.values[PAPER] for r in table}}
     for name, text in (
         ("table.md", "\n".join(lines)),
@@ -119,7 +119,7 @@ def write(folder: Path, table: list[Row], found: Found, flags: list[str]) -> Non
 
 
 def draw(table: list[Row], file) -> None:
-    """A panel per measure that has figures, a point per seed; dashed: the baseline."""
+    """Draw a panel per measure with values, a point per seed, the baseline dashed."""
     shown = measured(table)
     figure, axes = plt.subplots(
         1,
@@ -131,13 +131,13 @@ def draw(table: list[Row], file) -> None:
     )
     for axis, measure in zip(axes[0], shown, strict=False):
         for height, row in enumerate(table):
-            own, colour = row.values[measure], "C1" if measure == PAPER else "C0"
-            axis.plot(own, [height] * len(own), "o", color=colour, alpha=0.6)
-            if own:
-                axis.plot(statistics.mean(own), height, "|", color=colour, markersize=16)
-            if row.name == "baseline" and own:
-                axis.axvline(statistics.mean(own), linestyle="--", color="0.6", zorder=0)
-        axis.set_title("paper: linear, ImageNet" if measure == PAPER else f"here: {measure}")
+            percent, colour = row.values[measure], "C1" if measure == PAPER else "C0"
+            axis.plot(percent, [height] * len(percent), "o", color=colour, alpha=0.6)
+            if percent:
+                axis.plot(statistics.mean(percent), height, "|", color=colour, markersize=16)
+            if row.name == "baseline" and percent:
+                axis.axvline(statistics.mean(percent), linestyle="--", color="0.6", zorder=0)
+        axis.set_title("paper: linear, ImageNet" if measure == PAPER else f"bt-fast: {measure}")
         axis.set_xlabel("top-1, %")
         axis.grid(alpha=0.3)
     axes[0][0].set_yticks(range(len(table)), [row.name for row in table])
@@ -147,7 +147,7 @@ def draw(table: list[Row], file) -> None:
 
 
 def show(table: list[Row]) -> None:
-    """Print the table, but for the column of words: for it a terminal is too narrow."""
+    """Print the table without the column "change", for which a terminal is too narrow."""
     printed = Table(title="Ablations", title_justify="left", caption=NOTE, caption_justify="left")
     (first, _, *others), measures = headings(measured(table)), measured(table)
     printed.add_column(first, no_wrap=True)

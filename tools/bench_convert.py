@@ -1,14 +1,14 @@
-"""Conversion speed: bt-convert against FFCV's own DatasetWriter, side by side in one run.
+"""Conversion speed: bt-convert against FFCV's DatasetWriter, side by side in one run.
 
     python tools/bench_convert.py imagenet-sample/train --workers 2 --repeats 3
 
-Both read the same folder (class folders of images, linked `--copies` times over so that starting
-does not dominate), shrink to the same longest side and write a `.beton`. Timed is the whole job in
-a fresh process group of workers: listing, decoding, writing, flushing. FFCV's is the usual recipe:
-torchvision's ImageFolder with its Pillow loader, RGBImageField(write_mode="jpg"), quality 90. It
-decodes and re-encodes every image. bt-convert keeps the bytes of those that fit; by default it
-decodes them once to find damage, with `--check quick` it looks at their structure alone. The runs
-alternate; compare ratios, not days.
+Both read the same folder (class folders of images, linked `--copies` times so that start-up does
+not dominate), resize to the same longest side and write a `.beton`. The time includes listing,
+decoding, writing and flushing, with new worker processes. FFCV uses the usual recipe: torchvision's
+ImageFolder with its Pillow loader, RGBImageField(write_mode="jpg"), quality 90; it decodes and
+re-encodes every image. bt-convert keeps the bytes of images within the limit; by default it decodes
+them once to find damage, with `--check quick` it only checks their structure. The runs alternate;
+compare ratios within one run.
 """
 
 import _checkout  # noqa: F401  # isort: skip
@@ -40,20 +40,20 @@ class Benchmark:
     """Folder with one folder of images per class."""
 
     workers: int = usable_cores()
-    """Worker processes of each."""
+    """Number of worker processes of each converter."""
 
     max_side: int = 512
-    """Longest side to shrink to."""
+    """Maximum longest side, pixels."""
 
     copies: int = 40
-    """How often every image is converted."""
+    """Number of copies of every image."""
 
     repeats: int = 3
-    """Runs of each, alternated; the median counts."""
+    """Number of alternating runs of each converter; the median is reported."""
 
 
 def link_copies(source: Path, target: Path, copies: int) -> int:
-    """Fill `target` with `copies` links to every image of `source`; returns their number."""
+    """Fill `target` with `copies` links to every image of `source`; returns the number of links."""
     count = 0
     for path in sorted(path for path in source.resolve().rglob("*") if path.is_file()):
         for copy in range(copies):
@@ -86,11 +86,11 @@ def convert_ffcv(folder: Path, out: Path, config: Benchmark) -> None:
         str(out), {"image": image, "label": IntField()}, num_workers=config.workers
     )
     writer.from_indexed_dataset(ImageFolder(folder), chunksize=20)
-    os.sync()  # ours flushes the file before it counts as done
+    os.sync()  # bt-convert flushes its file, too
 
 
 def timed(job: Callable[[Path, Path, Benchmark], None], *arguments) -> float:
-    """Seconds that `job` takes, its own output silenced."""
+    """Seconds of a call of `job`, whose output is suppressed."""
     with open(os.devnull, "w") as void:
         start = time.perf_counter()
         with contextlib.redirect_stdout(void), contextlib.redirect_stderr(void):
@@ -100,7 +100,7 @@ def timed(job: Callable[[Path, Path, Benchmark], None], *arguments) -> float:
 
 def main() -> None:
     config = tyro.cli(Benchmark)
-    import ffcv.writer  # noqa: F401  imported before anything is timed
+    import ffcv.writer  # noqa: F401  imports are not timed
     import torchvision.datasets  # noqa: F401
 
     packages = ("ffcv", "numpy", "pillow", "simplejpeg", "torchvision")

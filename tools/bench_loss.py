@@ -1,10 +1,10 @@
-"""The objective and its gradient, dense against Gram: time and peak memory in one run.
+"""Time and peak memory of the loss and its gradient, dense against Gram, in one run.
 
     python tools/bench_loss.py
     python tools/bench_loss.py --samples 512 --dimensions 16384
 
-Memory is what a case needs beyond its embeddings. A dense case that would not fit is left out, with
-what it would need.
+Memory is counted in addition to the embeddings. A dense case that does not fit is skipped, and the
+memory that it needs is reported.
 """
 
 import _checkout  # noqa: F401  # isort: skip
@@ -28,20 +28,20 @@ from tools.timing import peak_memory, seconds_per_call
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Benchmark:
-    """Compare the forms of the loss."""
+    """Compare the dense and the Gram form of the loss."""
 
     samples: int = 2048
-    """N, the batch."""
+    """Batch size N."""
     dimensions: tuple[int, ...] = (8192, 16_384, 65_536)
-    """D, the last width of the projector."""
+    """Dimensions D of the embeddings, the last width of the projector."""
     seconds: float = 1.0
-    """Time for each measurement."""
+    """Time for each measurement, seconds."""
     out: Path | None = None
-    """Also write the figures to this JSON file."""
+    """JSON file for the results."""
 
 
 def measure(n: int, d: int, method: str, budget: float) -> dict[str, float | str]:
-    """One case, on the GPU if there is one."""
+    """Measure one case, on the GPU if there is one."""
     on_gpu = torch.cuda.is_available()
     device = torch.device("cuda" if on_gpu else "cpu")
     needed = 4.5 * 4 * d * d if method == "dense" else 0  # C, its square, its gradient, ...
@@ -63,7 +63,7 @@ def measure(n: int, d: int, method: str, budget: float) -> dict[str, float | str
 
 
 def available_memory(on_gpu: bool) -> int:
-    """Bytes."""
+    """Free memory of the device, bytes."""
     if on_gpu:
         return torch.cuda.mem_get_info()[0]
     lines = Path("/proc/meminfo").read_text().splitlines()
@@ -83,13 +83,13 @@ def main() -> int:
             results.measure(
                 f"The loss and its gradient, N = {options.samples}",
                 f"D = {d}, {method}",
-                case if torch.cuda.is_available() else functools.partial(apart, case),
+                case if torch.cuda.is_available() else functools.partial(in_new_process, case),
             )
     return min(results.num_failed, 1)
 
 
-def apart(case: Callable[[], dict]) -> dict:
-    """A process's largest size only grows: another process."""
+def in_new_process(case: Callable[[], dict]) -> dict:
+    """Run a case in a new process, because the peak memory of a process never decreases."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
         return process.submit(case).result()
 

@@ -1,11 +1,11 @@
-"""Memory of bt-convert against the number of images: it should not grow.
+"""Memory of bt-convert for few and many images: it should not grow with their number.
 
     python tools/bench_scale.py --few 30000 --many 300000
 
-Converts folders of tiny JPEGs (real files of about 700 bytes, in class folders or all in one) and
-gives the peak resident memory of the command and of its workers together, as the kernel noted it
-(VmHWM in /proc, looked at ten times a second). Each format is written from the folder, then read
-into the other.
+Converts folders of small JPEGs (files of about 700 bytes, in class folders or in one folder) and
+prints the peak resident memory of the command, alone and with its workers, from the kernel's
+statistics (VmHWM in /proc, read ten times a second). Converts the folder to each format, and one
+format to the other.
 """
 
 import _checkout  # noqa: F401  # isort: skip
@@ -30,23 +30,23 @@ class Benchmark:
     """Compare the peak memory of converting few and many images."""
 
     few: int = 30_000
-    """Images in the small folder."""
+    """Number of images in the small folder."""
 
     many: int = 300_000
-    """Images in the large folder."""
+    """Number of images in the large folder."""
 
     classes: int = 100
-    """Class folders; 1 puts all images into one folder without classes."""
+    """Number of class folders; 1 puts all images into one folder without classes."""
 
     workers: int = 2
-    """Worker processes."""
+    """Number of worker processes."""
 
     scratch: Path | None = None
-    """Where the images and results stand meanwhile; a folder that is made there is removed."""
+    """Folder for temporary images and results."""
 
 
 def write_images(root: Path, count: int, classes: int) -> Path:
-    """`count` small files with 50 different contents."""
+    """Write `count` small files with 50 different contents."""
     generator = np.random.default_rng(0)
     contents = []
     for index in range(50):
@@ -71,7 +71,7 @@ def peaks(session: int) -> dict[int, int]:
                 if int((path / "stat").read_text().rpartition(")")[2].split()[3]) != session:
                     continue
                 lines = (path / "status").read_text().splitlines()
-            except OSError:  # gone meanwhile
+            except OSError:  # the process has ended
                 continue
             (peak,) = [line.split()[1] for line in lines if line.startswith("VmHWM:")] or ["0"]
             found[int(path.name)] = 1024 * int(peak)
@@ -79,7 +79,7 @@ def peaks(session: int) -> dict[int, int]:
 
 
 def convert(source: Path, out: Path, workers: int, *flags: str) -> tuple[float, float, float]:
-    """(peak memory of the command, of all processes: MB; seconds) of one conversion."""
+    """Returns the peak memory of the command and of all processes, MB, and the seconds."""
     command = [sys.executable, "-m", "pipelines.convert.command", str(source), str(out), *flags]
     start = time.perf_counter()
     child = subprocess.Popen(
@@ -88,15 +88,15 @@ def convert(source: Path, out: Path, workers: int, *flags: str) -> tuple[float, 
         stdout=subprocess.DEVNULL,
         start_new_session=True,
     )
-    seen: dict[int, int] = {}
+    maxima: dict[int, int] = {}
     while child.poll() is None:
         for process, peak in peaks(child.pid).items():
-            seen[process] = max(seen.get(process, 0), peak)  # none is left when it is ending
+            maxima[process] = max(maxima.get(process, 0), peak)  # reported as 0 while it exits
         time.sleep(0.1)
     seconds = time.perf_counter() - start
     if child.returncode:
         raise SystemExit(child.returncode)
-    return seen[child.pid] / 1e6, sum(seen.values()) / 1e6, seconds
+    return maxima[child.pid] / 1e6, sum(maxima.values()) / 1e6, seconds
 
 
 def main() -> None:

@@ -1,17 +1,18 @@
-"""One training step by class of device work, from a trace of torch.profiler.
+"""Time of a training step by class of device work, from a trace of torch.profiler.
 
-    convolutions    the encoder's, with changes of layout
+    convolutions    convolutions of the encoder and changes of memory layout
     norm            batch norm, ReLU, residual sums, max-pool
     products        matrix products of projector and loss
     optimizer       LARS
     augmentation    both branches
     communication   collectives between ranks
-    other           casts, copies, everything else
-    gaps            the rest of the step: nothing runs on the device
+    other           casts, copies, all other work
+    gaps            time in which the device is idle
 
-Kernels are told apart by name and, where it is ambiguous, by the operators and named ranges that
-were open on the host at the launch. On a CPU operators are the work. The elementwise part of the
-loss is other; of its compiled backward pass, whose kernels look like the encoder's, it is norm.
+Kernels are classified by name and, if the name is ambiguous, by the operators and named ranges that
+were open on the host at the launch. On a CPU, operators are classified. The elementwise part of the
+loss is other; in its compiled backward pass, whose kernels have the same names as the encoder's, it
+is norm.
 """
 
 import bisect
@@ -34,7 +35,7 @@ CLASSES = (
     "gaps",
 )
 
-# The first that matches decides. cuDNN's convolutions may have `relu` or `gemm` in their names.
+# The first match counts. Names of cuDNN's convolutions may contain `relu` or `gemm`.
 _NAMES = [
     ("communication", r"nccl|^gloo:|c10d"),
     ("other", r"^Memcpy|^Memset"),
@@ -53,86 +54,85 @@ _NAMES = [
     ("norm", r"relu|threshold|clamp_min|max_?pool|CUDAFunctor_add"),
     ("norm", r"^aten::(add_?|cat|var_mean)$"),
 ]
-_PATTERNS = [(kind, re.compile(pattern, re.IGNORECASE)) for kind, pattern in _NAMES]
+_PATTERNS = [(work, re.compile(pattern, re.IGNORECASE)) for work, pattern in _NAMES]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Activity:
-    """Something the device does without a break: a kernel, a copy; a part of a CPU's operator."""
+    """A kernel or copy on the device, or an uninterrupted part of an operator on a CPU."""
 
     name: str
     start: float  # seconds
     end: float
-    ranges: tuple[str, ...] = ()  # open where it was launched, outermost first
+    ranges: tuple[str, ...] = ()  # open at the launch, outermost first
 
 
 def classify(name: str, ranges: Sequence[str] = ()) -> str:
     """The class of a kernel or operator launched within these ranges, outermost first."""
-    kind = _class_of(name) or "norm" * ("CompiledFxGraph" in name)  # the generated loops of a CPU
-    if kind == "communication" or name.startswith(("Memcpy", "Memset")):
-        return kind
-    kinds = [_class_of(entered) for entered in ranges]
+    work = _class_of(name) or "norm" * ("CompiledFxGraph" in name)  # generated loops on a CPU
+    if work == "communication" or name.startswith(("Memcpy", "Memset")):
+        return work
+    classes = [_class_of(entered) for entered in ranges]
     for stage in ("augmentation", "optimizer"):
-        if stage in (kind, *kinds):
+        if stage in (work, *classes):
             return stage
     if LOSS in ranges:
-        return "products" if "products" in (kind, *kinds) else "other"
-    if kind == "products" and "convolutions" in kinds:  # 1x1 convolutions are matrix products, too
+        return "products" if "products" in (work, *classes) else "other"
+    if work == "products" and "convolutions" in classes:  # 1x1 convolutions are matrix products
         return "convolutions"
-    return kind or next(filter(None, reversed(kinds)), "other")
+    return work or next(filter(None, reversed(classes)), "other")
 
 
 @functools.cache
 def _class_of(name: str) -> str:
-    return next((kind for kind, pattern in _PATTERNS if pattern.search(name)), "")
+    return next((work for work, pattern in _PATTERNS if pattern.search(name)), "")
 
 
 def activities(events: Iterable[dict[str, Any]], *, on_gpu: bool) -> list[Activity]:
-    """What the device did, of the events of a Chrome trace by torch.profiler."""
+    """Activities of the device, from the events of a Chrome trace by torch.profiler."""
     host: dict[int, list[tuple[float, float, str]]] = defaultdict(list)  # by thread
     launched: dict[int, tuple[int, float]] = {}  # thread and time, by correlation id
     device = []
     for event in events:
         if event.get("ph") != "X":
             continue
-        kind, arguments = event.get("cat"), event.get("args", {})
+        category, arguments = event.get("cat"), event.get("args", {})
         start, end = event["ts"] / 1e6, (event["ts"] + event["dur"]) / 1e6
-        if kind in ("cpu_op", "user_annotation"):
+        if category in ("cpu_op", "user_annotation"):
             host[event["tid"]].append((start, end, event["name"]))
-        elif kind in ("cuda_runtime", "cuda_driver"):
+        elif category in ("cuda_runtime", "cuda_driver"):
             launched[arguments.get("correlation")] = event["tid"], start
-        elif kind in ("kernel", "gpu_memcpy", "gpu_memset"):
+        elif category in ("kernel", "gpu_memcpy", "gpu_memset"):
             device.append((event["name"], start, end, arguments))
     nested = {thread: slices(operators) for thread, operators in host.items()}
     if not on_gpu:
-        every = [piece for pieces in nested.values() for piece in pieces]
-        return [piece for piece in every if _computes(piece.name)]
+        return [piece for pieces in nested.values() for piece in pieces if _computes(piece.name)]
     found = []
     for name, start, end, arguments in device:
         thread, time = launched.get(arguments.get("correlation"), (None, 0.0))
         pieces = nested.get(thread, [])
-        at = bisect.bisect_right(pieces, time, key=lambda piece: piece.start) - 1
-        inside = at >= 0 and time <= pieces[at].end
-        ranges = (*pieces[at].ranges, pieces[at].name) if inside else ()
+        index = bisect.bisect_right(pieces, time, key=lambda piece: piece.start) - 1
+        is_inside = index >= 0 and time <= pieces[index].end
+        ranges = (*pieces[index].ranges, pieces[index].name) if is_inside else ()
         found.append(Activity(name=name, start=start, end=end, ranges=ranges))
     return found
 
 
 def _computes(name: str) -> bool:
-    """Whether the time of this operator or range of a CPU's is work, and not Python's or a wait."""
+    """Whether this operator or range on a CPU is work, not Python overhead or a wait."""
     if re.match(rf"{AUGMENT}|gloo:|## Call CompiledFxGraph", name):
         return True
     return "::" in name and "autograd::" not in name
 
 
 def slices(operators: Iterable[tuple[float, float, str]]) -> list[Activity]:
-    """A thread's time, cut wherever one of its nested operators (start, end, name) begins or ends:
-    each piece with the innermost operator's name, those around it as its ranges, in order."""
+    """The time of a thread, cut where a nested operator (start, end, name) begins or ends. A piece
+    has the name of the innermost operator, and the enclosing operators as its ranges."""
     pieces: list[Activity] = []
     nest: list[tuple[float, str]] = []  # end, name
     now = 0.0
 
-    def go_on(until: float) -> None:
+    def advance(until: float) -> None:
         nonlocal now
         if nest and until > now:
             *ranges, name = (name for _, name in nest)
@@ -142,15 +142,15 @@ def slices(operators: Iterable[tuple[float, float, str]]) -> list[Activity]:
     in_order = sorted(operators, key=lambda operator: (operator[0], -operator[1]))
     for start, end, name in [*in_order, (math.inf, math.inf, "")]:
         while nest and nest[-1][0] <= start:
-            go_on(nest[-1][0])
+            advance(nest[-1][0])
             nest.pop()
-        go_on(start)
+        advance(start)
         nest.append((end, name))
     return pieces
 
 
 def busy(work: Iterable[Activity]) -> float:
-    """Seconds in which at least one of them goes on."""
+    """Seconds in which at least one activity is running."""
     total, until = 0.0, float("-inf")
     for start, end in sorted((activity.start, activity.end) for activity in work):
         total += max(0.0, end - max(start, until))
@@ -160,12 +160,12 @@ def busy(work: Iterable[Activity]) -> float:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Breakdown:
-    """A step's classes, in the order of `CLASSES`, without those that do not occur."""
+    """Classes of a step that occur, in the order of `CLASSES`."""
 
-    step: float  # seconds of a step that was not traced
+    step: float  # seconds of a step without tracing
     parts: dict[str, Stage]
     kernels: dict[str, Any]  # per step: ms, launches, and the longest {name, ms, launches, share}
-    fused_norm: bool  # whether batch norm has kernels of its own
+    fused_norm: bool  # whether batch norm runs as fused kernels
 
 
 def breakdown(
@@ -174,17 +174,17 @@ def breakdown(
     """Break a step down.
 
     Args:
-        work: what the device did in `num_steps` steps.
-        step: seconds of a step without tracing, which delays launches.
-        flop, moved: of a step, FLOP and bytes of the classes where they can be counted.
+        work: activities of the device in `num_steps` steps.
+        step: seconds of a step without tracing, because tracing delays launches.
+        flop, moved: FLOP and bytes per step of the classes that can be counted.
     """
     classes: dict[str, list[Activity]] = {name: [] for name in CLASSES}
     by_name: dict[str, list[Activity]] = defaultdict(list)
     for activity in work:
         classes[classify(activity.name, activity.ranges)].append(activity)
         by_name[activity.name].append(activity)
-    whole = busy(work)
-    gaps = max(step - whole / num_steps, 0.0)
+    total_busy = busy(work)
+    gaps = max(step - total_busy / num_steps, 0.0)
     parts = {}
     for name, members in classes.items():
         others = [a for other, some in classes.items() if other != name for a in some]
@@ -195,7 +195,7 @@ def breakdown(
                 flop=flop.get(name, 0.0),
                 bytes=moved.get(name, 0.0),
                 ceiling="flops" if name in flop else "memory" if name in moved else "",
-                alone=(whole - busy(others)) / num_steps,
+                alone=(total_busy - busy(others)) / num_steps,
                 launches=len(members) / num_steps,
             )
     parts["gaps"] = Stage(name="gaps", seconds=gaps, alone=gaps)
@@ -224,41 +224,41 @@ def advice(
     waiting: float = 0.0,
     for_loader: str = "",
 ) -> list[str]:
-    """What takes more than a twentieth of a step and the switches that would help, a line each, the
-    largest first.
+    """Lines on classes that take more than 5 % of a step, the largest first, with the flags that
+    would help.
 
     Args:
-        found: of a step with all ranks' collectives.
-        waiting: share of a step from JPEGs in which the device waits for data.
-        for_loader: what helps against that.
+        found: breakdown of a step with the collectives of all ranks.
+        waiting: fraction of a step from JPEGs in which the device waits for data.
+        for_loader: remedy for a slow loader.
     """
     on_gpu, off = runtime.device.type == "cuda", runtime.compile == "off"
     parts = {name: Stage(name=name, seconds=0.0) for name in CLASSES} | found.parts
-    share = {name: part.seconds / found.step for name, part in parts.items()}
-    larger = ["a larger --batch-size"]
-    launching = ["--compile default launches fewer kernels"] * off + larger
+    fraction = {name: part.seconds / found.step for name, part in parts.items()}
+    larger_batch = ["a larger --batch-size"]
+    fewer_launches = ["--compile default launches fewer kernels"] * off + larger_batch
     if runtime.compile == "default":
-        launching = ["--compile reduce-overhead replays CUDA graphs", *larger]
+        fewer_launches = ["--compile reduce-overhead replays CUDA graphs", *larger_batch]
     slow_norm = on_gpu and not found.fused_norm and parts["norm"].reached(ceilings) < 0.7
-    over_ranks = ["--compress-gradients sends half"] * (not config.compress_gradients)
+    for_ranks = ["--compress-gradients sends half"] * (not config.compress_gradients)
     if world_size > step_costs.RANKS_PER_MACHINE and not config.bn_group:
-        over_ranks += [f"--bn-group {step_costs.RANKS_PER_MACHINE} keeps batch norm on a machine"]
-    over_ranks += ["--separate-communicators"] * (not config.separate_communicators) + larger
+        for_ranks += [f"--bn-group {step_costs.RANKS_PER_MACHINE} keeps batch norm on a machine"]
+    for_ranks += ["--separate-communicators"] * (not config.separate_communicators) + larger_batch
     fusing = ["--compile default fuses them"] * (on_gpu and off)
     rules = [
         (waiting, "the device waits for data", [for_loader]),
-        (share["gaps"], "no kernel runs for", launching * on_gpu),
-        (share["convolutions"], "convolutions take", _for_convolutions(config, runtime)),
-        (share["norm"], "batch norm and ReLU take", ["--norm fused"] * slow_norm),
-        (share["products"], "matrix products take", ["a narrower --projector"]),
-        (share["optimizer"], "the optimizer takes", larger),
-        (share["other"], "casts, copies and small kernels take", fusing),
-        (parts["communication"].alone / found.step, "exposed communication takes", over_ranks),
+        (fraction["gaps"], "no kernel runs for", fewer_launches * on_gpu),
+        (fraction["convolutions"], "convolutions take", _for_convolutions(config, runtime)),
+        (fraction["norm"], "batch norm and ReLU take", ["--norm fused"] * slow_norm),
+        (fraction["products"], "matrix products take", ["a narrower --projector"]),
+        (fraction["optimizer"], "the optimizer takes", larger_batch),
+        (fraction["other"], "casts, copies and small kernels take", fusing),
+        (parts["communication"].alone / found.step, "exposed communication takes", for_ranks),
     ]
     return [
-        f"{what} {100 * of_step:.0f} % of the step: {', or '.join(switches)}"
-        for of_step, what, switches in sorted(rules, key=lambda rule: -rule[0])
-        if of_step > 0.05 and switches
+        f"{finding} {100 * of_step:.0f} % of the step: {', or '.join(remedies)}"
+        for of_step, finding, remedies in sorted(rules, key=lambda rule: -rule[0])
+        if of_step > 0.05 and remedies
     ]
 
 
@@ -268,7 +268,7 @@ def _for_convolutions(config: Config, runtime: Runtime) -> list[str]:
     if runtime.device.type == "cpu":
         return ["a GPU", "a smaller --size or --encoder"]
     if config.deterministic:
-        return ["kernels chosen by trial, without --deterministic"]
+        return ["kernels selected by trial, without --deterministic"]
     if config.resolution is None and config.size >= 128 and config.size % 32 == 0:
         low = 32 * round(config.size * 0.7 / 32)
         return [f"--resolution {low}:{config.size} saves a quarter", "more GPUs"]

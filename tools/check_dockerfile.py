@@ -1,13 +1,13 @@
-"""Run the Dockerfile's steps without Docker: each stage in a root of its own, by chroot.
+"""Run the Dockerfile's steps without Docker: each stage in a separate root, under chroot.
 
     debootstrap --variant=minbase --include=ca-certificates bookworm ROOT   # as root
     unshare --mount python tools/check_dockerfile.py --root ROOT --scratch FOLDER
 
-ROOT stands for the image that FROM names. Stages are layers over it (overlayfs), files come from
-what .dockerignore lets through, and the entry point is started as the image would start it: as its
-user, as process 1, in its folder. SIGTERM then has to reach a training run. Needs root and about
-20 GB in FOLDER, which is removed at the end; what the steps print goes to check_dockerfile.log.
-(unshare: whatever happens, nothing stays mounted.)
+ROOT replaces the image that FROM names. Stages are layers over it (overlayfs), the build context is
+filtered by .dockerignore, and the entry point is started as in the image: as its user, as process
+1, in its folder. SIGTERM must reach a training run. Requires root and about 20 GB in FOLDER, which
+is removed at the end; the output of the steps is written to check_dockerfile.log. (unshare ensures
+that nothing stays mounted.)
 """
 
 import _checkout  # noqa: F401  # isort: skip
@@ -24,7 +24,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from bt_fast.cli import in_one_line
+from bt_fast.cli import run_command
 from bt_fast.distributed.signals import EXIT_STOPPED
 from pipelines.common.flags import parse_flags
 from tools.dockerfile import Stage, context, copied, parse
@@ -34,24 +34,24 @@ ROOT = Path(__file__).parents[1]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Check:
-    """Run the steps of the Dockerfile by chroot."""
+    """Run the steps of the Dockerfile under chroot."""
 
     root: Path
-    """A fresh Debian, made by debootstrap."""
+    """Folder of a new Debian system, created by debootstrap."""
     scratch: Path
     """Folder for the stages; must not exist."""
     bind: tuple[Path, ...] = ()
     """Folders of this machine that steps may read, such as a local index of wheels."""
     log: Path = Path("check_dockerfile.log")
-    """What the steps print."""
+    """File for the output of the steps."""
 
 
 class Builder:
-    """Builds stages one after the other; each is an overlay whose layers are kept."""
+    """Builds stages in sequence; each is an overlay whose layers are kept."""
 
     def __init__(self, check: Check) -> None:
         self.check = check
-        self.layers: dict[str, list[Path]] = {}  # of each stage, the upper one first
+        self.layers: dict[str, list[Path]] = {}  # of each stage, the topmost first
         self.mounted: list[Path] = []
         self.environment: dict[str, str] = {}
         self.user, self.folder = "0:0", "/"
@@ -80,7 +80,7 @@ class Builder:
         return root
 
     def prepare(self, root: Path) -> None:
-        """What Docker gives a step beside its image: devices, a resolver, this machine's CAs."""
+        """Add what Docker provides besides the image: devices, a resolver, this machine's CAs."""
         self.mount(root / "proc", "-t", "proc", "proc")
         self.mount(root / "dev", "-t", "tmpfs", "tmpfs")
         (root / "dev" / "shm").mkdir()
@@ -120,17 +120,17 @@ class Builder:
                 continue
             files = [f for f in context(ROOT) if PurePosixPath(source) in (f, *f.parents)]
             if not files:
-                raise ValueError(f"COPY {source}: nothing of that name is in the build context")
+                raise ValueError(f"COPY {source}: the build context does not contain it")
             for file in files:
                 within = file.name if str(file) == source else file.relative_to(source)
                 (target / within).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy2(ROOT / file, target / within)
 
     def inside(self, root: Path, command: list[str]) -> list[str]:
-        """A command in a stage: its user, folder and environment; pip's settings are ours."""
-        given = {name: value for name, value in os.environ.items() if name.startswith("PIP_")}
-        plain = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
-        variables = {"PATH": plain, "HOME": "/root", **given, **self.environment}
+        """The command line that runs a command in a stage, with pip's settings of this process."""
+        settings = {name: value for name, value in os.environ.items() if name.startswith("PIP_")}
+        path = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+        variables = {"PATH": path, "HOME": "/root", **settings, **self.environment}
         user = ["--userspec", self.user, "--groups", self.user.partition(":")[2] or "0"]
         enter = f'cd {shlex.quote(self.folder)} && exec "$@"'
         pairs = [f"{name}={value}" for name, value in variables.items()]
@@ -150,8 +150,8 @@ class Builder:
         shutil.rmtree(self.check.scratch)
 
 
-def try_out(builder: Builder, root: Path, stage: Stage) -> None:
-    """The finished image does what it is for, and stops when it is asked to."""
+def check_image(builder: Builder, root: Path, stage: Stage) -> None:
+    """Check that the image runs its commands and responds to SIGTERM. Raises ValueError if not."""
     entry = json.loads(stage.last("ENTRYPOINT"))
     data = root / builder.folder[1:]
     checks = [
@@ -173,11 +173,11 @@ def try_out(builder: Builder, root: Path, stage: Stage) -> None:
         done = subprocess.run(builder.inside(root, command), stdout=builder.log, stderr=builder.log)
         print(f"{' '.join(command)}: exit status {done.returncode}", flush=True)
         if done.returncode:
-            raise ValueError(f"the image does not run it; see {builder.log.name}")
-    stop_a_run(builder, root, entry)
+            raise ValueError(f"the image does not run this command; see {builder.log.name}")
+    check_sigterm(builder, root, entry)
 
 
-def stop_a_run(builder: Builder, root: Path, entry: list[str]) -> None:
+def check_sigterm(builder: Builder, root: Path, entry: list[str]) -> None:
     """Train as process 1 of a namespace and send it SIGTERM, as `docker stop` does."""
     flags = ["--recipe=demo", "--device=cpu", "--size=32", "--batch-size=32", "--epochs=1000"]
     flags += ["--projector", "32", "32", "--save-every=1", "--run-dir=run", "--workers=1"]
@@ -188,20 +188,20 @@ def stop_a_run(builder: Builder, root: Path, entry: list[str]) -> None:
     checkpoints = root / builder.folder[1:] / "run" / "checkpoints"
     while not any(checkpoints.glob("step-????????")):
         if process.poll() is not None:
-            raise ValueError(f"training ended by itself; see {builder.log.name}")
+            raise ValueError(f"training ended without a signal; see {builder.log.name}")
         time.sleep(0.2)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     os.kill(int(children[0]), signal.SIGTERM)
     status = process.wait()
     print(f"SIGTERM to a run that is process 1: exit status {status}", flush=True)
     if status != EXIT_STOPPED:
-        raise ValueError(f"the run did not stop as it should (exit status {EXIT_STOPPED})")
+        raise ValueError(f"the exit status should be {EXIT_STOPPED}")
 
 
 def main() -> int:
     check = parse_flags(Check, "check_dockerfile.py", None)
     if os.geteuid():
-        raise ValueError("chroot and mount need root")
+        raise ValueError("chroot and mount require root; run it as root")
     if check.scratch.exists():
         raise ValueError(f"--scratch {check.scratch} exists; choose another folder")
     builder = Builder(check)
@@ -209,12 +209,12 @@ def main() -> int:
         stages = parse((ROOT / "Dockerfile").read_text())
         for stage in stages:
             root = builder.build(stage)
-        try_out(builder, root, stages[-1])
+        check_image(builder, root, stages[-1])
     finally:
         builder.clean()
-    print("every step ran, and the image does what it is for")
+    print("all steps and all checks of the image succeeded")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(in_one_line("check_dockerfile.py", main))
+    sys.exit(run_command("check_dockerfile.py", main))

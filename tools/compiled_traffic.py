@@ -2,9 +2,9 @@
 
     python tools/compiled_traffic.py --blocks 1 1 1 1 [--images 256] [--ranks 8] [--norm fused]
 
-Lowers the forward and the backward pass of encoder and projector, views in bf16 and channels-last;
-loss, augmentation and optimizer are not part of it. `lowering` says how, and what is counted. The
-numbers hold for the installed version of torch. ResNet-50 takes minutes.
+Lowers forward and backward pass of encoder and projector, with views in bf16 and channels-last,
+without loss, augmentation and optimizer. `lowering` documents the method and the counts. The
+numbers are valid for the installed version of torch. ResNet-50 takes minutes.
 """
 
 import _checkout  # noqa: F401  # isort: skip
@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from bt_fast.models import networks as models
-from bt_fast.models.batch_norm import Norm, choose, fuse
+from bt_fast.models.batch_norm import Norm, choose_norm, fuse
 from pipelines.common.flags import parse_flags
 from tools.lowering import Traffic, Unsupported, build, measure
 
@@ -30,13 +30,13 @@ class Options:
     blocks: tuple[int, int, int, int] | None = None
     """Bottlenecks per stage, instead of --encoder; 1 1 1 1 is quick."""
     images: int = 256
-    """Images per rank and step; each gives two views."""
+    """Number of images per rank and step, with two views each."""
     size: int = 224
-    """Side of a view, in pixels."""
+    """Side of a view, pixels."""
     ranks: int = 1
-    """Ranks whose batches are normalised together."""
+    """Number of ranks with common batch statistics."""
     norm: Norm = "auto"
-    """Batch norm as pretrain's --norm has it."""
+    """Implementation of batch norm, as --norm of pretrain."""
     top: int = 20
     """Number of kernels to list, the largest first."""
     out: Path | None = None
@@ -47,9 +47,9 @@ class Options:
             if getattr(self, name) < least:
                 raise ValueError(f"--{name} must be at least {least}, got {getattr(self, name)}")
         if self.blocks and min(self.blocks) < 1:
-            raise ValueError(f"--blocks {' '.join(map(str, self.blocks))}: every stage has one")
+            raise ValueError(f"--blocks {' '.join(map(str, self.blocks))}: must be at least 1")
         if self.blocks and self.encoder != "resnet50":
-            raise ValueError("--blocks stand instead of --encoder; leave one of them out")
+            raise ValueError("--blocks replaces --encoder; leave one of them out")
         if self.out is not None and self.out.exists() and not self.out.is_dir():
             raise ValueError(f"--out {self.out} is not a folder")
 
@@ -59,7 +59,7 @@ def main(arguments: list[str] | None = None) -> int:
         options = parse_flags(Options, "compiled_traffic", arguments)
         shape = (2 * options.images, 3, options.size, options.size)
         model = build(options.encoder, options.blocks)
-        if choose(options.norm, torch.device("cuda")) == "fused":
+        if choose_norm(options.norm, torch.device("cuda")) == "fused":
             fuse(model)
         traffic = measure(model, shape, num_ranks=options.ranks, out=options.out)
     except (ValueError, Unsupported) as error:
@@ -70,27 +70,27 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def report(traffic: Traffic, top: int) -> str:
-    """The counts of a step, pass by pass, and its largest kernels."""
-    kinds = {
-        "fused and own kernels": ("fused", "own"),
-        "  own kernels": ("own",),
+    """The counts of a step by pass, and its largest kernels."""
+    rows = {
+        "fused and custom kernels": ("fused", "custom"),
+        "  custom kernels": ("custom",),
         "convolutions, matrix products": ("library",),
-        "all of these": ("fused", "own", "library"),
+        "all of these": ("fused", "custom", "library"),
         "collectives": ("collective",),
     }
     lines = [f"{'GB':30} {'number':>7} {'< 1 MB':>7}  forward backward     both  arguments once"]
-    for title, names in kinds.items():
+    for title, names in rows.items():
         kernels = traffic.of(*names)
         small = sum(kernel.accesses < 1e6 for kernel in kernels)
-        passes = [traffic.gigabytes(*names, backward=which) for which in (False, True, None)]
+        passes = [traffic.gigabytes(*names, backward=backward) for backward in (False, True, None)]
         figures = " ".join(f"{figure:8.3f}" for figure in passes)
         once = traffic.gigabytes(*names, once=True)
         lines.append(f"{title:30} {len(kernels):7} {small:7} {figures} {once:15.3f}")
     lines.append(f"saved for the backward pass: {traffic.saved / 1e9:.2f} GB")
     for kernel in sorted(traffic.of(), key=lambda kernel: -kernel.accesses)[:top]:
-        which = "backward" if kernel.backward else "forward"
+        direction = "backward" if kernel.backward else "forward"
         sizes = f"{kernel.accesses / 1e6:6.0f} MB ({kernel.once / 1e6:.0f} once)"
-        lines.append(f"{sizes} {which} {kernel.name}")
+        lines.append(f"{sizes} {direction} {kernel.name}")
     return "\n".join(lines)
 
 

@@ -1,28 +1,28 @@
-"""Reads a Dockerfile and what .dockerignore leaves of a folder: as much of both as ours use."""
+"""Parsers of Dockerfile and .dockerignore, for the syntax that this project uses."""
 
 import fnmatch
 import os
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
-_NOT_LOOKED_AT = {".git", ".venv", "__pycache__"}  # ignored anyway, and large
+_SKIPPED = {".git", ".venv", "__pycache__"}  # large folders that .dockerignore excludes
 
 
 @dataclass(kw_only=True, slots=True)
 class Stage:
-    """One FROM and what follows, or an image that a FROM builds upon."""
+    """A FROM and the instructions that follow it."""
 
     name: str
     base: str
-    steps: list[tuple[str, str]] = field(default_factory=list)  # (instruction, its text)
+    steps: list[tuple[str, str]] = field(default_factory=list)  # (instruction, text)
 
     def last(self, instruction: str) -> str:
-        """The text of the last such instruction; '' if there is none."""
+        """Text of the last occurrence of an instruction; '' if there is none."""
         return next((text for name, text in reversed(self.steps) if name == instruction), "")
 
 
 def parse(text: str) -> list[Stage]:
-    """The stages of a Dockerfile. Raises ValueError for what this does not know."""
+    """The stages of a Dockerfile. Raises ValueError for an unknown instruction."""
     lines = [line for line in text.splitlines() if not line.lstrip().startswith("#")]
     stages: list[Stage] = []
     for line in "\n".join(lines).replace("\\\n", " ").splitlines():
@@ -35,35 +35,35 @@ def parse(text: str) -> list[Stage]:
         elif instruction in ("RUN", "COPY", "ENV", "WORKDIR", "USER", "ENTRYPOINT", "CMD"):
             stages[-1].steps.append((instruction, rest.strip()))
         else:
-            raise ValueError(f"Dockerfile: {instruction} is not known here")
+            raise ValueError(f"Dockerfile: {instruction} is not supported")
     return stages
 
 
 def copied(text: str) -> tuple[str | None, list[str], str]:
-    """COPY's (stage of --from, sources, destination)."""
+    """Arguments of COPY: stage of --from or None, sources, destination."""
     words = text.split()
     stage = words.pop(0).removeprefix("--from=") if words[0].startswith("--from=") else None
     return stage, words[:-1], words[-1]
 
 
 def context(folder: Path) -> list[PurePosixPath]:
-    """The files of the build context: those that .dockerignore leaves."""
+    """The files of the build context: all that .dockerignore does not exclude."""
     lines = (folder / ".dockerignore").read_text().splitlines()
     patterns = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
     found = []
     for parent, folders, files in os.walk(folder):
-        folders[:] = [name for name in folders if name not in _NOT_LOOKED_AT]
+        folders[:] = [name for name in folders if name not in _SKIPPED]
         found += [PurePosixPath(os.path.relpath(Path(parent, file), folder)) for file in files]
     return sorted(path for path in found if not ignored(path, patterns))
 
 
 def ignored(path: PurePosixPath, patterns: list[str]) -> bool:
-    """The last pattern that matches a file or a folder it is in decides; ! takes it back."""
+    """Whether the last pattern that matches a file or one of its folders excludes it (no !)."""
     names = [path, *list(path.parents)[:-1]]
-    verdict = False
+    is_ignored = False
     for pattern in patterns:
         plain = pattern.removeprefix("!").removeprefix("**/")
         anywhere = "**/" in pattern
         if any(fnmatch.fnmatch(name.name if anywhere else str(name), plain) for name in names):
-            verdict = not pattern.startswith("!")
-    return verdict
+            is_ignored = not pattern.startswith("!")
+    return is_ignored

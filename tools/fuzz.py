@@ -1,26 +1,26 @@
-"""Damage on purpose: what bt-fast makes of mutated .beton files, checkpoints, weights and images.
+"""Fuzzing: bt-fast reads mutated .beton files, checkpoints, weights and images.
 
     python tools/fuzz.py --count 10000 --seed 0
 
-Every kind gets `count` mutated inputs, each a function of (seed, kind, number): flipped bits,
-overwritten bytes, length fields with telling values, cuts, copies of other places, zeros. What
-comes of an input is one of
+Every target gets `count` mutated inputs, each a function of (seed, target, number): flipped bits,
+overwritten bytes, length fields with boundary values, truncation, copied ranges, zeros. The verdict
+on an input is one of
 
-    refused    one of the documented errors, one line: ValueError and its kinds
-    unharmed   everything that is read is as in the whole file: the damage hit what nobody reads
-    other      read as something else, where nothing can tell (below)
-    SILENT     read as something else although something can tell
-    CRASH      any other exception, a message of several lines, more than a minute, a dead process
+    refused    a documented error of one line: ValueError or a subclass
+    unharmed   all data are read as from the original file: the damage is in unused bytes
+    other      other data are read, and the damage cannot be detected (see below)
+    SILENT     other data are read although the damage can be detected
+    CRASH      another exception, a message of several lines, over a minute, a dead process
 
-What can tell: a .beton's checksums, everywhere (kind `beton`); a checkpoint's SHA-256, everywhere
-(`checkpoint`). Where the input was made to fit its checksums (`forged ...`: a malicious file, not a
-damaged one), and in files of weights, which have none, only crashes count. A damaged image at
-conversion (`image`) is `other` if it is still a whole picture: bits of a JPEG that decode without
-any warning of libjpeg to other pixels are another JPEG. It is SILENT if an image that lacks its end
-gives other pixels, if a format with checksums of its own (PNG) does, or if what the converter made
-of it is no plain JPEG of the size it says that decodes without a warning.
+Damage can be detected everywhere in a .beton, by its checksums (target `beton`), and in a
+checkpoint, by SHA-256 (`checkpoint`). Only crashes count for inputs with matching checksums
+(`forged ...`: a malicious file, not a damaged one) and for files of weights, which have none. A
+damaged image at conversion (`image`) is `other` if it is still a complete image: a JPEG that
+decodes to other pixels without a warning of libjpeg is another JPEG. It is SILENT if a truncated
+image, or a format with checksums (PNG), gives other pixels, or if the converter's result is not a
+plain JPEG of the stated size that decodes without a warning.
 
-Exit status 1 if anything was SILENT or a CRASH; such inputs are kept in the folder --keep.
+The exit status is 1 after a SILENT or CRASH; such inputs are kept in the folder --keep.
 """
 
 import _checkout  # noqa: F401  # isort: skip
@@ -38,55 +38,55 @@ import torch
 from pipelines.common.cpu import usable_cores
 from pipelines.common.flags import parse_flags
 from tools.fuzz_judge import judge
-from tools.fuzz_kinds import KINDS
+from tools.fuzz_targets import TARGETS
 
 SECONDS_BETWEEN_LINES = 5.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Fuzz:
-    """Mutate inputs and see what becomes of them."""
+    """Read mutated inputs and report what is read."""
 
     count: int = 10_000
-    """Inputs of each kind."""
+    """Number of inputs per target."""
     seed: int = 0
-    """Of everything."""
-    kinds: tuple[str, ...] = tuple(KINDS)
-    """What to mutate."""
+    """Seed of all mutations."""
+    kinds: tuple[str, ...] = tuple(TARGETS)
+    """Targets to fuzz."""
     workers: int = usable_cores()
-    """Processes."""
+    """Number of worker processes."""
     keep: Path = Path("fuzz-findings")
-    """Folder for inputs that were SILENT or a CRASH; made when there is one."""
+    """Folder for SILENT and CRASH inputs, created for the first one."""
 
 
 def serve(name: str, seed: int, first: int, last: int, step: int, connection) -> None:
-    """A worker process: number, verdict and message of every `step`-th input, as they come."""
+    """Worker process: sends number, verdict and message of every `step`-th input."""
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(
         dir="/dev/shm" if Path("/dev/shm").is_dir() else None
     ) as folder:
-        kind = KINDS[name](Path(folder))
+        target = TARGETS[name](Path(folder))
         for number in range(first, last, step):
             connection.send((number, "begun", "", b""))
-            verdict, message, data = judge(kind, number, seed)
-            bad = verdict in ("SILENT", "CRASH")
-            connection.send((number, verdict, message, data if bad else b""))
+            verdict, message, data = judge(target, number, seed)
+            is_finding = verdict in ("SILENT", "CRASH")
+            connection.send((number, verdict, message, data if is_finding else b""))
     connection.send(None)
 
 
-def run_kind(name: str, options: Fuzz) -> Counter:
-    """All inputs of a kind, in worker processes: one that dies is a CRASH, and replaced."""
+def fuzz_target(name: str, options: Fuzz) -> Counter:
+    """Verdicts on all inputs of a target. A worker process that dies is a CRASH and is replaced."""
     context = multiprocessing.get_context("forkserver")
     counts: Counter = Counter()
     started = shown = time.monotonic()
 
     def start(first: int):
-        ours, theirs = context.Pipe()
-        arguments = (name, options.seed, first, options.count, options.workers, theirs)
+        receiver, sender = context.Pipe()
+        arguments = (name, options.seed, first, options.count, options.workers, sender)
         process = context.Process(target=serve, args=arguments, daemon=True)
         process.start()
-        theirs.close()
-        return ours, process
+        sender.close()
+        return receiver, process
 
     running = dict(start(first) for first in range(min(options.workers, options.count)))
     begun: dict = {}
@@ -95,7 +95,7 @@ def run_kind(name: str, options: Fuzz) -> Counter:
             process = running[connection]
             try:
                 message = connection.recv()
-            except EOFError:  # without a word
+            except EOFError:  # the process died
                 process.join()
                 number = begun.get(connection, 0)
                 report(
@@ -127,7 +127,7 @@ def run_kind(name: str, options: Fuzz) -> Counter:
 
 
 def report(name: str, number: int, verdict: str, text: str, data: bytes, options: Fuzz) -> None:
-    """Say what was found and keep the input."""
+    """Print a finding and keep its input."""
     options.keep.mkdir(parents=True, exist_ok=True)
     file = options.keep / f"{name.replace(' ', '-')}-{options.seed}-{number}"
     file.write_bytes(data)
@@ -140,21 +140,21 @@ def report(name: str, number: int, verdict: str, text: str, data: bytes, options
 def main(arguments: list[str] | None = None) -> int:
     try:
         options = parse_flags(Fuzz, "tools/fuzz.py", arguments)
-        unknown = set(options.kinds) - KINDS.keys()
+        unknown = set(options.kinds) - TARGETS.keys()
         if unknown or options.count < 1 or options.workers < 1:
-            raise ValueError(f"--kinds are {', '.join(KINDS)}; --count and --workers at least 1")
+            raise ValueError(f"--kinds are {', '.join(TARGETS)}; --count and --workers at least 1")
     except ValueError as error:
         print(f"tools/fuzz.py: {error}", file=sys.stderr)
         return 2
-    bad = 0
+    num_findings = 0
     for name in options.kinds:
-        counts = run_kind(name, options)
-        bad += counts["SILENT"] + counts["CRASH"]
+        counts = fuzz_target(name, options)
+        num_findings += counts["SILENT"] + counts["CRASH"]
         shown = ", ".join(
             f"{counts[v]:,} {v}" for v in ("refused", "unharmed", "other", "SILENT", "CRASH")
         )
         print(f"{name}: {counts.total():,} mutated inputs: {shown}", flush=True)
-    return int(bad > 0)
+    return int(num_findings > 0)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""One mutated input of `fuzz.py`: made from its number, read, judged."""
+"""Mutation of one input of `fuzz.py` and the verdict on it."""
 
 import contextlib
 import faulthandler
@@ -8,15 +8,15 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from tools.fuzz_kinds import KINDS, Verdict
+from tools.fuzz_targets import TARGETS, Verdict
 
 SECONDS_PER_INPUT = 60
-_TELLING = [0, 1, 2, 7, 2**7, 2**8 - 1, 2**15, 2**16 - 1, 2**24, 2**31 - 1, 2**31, 2**32 - 1]
-_TELLING += [2**62, 2**63 - 1, 2**63, 2**64 - 1, 4096, 2 << 20, 65500, 65535]
+_BOUNDARIES = [0, 1, 2, 7, 2**7, 2**8 - 1, 2**15, 2**16 - 1, 2**24, 2**31 - 1, 2**31, 2**32 - 1]
+_BOUNDARIES += [2**62, 2**63 - 1, 2**63, 2**64 - 1, 4096, 2 << 20, 65500, 65535]
 
 
 def mutate(data: bytes, generator: np.random.Generator) -> tuple[bytes, bool]:
-    """(one to three mutations of the bytes, is its end missing?)"""
+    """Returns the bytes after one to three mutations, and whether they are truncated."""
     changed = bytearray(data)
     used = np.flatnonzero(np.frombuffer(data, np.uint8))  # most of a page is padding
     is_cut = False
@@ -33,7 +33,7 @@ def mutate(data: bytes, generator: np.random.Generator) -> tuple[bytes, bool]:
             case 3 | 4:  # a length, an offset, a count
                 width = int(generator.choice([2, 4, 8]))
                 order = "little" if generator.random() < 0.5 else "big"
-                value = int(generator.choice(np.array([*_TELLING, len(data)], np.uint64)))
+                value = int(generator.choice(np.array([*_BOUNDARIES, len(data)], np.uint64)))
                 field = (value % 2 ** (8 * width)).to_bytes(width, order)
                 changed[where : where + width] = field[: len(changed) - where]
             case 5:
@@ -46,7 +46,7 @@ def mutate(data: bytes, generator: np.random.Generator) -> tuple[bytes, bool]:
             case 6 if not is_cut:
                 del changed[max(where, 1) :]
                 is_cut = True
-            case _:  # bytes more or fewer in the middle
+            case _:  # insertion or deletion
                 length = 1 + int(generator.integers(16))
                 if generator.random() < 0.5:
                     changed[where:where] = generator.bytes(length)
@@ -55,17 +55,17 @@ def mutate(data: bytes, generator: np.random.Generator) -> tuple[bytes, bool]:
     return bytes(changed), is_cut and len(changed) < len(data)
 
 
-def judge(kind, number: int, seed: int) -> tuple[Verdict, str, bytes]:
-    """(what becomes of input `number`, the message if there is one, the input)"""
-    generator = np.random.default_rng([seed, list(KINDS).index(kind.name), number])
-    original = number % len(kind.originals)
-    data, is_cut = mutate(kind.originals[original], generator)
-    if data == kind.originals[original]:
+def judge(target, number: int, seed: int) -> tuple[Verdict, str, bytes]:
+    """Returns the verdict on input `number`, the message if there is one, and the input."""
+    generator = np.random.default_rng([seed, list(TARGETS).index(target.name), number])
+    original = number % len(target.originals)
+    data, is_cut = mutate(target.originals[original], generator)
+    if data == target.originals[original]:
         return "unharmed", "", data
     with _limit(SECONDS_PER_INPUT), warnings.catch_warnings():
         warnings.simplefilter("error")
         try:
-            return (*kind.judge(original, data, is_cut), data)
+            return (*target.judge(original, data, is_cut), data)
         except ValueError as error:
             lines = str(error).splitlines()
             return ("refused" if len(lines) == 1 else "CRASH"), str(error), data
@@ -75,7 +75,7 @@ def judge(kind, number: int, seed: int) -> tuple[Verdict, str, bytes]:
 
 @contextlib.contextmanager
 def _limit(seconds: int) -> Iterator[None]:
-    """An exception after so long, if Python gets the word; a stack on stderr and the end if not."""
+    """Raise TimeoutError after `seconds`; exit with a stack trace if that takes twice as long."""
 
     def stop(*_):
         raise TimeoutError(f"not done after {seconds} s")

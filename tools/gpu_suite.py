@@ -1,17 +1,17 @@
 """GPU checks and benchmarks within a time budget.
 
-    python tools/gpu_suite.py --set quick --out results          does it work: 240 seconds
-    python tools/gpu_suite.py --set full --out results           how fast is it: 420 seconds
+    python tools/gpu_suite.py --set quick --out results          correctness, step: 240 seconds
+    python tools/gpu_suite.py --set full --out results           also benchmarks: 420 seconds
     python tools/gpu_suite.py --parts loss kernels --data imagenet.beton
 
-Parts come in order of priority. Every part runs in a process of its own and is ended at its
-limit, which is what the parts after it leave of the time; what does not begin is listed. Writes
-suite.json (every figure) and performance.md (tables for docs/performance.md) while it runs,
-suite.log (what the parts print), profile.png, and a JUnit report of each part that runs tests.
-Without a GPU the same code runs at toy sizes, to find mistakes before a GPU is at hand; fused norms
-only with TRITON_INTERPRET=1.
+Parts run in order of priority, each in a new process that is killed at its time limit: the time
+left minus the expected time of the later parts. Parts that do not start are listed. Writes
+suite.json (all results) and performance.md (tables for docs/performance.md) during the run,
+suite.log (output of the parts), profile.png, and a JUnit report of each part that runs tests.
+Without a GPU the same code runs at toy sizes, which finds errors before a GPU is available; fused
+norms only with TRITON_INTERPRET=1.
 
-It runs from a checkout: nothing needs to be installed but the packages that bt-fast imports.
+The suite runs from a checkout and requires only the packages that bt-fast imports.
 """
 
 import _checkout  # noqa: F401  # isort: skip
@@ -34,10 +34,10 @@ from typing import Literal
 STARTED = time.monotonic()
 ROOT = Path(__file__).resolve().parents[1]
 NEEDED = {"torch", "torchvision", "numpy", "PIL", "simplejpeg", "safetensors", "rich", "tyro"}
-NEEDED |= {"typeguard", "docstring_parser"}  # tyro's own
+NEEDED |= {"typeguard", "docstring_parser"}  # dependencies of tyro
 OPTIONAL = ("pytest", "xdist", "matplotlib", "kornia", "nvidia.dali")
 
-# Seconds that a part is expected to need on an H100 with nothing compiled before; not measured.
+# Expected seconds of each part on an H100 with empty compilation caches; not measured.
 LIMITS = {
     "correctness": 55,
     "step": 100,
@@ -53,7 +53,7 @@ LIMITS = {
 QUICK = ("correctness", "step", "norms", "kernels")
 FULL = (*QUICK, "compiled", "variants", "loss", "loader", "rivals")
 SETS = {"quick": (240, QUICK), "full": (420, FULL)}
-MIN_PART_SECONDS = 10  # seconds
+MIN_PART_SECONDS = 10
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,11 +61,11 @@ class Suite:
     """Run the GPU checks and benchmarks."""
 
     set: Literal["quick", "full"] = "full"
-    """Parts and total time: quick 240 seconds, full 420."""
+    """Set of parts and its time limit: quick 240 seconds, full 420."""
     parts: tuple[str, ...] = ()
-    """Parts to run in place of the set's, in this order, within its time."""
+    """Parts to run instead of the set's, in this order, within its time limit."""
     data: Path | None = None
-    """A .beton of real images. Default: synthetic ones."""
+    """Real images, a .beton. Default: synthetic images."""
     out: Path = Path("gpu-suite")
     """Folder for the results."""
 
@@ -76,18 +76,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     from pipelines.common.flags import parse_flags
     from pipelines.common.signals import Stopped, signals_raise_stopped
-    from pipelines.loading.choose import open_data
+    from pipelines.loading.datasets import open_data
 
     try:
         options = parse_flags(Suite, "gpu_suite.py", arguments)
         if unknown := sorted(set(options.parts) - LIMITS.keys()):
-            raise ValueError(f"--parts {' '.join(unknown)}: there is {' '.join(LIMITS)}")
+            raise ValueError(f"--parts {' '.join(unknown)}: choose from {' '.join(LIMITS)}")
         if len(set(options.parts)) < len(options.parts):
             raise ValueError(f"--parts {' '.join(options.parts)}: a part is named twice")
         if options.data is not None:
-            open_data(options.data, "--data")  # complains now, not after minutes
+            open_data(options.data, "--data")  # reports an error before any part runs
         if (options.out / "suite.json").exists():
-            raise ValueError(f"--out {options.out} holds results already; choose another folder")
+            raise ValueError(f"--out {options.out} contains results; choose another folder")
         with signals_raise_stopped():
             return run(options)
     except (ValueError, OSError) as error:
@@ -101,7 +101,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def is_installed(package: str) -> bool:
     try:
         return importlib.util.find_spec(package) is not None
-    except ModuleNotFoundError:  # of the package that it is a part of
+    except ModuleNotFoundError:  # its parent package is missing
         return False
 
 
@@ -111,7 +111,7 @@ def run(options: Suite) -> int:
     options.out.mkdir(parents=True, exist_ok=True)
     absent = [name for name in OPTIONAL if not is_installed(name)]
     if absent:
-        print(f"not installed, and done without: {', '.join(absent)}", flush=True)
+        print(f"optional packages that are not installed: {', '.join(absent)}", flush=True)
 
     import torch
 
@@ -120,7 +120,7 @@ def run(options: Suite) -> int:
     from tools.results import write_json
 
     if not torch.cuda.is_available():
-        print("no usable GPU: toy sizes; what is measured says nothing of a GPU", flush=True)
+        print("no usable GPU: toy sizes; the results are not valid for a GPU", flush=True)
     parts = {name: {"status": "not begun", "seconds": 0.0} for name in names}
     results = {"facts": suite_report.facts(ROOT) | {"set": options.set}, "parts": parts}
 
@@ -160,7 +160,7 @@ def run(options: Suite) -> int:
 def run_part(
     part: dict, command: list[str], folder: Path, limit: float, log, save: Callable[[], None]
 ) -> None:
-    """Run a part and keep its status and figures in `part`, whatever happens in it."""
+    """Run a part and record its status and results in `part`, also if it fails."""
     print(f"\n==== {' '.join(command)}", file=log, flush=True)
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     changes = {"PYTHONUNBUFFERED": "1", "PYTHONPATH": path}
@@ -181,7 +181,7 @@ def run_part(
             process.returncode, f"failed with {process.returncode}"
         )
     finally:
-        with contextlib.suppress(ProcessLookupError):  # its own processes, too
+        with contextlib.suppress(ProcessLookupError):  # also its child processes
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
         collect(part, folder)
@@ -195,7 +195,7 @@ def run_part(
 
 
 def collect(part: dict, folder: Path) -> bool:
-    """Take over the figures of a part, unless they cannot be read; returns whether they changed."""
+    """Read the results of a part if possible; returns whether they changed."""
     before = part.get("result"), part.get("unreadable")
     for file in (folder / "result.json", folder / "profile.json"):
         try:
@@ -209,7 +209,7 @@ def collect(part: dict, folder: Path) -> bool:
 
 
 def command_of(name: str, data: Path, folder: Path) -> list[str] | str:
-    """The command of a part, which leaves one JSON file in `folder`; or why it is left out."""
+    """The command of a part, which writes a JSON file into `folder`, or the reason to skip it."""
     import torch
 
     python, on_gpu, out = sys.executable, torch.cuda.is_available(), str(folder / "result.json")

@@ -1,15 +1,15 @@
-"""Compile the Triton kernels for GPUs that need not be there, and report what they use.
+"""Resources of the Triton kernels, compiled for GPUs that need not be installed.
 
     python tools/kernel_report.py [sm ...]       sm = 80 89 90 by default (A100; RTX 4090, L4; H100)
 
-Of each kernel, compiled with the options and alignments it is launched with: registers per thread,
-bytes of local memory and stack (spilled registers) and of shared memory; and of its main loop the
-machine instructions, the bytes that its loads and stores of global memory move per thread, and how
-wide the narrowest and the widest of them are. A kernel without such a loop is taken whole.
+Each kernel is compiled with the options and alignments of its launch. The report contains registers
+per thread, bytes of local memory, stack (spilled registers) and shared memory; and for the main
+loop the machine instructions, the bytes per thread of its loads and stores of global memory, and
+the widths of the narrowest and widest access. Without such a loop, the complete kernel is counted.
 
-The exit status is 1 if a kernel spills or needs more registers than its options allow, or if one
-that moves memory has an access narrower than 16 bytes in its main loop or takes more than 3
-instructions per byte. `KERNELS` says which kernel is exempt from which of the last two, and why.
+The exit status is 1 if a kernel spills or needs more registers than its options allow, or if the
+main loop of a memory-bound kernel has an access narrower than 16 bytes or takes more than 3
+instructions per byte. `KERNELS` lists the exemptions from the last two rules, with reasons.
 """
 
 import _checkout  # noqa: F401  # isort: skip
@@ -32,7 +32,7 @@ from pipelines.augment import triton as augment_triton
 from tools.machine_code import main_loop, parse
 
 ARCHITECTURES = (80, 89, 90)
-KNOWN = (80, 86, 87, 89, 90, 100, 120)  # those before sm_80 have no bf16
+SUPPORTED = (80, 86, 87, 89, 90, 100, 120)  # earlier ones have no bf16
 WIDTH = "width"  # every access in the main loop moves MIN_WIDTH bytes or more
 INSTRUCTIONS = "instructions"  # the main loop takes MAX_INSTRUCTIONS per byte or fewer
 MIN_WIDTH = 16
@@ -41,28 +41,28 @@ MAX_INSTRUCTIONS = 3.0
 
 @dataclass(frozen=True, kw_only=True)
 class Kernel:
-    """A kernel and how it is launched. Pointers are taken to be aligned to 16 bytes."""
+    """A kernel and its launch parameters. Pointers are aligned to 16 bytes."""
 
     function: triton.JITFunction
     types: dict[str, str]
-    """Type of each argument that is no constant; names it does not have are ignored."""
+    """Type of each non-constant argument; names of other arguments are ignored."""
     constants: dict[str, object]
     options: dict[str, int]
     """num_warps, num_stages, maxnreg."""
     divisible: tuple[str, ...] = ()
-    """Integer arguments that are multiples of 16, on which a launch specialises, too."""
+    """Integer arguments that are multiples of 16, for which Triton specialises the kernel."""
     exempt: dict[str, str] = field(default_factory=dict)
-    """The rules WIDTH and INSTRUCTIONS that do not apply, each with the reason."""
+    """Rules (WIDTH, INSTRUCTIONS) that do not apply, with reasons."""
     narrow: dict[int, str] = field(default_factory=dict)
-    """Narrower accesses that it has beside those of MIN_WIDTH bytes, each with the reason."""
+    """Permitted widths below MIN_WIDTH, with reasons."""
     variant: str = ""
-    """What tells this row from others of the same kernel."""
+    """Name of this row among those of the same kernel."""
     launched_on: Callable[[int], bool] = lambda capability: True
-    """Whether this row is what a GPU of a capability (90 is sm_90) launches."""
+    """Whether a GPU of a compute capability (90 is sm_90) launches this variant."""
 
     @property
     def name(self) -> str:
-        module = self.function.fn.__module__.rpartition(".")[2]
+        module = self.function.fn.__module__.removeprefix("bt_fast.").removeprefix("pipelines.")
         return f"{module}.{self.function.fn.__name__} {self.variant}".rstrip()
 
 
@@ -79,10 +79,10 @@ _TABLES = (
     | dict.fromkeys(("num_tensors", "num_chunks"), "i32")
 )
 _CHUNKS = {"CHUNK": lars_triton.CHUNK, "BLOCK": lars_triton.BLOCK, "ALIGNED": True}
-_REACH = augment_triton.REACH
+_HALO = augment_triton.HALO
 _TILINGS = sorted({augment_triton.tiling(capability) for capability in ((8, 0), (9, 0))})
-_COLOUR = "computes the colour operations of a pixel, dozens of instructions for each of its bytes"
-_FEW = "reads two sums for every 16,384 parameters: its time is that of a launch"
+_COLOUR = "compute-bound: the colour operations take dozens of instructions per byte of a pixel"
+_FEW = "reads two sums for every 16,384 parameters; its time is that of a launch"
 
 KERNELS = [
     Kernel(
@@ -97,7 +97,7 @@ KERNELS = [
         Kernel(
             function=augment_triton._augment,
             types=_IMAGES,
-            constants={"TILE": tile, "REACH": _REACH, "INNER": tile - 2 * _REACH},
+            constants={"TILE": tile, "HALO": _HALO, "INNER": tile - 2 * _HALO},
             options={"num_warps": num_warps, "maxnreg": augment_triton.MAX_REGISTERS},
             divisible=("height", "width"),
             exempt={WIDTH: _COLOUR, INSTRUCTIONS: _COLOUR},
@@ -128,28 +128,28 @@ KERNELS = [
 ]
 
 _ACTIVATIONS = dict.fromkeys(
-    ("x", "other", "y", "other_x", "g", "other_g", "masked", "grad_x", "other_grad_x", "peaks"),
+    ("x", "residual", "y", "g", "second_g", "masked", "grad_x", "grad_residual", "maxima"),
     "*bf16",
 )
 _OF_CHANNELS = dict.fromkeys(
-    ("moments", "weight", "bias", "other_weight", "other_bias", "parts", "grad_weights")
+    ("moments", "weight", "bias", "residual_weight", "residual_bias", "partials", "grad_weights")
     + ("grad_biases",),
     "*fp32",
 )
-_COUNTS = ("num_rows", "channels", "rows_per_part", "total")
-_SIDES = ("num_images", "channels", "height", "width", "total")
+_COUNTS = ("num_rows", "channels", "rows_per_part", "count")
+_SIDES = ("num_images", "channels", "height", "width", "count")
 _NORM_TYPES = (
     _ACTIVATIONS
     | _OF_CHANNELS
-    | {"bits": "*u8", "taps": "*u8", "arrived": "*i32", "eps": "fp32"}
+    | {"bits": "*u8", "argmax": "*u8", "finished": "*i32", "eps": "fp32"}
     | dict.fromkeys((*_COUNTS, *_SIDES, "pooled_height", "pooled_width"), "i32")
 )
-_BITS = {1: "a bit per value: a byte for 8 channels, of which a thread has 16 bytes"}
-_TAPS = {8: "a byte per value, of the 8 channels of which a thread has 16 bytes"}
+_BITS = {1: "one bit per value: a byte for the 8 channels (16 bytes) of a thread"}
+_ARGMAX = {8: "one byte per value: 8 bytes for the 8 channels (16 bytes) of a thread"}
 
 
 def _norm(function, variant: str, *, sums: str, narrow=None, **constants) -> Kernel:
-    """A kernel of batch norm; sums: their dtype."""
+    """A kernel of batch norm; `sums` is the dtype of its sums."""
     shared = {"VIEWS": 2, "BLOCK_PARTS": batch_norm_triton.BLOCK_PARTS} | batch_norm_triton.BLOCKS
     pooled = {"ROWS": batch_norm_triton.POOL_ROWS, "BLOCK": batch_norm_triton.POOL_BLOCK}
     names = function.arg_names
@@ -196,7 +196,7 @@ KERNELS += [
         )
         for variant, bits, gradients, norms in (
             ("", False, 1, 1),
-            ("twice", False, 2, 1),
+            ("two gradients", False, 2, 1),
             ("residual", True, 2, 1),
             ("residual, last", True, 1, 1),
             ("two norms", True, 2, 2),
@@ -206,20 +206,20 @@ KERNELS += [
         _norm(batch_norm_triton._norm_backward, variant, RELU=relu, NORMS=norms, **_BACKWARD)
         for variant, relu, norms in (("", True, 1), ("residual", False, 1), ("two norms", False, 2))
     ),
-    _norm(batch_norm_triton._norm_pool_forward, "", narrow=_TAPS, **_FORWARD),
-    _norm(batch_norm_triton._norm_pool_backward, "", narrow=_TAPS, **_BACKWARD),
+    _norm(batch_norm_triton._norm_pool_forward, "", narrow=_ARGMAX, **_FORWARD),
+    _norm(batch_norm_triton._norm_pool_backward, "", narrow=_ARGMAX, **_BACKWARD),
 ]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Usage:
-    """What a compiled kernel takes."""
+    """Resources of a compiled kernel."""
 
     registers: int
     local: int  # bytes
     stack: int  # bytes
     shared: int  # bytes
-    loop: bool  # what follows is of its main loop, not of the whole kernel
+    loop: bool  # instructions and widths are those of the main loop, not of the complete kernel
     instructions: int
     widths: tuple[int, ...]  # bytes of each access to global memory
 
@@ -239,13 +239,13 @@ class Usage:
 
 
 def measure(kernel: Kernel, capability: int) -> Usage:
-    """Compile a kernel for a compute capability (90 is sm_90) and read what came out."""
+    """Compile a kernel for a compute capability (90 is sm_90) and count its resources."""
     names = kernel.function.arg_names
     if unknown := set(names) - set(kernel.types) - set(kernel.constants):
-        raise ValueError(f"{kernel.name}: no type of {', '.join(sorted(unknown))}")
+        raise ValueError(f"{kernel.name}: missing types of {', '.join(sorted(unknown))}")
     signature = {name: kernel.types.get(name, "constexpr") for name in names}
     attributes = {
-        (index,): BaseBackend.parse_attr("D")  # what a launch finds divisible by 16
+        (index,): BaseBackend.parse_attr("D")  # divisible by 16
         for index, name in enumerate(names)
         if signature[name].startswith("*") or name in kernel.divisible
     }
@@ -272,21 +272,21 @@ def measure(kernel: Kernel, capability: int) -> Usage:
     )
 
 
-def _cuobjdump(cubin: bytes, what: str) -> str:
+def _cuobjdump(cubin: bytes, flag: str) -> str:
     program = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        command = [program, what, file.name]
+        command = [program, flag, file.name]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 def defects(kernel: Kernel, usage: Usage) -> Iterator[str]:
-    """The rules that it breaks."""
+    """Descriptions of the rules that a kernel breaks."""
     if usage.local or usage.stack:
         yield f"spills {usage.local + usage.stack} B"
-    if usage.registers > (most := kernel.options.get("maxnreg", 255)):
-        yield f"{usage.registers} registers, of {most}"
+    if usage.registers > (limit := kernel.options.get("maxnreg", 255)):
+        yield f"{usage.registers} registers, more than {limit}"
     wide = [width for width in usage.widths if width not in kernel.narrow]
     if WIDTH not in kernel.exempt and min(wide, default=0) < MIN_WIDTH:
         yield f"accesses narrower than {MIN_WIDTH} B"
@@ -299,9 +299,9 @@ def main() -> int:
         print(__doc__)
         return 0
     for argument in sys.argv[1:]:
-        if argument not in map(str, KNOWN):
-            known = ", ".join(map(str, KNOWN))
-            print(f"kernel_report.py: {argument} is not one of {known}", file=sys.stderr)
+        if argument not in map(str, SUPPORTED):
+            supported = ", ".join(map(str, SUPPORTED))
+            print(f"kernel_report.py: {argument} is not one of {supported}", file=sys.stderr)
             return 2
     defective = False
     for capability in map(int, sys.argv[1:] or ARCHITECTURES):
@@ -309,10 +309,10 @@ def main() -> int:
             if not kernel.launched_on(capability):
                 continue
             usage = measure(kernel, capability)
-            print(f"sm_{capability} {kernel.name:>38}: {usage}")
+            print(f"sm_{capability} {kernel.name:>50}: {usage}")
             for defect in defects(kernel, usage):
                 defective = True
-                print(f"sm_{capability} {kernel.name:>38}: DEFECT: {defect}")
+                print(f"sm_{capability} {kernel.name:>50}: DEFECT: {defect}")
     exempt: dict[tuple[str, str], list[str]] = {}
     for kernel in KERNELS:
         for rule, reason in kernel.exempt.items():
@@ -320,7 +320,7 @@ def main() -> int:
         for width, reason in kernel.narrow.items():
             exempt.setdefault((f"accesses of {width} B", reason), []).append(kernel.name)
     for (rule, reason), names in exempt.items():
-        print(f"no rule on {rule} for {', '.join(names)}: {reason}")
+        print(f"exempt from the rule on {rule}: {', '.join(names)}: {reason}")
     return int(defective)
 
 

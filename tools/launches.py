@@ -1,18 +1,18 @@
-"""Kernel launches of one training step that is not compiled, counted without a GPU.
+"""Kernel launches of a training step without the compiler, counted without a GPU.
 
     python tools/launches.py [--norm fused] [--ranks 8]
 
-Takes `train.update` through ResNet-50 with the paper's projector (or another encoder) on tensors
-without memory and counts the operators that torch dispatches. Views and allocations launch nothing.
-A convolution's backward pass launches one kernel for each gradient, an operator of `norm_triton` as
-many as it has, and one for each activation that it must first copy to channels-last memory; a
-multi-tensor copy as many as torch's `multi_tensor_apply` cuts it into with CUDA 12; anything else
-one. What libraries launch inside of one operator (splits of a product, workspaces to be cleared)
-is not known here. The optimizer's three kernels and two tables that it copies to the GPU are added
-by name: `tests/test_optim.py` counts them.
+Runs `train.update` with ResNet-50 (or another encoder) and the paper's projector on tensors without
+memory and counts the operators that torch dispatches. Views and allocations launch no kernel. The
+backward pass of a convolution launches one kernel per gradient; an operator of `batch_norm_triton`
+launches its kernels and one copy per activation that is not channels-last; a multi-tensor copy
+launches one kernel per chunk of torch's `multi_tensor_apply` with CUDA 12; any other operator
+launches one. Additional launches by libraries within an operator (split products, workspace
+initialisation) are not counted. The optimizer's three kernels and the copies of its two tables to
+the GPU are added as a constant, which `tests/test_optim.py` checks.
 
-The tensors are the CPU's, whose autocast treats every operator of a step as the GPU's does. Over
-ranks collectives are counted, but not the copies of gradients into DDP's buckets.
+The tensors are on the CPU, whose autocast treats every operator of a step as on a GPU. Across
+ranks, collectives are counted, but not the copies of gradients into DDP's buckets.
 """
 
 import _checkout  # noqa: F401  # isort: skip
@@ -33,7 +33,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from bt_fast import lars_triton, train
 from bt_fast.lars import LARS, parameter_groups
-from bt_fast.loss_variants import objective_terms
+from bt_fast.loss_variants import objective_function
 from bt_fast.models import batch_norm
 from bt_fast.models import networks as models
 from bt_fast.runtime import Runtime
@@ -49,21 +49,21 @@ GROUPS = {
     },
     "casts": {"_to_copy", "_foreach_copy_"},
 }
-NOTHING = {"empty", "empty_like", "empty_strided", "new_empty", "detach", "_unsafe_view"}
-# Of torch's MultiTensorApply.cuh, for two lists of tensors; with CUDA 13 they are 448 and 2240.
+NO_LAUNCH = {"empty", "empty_like", "empty_strided", "new_empty", "detach", "_unsafe_view"}
+# From torch's MultiTensorApply.cuh, for two lists of tensors; 448 and 2240 with CUDA 13.
 MAX_TENSORS, MAX_CHUNKS, CHUNK = 64, 320, 65_536
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Kernel launches of one training step that is not compiled, counted without a GPU."""
+    """Kernel launches of a training step without the compiler, counted without a GPU."""
 
     encoder: models.Encoder = "resnet50"
     """Encoder of the step."""
     norm: Literal["compiled", "fused"] = "fused"
-    """Batch norm as pretrain's --norm has it; without the compiler, compiled is torch's own."""
+    """Implementation of batch norm, as --norm of pretrain; here, compiled is torch's batch norm."""
     ranks: int = 1
-    """Ranks whose batches are normalised together."""
+    """Number of ranks with common batch statistics."""
 
     def __post_init__(self) -> None:
         if self.ranks < 1:
@@ -84,26 +84,26 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def count(encoder: str = "resnet50", *, fused: bool = True, num_ranks: int = 1) -> Counter[str]:
-    """Launches of one step by group: those of `GROUPS`, statistics, optimizer, collectives, other.
+    """Launches of a step by group: those of `GROUPS`, statistics, optimizer, collectives, other.
 
-    fused: whether batch norm runs as the kernels of `norm_triton`.
+    fused: whether batch norm runs as the kernels of `batch_norm_triton`.
     """
     runtime = Runtime(device=torch.device("cpu"), precision="bf16", compile="off")
     with group_of(num_ranks) as group, FakeTensorMode():
-        model = _placed(encoder)
-        batch_norm.over_ranks(model, group)
+        model = _model(encoder)
+        batch_norm.set_process_group(model, group)
         if fused:
             batch_norm.fuse(model)
         optimizer = LARS(parameter_groups(model.parameters()), lr=0.1, fused=True)
         for p in model.parameters():
-            optimizer.momentum(p)
+            optimizer.momentum_buffer(p)
         launches = Launches()
         setup: Any = SimpleNamespace(
             config=SimpleNamespace(lambd=5e-3, grad_scale=1 / 16),
             world=SimpleNamespace(size=num_ranks),
-            runtime=runtime,
+            autocast=runtime.autocast(),
             embed=model,
-            objective=functools.partial(objective_terms, "barlow-twins", group=group),
+            objective=objective_function("barlow-twins", group=group),
             optimizer=launches.within("optimizer", optimizer),
             statistics=launches.within("statistics", batch_norm.RunningStatistics(model)),
         )
@@ -116,7 +116,7 @@ def count(encoder: str = "resnet50", *, fused: bool = True, num_ranks: int = 1) 
 
 
 class Launches(TorchDispatchMode):
-    """Counts what a GPU would launch, by group."""
+    """Counts the launches of a GPU, by group."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -124,7 +124,7 @@ class Launches(TorchDispatchMode):
         self._within: str | None = None
 
     def within(self, group: str, part: Any) -> Any:
-        """A part of a setup; what its step or update launches counts as this group."""
+        """Wraps a part of a setup: launches of its step or update are counted in this group."""
 
         def method(name):
             def call(*arguments, **keywords):
@@ -158,23 +158,23 @@ def _group(func) -> str:
 
 def _launches_of(func, args) -> int:
     name = func.overloadpacket.__name__
-    if func.namespace in ("prim", "profiler") or func.is_view or name in NOTHING:
+    if func.namespace in ("prim", "profiler") or func.is_view or name in NO_LAUNCH:
         return 0
     if name == "convolution_backward":
-        return sum(args[-1])  # which gradients are asked for
+        return sum(args[-1])  # mask of the requested gradients
     if name == "_foreach_copy_":
         return _multi_tensor_launches([t.numel() for t in args[0]])
     if func.namespace == "bt_fast":
         tensors = [t for t in pytree.tree_leaves(args) if isinstance(t, torch.Tensor)]
         images = [t for t in tensors if t.ndim == 4 and t.is_floating_point()]
-        images = [t for t in images if t.dtype == torch.bfloat16]  # float are sums of channels
-        moved = sum(not t.is_contiguous(memory_format=torch.channels_last) for t in images)
-        return moved + (len(args[0]) if name == "norm_moments" else 1)
+        images = [t for t in images if t.dtype == torch.bfloat16]  # float32: sums per channel
+        copies = sum(not t.is_contiguous(memory_format=torch.channels_last) for t in images)
+        return copies + (len(args[0]) if name == "norm_moments" else 1)
     return 1
 
 
 def _multi_tensor_launches(sizes: list[int]) -> int:
-    """A launch ends with its last free place for a tensor or for a chunk."""
+    """Number of launches, each limited to MAX_TENSORS tensors and MAX_CHUNKS chunks."""
     launches = tensors = chunks = 0
     for size in sizes:
         tensors += 1
@@ -188,15 +188,15 @@ def _multi_tensor_launches(sizes: list[int]) -> int:
 
 
 def _update(counted, params, momenta, groups, guard) -> torch.Tensor:
-    """In place of `lars_triton.update`, which needs addresses."""
+    """Replaces `lars_triton.update`, which needs addresses."""
     for p in params:
-        lars_triton._like(p, p.grad)  # copies a gradient that lies in memory in another order
+        lars_triton.match_strides(p, p.grad)  # copies a gradient whose strides differ
     counted["optimizer"] += 3 + 2
     return torch.empty((), dtype=torch.bool)
 
 
-def _placed(encoder: str) -> nn.Module:
-    """The model on tensors without memory, channels-last."""
+def _model(encoder: str) -> nn.Module:
+    """The model with tensors without memory, channels-last."""
 
     def like(t: torch.Tensor) -> torch.Tensor:
         return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="cpu")

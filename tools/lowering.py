@@ -1,25 +1,26 @@
-"""Lowers a training step for an H100, without one, and counts what its kernels move.
+"""Lowers a training step for an H100 without a GPU and counts the bytes that its kernels move.
 
-Inductor takes the forward and the backward pass to generated code on fake tensors; nothing is
-compiled or run. Dynamo sees CUDA tensors, so code that asks for them takes its GPU path. Autograd
-needs a real context for those, so the graph is differentiated on the CPU and then moved.
+Inductor lowers forward and backward pass to generated code on fake tensors; nothing is compiled or
+run. Dynamo sees CUDA tensors, so that code which tests for them takes its GPU path. Autograd needs
+a real context for CUDA tensors, so that the graph is differentiated on the CPU and then moved.
 
-What counts, for each kernel that Inductor writes:
+Bytes of each kernel that Inductor generates:
 
-- accesses: a tensor once for each loop of the kernel that reads it and once for each that writes
-  it; a reduction that goes over its input a second time counts it twice. An atomic addition reads
-  and writes. All loads of one tensor in one loop, as the nine of a max-pool's window, count the
-  elements they touch together, at most the whole tensor: caches serve the rest. A slice counts
-  what is read of it, a vector that is broadcast its own size, a gather or scatter one element for
-  each address.
-- once: the sizes of the kernel's arguments, those updated in place twice, however they are used.
+- accesses: a tensor counts once for each loop of the kernel that reads it and once for each that
+  writes it, so that a second pass over the input of a reduction counts again. An atomic addition
+  counts as a read and a write. All loads of one tensor in one loop, such as the nine of a
+  max-pool's window, count their elements together, at most the complete tensor: caches serve the
+  excess. A slice counts the elements that are read, a broadcast vector its size, a gather or
+  scatter one element per address.
+- once: the sizes of the kernel's arguments; those updated in place count twice.
 
-Own kernels (Triton's behind `torch.library.wrap_triton`, and operators outside of torch's
-namespaces) count every tensor argument and result once: how often they read one is not known.
-So do library calls (convolutions, matrix products) and collectives, these only what a rank puts in.
+Custom kernels (Triton kernels behind `torch.library.wrap_triton`, and operators outside of torch's
+namespaces) count every tensor argument and result once, because the number of reads is not known.
+The same holds for library calls (convolutions, matrix products) and for collectives, which count
+only the input of a rank.
 
-The loss, the augmentation and the optimizer are not part of the step. Call `measure` in a process
-of its own: torch remembers properties of devices for as long as a process lives.
+The step does not include loss, augmentation and optimizer. Call `measure` in a new process, because
+torch caches properties of devices per process.
 """
 
 import contextlib
@@ -39,7 +40,7 @@ from torch import nn
 from bt_fast.models import batch_norm
 from bt_fast.models import networks as models
 
-try:  # what is no public interface
+try:  # private interfaces of torch
     import triton
     from torch._dynamo.device_interface import CudaInterface
     from torch._functorch.aot_autograd import aot_module_simplified
@@ -62,8 +63,8 @@ try:  # what is no public interface
 except ImportError as error:
     _missing = error
 
-TESTED = ("2.11.", "2.14.")  # versions of torch whose internals are known to fit
-_TORCH = {"aten", "prims", "prim", "inductor", "_c10d_functional"}  # others' operators are own
+TESTED = ("2.11.", "2.14.")  # versions of torch with compatible internals
+_TORCH = {"aten", "prims", "prim", "inductor", "_c10d_functional"}  # other operators are custom
 _H100 = types.SimpleNamespace(
     name="NVIDIA H100 80GB HBM3",
     major=9,
@@ -83,17 +84,17 @@ _H100 = types.SimpleNamespace(
 
 
 class Unsupported(Exception):
-    """This version of torch cannot be driven so; says why."""
+    """The internals of this version of torch are not compatible; the message gives the reason."""
 
 
 class _Lowered(BaseException):
-    """Both passes are lowered; nothing is to be compiled. torch would wrap an Exception."""
+    """Both passes are lowered and nothing must be compiled. torch would wrap an Exception."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Kernel:
     name: str
-    kind: str  # "fused" by Inductor, "own", "library" or "collective"
+    category: str  # "fused" by Inductor, "custom", "library" or "collective"
     backward: bool
     accesses: int  # bytes, every access counted
     once: int  # bytes, every argument counted once
@@ -104,26 +105,24 @@ class Traffic:
     kernels: list[Kernel] = field(default_factory=list)
     saved: int = 0  # bytes kept for the backward pass
 
-    def of(self, *kinds: str, backward: bool | None = None) -> list[Kernel]:
-        """The kernels of some kinds, of one pass or both; by default fused and own kernels."""
-        kinds = kinds or ("fused", "own")
-        return [k for k in self.kernels if k.kind in kinds and backward in (None, k.backward)]
+    def of(self, *names: str, backward: bool | None = None) -> list[Kernel]:
+        """Kernels of these categories, of one pass or both; by default fused and custom."""
+        names = names or ("fused", "custom")
+        return [k for k in self.kernels if k.category in names and backward in (None, k.backward)]
 
-    def gigabytes(self, *kinds: str, once: bool = False, backward: bool | None = None) -> float:
-        """What these kernels move, every access counted or every argument once."""
-        kernels = self.of(*kinds, backward=backward)
+    def gigabytes(self, *names: str, once: bool = False, backward: bool | None = None) -> float:
+        """GB that these kernels move, by accesses or with every argument counted once."""
+        kernels = self.of(*names, backward=backward)
         return sum(k.once if once else k.accesses for k in kernels) / 1e9
 
 
 def build(encoder: str = "resnet50", blocks: tuple[int, ...] | None = None) -> nn.Module:
     """Encoder and the paper's projector on the meta device; blocks: bottlenecks per stage."""
-    from bt_fast.models import resnet
-
     with torch.device("meta"):
         model = models.BarlowTwins("resnet50" if blocks else encoder, (8192, 8192, 8192))
         if blocks:
-            model.encoder = resnet.ResNet(
-                resnet.Bottleneck, list(blocks), norm_layer=batch_norm.BatchNorm2d
+            model.encoder = models.ResNet(
+                models.Bottleneck, list(blocks), norm_layer=batch_norm.BatchNorm2d
             )
             model.encoder.fc = nn.Identity()
     return model
@@ -135,11 +134,11 @@ def measure(
     """Lower one training step of a model on the meta device under bf16 autocast.
 
     Args:
-        shape: of the input, [2 n, ...]; four dimensions lie channels-last.
-        num_ranks: ranks whose batches are normalised together.
+        shape: shape of the input, [2 n, ...]; channels-last if it has four dimensions.
+        num_ranks: number of ranks with common batch statistics.
         out: folder for the generated code.
 
-    Raises Unsupported where torch's internals differ, for versions that are not in TESTED.
+    Raises Unsupported if torch's internals differ and the version is not in TESTED.
     """
     if _missing is not None:
         raise Unsupported(f"torch {torch.__version__}: {_missing}")
@@ -149,7 +148,7 @@ def measure(
         _move(graph_module, "cuda", "cpu")
         with fake_mode:
             inputs = [_like(i, "cpu") if isinstance(i, torch.Tensor) else i for i in inputs]
-        with _errors_of_internals():  # a wrong model fails later, within the call
+        with _errors_of_internals():  # an error of the model is raised by the call below
             inspect.signature(aot_module_simplified).bind(graph_module, inputs, **compilers)
         return aot_module_simplified(graph_module, inputs, **compilers)
 
@@ -169,7 +168,7 @@ def measure(
         group = stack.enter_context(group_of(num_ranks))
         with _errors_of_internals():
             stack.enter_context(_h100(traffic))
-        batch_norm.over_ranks(model, group)
+        batch_norm.set_process_group(model, group)
         views = _place(model.train(), shape, fake_mode)
         stack.enter_context(_bf16())
         stack.enter_context(fake_mode)
@@ -187,8 +186,8 @@ def measure(
 
 @contextlib.contextmanager
 def _errors_of_internals() -> Iterator[None]:
-    """Around calls of torch's internals and nothing else: an error is a reason to skip, except in
-    versions that are known to fit, where it is a mistake here or in the model."""
+    """Converts errors to Unsupported, around calls of torch's internals only. In TESTED versions,
+    errors are raised unchanged, because their cause is this module or the model."""
     try:
         yield
     except (ImportError, AttributeError, TypeError) as error:
@@ -199,8 +198,8 @@ def _errors_of_internals() -> Iterator[None]:
 
 
 def _lower_step(joint, joint_inputs, keywords, traffic: Traffic, out: Path | None) -> None:
-    """Do with a joint graph what Inductor does up to the generated code of both passes."""
-    joint = compile_fx._recursive_joint_graph_passes(joint)  # folds constants, which computes
+    """Lower a joint graph as Inductor does, up to the generated code of both passes."""
+    joint = compile_fx._recursive_joint_graph_passes(joint)  # computes and folds constants
     placeholders = [n for n in joint.graph.nodes if n.op == "placeholder"]
     fake_mode = placeholders[0].meta["val"].fake_mode
     _move(joint, "cpu", "cuda")
@@ -233,7 +232,7 @@ def _lower_step(joint, joint_inputs, keywords, traffic: Traffic, out: Path | Non
 
 
 def _move(graph_module, source: str, target: str) -> None:
-    """Rename the device in all arguments of a graph and of the graphs in it."""
+    """Replace the device in all arguments of a graph and of its subgraphs."""
 
     def renamed(value):
         is_device = isinstance(value, torch.device) and value.type == source
@@ -248,7 +247,7 @@ def _move(graph_module, source: str, target: str) -> None:
 
 
 def _like(tensor: torch.Tensor, device: str) -> torch.Tensor:
-    """An empty tensor of the same shape, strides and type on a device."""
+    """An empty tensor of the same shape, strides and dtype on a device."""
     new = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
     return new.requires_grad_(tensor.requires_grad)
 
@@ -263,7 +262,7 @@ def _place(model: nn.Module, shape: tuple[int, ...], fake_mode) -> torch.Tensor:
 
 
 def replace_tensors(model: nn.Module, like: Callable[[torch.Tensor], torch.Tensor]) -> None:
-    """Put another tensor in the place of each parameter and buffer of a model."""
+    """Replace each parameter and buffer of a model by the result of `like`."""
     for module in model.modules():
         for name, parameter in module._parameters.items():
             if parameter is not None:
@@ -275,7 +274,7 @@ def replace_tensors(model: nn.Module, like: Callable[[torch.Tensor], torch.Tenso
 
 @contextlib.contextmanager
 def group_of(num_ranks: int) -> Iterator[dist.ProcessGroup | None]:
-    """A process group whose collectives do nothing; None for one rank."""
+    """A process group whose collectives have no effect; None for one rank."""
     if num_ranks == 1:
         yield None
         return
@@ -288,7 +287,7 @@ def group_of(num_ranks: int) -> Iterator[dist.ProcessGroup | None]:
 
 @contextlib.contextmanager
 def _bf16() -> Iterator[None]:
-    """Autocast on both devices. torch.autocast("cuda") turns itself off without a GPU."""
+    """Autocast on both devices; torch.autocast("cuda") disables itself without a GPU."""
     devices = ("cuda", "cpu")
     before = [(torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in devices]
     try:
@@ -304,11 +303,11 @@ def _bf16() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _h100(traffic: Traffic) -> Iterator[None]:
-    """Make Inductor target an H100 and note what its kernels read and write."""
+    """Make Inductor target an H100 and record the accesses of its kernels."""
 
-    def convolution_format(x, weight, backend):  # as cuDNN does
-        lasts = (torch._prims_common.suggest_memory_format(t) for t in (x, weight))
-        return max(lasts, key=lambda f: f == torch.channels_last)
+    def convolution_format(x, weight, backend):  # as cuDNN selects it
+        formats = (torch._prims_common.suggest_memory_format(t) for t in (x, weight))
+        return max(formats, key=lambda f: f == torch.channels_last)
 
     patches = [
         (CudaInterface.Worker, "get_device_properties", lambda device=None: _H100),
@@ -321,9 +320,9 @@ def _h100(traffic: Traffic) -> Iterator[None]:
         (torch.cuda, "get_device_capability", lambda device=None: (9, 0)),
         (torch.cuda, "current_device", lambda: 0),
         (torch._C, "_conv_determine_backend_memory_format", convolution_format),
-        (TritonKernel, "load", _noting(TritonKernel.load, ("read",))),
-        (TritonKernel, "store", _noting(TritonKernel.store, ("write",))),
-        (TritonKernel, "store_reduction", _noting(TritonKernel.store_reduction, ("write",))),
+        (TritonKernel, "load", _recording(TritonKernel.load, ("read",))),
+        (TritonKernel, "store", _recording(TritonKernel.store, ("write",))),
+        (TritonKernel, "store_reduction", _recording(TritonKernel.store_reduction, ("write",))),
         (TritonKernel, "codegen_body", _next_loop(TritonKernel.codegen_body)),
         (TritonScheduling, "define_kernel", _counting(TritonScheduling.define_kernel, traffic)),
     ]
@@ -340,29 +339,29 @@ def _h100(traffic: Traffic) -> Iterator[None]:
         yield
 
 
-def _noting(method, kinds: tuple[str, ...]):
-    """TritonKernel.load, .store or .store_reduction, which also notes how many elements it touches,
-    by loop, kind, buffer and index: the kernel holds one such load, however often it is asked."""
+def _recording(method, directions: tuple[str, ...]):
+    """Wraps TritonKernel.load, .store or .store_reduction to record the number of elements by loop,
+    direction, buffer and index: repeated calls with the same key are one access of the kernel."""
 
     def wrapped(kernel, name, index, *arguments, **keywords):
         entries = [kernel.range_tree_nodes.get(symbol) for symbol in index.free_symbols]
         known = [entry for entry in entries if entry is not None]
-        touched = math.prod(int(entry.length) for entry in known)
-        if len(known) < len(entries):  # a computed address: one element for each element here
-            touched = math.prod(int(tree.numel) for tree in kernel.range_trees)
+        num_elements = math.prod(int(entry.length) for entry in known)
+        if len(known) < len(entries):  # a computed address: one element per element of the kernel
+            num_elements = math.prod(int(tree.numel) for tree in kernel.range_trees)
         in_loop = any(entry.root.is_loop for entry in known)
         loop = vars(kernel).get("loop", 0) if in_loop else -1
-        noted = vars(kernel).setdefault("noted", defaultdict(dict))
+        recorded = vars(kernel).setdefault("recorded", defaultdict(dict))
         is_atomic = "atomic_add" in (*arguments, *keywords.values())
-        for kind in ("read", "write") if is_atomic else kinds:
-            noted[loop, kind, name][index] = touched
+        for direction in ("read", "write") if is_atomic else directions:
+            recorded[loop, direction, name][index] = num_elements
         return method(kernel, name, index, *arguments, **keywords)
 
     return wrapped
 
 
 def _next_loop(method):
-    """TritonKernel.codegen_body, which ends a loop."""
+    """Wraps TritonKernel.codegen_body, which ends a loop."""
 
     def wrapped(kernel):
         kernel.loop = vars(kernel).get("loop", 0) + 1
@@ -372,7 +371,7 @@ def _next_loop(method):
 
 
 def _counting(method, traffic: Traffic):
-    """TritonScheduling.define_kernel, called once for each call of a kernel, which also counts."""
+    """Wraps TritonScheduling.define_kernel, called once per call of a kernel, to count bytes."""
 
     def wrapped(scheduling, source, nodes, kernel):
         name = method(scheduling, source, nodes, kernel)
@@ -380,9 +379,9 @@ def _counting(method, traffic: Traffic):
         for part in getattr(kernel, "sub_kernels", [kernel]):
             dead = V.graph.removed_buffers | part.removed_buffers
             dead |= V.graph.inplaced_to_remove | part.inplaced_to_remove
-            for (_, _, buffer), touched in vars(part).get("noted", {}).items():
+            for (_, _, buffer), counts in vars(part).get("recorded", {}).items():
                 if buffer not in dead:
-                    numel = min(sum(touched.values()), int(V.graph.get_numel(buffer)))
+                    numel = min(sum(counts.values()), int(V.graph.get_numel(buffer)))
                     accesses += numel * V.graph.get_dtype(buffer).itemsize
             for argument in part.args.python_argdefs()[2]:
                 if isinstance(argument, TensorArg):
@@ -391,7 +390,7 @@ def _counting(method, traffic: Traffic):
                     once += times * numel * argument.dtype.itemsize
         backward = V.graph.is_backward
         traffic.kernels.append(
-            Kernel(name=name, kind="fused", backward=backward, accesses=accesses, once=once)
+            Kernel(name=name, category="fused", backward=backward, accesses=accesses, once=once)
         )
         return name
 
@@ -399,7 +398,7 @@ def _counting(method, traffic: Traffic):
 
 
 def _count_calls(graph, traffic: Traffic) -> None:
-    """Add what a lowered graph calls besides Inductor's own kernels."""
+    """Count the calls of a lowered graph that are not kernels generated by Inductor."""
     calls = [part.node for node in graph.scheduler.nodes for part in node.get_nodes()]
     calls = [call for call in calls if isinstance(call, ir.ExternKernel)]
     results = defaultdict(int)
@@ -411,22 +410,22 @@ def _count_calls(graph, traffic: Traffic) -> None:
             continue
         operator = getattr(call, "op_overload", None)
         if isinstance(call, ir._CollectiveKernel):
-            kind = "collective"
+            group = "collective"
         elif isinstance(call, ir.UserDefinedTritonKernel) or (
             operator is not None and operator.namespace not in _TORCH
         ):
-            kind = "own"
+            group = "custom"
         else:
-            kind = "library"
-        moved = sum(map(_bytes_of, _tensors_of(call.inputs)))
-        if kind != "collective":
-            moved += _bytes_of(call) + results[call.name]
+            group = "library"
+        size = sum(map(_bytes_of, _tensors_of(call.inputs)))
+        if group != "collective":
+            size += _bytes_of(call) + results[call.name]
         if isinstance(call, ir.UserDefinedTritonKernel):
             name = call.get_kernel_and_metadata()[0].__name__
         else:
             name = str(operator or call.python_kernel_name or type(call).__name__)
         traffic.kernels.append(
-            Kernel(name=name, kind=kind, backward=graph.is_backward, accesses=moved, once=moved)
+            Kernel(name=name, category=group, backward=graph.is_backward, accesses=size, once=size)
         )
 
 

@@ -1,16 +1,16 @@
-"""Draw labelled pictures that show, in minutes on a CPU, whether pretraining learns anything.
+"""Draw labelled images that show, in minutes on a CPU, whether pretraining learns anything.
 
     python tools/make_demo_images.py demo-images
     demo-images/train/<class>/NNNN.jpg      demo-images/val/<class>/NNNN.jpg
 
-A picture repeats one motif all over, and the motif is the class: discs, rings, stars, stripes, ...
-Two crops of a picture therefore share the motif, and by design they share little else: hues and
-light vary within a picture as much as between pictures, and everything but the motif (colour,
-size, tilt, light, blur, noise, stray lines) is drawn alike for every class. A network with random
-weights sees mostly colour and light; what the views of Barlow Twins have in common is the class.
+An image repeats one motif, which defines its class: discs, rings, stars, stripes, ... Two crops of
+an image therefore have the motif in common, and by design little else: hues and light vary within
+an image as much as between images, and all properties but the motif (colour, size, tilt, light,
+blur, noise, random lines) have the same distribution in every class. Features of a random network
+mainly encode colour and light; the common content of Barlow Twins' two views is the class.
 
-A picture is a function of (seed, split, class, index) alone: asking for more pictures changes none
-of those already there. The bytes can differ between versions of Pillow, numpy and libjpeg.
+An image is a function of (seed, split, class, index): a larger number of images does not change the
+first ones. The bytes can differ between versions of Pillow, numpy and libjpeg.
 """
 
 import _checkout  # noqa: F401  # isort: skip
@@ -31,41 +31,41 @@ import tyro
 from PIL import Image, ImageDraw, ImageFilter
 
 SPLITS = ("train", "val")
-SUPERSAMPLING = 3  # polygons are drawn this much larger, then averaged: smooth edges
-TILT = 0.2  # radians that a motif, and once more the whole picture, may be turned either way
+SUPERSAMPLING = 3  # scale at which polygons are drawn before averaging, for smooth edges
+TILT = 0.2  # maximum rotation of a motif, and of the complete image, radians
 LUMA = np.array([0.299, 0.587, 0.114])
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Config:
-    """Draw labelled demo pictures into OUT/train/<class>/ and OUT/val/<class>/."""
+    """Draw labelled demo images into OUT/train/<class>/ and OUT/val/<class>/."""
 
     out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
-    """Folder to make; it must not exist yet."""
+    """Output folder; must not exist."""
     train: int = 3000
-    """Number of training pictures, dealt to the classes in turn."""
+    """Number of training images, distributed evenly over the classes."""
     val: int = 1000
-    """Number of validation pictures, dealt to the classes in turn."""
+    """Number of validation images, distributed evenly over the classes."""
     seed: int = 0
-    """Another seed, other pictures."""
+    """Seed of the images."""
     workers: int = os.cpu_count() or 1
-    """Number of processes that draw."""
+    """Number of worker processes."""
 
 
 def check(config: Config) -> None:
-    """Raise ValueError, with the way out, for what cannot be done."""
-    for name, least in {"train": 0, "val": 0, "seed": 0, "workers": 1}.items():
-        if getattr(config, name) < least:
-            raise ValueError(f"--{name} must be at least {least}, not {getattr(config, name)}")
+    """Raise ValueError for invalid flags."""
+    for name, minimum in {"train": 0, "val": 0, "seed": 0, "workers": 1}.items():
+        if getattr(config, name) < minimum:
+            raise ValueError(f"--{name} must be at least {minimum}, not {getattr(config, name)}")
     if config.out.exists():
-        raise ValueError(f"{config.out} exists already: remove it or name another folder")
+        raise ValueError(f"{config.out} exists; remove it or choose another folder")
 
 
-# Outlines: one motif as a polygon, float [num_points, 2], about 0 and some 1 in radius.
+# Outlines: polygon of a motif, float [num_points, 2], with centre 0 and a radius of about 1.
 
 
 def rotation(angle: float) -> np.ndarray:
-    """Matrix [2, 2] that turns row vectors by an angle in radians."""
+    """Matrix [2, 2] that rotates row vectors by an angle in radians."""
     return np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
 
 
@@ -76,17 +76,17 @@ def arc(radius: float, start: float = 0, stop: float = 2 * np.pi, num: int = 40)
 
 
 def ring() -> np.ndarray:
-    """Round the outer circle, then back round the inner one."""
+    """The outer circle, then the inner circle in the opposite direction."""
     return np.concatenate([arc(1), arc(0.55)[::-1]])
 
 
 def triangle() -> np.ndarray:
-    """Three corners, the first on top."""
+    """Three corners, the first at the top."""
     return arc(1, num=4) @ rotation(-np.pi / 2)
 
 
 def star() -> np.ndarray:
-    """Five points, in turn on an outer and an inner circle, the first on top."""
+    """Points alternating between an outer and an inner circle, the first at the top."""
     radius = np.resize([1, 0.42], (11, 1))
     return arc(1, num=11) * radius @ rotation(-np.pi / 2)
 
@@ -99,24 +99,24 @@ def cross() -> np.ndarray:
 
 def crescent() -> np.ndarray:
     """The unit disc without a disc of radius 0.8 about (0.5, 0)."""
-    tip = np.arccos((1 + 0.5**2 - 0.8**2) / (2 * 0.5))  # where the circles meet, seen from 0
-    inner_tip = np.arctan2(np.sin(tip), np.cos(tip) - 0.5)  # the same, seen from (0.5, 0)
+    tip = np.arccos((1 + 0.5**2 - 0.8**2) / (2 * 0.5))  # angle of the intersection seen from 0
+    inner_tip = np.arctan2(np.sin(tip), np.cos(tip) - 0.5)  # seen from (0.5, 0)
     bite = arc(0.8, 2 * np.pi - inner_tip, inner_tip) + [0.5, 0]
     return np.concatenate([arc(1, tip, 2 * np.pi - tip), bite])
 
 
-# Layouts: (random generator, reach) -> the polygons of a picture, covering [-reach, reach]², where
-# 1 is the distance from one motif to the next.
+# Layouts: (random generator, reach) -> the polygons of an image, covering [-reach, reach]², where
+# 1 is the distance between neighbouring motifs.
 
 
 def lattice(reach: float) -> np.ndarray:
-    """Whole-numbered points [num, 2] of the square."""
+    """Integer points [num, 2] of the square."""
     ticks = np.arange(-np.ceil(reach), reach + 1)
     return np.stack(np.meshgrid(ticks, ticks), axis=-1).reshape(-1, 2)
 
 
 def scatter(outline: np.ndarray, rng: np.random.Generator, reach: float) -> list[np.ndarray]:
-    """Copies of one outline near the points of the lattice, each with its own size and tilt."""
+    """Copies of an outline near the points of the lattice, with random sizes and tilts."""
     polygons = []
     for centre in lattice(reach):
         motif = outline @ rotation(rng.uniform(-TILT, TILT)) * rng.uniform(0.36, 0.48)
@@ -125,7 +125,7 @@ def scatter(outline: np.ndarray, rng: np.random.Generator, reach: float) -> list
 
 
 def checks(rng: np.random.Generator, reach: float) -> list[np.ndarray]:
-    """Every other cell of a board that stands on its corner."""
+    """Every other cell of a chessboard rotated by 45 degrees."""
     return [arc(0.5, num=5) + centre for centre in lattice(reach)]
 
 
@@ -135,7 +135,7 @@ def bands(
     rng: np.random.Generator,
     reach: float,
 ) -> list[np.ndarray]:
-    """Bands along y = profile(x), one above the other, then all turned by the angle."""
+    """Parallel bands along y = profile(x), rotated by the angle."""
     x = np.arange(-np.ceil(reach), reach + 1.25, 0.25)
     middle = np.stack([x, profile(x)], axis=1)
     band = np.concatenate([middle - [0, 0.22], (middle + [0, 0.22])[::-1]])
@@ -157,15 +157,14 @@ CLASSES: dict[str, Callable[[np.random.Generator, float], list[np.ndarray]]] = {
 
 
 def random_colours(rng: np.random.Generator, luma: np.ndarray, spread: float) -> np.ndarray:
-    """Colours uint8 [..., 3] of the given luma (0 to 1) [...], any hue, further from grey with
-    spread."""
+    """Random hues uint8 [..., 3] of the given luma (0 to 1) [...]; a larger spread is less grey."""
     hue = rng.random((*luma.shape, 3))
     colour = luma[..., None] + spread * (hue - (hue @ LUMA)[..., None])
     return (255 * colour.clip(0, 1)).astype(np.uint8)
 
 
 def draw(name: str, rng: np.random.Generator) -> Image.Image:
-    """One picture of a class: RGB, sides of 88 to 160 px."""
+    """An image of a class: RGB, sides of 88 to 160 px."""
     width, height = rng.integers(88, 161, 2).tolist()
     size = np.array([width, height]) * SUPERSAMPLING
     background = random_colours(rng, rng.uniform(0.77, 0.87, (4, 4)), spread=0.6)
@@ -173,12 +172,12 @@ def draw(name: str, rng: np.random.Generator) -> Image.Image:
     pen = ImageDraw.Draw(canvas)
 
     pitch = min(size) * rng.uniform(0.32, 0.44)
-    turn = rotation(rng.uniform(-TILT, TILT))
+    tilt = rotation(rng.uniform(-TILT, TILT))
     middle = size / 2 + rng.uniform(-0.5, 0.5, 2) * pitch
     polygons = CLASSES[name](rng, np.hypot(*size) / pitch / 2 + 1)
     colours = random_colours(rng, rng.uniform(0.3, 0.5, len(polygons)), spread=0.9)
     for polygon, colour in zip(polygons, colours.tolist(), strict=True):
-        points = polygon @ turn * pitch + middle
+        points = polygon @ tilt * pitch + middle
         pen.polygon(points.ravel().tolist(), fill=tuple(colour))
     for colour in random_colours(rng, rng.random(rng.integers(0, 4)), spread=0.9).tolist():
         ends = rng.random((2, 2)) * size
@@ -193,7 +192,7 @@ def draw(name: str, rng: np.random.Generator) -> Image.Image:
 
 
 def write(root: Path, seed: int, task: tuple[str, int, int]) -> None:
-    """Draw picture (split, class number, index) into its folder."""
+    """Write the image (split, class number, index) into its folder."""
     split, class_number, index = task
     name = list(CLASSES)[class_number]
     rng = np.random.default_rng([seed, SPLITS.index(split), class_number, index])
@@ -202,8 +201,8 @@ def write(root: Path, seed: int, task: tuple[str, int, int]) -> None:
 
 
 def main(config: Config) -> None:
-    """Draw everything beside OUT, then rename: OUT exists only when it is complete."""
-    started = time.perf_counter()
+    """Draw all images into a temporary folder, then rename it, so that OUT is always complete."""
+    start = time.perf_counter()
     unfinished = config.out.with_name(f".{config.out.name}.unfinished-{os.getpid()}")
     tasks = [
         (split, number % len(CLASSES), number // len(CLASSES))
@@ -218,8 +217,8 @@ def main(config: Config) -> None:
             written = pool.map(partial(write, unfinished, config.seed), tasks, chunksize=50)
             for done, _ in enumerate(written, start=1):
                 if done % 1000 == 0 or done == len(tasks):
-                    seconds = time.perf_counter() - started
-                    print(f"{done}/{len(tasks)} pictures, {seconds:.1f} s", flush=True)
+                    seconds = time.perf_counter() - start
+                    print(f"{done}/{len(tasks)} images, {seconds:.1f} s", flush=True)
         unfinished.rename(config.out)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)

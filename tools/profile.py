@@ -1,14 +1,14 @@
-"""Where the time of a training step goes: every stage alone, the whole, and what limits it.
+"""Profile of a training step: its stages, the complete step and its bottlenecks.
 
-    python tools/profile.py                            out.beton here, else synthetic images
+    python tools/profile.py                            ./out.beton, else synthetic images
     python tools/profile.py --data imagenet.beton --against reference
     python tools/profile.py --gpus 32 --link-gbps 400  predict the step of 32 ranks
-    torchrun --nproc-per-node 8 tools/profile.py       one rank alone beside all of them; or srun
+    torchrun --nproc-per-node 8 tools/profile.py       one rank alone, then all ranks; or srun
 
-The flags of `bt-fast pretrain` that shape a step apply; --batch-size is what one device does, by
-default 256 on a GPU and the work of eight 224 px images on a CPU. Writes profile.json after every
-measurement and profile.png at the end. Stages are timed alone and then together, so their sum is
-more than the whole by what overlaps.
+The flags of `bt-fast pretrain` that affect a step apply; --batch-size is the batch of one device,
+by default 256 on a GPU and the equivalent of eight 224 px images on a CPU. Writes profile.json
+after every measurement and profile.png at the end. Stages are timed alone and overlap in the
+complete step, which is therefore shorter than their sum.
 """
 
 import _checkout  # noqa: F401  # isort: skip
@@ -26,10 +26,10 @@ from typing import Literal
 
 from rich.console import Console
 
-from bt_fast.cli import in_one_line
-from bt_fast.config import Config
+from bt_fast.cli import run_command
+from bt_fast.config import RENAMED, Config
 from bt_fast.recipes import RECIPES
-from pipelines.common.flags import parse_flags, value_of
+from pipelines.common.flags import last_value, parse_flags, renamed_flags
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,15 +37,15 @@ class Profile(Config):
     """Profile a training step. Every flag of `bt-fast pretrain` applies as well."""
 
     against: tuple[Literal["reference"], ...] = ()
-    """Also time the released code's way of each stage."""
+    """Other implementations to time; reference is the released code."""
     link_gbps: float = 400.0
-    """Of the network card of one rank, 10^9 bits per second; for the prediction."""
+    """Bandwidth of the network card of one rank for the prediction, 10^9 bits per second."""
     seconds: float = 1.0
-    """Time for each measurement."""
+    """Time for each measurement, seconds."""
     out: Path | None = None
     """Folder for profile.json, profile.png and trace.json. Default: profiles/DATE-TIME."""
     trace: bool = False
-    """Also keep the Chrome trace of three steps."""
+    """Output of the Chrome trace of three steps."""
 
     def __post_init__(self) -> None:
         Config.__post_init__(self)
@@ -53,67 +53,66 @@ class Profile(Config):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"--{name.replace('_', '-')} must be positive")
         if self.dry_run or self.resume is not None or self.run_dir is not None:
-            raise ValueError("--dry-run, --resume and --run-dir are for runs, not for profiles")
+            raise ValueError("--dry-run, --resume and --run-dir apply to runs, not to profiles")
         if self.resolution is not None:
-            raise ValueError("--resolution: profile one --size after the other")
+            raise ValueError("--resolution: profile each --size separately")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    return in_one_line("profile.py", lambda: profile(parse(arguments)))
+    return run_command("profile.py", lambda: profile(parse(arguments)))
 
 
 def parse(arguments: list[str]) -> Profile:
-    """Flags over the recipe's values, with a batch that one device takes."""
+    """Flags override the recipe's values and the default batch of one device."""
     import torch
 
-    recipe = RECIPES.get(value_of("--recipe", arguments) or "imagenet", Config)()
+    arguments = renamed_flags(arguments, RENAMED)
+    recipe = RECIPES.get(last_value("--recipe", arguments) or "imagenet", Config)()
     values = {field.name: getattr(recipe, field.name) for field in dataclasses.fields(Config)}
-    on_gpu = torch.cuda.is_available() and value_of("--device", arguments) != "cpu"
+    on_gpu = torch.cuda.is_available() and last_value("--device", arguments) != "cpu"
     values["batch_size"] = min(recipe.batch_size, 256 if on_gpu else 8 * 224**2 // recipe.size**2)
     return parse_flags(Profile, "profile.py", arguments, default=Profile(**values))
 
 
 def profile(options: Profile) -> int:
-    """Profile this process, or be one of the ranks that torchrun or srun started."""
-    from bt_fast.distributed import launcher, slurm
+    """Profile in this process, or run as a rank under torchrun or srun."""
     from bt_fast.distributed.collectives import ALONE
+    from bt_fast.distributed.ranks import adopt_rank, run_rank
 
-    slurm.adopt()
-    if "RANK" not in os.environ:
+    if not adopt_rank():
         return run(options, ALONE)
-    world = launcher.join(options.device, options.gpus, options.patience)
-    try:
-        status = run(options, world)
-    except (RuntimeError, ValueError, OSError) as error:
-        if world.size == 1:
-            raise
-        launcher.give_up("profile.py", world, error)
-    return launcher.end_rank(world, status)
+    return run_rank(
+        "profile.py",
+        lambda world: run(options, world),
+        device=options.device,
+        gpus=options.gpus,
+        timeout=options.timeout,
+    )
 
 
 def run(options: Profile, world) -> int:
-    """Measure, print and write. All ranks but the first only take part in what all do."""
+    """Measure, print and write. Ranks other than the first only join the common measurements."""
     from bt_fast.build import build
     from tools import profile_report, stages, synthetic
 
     console = Console(soft_wrap=True, width=None if sys.stdout.isatty() else 110)
     out = options.out or Path("profiles") / time.strftime("%Y%m%d-%H%M%S")
     with tempfile.TemporaryDirectory() as scratch:
-        data, what = options.data, options.data.name
+        data, data_name = options.data, options.data.name
         if not data.exists() and data == Config().data:
             data = synthetic.images(Path(scratch), max(options.batch_size * world.size, 64))
-            what = "synthetic images"
+            data_name = "synthetic images"
         values = {field.name: getattr(options, field.name) for field in dataclasses.fields(Config)}
         config = Config(**values | {"gpus": None, "data": data, "probe_every": 0})
         if not world.is_first:
             stages.together(config, world, 3 * options.seconds, Path(scratch))
             return 0
         if (out / "profile.json").exists():
-            raise ValueError(f"--out {out} holds a profile already; choose another folder")
+            raise ValueError(f"--out {out} contains a profile; choose another folder")
         setup = build(config)
         out.mkdir(parents=True, exist_ok=True)
-        report = profile_report.Report(setup=setup, data=what)
+        report = profile_report.Report(setup=setup, data=data_name)
         console.print(f"profiling {report.title}", markup=False)
         for stage in measure(report, options, world, Path(scratch), out):
             if stage is not None:
@@ -130,10 +129,9 @@ def run(options: Profile, world) -> int:
 
 
 def measure(report, options: Profile, world, scratch: Path, out: Path):
-    """Fill the report in, what counts most first; yields a stage or None after each measurement."""
-    from bt_fast.build import rehearse
-    from bt_fast.plan import step_costs
-    from tools import rivals, stages, timing
+    """Fill the report in order of priority; yields a stage or None after each measurement."""
+    from bt_fast.build import measure_step_seconds
+    from tools import rivals, stages, step_work, timing
 
     setup, runtime, seconds = report.setup, report.setup.runtime, options.seconds
     report.ceilings = timing.measure_ceilings(runtime.device, runtime.view_dtype, seconds)
@@ -141,10 +139,10 @@ def measure(report, options: Profile, world, scratch: Path, out: Path):
     if runtime.compile != "off":
         print("compiling ...", flush=True)
     started = time.perf_counter()
-    rehearse(setup)
+    measure_step_seconds(setup)
     report.prepared = time.perf_counter() - started
     yield
-    report.work = step_costs.count(setup.model, stages.views_of(setup), runtime.autocast())
+    report.work = step_work.count_work(setup.model, stages.views_of(setup), runtime.autocast())
     path = (out if options.trace else scratch) / "trace.json"
     report.breakdown = stages.trace(setup, report.work, path)
     yield
@@ -163,7 +161,7 @@ def measure(report, options: Profile, world, scratch: Path, out: Path):
         report.predict(options.gpus or world.size, options.link_gbps)
         yield
     if world.group is not None:
-        setup.embed = setup.objective = None  # compiled; they make room
+        setup.embed = setup.objective = None  # frees memory of compiled functions
         alone = report.step_without_data, report.work
         report.together = stages.together(setup.config, world, 3 * seconds, scratch, alone)
         yield

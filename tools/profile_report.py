@@ -1,4 +1,4 @@
-"""What a profile found, for people and programs: tables, advice, the picture, the JSON."""
+"""Report of a profile: tables, advice, figure and JSON."""
 
 import dataclasses
 import math
@@ -14,6 +14,7 @@ from bt_fast.build import TrainingSetup
 from bt_fast.plan import step_costs
 from bt_fast.run.directory import environment
 from pipelines.common.cpu import usable_cores
+from tools import step_work
 from tools.breakdown import Breakdown, advice
 from tools.results import write_json
 from tools.stages import Together
@@ -25,19 +26,19 @@ IN_STEP = ("copy", "augment", "forward", "backward", "loss", "optimizer")
 
 @dataclass(kw_only=True, slots=True)
 class Report:
-    """Filled in as the measurements come; everything is per step of one device."""
+    """Measurements so far, per step of one device."""
 
     setup: TrainingSetup
     data: str
     ceilings: Ceilings | None = None
-    prepared: float = 0.0  # seconds until the first step was compiled and done
+    prepared: float = 0.0  # seconds to compile and run the first step
     stages: dict[str, Stage] = field(default_factory=dict)
     step: float = 0.0
     step_without_data: float = 0.0
     memory: int = 0
-    work: step_costs.Work | None = None
+    work: step_work.Work | None = None
     breakdown: Breakdown | None = None
-    together: Together | None = None  # all ranks of a launcher
+    together: Together | None = None  # all ranks under torchrun or srun
     rivals: dict[str, dict[str, float]] = field(default_factory=dict)
     prediction: step_costs.Prediction | None = None
 
@@ -52,11 +53,11 @@ class Report:
         )
 
     def rate(self, seconds: float) -> float:
-        """Images per second of something that takes this long per batch."""
+        """Images per second at these seconds per batch."""
         return self.setup.config.batch_size / seconds if seconds > 0 else float("inf")
 
     def achieved(self, stage: Stage) -> str:
-        """FLOP/s or bytes/s, and the share of what this machine reaches at best."""
+        """FLOP/s or bytes/s, and the fraction of this machine's measured peak."""
         value, unit = (stage.flop / 1e3, "TFLOP/s") if stage.flop else (stage.bytes, "GB/s")
         if not value or not stage.seconds:
             return ""
@@ -64,11 +65,11 @@ class Report:
         return f"{value / stage.seconds / 1e9:.3g} {unit}" + f" ({reached:.0%})" * (reached > 0)
 
     def advice(self) -> list[str]:
-        """What takes longest, and the switches that would help; once all is measured."""
+        """Bottlenecks and the flags that would help; empty until the measurements are complete."""
         found = self.together.breakdown if self.together else self.breakdown
         if found is None or not self.step or "loader" not in self.stages:
             return []
-        # On a GPU the loader runs beside the step; on a CPU they share the cores.
+        # On a GPU the loader overlaps with the step; on a CPU both use the same cores.
         on_gpu = self.setup.runtime.device.type == "cuda"
         waiting = self.step - self.step_without_data if on_gpu else self.stages["loader"].seconds
         return advice(
@@ -84,7 +85,7 @@ class Report:
     def predict(self, world_size: int, link_gbps: float) -> None:
         stages, setup = self.stages, self.setup
         seconds = {name: stages[name].seconds if name in stages else 0.0 for name in IN_STEP}
-        measured = step_costs.Measured(
+        measured = step_costs.StepTimes(
             images=setup.config.batch_size,
             encoder=seconds["forward"] + seconds["backward"],
             backward=seconds["backward"],
@@ -108,21 +109,21 @@ class Report:
     def print(self, console: Console) -> None:
         console.print(self._stage_table())
         if self.breakdown is None:
-            console.print("no breakdown: the profiler saw no kernels; may this user trace the GPU?")
+            console.print("no breakdown: the profiler recorded no kernels (is tracing permitted?)")
         else:
             console.print(self._breakdown_table(self.breakdown, 1))
             rows = [
                 (k["name"][:70], f"{k['ms']:.3f}", f"{k['launches']:.0f}", f"{k['share']:.1%}")
                 for k in self.breakdown.kernels["longest"]
             ]
-            console.print(_table("longest kernels", ("name", "ms", "launches", "share"), rows))
+            console.print(_table("longest kernels", ("name", "ms", "launches", "fraction"), rows))
         if self.together is not None and self.prediction is not None:
             if self.together.breakdown is not None:
                 found = self.together.breakdown
                 console.print(self._breakdown_table(found, self.together.world_size))
             console.print(self._ranks_table(self.together, self.prediction))
-        for name, theirs in self.rivals.items():
-            console.print(self._rival_table(name, theirs))
+        for name, seconds_of in self.rivals.items():
+            console.print(self._rival_table(name, seconds_of))
         if self.prediction is not None:
             console.print(self._prediction_table(self.prediction))
         for index, line in enumerate(self.advice()):
@@ -134,11 +135,11 @@ class Report:
         rows = [
             (name, self.stages[name].seconds, self.achieved(self.stages[name])) for name in names
         ]
-        rows += [("step, views there", self.step_without_data, "")]
+        rows += [("step, views on device", self.step_without_data, "")]
         rows += [("step, with loader", self.step, f"peak memory {self.memory / 2**30:.2f} GiB")]
         return _table(
             f"one step: {self.title}",
-            ("stage", "images/s alone", "ms", "share of the step", "achieved"),
+            ("stage", "images/s alone", "ms", "fraction of the step", "achieved"),
             [
                 (name, f"{self.rate(s):,.0f}", f"{1e3 * s:.2f}", f"{s / self.step:.1%}", achieved)
                 for name, s, achieved in rows
@@ -149,49 +150,50 @@ class Report:
         rows = []
         for name, part in found.parts.items():
             figures = f"{1e3 * part.seconds:.2f}", f"{1e3 * part.alone:.2f}"
-            share, launches = f"{part.seconds / found.step:.1%}", f"{part.launches:.0f}"
-            rows.append((name, *figures, share, launches, self.achieved(part)))
-        title = f"{1e3 * found.step:.2f} ms of a step, crops there, by class of work"
+            fraction, launches = f"{part.seconds / found.step:.1%}", f"{part.launches:.0f}"
+            rows.append((name, *figures, fraction, launches, self.achieved(part)))
+        title = f"step without loader by class of work: {1e3 * found.step:.2f} ms"
         title += f"; one of {num_ranks} ranks" * (num_ranks > 1)
-        return _table(title, ("class", "ms", "ms alone", "share", "launches", "achieved"), rows)
+        return _table(title, ("class", "ms", "ms alone", "fraction", "launches", "achieved"), rows)
 
     def _ranks_table(self, measured: Together, predicted: step_costs.Prediction) -> Table:
         found = measured.breakdown.parts if measured.breakdown else {}
         exposed = 1e3 * found["communication"].alone if "communication" in found else 0.0
-        own = sum(predicted.seconds[name] for name in ("encoder", "loss", "optimizer"))
+        computing = sum(predicted.seconds[name] for name in ("encoder", "loss", "optimizer"))
+        communicating = f"{1e3 * (predicted.step - computing):.2f}"
         assumed = (
             f"{1e6 * step_costs.latency(self.setup.config.bn_group or measured.world_size):.0f}"
         )
         rows = [
             ("step of one rank alone, ms", f"{1e3 * measured.alone:.2f}", ""),
-            ("step of all, ms", f"{1e3 * measured.step:.2f}", f"{1e3 * predicted.step:.2f}"),
+            ("step of all ranks, ms", f"{1e3 * measured.step:.2f}", f"{1e3 * predicted.step:.2f}"),
             ("efficiency", f"{measured.efficiency:.1%}", f"{predicted.efficiency:.1%}"),
-            ("exposed communication, ms", f"{exposed:.2f}", f"{1e3 * (predicted.step - own):.2f}"),
+            ("exposed communication, ms", f"{exposed:.2f}", communicating),
         ]
         for size, seconds in measured.latency.items():
             rows.append((f"all-reduce of {size}, us", f"{1e6 * seconds:.0f}", assumed))
-        title = f"{measured.world_size} ranks, each with this batch, views there"
+        title = f"{measured.world_size} ranks, each with this batch, views on device"
         return _table(title, ("", "measured", "predicted"), rows)
 
     def ours(self, stage: str) -> float:
-        """Seconds of a stage under the names that `rivals` uses."""
+        """Seconds of a stage, by the names of `rivals`."""
         if stage == "step":
             return self.step_without_data
-        if stage == "views":  # on a GPU augmentation runs beside the loader, on a CPU after it
+        if stage == "views":  # on a GPU augmentation overlaps with the loader
             loader, augment = (self.stages[name].seconds for name in ("loader", "augment"))
             on_gpu = self.setup.runtime.device.type == "cuda"
             return max(loader, augment) if on_gpu else loader + augment
         return self.stages[stage].seconds
 
-    def _rival_table(self, name: str, theirs: dict[str, float]) -> Table:
+    def _rival_table(self, name: str, seconds_of: dict[str, float]) -> Table:
         rows = []
-        for stage, seconds in theirs.items():
+        for stage, seconds in seconds_of.items():
             ours = self.ours(stage)
             label = "loader and augmentation" if stage == "views" else stage
             ratio = f"{seconds / ours:.2f} x" if ours > 0 else ""
             rows.append((label, f"{self.rate(seconds):,.1f}", f"{self.rate(ours):,.1f}", ratio))
         columns = ("stage", f"{name}, images/s", "bt-fast, images/s", "ratio")
-        return _table(f"against {name}, in this process", columns, rows)
+        return _table(f"comparison with {name} in this process", columns, rows)
 
     def _prediction_table(self, prediction: step_costs.Prediction) -> Table:
         sent = {
@@ -212,7 +214,7 @@ class Report:
         )
 
     def save(self, path: Path) -> None:
-        """Write what is measured so far as JSON."""
+        """Write the measurements so far as JSON."""
         switches = self.advice()
 
         def plain(found) -> dict | None:
@@ -244,7 +246,7 @@ class Report:
         from matplotlib.figure import Figure
 
         found = self.together.breakdown if self.together else self.breakdown
-        steps = {"step, views there": self.step_without_data, "step, with loader": self.step}
+        steps = {"step, views on device": self.step_without_data, "step, with loader": self.step}
         alone = {name: stage.seconds for name, stage in self.stages.items()} | steps
         within = {f"class: {name}": p.seconds for name, p in (found.parts if found else {}).items()}
         values = [1e3 * seconds for seconds in (alone | within).values()]
@@ -262,7 +264,7 @@ class Report:
 
 
 def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], **options) -> Table:
-    """The first column is text, as is one of achieved rates; the others are numbers."""
+    """A table whose first column and "achieved" are text; the other columns are numbers."""
     table = Table(title=title, title_justify="left", **options)
     for index, name in enumerate(columns):
         table.add_column(name, justify="left" if index == 0 or name == "achieved" else "right")
@@ -274,15 +276,15 @@ def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], **
 def _for_loader(report: Report) -> str:
     config, stages = report.setup.config, report.stages
     if stages["read"].seconds > stages["decode"].seconds + stages["crop"].seconds:
-        return "the disk is slower than decoding: copy the data to a faster one"
+        return "copy the data to a faster disk, because reading takes longer than decoding"
     if report.setup.num_threads < usable_cores():
         return f"--workers {usable_cores()} uses all cores"
-    sizes = report.setup.reader.sizes
-    some = np.arange(0, len(sizes), max(len(sizes) // 1000, 1))
-    need = 3 * sizes[some].astype(float).prod(axis=1).mean() * len(sizes) / 1e9
-    if config.cache_gb < need:
+    sizes = report.setup.dataset.sizes
+    sample = np.arange(0, len(sizes), max(len(sizes) // 1000, 1))
+    total_gb = 3 * sizes[sample].astype(float).prod(axis=1).mean() * len(sizes) / 1e9
+    if config.cache_gb < total_gb:
         return (
-            f"--cache-gb {math.ceil(need)} keeps all images decoded, or bt-convert --max-side 400,"
-            " or more cores"
+            f"--cache-gb {math.ceil(total_gb)} keeps all images decoded,"
+            " or bt-convert --max-side 400, or more cores"
         )
     return "more cores, or another --loader"

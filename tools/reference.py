@@ -1,10 +1,10 @@
-"""The released code's way of doing each stage of a step, rewritten from its description: the rival
-that `profile.py` and the benchmarks run beside bt-fast's own.
+"""Stages of the released code's step, reimplemented from its description as the baseline of
+`profile.py` and the benchmarks.
 
 Images are decoded, cropped, jittered and blurred by Pillow in worker processes; the encoder is
 called once per view in NCHW memory under float16 AMP with a gradient scaler (float32 on a CPU,
-where that AMP does nothing); the D x D correlation matrix is formed; LARS loops over the parameters
-in Python. What it does across GPUs (SyncBN, an all-reduce of the matrix) is not here.
+where that AMP has no effect); the D x D cross-correlation matrix is formed; LARS loops over the
+parameters in Python. Its operations across GPUs (SyncBN, an all-reduce of the matrix) are omitted.
 """
 
 import io
@@ -81,7 +81,7 @@ class Blur:
 
 
 class Images(torch.utils.data.Dataset):
-    """The images of a `.beton` as an image folder would give them: decoded by Pillow."""
+    """The images of a `.beton`, decoded by Pillow as from an image folder."""
 
     def __init__(self, reader: BetonReader, views: Views) -> None:
         self.reader, self.views = reader, views
@@ -101,9 +101,9 @@ class Images(torch.utils.data.Dataset):
 
 
 def loader(dataset, batch_size: int, workers: int) -> torch.utils.data.DataLoader:
-    """Its DataLoader, made fair to little data: workers persist, and an epoch repeats the images
-    until it has eight batches for every worker. Workers are forked from a process that has not
-    touched CUDA.
+    """The released code's DataLoader, adapted to small data sets for a fair comparison: workers
+    persist, and an epoch repeats the images until it has eight batches per worker. Workers are
+    forked from a process that has not initialised CUDA.
     """
     processes = multiprocessing.get_context("forkserver")
     processes.set_forkserver_preload([__name__])
@@ -126,7 +126,7 @@ def endless(batches: Iterable) -> Iterator:
 
 
 class Step:
-    """Model, optimizer and one training step on views [n, 3, H, W] that are on the device."""
+    """Model, optimizer and one training step on views [n, 3, H, W] on the device."""
 
     def __init__(self, encoder: str, projector: tuple[int, ...], device: torch.device) -> None:
         import torchvision

@@ -1,4 +1,4 @@
-"""Figures as they are measured: a JSON file that is whole after every row."""
+"""Results of measurements, written to a JSON file atomically after every row."""
 
 import gc
 import json
@@ -9,7 +9,7 @@ from pipelines.common.atomic import atomic_file
 
 
 class Results:
-    """{table: {row: figures}}, written after every row; what fails is a row with its reason."""
+    """{table: {row: figures}}, written after every row; a failed measurement records its error."""
 
     def __init__(self, path: Path | None) -> None:
         self.path, self.tables, self.num_failed = path, {}, 0
@@ -20,7 +20,7 @@ class Results:
         except Exception as error:
             figures = {"error": f"{type(error).__name__}: {error}"[:300].replace("\n", " ")}
             self.num_failed += 1
-        gc.collect()  # a model and its optimizer are gone before the next ones come
+        gc.collect()  # frees model and optimizer before the next measurement
         self.record(table, row, figures)
 
     def record(self, table: str, row: str, figures: dict) -> None:
@@ -31,6 +31,6 @@ class Results:
 
 
 def write_json(path: Path, values: dict) -> None:
-    """Replace a file as a whole."""
+    """Write a JSON file atomically."""
     with atomic_file(path, overwrite=True) as file:
         file.write(json.dumps(values, indent=1, default=str).encode() + b"\n")

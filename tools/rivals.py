@@ -1,4 +1,4 @@
-"""Stages of a step done otherwise: the released code's way, timed like bt-fast's, and kornia's."""
+"""Other implementations of a step's stages, timed as bt-fast's: the released code and kornia."""
 
 import itertools
 import time
@@ -9,27 +9,27 @@ import torch
 from PIL import Image
 
 from bt_fast.build import TrainingSetup
-from bt_fast.prefetch import distort
+from bt_fast.prefetch import augment_batch
 from pipelines.augment import Branch
 from tools import reference
 from tools.timing import images_per_second, seconds_of_parts, seconds_per_call
 
 
 def reference_stages(setup: TrainingSetup, budget: float) -> Iterator[tuple[str, float]]:
-    """The released code's stages on this setup's images, model and device, what counts most first.
+    """Times the released code's stages on this setup's images, model and device.
 
-    Yields (stage, seconds per batch).
+    Yields (stage, seconds per batch) in order of priority.
     """
     yield from _model_stages(setup, budget)
     yield from _loader_stages(setup, budget)
 
 
 def _model_stages(setup: TrainingSetup, budget: float) -> Iterator[tuple[str, float]]:
-    """The step without a loader, and its parts."""
+    """The step without loader, and its parts."""
     config, device, n = setup.config, setup.runtime.device, setup.config.batch_size
     batch = next(setup.loader.batches(0, 1))
     step = reference.Step(config.encoder, config.projector, device)
-    views = distort(batch, (config.view_a, config.view_b), setup.runtime)
+    views = augment_batch(batch, (config.view_a, config.view_b), setup.runtime)
     view_a, view_b = (view.float().contiguous() for view in views.chunk(2))
     rate = images_per_second((step(view_a, view_b) for _ in itertools.count()), n, device, budget)
     yield "step", n / rate
@@ -56,41 +56,42 @@ def _model_stages(setup: TrainingSetup, budget: float) -> Iterator[tuple[str, fl
 
 
 def _loader_stages(setup: TrainingSetup, budget: float) -> Iterator[tuple[str, float]]:
-    """The loader, which decodes, crops and augments; and two parts of it, the time of one process
-    divided by the workers they are spread over.
+    """The loader, which decodes, crops and augments; decoding and augmentation alone are measured
+    in one process and divided by the number of workers.
     """
     config, n = setup.config, setup.config.batch_size
     batch = next(setup.loader.batches(0, 1))
     transforms = reference.Views(
         config.size, (config.view_a, config.view_b), min_scale=config.min_scale
     )
-    dataset, workers = reference.Images(setup.reader, transforms), setup.num_threads
+    dataset, workers = reference.Images(setup.dataset, transforms), setup.num_threads
     yield "views", n * seconds_per_image(dataset, workers, min(n, 32))
-    some, cpu, samples = min(n, 16), torch.device("cpu"), batch.samples.tolist()
-    crops = [[Image.fromarray(crop) for crop in view[:some].numpy()] for view in batch.views.cpu()]
+    num_images, cpu, samples = min(n, 16), torch.device("cpu"), batch.request.samples.tolist()
+    views = [view[:num_images].numpy() for view in batch.views.cpu()]
+    crops = [[Image.fromarray(crop) for crop in view] for view in views]
 
     def augment() -> None:
-        for crop, branch in zip(crops, transforms.branches, strict=True):
-            for image in crop:
-                for op in branch.transforms[1:]:  # all but the crop
+        for images, branch in zip(crops, transforms.branches, strict=True):
+            for image in images:
+                for op in branch.transforms[1:]:  # all except the crop
                     image = op(image)
 
     def decode() -> None:
-        for sample in samples[:some]:
+        for sample in samples[:num_images]:
             dataset.decode(sample)
 
     for name, function in (("decode", decode), ("augment", augment)):
-        yield name, seconds_per_call(function, cpu, budget)[0] / some * n / workers
+        yield name, seconds_per_call(function, cpu, budget)[0] / num_images * n / workers
 
 
 def seconds_per_image(dataset: reference.Images, workers: int, batch_size: int) -> float:
-    """Of the released code's loader, over whole rounds of its workers.
+    """Seconds per image of the released code's loader, over complete rounds of its workers.
 
-    Workers hand in their batches together, one each, so that a shorter time would say how many
-    happened to lie ready. Batches are small for more rounds.
+    Workers finish their batches simultaneously, one each, so that a shorter interval would measure
+    the number of prefetched batches. Batches are small to allow more rounds.
     """
     batches = reference.endless(reference.loader(dataset, batch_size, workers))
-    for _ in islice(batches, 3 * workers):  # two rounds may lie ready
+    for _ in islice(batches, 3 * workers):  # two rounds may be prefetched
         pass
     started, count = time.perf_counter(), 4 * workers
     for _ in islice(batches, count):

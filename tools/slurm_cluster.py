@@ -1,9 +1,9 @@
-"""Run a command beside a Slurm of two nodes, n1 and n2, that are both this machine.
+"""Run a command with a Slurm cluster of two nodes, n1 and n2, on this machine.
 
-    python tools/slurm_cluster.py COMMAND...      for example bash: then sinfo, sbatch, srun work
+    python tools/slurm_cluster.py COMMAND...      for example bash, then sinfo, sbatch, srun
 
-It has one partition, debug, and is gone when the command ends. Takes root and Debian's packages
-slurm-wlm and munge. A requeued job waits seconds here, and not minutes.
+The cluster has one partition, debug, and stops when the command ends. Requires root and Debian's
+packages slurm-wlm and munge. A requeued job waits seconds instead of minutes.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
 CredType=cred/munge
-# A requeued job waits until credentials of its former start expire: 5 s is the least.
+# A requeued job waits until the credentials of its previous start expire; the minimum is 5 s.
 AuthInfo=socket={folder}/munge.socket,cred_expire=5
 SchedulerType=sched/builtin
 SchedulerParameters=sched_interval=1
@@ -51,11 +51,11 @@ _PATH = os.environ["PATH"] + ":/usr/sbin"
 
 
 def missing() -> str | None:
-    """Why there can be no such Slurm here, or None."""
+    """The missing requirement of the cluster, or None."""
     if os.geteuid():
-        return "a Slurm of its own takes root"
+        return "a local Slurm cluster requires root"
     absent = [p for p in ("munged", "slurmctld", "slurmd", "sbatch") if not _program(p)]
-    return f"there is no {' '.join(absent)} (Debian: slurm-wlm, munge)" if absent else None
+    return f"missing: {' '.join(absent)} (Debian: slurm-wlm, munge)" if absent else None
 
 
 def _program(name: str) -> str | None:
@@ -64,10 +64,10 @@ def _program(name: str) -> str | None:
 
 @contextlib.contextmanager
 def slurm_cluster() -> Iterator[dict[str, str]]:
-    """Yields the environment in which Slurm's commands, and jobs, find it."""
+    """Yields the environment for Slurm's commands and jobs."""
     with tempfile.TemporaryDirectory(prefix="bt-slurm-") as name, contextlib.ExitStack() as stack:
         folder = Path(name)
-        folder.chmod(0o755)  # munged insists
+        folder.chmod(0o755)  # required by munged
         ports = [stack.enter_context(socket.socket()) for _ in range(3)]
         for port in ports:
             port.bind(("127.0.0.1", 0))
@@ -83,7 +83,7 @@ def slurm_cluster() -> Iterator[dict[str, str]]:
             port.close()
         (folder / "key").write_bytes(os.urandom(128))
         (folder / "key").chmod(0o600)
-        # The nodes have no names that resolve, and this is where their ranks meet.
+        # The node names do not resolve; the ranks' rendezvous is on this machine.
         environment = {**os.environ, "SLURM_CONF": str(conf), "MASTER_ADDR": "127.0.0.1"}
 
         def daemon(*words: object) -> None:
@@ -114,11 +114,11 @@ def slurm_cluster() -> Iterator[dict[str, str]]:
             _wait("the jobs' end", folder, lambda: not slurm("squeue -h"))
 
 
-def _wait(what: str, folder: Path, ready) -> None:
+def _wait(event: str, folder: Path, ready) -> None:
     deadline = time.monotonic() + 60
     while not ready():
         if time.monotonic() > deadline:
-            raise RuntimeError(f"{what}: waited a minute; {(folder / 'daemons.log').read_text()}")
+            raise RuntimeError(f"{event}: timed out; {(folder / 'daemons.log').read_text()}")
         time.sleep(0.1)
 
 

@@ -1,7 +1,7 @@
-"""A training step: its stages alone, the whole traced, all ranks together; used by `profile.py`.
+"""Stages of a training step, a traced step, and a step of all ranks; used by `profile.py`.
 
-On a CPU a stage's time is what the clock says. On a GPU it is the time its kernels and copies keep
-the device busy.
+The time of a stage is wall-clock time on a CPU, and the busy time of its kernels and copies on a
+GPU.
 """
 
 import dataclasses
@@ -18,15 +18,19 @@ import numpy as np
 import torch
 
 from bt_fast import train
-from bt_fast.build import TrainingSetup, build, rehearse
+from bt_fast.build import TrainingSetup, build, measure_step_seconds
 from bt_fast.config import Config
-from bt_fast.distributed.collectives import World, all_sum, from_first, wait_for_all
+from bt_fast.distributed.collectives import World, all_reduce, barrier, broadcast_object
+from bt_fast.loss import weighted_sum
 from bt_fast.plan import step_costs
-from bt_fast.prefetch import distort, feed
+from bt_fast.prefetch import augment_batch, prefetch
 from bt_fast.runtime import Runtime, synchronise
 from pipelines.augment import Draw
-from pipelines.crop import cut
-from pipelines.loading.native import IMAGES_PER_TASK
+from pipelines.crop import crop_and_resize
+from pipelines.loading.dali import DaliBackend
+from pipelines.loading.ffcv import FfcvBackend
+from pipelines.loading.native import IMAGES_PER_TASK, NativeBackend
+from tools import step_work
 from tools.breakdown import AUGMENT, LOSS, Breakdown, activities, breakdown
 from tools.timing import Stage, images_per_second, seconds_of_parts, seconds_per_call
 
@@ -34,53 +38,55 @@ _IMAGES_FOR_THREADS = 64
 
 
 def loader_stages(setup: TrainingSetup, budget: float) -> Iterator[Stage]:
-    """read, decode, crop, and the loader as a whole, by as many threads as the run has.
+    """Times read, decode, crop and the complete loader, with the threads of the run.
 
-    read is fetching the bytes, from the disk or its cache, and their checksum.
+    read fetches the bytes from the disk or the page cache and verifies their checksum.
     """
-    n, cutter, cpu = setup.config.batch_size, setup.loader.cutter, torch.device("cpu")
-    # Enough images to share them evenly among threads; times are brought to a batch.
+    n, cpu = setup.config.batch_size, torch.device("cpu")
+    backend = setup.loader.backend
+    assert isinstance(backend, NativeBackend | DaliBackend | FfcvBackend)
+    # Enough images to divide them evenly among threads; times are scaled to a batch.
     num_batches = -(-_IMAGES_FOR_THREADS // n)
-    requests = list(setup.loader.steps.requests(0, num_batches))
+    requests = list(setup.loader.sampler.requests(0, num_batches))
     samples = np.concatenate([request.samples for request in requests])
     boxes = np.concatenate([request.boxes for request in requests])
 
     def threaded(function, items) -> Callable[[], list]:
-        def some(first: int) -> list:
+        def task(first: int) -> list:
             return [function(item) for item in items[first : first + IMAGES_PER_TASK]]
 
         tasks = range(0, len(items), IMAGES_PER_TASK)
-        return lambda: [result for part in cutter.pool.map(some, tasks) for result in part]
+        return lambda: [result for part in backend.pool.map(task, tasks) for result in part]
 
     def seconds(function, items) -> float:
         return seconds_per_call(threaded(function, items), cpu, budget)[0] / num_batches
 
-    some = range(min(len(setup.reader), 20 * n))
+    indices = range(min(len(setup.dataset), 20 * n))
     started = time.perf_counter()
-    threaded(setup.reader.checksum_ok, some)()
-    per_image = (time.perf_counter() - started) / len(some)
-    num_bytes = sum(len(setup.reader.image(i)) for i in some) * n / len(some)
+    threaded(setup.dataset.checksum_ok, indices)()
+    per_image = (time.perf_counter() - started) / len(indices)
+    num_bytes = sum(len(setup.dataset.image(i)) for i in indices) * n / len(indices)
     yield Stage(name="read", seconds=per_image * n, bytes=num_bytes)
-    yield Stage(name="decode", seconds=seconds(cutter.decode, samples))
+    yield Stage(name="decode", seconds=seconds(backend.decoder.decode, samples))
 
-    images = threaded(cutter.decode, samples)()
+    images = threaded(backend.decoder.decode, samples)()
     side = setup.config.size
     crops = torch.empty((2, len(samples), side, side, 3), dtype=torch.uint8)
 
     def crop(row: int) -> None:
         for view in range(2):
-            cut(images[row], boxes[row, view], out=crops[view, row])
+            crop_and_resize(images[row], boxes[row, view], out=crops[view, row])
 
     yield Stage(name="crop", seconds=seconds(crop, range(len(samples))))
     rate = images_per_second(setup.loader.batches(0, 1 << 40), n, cpu, 2 * budget)
     yield Stage(name="loader", seconds=n / rate)
 
 
-def device_stages(setup: TrainingSetup, work: step_costs.Work, budget: float) -> Iterator[Stage]:
-    """copy, augment, forward, backward, optimizer, loss, each alone.
+def device_stages(setup: TrainingSetup, work: step_work.Work, budget: float) -> Iterator[Stage]:
+    """Times copy, augment, forward, backward, optimizer and loss, each alone.
 
-    The optimizer comes before the loss: with CUDA graphs another compiled function may write over
-    the gradients that the backward pass left.
+    The optimizer precedes the loss: with CUDA graphs, another compiled function may overwrite the
+    gradients of the backward pass.
     """
     runtime, device = setup.runtime, setup.runtime.device
     branches = setup.config.view_a, setup.config.view_b
@@ -99,18 +105,18 @@ def device_stages(setup: TrainingSetup, work: step_costs.Work, budget: float) ->
         batch = replace(batch, views=batch.views.to(device))
     yield stage(
         "augment",
-        lambda: distort(batch, branches, runtime),
+        lambda: augment_batch(batch, branches, runtime),
         bytes=work.bytes["augmentation"],
         ceiling="memory",
     )
 
-    views, z = distort(batch, branches, runtime), torch.empty(0)
+    views, z = augment_batch(batch, branches, runtime), torch.empty(0)
     gradient = torch.randn(len(views), setup.config.projector[-1], device=device)
 
     def forward() -> None:
         nonlocal z
         setup.optimizer.zero_grad(set_to_none=True)
-        with runtime.autocast():
+        with setup.autocast:
             z = setup.embed(views)
 
     parts = [forward, lambda: z.backward(gradient.to(z.dtype))]
@@ -132,32 +138,32 @@ def device_stages(setup: TrainingSetup, work: step_costs.Work, budget: float) ->
     def loss() -> None:
         leaf.grad = None
         on_diagonal, off_diagonal = setup.objective(*leaf.chunk(2))
-        (on_diagonal + setup.config.lambd * off_diagonal).backward()
+        weighted_sum(on_diagonal, off_diagonal, setup.config.lambd).backward()
 
-    flop = step_costs.loss_flop_of_ranks(len(views) // 2, setup.config.projector[-1], 1)
-    yield stage("loss", loss, flop=flop)  # in another precision than the ceiling's
+    flop = step_costs.auto_loss_flop(len(views) // 2, setup.config.projector[-1], 1)
+    yield stage("loss", loss, flop=flop)  # no ceiling: another precision
 
 
 def step_alone(setup: TrainingSetup, budget: float) -> float:
-    """Seconds of a step on views that are on the device already."""
+    """Seconds of a step on views on the device."""
     n, device = setup.config.batch_size, setup.runtime.device
     return n / images_per_second(steps(setup, repeat(views_of(setup))), n, device, budget)
 
 
 def step_from_jpegs(setup: TrainingSetup, budget: float) -> float:
-    """Seconds of a step with the loader, the copy and the augmentation beside it."""
+    """Seconds of a step with loader, copy and augmentation."""
     n, branches = setup.config.batch_size, (setup.config.view_a, setup.config.view_b)
-    batches = feed(setup.loader.batches(0, 1 << 40), branches, setup.runtime)
+    batches = prefetch(setup.loader.batches(0, 1 << 40), branches, setup.runtime)
     return n / images_per_second(steps(setup, batches), n, setup.runtime.device, budget)
 
 
 def views_of(setup: TrainingSetup) -> torch.Tensor:
     branches = setup.config.view_a, setup.config.view_b
-    return distort(next(setup.loader.batches(0, 1)), branches, setup.runtime)
+    return augment_batch(next(setup.loader.batches(0, 1)), branches, setup.runtime)
 
 
 def steps(setup: TrainingSetup, batches: Iterable[torch.Tensor]) -> Iterator[None]:
-    """Steps of training, on views as `feed` gives them."""
+    """Training steps on views from `prefetch`."""
     for views in batches:
         train.set_learning_rates(setup, 0)
         train.update(setup, views)
@@ -165,31 +171,28 @@ def steps(setup: TrainingSetup, batches: Iterable[torch.Tensor]) -> Iterator[Non
 
 
 def trace(
-    setup: TrainingSetup, work: step_costs.Work, path: Path, num_steps: int = 3
+    setup: TrainingSetup, work: step_work.Work, path: Path, num_steps: int = 3
 ) -> Breakdown | None:
-    """A step's breakdown: the whole step on crops that are there, everything but the loader. None
-    where this user may not trace the GPU.
+    """Breakdown of a step without the loader. None if this user may not trace the GPU.
 
-    Every rank of the setup must call it. Leaves the Chrome trace of `num_steps` steps in `path`.
+    Every rank of the setup must call it. Writes the Chrome trace of `num_steps` steps to `path`.
     """
     config, device, ranks = setup.config, setup.runtime.device, setup.world.size
     on_gpu = device.type == "cuda"
     setup = replace(setup, objective=_within(LOSS, setup.objective))
     runtime = _Ranged(**dataclasses.asdict(setup.runtime))
     crops = repeat(next(setup.loader.batches(0, 1)))
-    running = steps(setup, feed(crops, (config.view_a, config.view_b), runtime))
+    running = steps(setup, prefetch(crops, (config.view_a, config.view_b), runtime))
     _seconds_per_step(setup, running, 2)
     seconds = _seconds_per_step(setup, running, 10 if on_gpu else 2)
-    kind = torch.profiler.ProfilerActivity
-    kinds = [kind.CPU, kind.CUDA] if on_gpu else [kind.CPU]
-    with torch.profiler.profile(activities=kinds, acc_events=True) as profile:
+    activity = torch.profiler.ProfilerActivity
+    traced = [activity.CPU, activity.CUDA] if on_gpu else [activity.CPU]
+    with torch.profiler.profile(activities=traced, acc_events=True) as profile:
         _seconds_per_step(setup, running, num_steps)
     profile.export_chrome_trace(str(path))
     done = activities(json.loads(path.read_bytes())["traceEvents"], on_gpu=on_gpu)
     flop = dict(work.flop)
-    flop["products"] += step_costs.loss_flop_of_ranks(
-        config.batch_size, config.projector[-1], ranks
-    )
+    flop["products"] += step_costs.auto_loss_flop(config.batch_size, config.projector[-1], ranks)
     return breakdown(done, num_steps, seconds, flop, work.bytes) if done else None
 
 
@@ -202,10 +205,10 @@ def _seconds_per_step(setup: TrainingSetup, running: Iterator[None], count: int)
 
 
 class _Ranged(Runtime):
-    """Names the augmentation in a trace."""
+    """Adds the named range of the augmentation to a trace."""
 
-    def augment(self, images: torch.Tensor, parameters: Draw) -> torch.Tensor:
-        return _within(AUGMENT, super().augment)(images, parameters)
+    def augmentation(self) -> Callable[[torch.Tensor, Draw], torch.Tensor]:
+        return _within(AUGMENT, super().augmentation())
 
 
 def _within(name: str, function: Callable) -> Callable:
@@ -218,13 +221,13 @@ def _within(name: str, function: Callable) -> Callable:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Together:
-    """Steps of all ranks, seen by the first."""
+    """A step of all ranks, measured by the first rank."""
 
     world_size: int
     alone: float  # seconds of a step of one rank without a process group
-    step: float  # of all of them, each with as many images; neither with the loader
+    step: float  # seconds of a step of all ranks with the same local batch, both without loader
     efficiency: float
-    latency: dict[str, float]  # seconds of a small all-reduce, by its size
+    latency: dict[str, float]  # seconds of a small all-reduce by size
     breakdown: Breakdown | None
 
 
@@ -233,25 +236,25 @@ def together(
     world: World,
     budget: float,
     scratch: Path,
-    alone: tuple[float, step_costs.Work] | None = None,
+    alone: tuple[float, step_work.Work] | None = None,
 ) -> Together:
-    """All ranks beside the first alone. Every rank calls it and waits here for the first.
+    """Measures all ranks and compares with one alone. Every rank calls it and waits for the first.
 
     Args:
-        config: of one rank, whose batch every rank gets.
-        alone: of the first rank: seconds of a step, and its work.
+        config: configuration with the batch of one rank.
+        alone: seconds and work of a step of the first rank alone; None on the other ranks.
     """
     torch._dynamo.reset()
-    gc.collect()  # what was compiled for the first rank alone makes room
-    seconds, work = from_first(alone, world.group)
+    gc.collect()  # frees memory of functions compiled for the first rank alone
+    seconds, work = broadcast_object(alone, world.group)
     setup = build(replace(config, batch_size=config.batch_size * world.size), world)
-    rehearse(setup)
+    measure_step_seconds(setup)
     running, count = steps(setup, repeat(views_of(setup))), max(2, min(20, round(budget / seconds)))
-    spells = []
+    times = []
     for _ in range(4):
-        wait_for_all(world.group)
-        spells.append(_seconds_per_step(setup, running, count))
-    step = median(spells[1:])
+        barrier(world.group)
+        times.append(_seconds_per_step(setup, running, count))
+    step = median(times[1:])
     return Together(
         world_size=world.size,
         alone=seconds,
@@ -263,23 +266,23 @@ def together(
 
 
 def _latency(config: Config, world: World, device: torch.device) -> dict[str, float]:
-    """Seconds of an all-reduce of two sums per channel, as batch norm sends them: medians."""
-    group = world.new_group(device, size=config.bn_group, timeout=config.patience)
+    """Median seconds of an all-reduce of two sums per channel, as in batch norm, by size."""
+    group = world.new_group(device, size=config.bn_group, timeout=config.timeout)
     found: dict[str, float] = {}
     if group is None:  # batch norm needs no other rank
         return found
     for channels, dtype in product((64, 512, 2048), (torch.float64, torch.float32)):
         sums = torch.zeros(2 * channels, dtype=dtype, device=device)
 
-        def in_a_row(sums: torch.Tensor = sums) -> float:
-            wait_for_all(world.group)
+        def mean_of_ten(sums: torch.Tensor = sums) -> float:
+            barrier(world.group)
             synchronise(device)
             started = time.perf_counter()
             for _ in range(10):
-                sums = all_sum(sums, group)
+                sums = all_reduce(sums, group)
             synchronise(device)
             return (time.perf_counter() - started) / 10
 
         name = f"2 x {channels} {str(dtype).removeprefix('torch.')}"
-        found[name] = median(in_a_row() for _ in range(20))
+        found[name] = median(mean_of_ten() for _ in range(20))
     return found

@@ -1,4 +1,4 @@
-"""The parts of `gpu_suite.py` that are not tools of their own.
+"""Parts of `gpu_suite.py` that are not separate tools.
 
 python tools/suite_parts.py NAME RESULT.json DATA.beton
 """
@@ -15,18 +15,18 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from bt_fast.build import TrainingSetup, build, rehearse
+from bt_fast.build import TrainingSetup, build, measure_step_seconds
 from bt_fast.cli import parse_pretrain
 from bt_fast.lars import LARS, parameter_groups
 from bt_fast.models.networks import BarlowTwins
 from bt_fast.plan import step_costs
-from bt_fast.prefetch import feed
+from bt_fast.prefetch import prefetch
 from bt_fast.runtime import apply_switches
 from pipelines import augment
 from pipelines.beton import BetonReader
 from pipelines.common.cpu import usable_cores
 from pipelines.crop import RandomResizedCrop
-from pipelines.loading.native import NativeLoader
+from pipelines.loading.choose import open_loader
 from pipelines.order import view_keys
 from tools import bench_norm, reference, rivals, stages
 from tools.gpu_suite import is_installed
@@ -40,18 +40,18 @@ TOY = ["--recipe=demo", "--size=32", "--batch-size=4", "--projector", "32", "32"
 
 
 def correctness(results: Results, data: Path) -> None:
-    """Every CUDA path against its definition."""
+    """Compare every CUDA implementation with its definition."""
     run_tests(results, 50, "tests/test_cuda.py", "-m", "not compiled")
 
 
 def compiled(results: Results, data: Path) -> None:
-    """The same for what torch.compile makes."""
-    # Compilers start cold, in several processes.
+    """Compare compiled functions with their definitions."""
+    # The compilation caches of several processes are empty.
     run_tests(results, 150, "tests/test_cuda.py", "-m", "compiled")
 
 
 def run_tests(results: Results, seconds: int, *arguments: str) -> None:
-    """pytest in several processes; seconds: the most that a test may take."""
+    """Run pytest in several processes; `seconds` is the timeout of a test."""
     import pytest
 
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "3")
@@ -62,14 +62,14 @@ def run_tests(results: Results, seconds: int, *arguments: str) -> None:
         flags += ["-n", str(min(6, usable_cores()))]
     if is_installed("pytest_timeout"):
         flags += [f"--timeout={seconds}"]
-    else:  # shows where a test hangs; the limit of the part ends it
+    else:  # prints where a test hangs; the time limit of the part ends it
         flags += ["-o", f"faulthandler_timeout={seconds}"]
     status = pytest.main([*flags, *arguments], plugins=[Outcomes(results)])
     results.num_failed += status != pytest.ExitCode.OK
 
 
 class Outcomes:
-    """A pytest plugin: tests are recorded as they end, and failures shown when they happen."""
+    """A pytest plugin that records tests as they end and prints failures immediately."""
 
     def __init__(self, results: Results) -> None:
         self.results = results
@@ -84,7 +84,7 @@ class Outcomes:
 
 
 def kernels(results: Results, data: Path) -> None:
-    """Norms, LARS, augmentation, every way there is. What has to be compiled comes last."""
+    """All implementations of norms, LARS and augmentation. Compiled functions come last."""
     if ON_GPU or os.environ.get("TRITON_INTERPRET") == "1":
         bench_norm.measure(results, DEVICE, BUDGET / 20)
     optimizers(results)
@@ -97,14 +97,14 @@ def batch_of_views() -> tuple[torch.Tensor, augment.Draw, int]:
     images = images.repeat_interleave(8, 1).repeat_interleave(8, 2).contiguous()
     keys = view_keys(np.arange(n // 2), seed=0, epoch=0, view=0)
     draws = [augment.draw(branch, keys) for branch in (augment.VIEW_A, augment.VIEW_B)]
-    return images.to(DEVICE), augment.join(*draws), n
+    return images.to(DEVICE), augment.concatenate(*draws), n
 
 
 def augmentations(results: Results) -> None:
     images, parameters, n = batch_of_views()
 
-    def per_view(way: Callable[[], object]) -> dict[str, float]:
-        seconds, host = seconds_per_call(way, DEVICE, BUDGET)
+    def per_view(function: Callable[[], object]) -> dict[str, float]:
+        seconds, host = seconds_per_call(function, DEVICE, BUDGET)
         return {"us per view": 1e6 * seconds / n, "host us per view": 1e6 * host / n}
 
     def fused() -> dict[str, float]:
@@ -113,29 +113,30 @@ def augmentations(results: Results) -> None:
         return per_view(lambda: augment_triton.apply(images, parameters, dtype=torch.bfloat16))
 
     def compiled() -> dict[str, float]:
-        there, function = parameters.to(DEVICE), torch.compile(augment.apply, dynamic=False)
-        return per_view(lambda: function(images, there, dtype=torch.bfloat16))
+        on_device, function = parameters.to(DEVICE), torch.compile(augment.apply, dynamic=False)
+        return per_view(lambda: function(images, on_device, dtype=torch.bfloat16))
 
     def kornia() -> dict[str, float]:
         views = [view.permute(0, 3, 1, 2).float() / 255 for view in images.chunk(2)]
-        pair = [rivals.kornia_branch(branch) for branch in (augment.VIEW_A, augment.VIEW_B)]
-        return per_view(lambda: [way(view) for way, view in zip(pair, views, strict=True)])
+        branches = [rivals.kornia_branch(branch) for branch in (augment.VIEW_A, augment.VIEW_B)]
+        pairs = list(zip(branches, views, strict=True))
+        return per_view(lambda: [branch(view) for branch, view in pairs])
 
     def definition() -> dict[str, float]:
         return per_view(lambda: augment.apply(images, parameters, dtype=torch.bfloat16))
 
-    ways = {"fused": fused} if ON_GPU else {}
-    ways["definition"] = definition
+    implementations = {"fused": fused} if ON_GPU else {}
+    implementations["definition"] = definition
     if is_installed("kornia"):
-        ways["kornia"] = kornia
-    ways["definition, compiled"] = compiled
+        implementations["kornia"] = kornia
+    implementations["definition, compiled"] = compiled
     title = f"Augmentation, {n} views of {images.shape[1]} px, half of them view A"
-    for name, way in ways.items():
-        results.measure(title, name, way)
+    for name, implementation in implementations.items():
+        results.measure(title, name, implementation)
 
 
 def tiles(results: Results) -> None:
-    """The fused kernels at other tile sizes and numbers of warps."""
+    """The fused augmentation at other tile sizes and numbers of warps."""
     from pipelines.augment import triton as augment_triton
 
     images, parameters, n = batch_of_views()
@@ -147,17 +148,11 @@ def tiles(results: Results) -> None:
         return {"us per view": 1e6 * seconds_per_call(apply, DEVICE, BUDGET)[0] / n}
 
     limited = (64, 8, augment_triton.MAX_REGISTERS)
-    for way in (
-        limited,
-        (64, 8, None),
-        (64, 4, None),
-        (64, 16, None),
-        (32, 4, None),
-        (32, 2, None),
-    ):
-        tile, warps, registers = way
+    unlimited = ((64, 8), (64, 4), (64, 16), (32, 4), (32, 2))
+    for tile, warps, registers in (limited, *((*sizes, None) for sizes in unlimited)):
         row = f"tile {tile}, {warps} warps" + (f", {registers} registers" if registers else "")
-        results.measure("Fused augmentation: tile sizes and warps", row, partial(figures, *way))
+        case = partial(figures, tile, warps, registers)
+        results.measure("Fused augmentation: tile sizes and warps", row, case)
 
 
 def optimizers(results: Results) -> None:
@@ -169,30 +164,31 @@ def optimizers(results: Results) -> None:
         p.grad = torch.randn_like(p)
 
     groups = parameter_groups(parameters)
-    ways: dict[str, Callable[[], torch.optim.Optimizer]] = {
+    implementations: dict[str, Callable[[], torch.optim.Optimizer]] = {
         "foreach": lambda: LARS(groups, 1e-6, weight_decay=1e-6, fused=False),
         "plain loop": lambda: reference.Lars(groups, 1e-6, weight_decay=1e-6),
     }
     if ON_GPU:
-        ways = {"fused": lambda: LARS(groups, 1e-6, weight_decay=1e-6, fused=True)} | ways
+        fused = {"fused": lambda: LARS(groups, 1e-6, weight_decay=1e-6, fused=True)}
+        implementations = fused | implementations
     num_bytes = step_costs.lars_bytes(sum(p.numel() for p in parameters))
 
     def figures(make: Callable[[], torch.optim.Optimizer]) -> dict[str, float]:
         seconds, host = seconds_per_call(make().step, DEVICE, BUDGET)
         return {"ms": 1e3 * seconds, "host ms": 1e3 * host, "GB/s": num_bytes / seconds / 1e9}
 
-    for name, make in ways.items():
+    for name, make in implementations.items():
         results.measure("LARS, encoder and projector", name, partial(figures, make))
 
 
 def norms(results: Results, data: Path) -> None:
-    """Steps with fused norms, beside the default's of the part `step`."""
+    """Steps with fused norms; the default is measured by the part `step`."""
     step(results, data, "--norm=fused", "--compile=default")
     step(results, data, "--norm=fused", "--compile=off")
 
 
 def variants(results: Results, data: Path) -> None:
-    """What else only a clock can decide; the default again, to be there in the same process."""
+    """Steps with other flags, and the default again for a comparison in the same process."""
     step(results, data, "--norm=compiled", "--compile=default")
     step(results, data, "--norm=fused", "--compile=reduce-overhead")
     step(results, data, "--norm=compiled", "--compile=reduce-overhead")
@@ -203,7 +199,7 @@ def variants(results: Results, data: Path) -> None:
 
 
 def step(results: Results, data: Path, *flags: str) -> None:
-    """A step on views that are there, with these flags. On a CPU: one, never compiled."""
+    """Time a step on views on the device with these flags; on a CPU one step, not compiled."""
     if not ON_GPU and flags[-1] in ("--compile=default", "--compile=reduce-overhead"):
         return
 
@@ -213,8 +209,10 @@ def step(results: Results, data: Path, *flags: str) -> None:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
         started = time.perf_counter()
-        setup = job_of(data, *flags, *([] if ON_GPU else ["--size=8", "--batch-size=2"]))
-        rehearse(setup) if ON_GPU else next(stages.steps(setup, [stages.views_of(setup)]))
+        setup = setup_of(data, *flags, *([] if ON_GPU else ["--size=8", "--batch-size=2"]))
+        measure_step_seconds(setup) if ON_GPU else next(
+            stages.steps(setup, [stages.views_of(setup)])
+        )
         prepared = time.perf_counter() - started
         seconds = stages.step_alone(setup, 3 * BUDGET) if ON_GPU else prepared
         return {
@@ -227,62 +225,61 @@ def step(results: Results, data: Path, *flags: str) -> None:
     results.measure("Step variants, views on the device", " ".join(flags), figures)
 
 
-def job_of(data: Path, *flags: str) -> TrainingSetup:
+def setup_of(data: Path, *flags: str) -> TrainingSetup:
     sizes = ["--batch-size=256"] if ON_GPU else TOY
     return build(parse_pretrain([*sizes, f"--data={data}", "--probe-every=0", *flags]))
 
 
 def loader(results: Results, data: Path) -> None:
-    """The native loader at 1, 2, 4 ... threads, and how far from linear."""
+    """Rate and parallel efficiency of the native loader with 1, 2, 4 ... threads."""
     reader = BetonReader(data)
     n = min(256, len(reader))
-    alone: list[float] = []  # the rate of one thread
+    rates: list[float] = []  # the first is that of one thread
 
     def rate_of(threads: int) -> dict[str, float]:
-        native = NativeLoader(
-            reader, RandomResizedCrop(), batch_size=n, num_threads=threads, pin_memory=ON_GPU
+        native = open_loader(
+            "native", reader, RandomResizedCrop(), batch_size=n, num_threads=threads, device=DEVICE
         )
         batches = native.batches(0, 1 << 40)
         rate = images_per_second(batches, n, torch.device("cpu"), BUDGET)
         batches.close()  # type: ignore[attr-defined]
-        native.cutter.pool.shutdown(cancel_futures=True)
-        alone.append(rate)
-        return {"images/s": rate, "efficiency": rate / (alone[0] * threads)}
+        native.backend.pool.shutdown(cancel_futures=True)
+        rates.append(rate)
+        return {"images/s": rate, "efficiency": rate / (rates[0] * threads)}
 
     for threads in [t for t in (1, 2, 4, 8, 16, 32) if t <= usable_cores()]:
         results.measure("The native loader", f"{threads} threads", partial(rate_of, threads))
 
 
 def released_code(results: Results, data: Path) -> None:
-    """The released code's way of every stage, on the same images and card."""
-    setup = job_of(data, "--compile=off")
+    """The released code's stages, on the same images and device."""
+    setup = setup_of(data, "--compile=off")
     n = setup.config.batch_size
     for name, seconds in rivals.reference_stages(setup, BUDGET):
         figures = {"ms": 1e3 * seconds, "images/s": n / seconds}
-        results.record("The released code's way of the same stages", name, figures)
+        results.record("The same stages of the released code", name, figures)
 
 
 def dali(results: Results, data: Path) -> None:
-    """Loading and training with DALI and with native: rates, and the cores kept busy meanwhile."""
+    """Rates and busy cores of loading and training with DALI and native."""
 
     def loading(name: str) -> dict[str, float]:
-        setup = job_of(data, f"--loader={name}")
-        return busy(setup, setup.loader.batches(0, 1 << 40))
+        setup = setup_of(data, f"--loader={name}")
+        return throughput(setup, setup.loader.batches(0, 1 << 40))
 
     def training(name: str) -> dict[str, float]:
-        setup = job_of(data, f"--loader={name}")
+        setup = setup_of(data, f"--loader={name}")
         branches = setup.config.view_a, setup.config.view_b
-        views = feed(setup.loader.batches(0, 1 << 40), branches, setup.runtime)
-        return busy(setup, stages.steps(setup, views))
+        views = prefetch(setup.loader.batches(0, 1 << 40), branches, setup.runtime)
+        return throughput(setup, stages.steps(setup, views))
 
     for name in ("native", "dali"):
-        title = "Both views from JPEGs, nothing else going on"
-        results.measure(title, name, partial(loading, name))
+        results.measure("Both views from JPEGs, loader alone", name, partial(loading, name))
         results.measure("Training from JPEGs", name, partial(training, name))
 
 
-def busy(setup: TrainingSetup, batches: Iterator) -> dict[str, float]:
-    """Images/s of an iterator of the setup's batches, and CPU seconds a second meanwhile."""
+def throughput(setup: TrainingSetup, batches: Iterator) -> dict[str, float]:
+    """Images/s of an iterator of the setup's batches, and CPU seconds per second."""
     next(batches)
     wall, cpu = time.perf_counter(), time.process_time()
     device = setup.runtime.device

@@ -1,4 +1,4 @@
-"""Images for measurements where there are none."""
+"""Synthetic images for measurements without a data set."""
 
 import io
 from pathlib import Path
@@ -10,9 +10,9 @@ from pipelines.beton.writer import BetonWriter
 
 
 def images(folder: Path, count: int) -> Path:
-    """A `.beton` of images that cost as much to read and decode as ImageNet's: 500x375, 110 kB."""
+    """Write a `.beton` of images with ImageNet's cost to read and decode: 500x375, 110 kB."""
     path, generator = folder / "synthetic.beton", np.random.default_rng(0)
-    pictures = []
+    jpegs = []
     for _ in range(16):
         layers = [
             Image.fromarray(generator.integers(0, 256, (3 * 2**k, 4 * 2**k, 3), dtype=np.uint8))
@@ -24,9 +24,9 @@ def images(folder: Path, count: int) -> Path:
         buffer = io.BytesIO()
         pixels = np.clip(mixed + grain, 0, 255).astype(np.uint8)
         Image.fromarray(pixels).save(buffer, "JPEG", quality=92)
-        pictures.append(buffer.getvalue())
+        jpegs.append(buffer.getvalue())
     with BetonWriter(path, num_samples=count, class_names=["synthetic"]) as writer:
         for index in range(count):
-            writer.add(pictures[index % 16], 375, 500, 0, f"{index}.jpg")
+            writer.add(jpegs[index % 16], 375, 500, 0, f"{index}.jpg")
         writer.finalize()
     return path

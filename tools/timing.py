@@ -1,4 +1,4 @@
-"""Timing on a CPU or a GPU, and what the machine reaches at best."""
+"""Timing on a CPU or a GPU, and peak rates of the machine."""
 
 import itertools
 import resource
@@ -12,32 +12,32 @@ import torch
 
 from bt_fast.runtime import synchronise
 
-_CLOCK = 2_000_000_000  # cycles per second of a GPU, or a few more
+_CLOCK = 2_000_000_000  # cycles per second of a GPU, at most
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Ceilings:
-    """What this machine reaches on the simplest work there is."""
+    """Measured peak rates of this machine."""
 
-    flops: float  # matrix product in the run's precision, FLOP/s
+    flops: float  # FLOP/s of a matrix product in the run's precision
     memory: float  # bytes read and written per second by a device-to-device copy
     link: float  # bytes per second from page-locked memory to the device; 0 on a CPU
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Stage:
-    """A part of a step: seconds, and what is done in them."""
+    """Time and work of a part of a step."""
 
     name: str
     seconds: float
     flop: float = 0.0
     bytes: float = 0.0
-    ceiling: str = ""  # of `Ceilings`, with which its rate is compared
-    alone: float = 0.0  # of a class of work: seconds in which no other class's kernel runs
+    ceiling: str = ""  # field of `Ceilings` with which the rate is compared
+    alone: float = 0.0  # for a class of work: seconds in which no kernel of another class runs
     launches: float = 0.0
 
     def reached(self, ceilings: Ceilings | None) -> float:
-        """The share of the ceiling; 0 where that is not known."""
+        """Fraction of the ceiling that the rate reaches; 0 if unknown."""
         if ceilings is None or not self.ceiling or not self.seconds:
             return 0.0
         return (self.flop or self.bytes) / self.seconds / getattr(ceilings, self.ceiling)
@@ -46,28 +46,28 @@ class Stage:
 def seconds_per_call(
     function: Callable[[], object], device: torch.device, budget: float
 ) -> tuple[float, float]:
-    """(seconds the device is busy, seconds until the host is free again), medians over calls."""
+    """Median seconds per call in which the device is busy and, on a GPU, of the host."""
     return seconds_of_parts([function], device, budget)[0]
 
 
 def seconds_of_parts(
     functions: Sequence[Callable[[], object]], device: torch.device, budget: float
 ) -> list[tuple[float, float]]:
-    """`seconds_per_call` of functions that run one after the other, for each of them."""
-    turns = [[0.0] * len(functions) for _ in range(2)]
+    """`seconds_per_call` of each of several functions that run in sequence."""
+    num_warmup = 2
     host: list[list[float]] = []
     deadline = 0.0
     while len(host) < 5 or (time.perf_counter() < deadline and len(host) < 100):
-        if len(host) == len(turns):  # after two turns to warm up
+        if len(host) == num_warmup:
             deadline = time.perf_counter() + budget
         synchronise(device)
         host.append([_seconds(function) for function in functions])
-    host = host[len(turns) :]
+    host = host[num_warmup:]
     medians = [median(part) for part in zip(*host, strict=True)]
     if device.type != "cuda":
         return [(seconds, 0.0) for seconds in medians]
 
-    # On the device: it first waits until the host has queued every launch, so that it is never idle
+    # The device first sleeps until the host has queued every launch, so that it is never idle
     # between two kernels. (The host queues at most about a thousand launches ahead.)
     ahead = round(1.5 * sum(medians) * _CLOCK) + _CLOCK // 100
     busy = []
@@ -92,9 +92,9 @@ def _seconds(function: Callable[[], object]) -> float:
 
 
 def images_per_second(batches: Iterable, n: int, device: torch.device, budget: float) -> float:
-    """Of an iterator of batches of n images, after its first three: the median of five spells.
+    """Rate of an iterator of batches of n images without its first three: median of five intervals.
 
-    Where a few steps take longer than the budget, two spells must do.
+    Two intervals are measured if a few steps take longer than the budget.
     """
     batches = iter(batches)
     for _ in islice(batches, 3):
@@ -113,7 +113,7 @@ def images_per_second(batches: Iterable, n: int, device: torch.device, budget: f
 
 
 def measure_ceilings(device: torch.device, dtype: torch.dtype, budget: float) -> Ceilings:
-    """dtype: of the matrix product."""
+    """Measure the ceilings; `dtype` is that of the matrix product."""
     side = 8192 if device.type == "cuda" else 1536
     a = torch.randn(side, side, device=device).to(dtype)
     out = torch.empty_like(a)
@@ -124,16 +124,16 @@ def measure_ceilings(device: torch.device, dtype: torch.dtype, budget: float) ->
     link = 0.0
     if device.type == "cuda":
         pinned = torch.randn(64 * 1024**2 // 4).pin_memory()
-        there = torch.empty_like(pinned, device=device)
+        on_device = torch.empty_like(pinned, device=device)
         seconds, _ = seconds_per_call(
-            lambda: there.copy_(pinned, non_blocking=True), device, budget
+            lambda: on_device.copy_(pinned, non_blocking=True), device, budget
         )
         link = pinned.nbytes / seconds
     return Ceilings(flops=2 * side**3 / product, memory=2 * source.nbytes / copy, link=link)
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes: on a GPU what its allocator held at most, on a CPU the process's largest size."""
+    """Peak bytes of the allocator on a GPU, of the process's resident memory on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

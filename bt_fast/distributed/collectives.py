@@ -1,9 +1,8 @@
 """Ranks and collectives.
 
-A rank is one process with one GPU, or a CPU process of its own (`meeting` says how they find each
-other). Everything that crosses ranks goes through the functions here and is counted when asked for
-(`Traffic`). They are torch.distributed's public calls, which a compiler can trace. A group of None
-stands for this process alone.
+A rank is one process with one GPU, or one CPU process. All communication between ranks is by the
+functions below, which `Traffic` counts. They call torch.distributed's public functions, which the
+compiler can trace. A group of None means this process alone.
 """
 
 from collections import Counter
@@ -24,7 +23,7 @@ _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_t
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class World:
-    """Which rank this process is. Made by `meeting.join`; `ALONE` without other ranks."""
+    """Which rank this process is; created by `rendezvous.join`, or `ALONE`."""
 
     rank: int
     size: int
@@ -34,30 +33,31 @@ class World:
 
     @property
     def is_first(self) -> bool:
-        """The rank that writes files and prints."""
+        """Whether this is the rank that writes files and prints."""
         return self.rank == 0
 
     @property
     def group(self) -> Group:
-        """All ranks; used for gradients and for exchanges between steps."""
+        """The process group of all ranks; used for gradients and between steps."""
         exists = self.size > 1 or self.single_rank_group
         return dist.group.WORLD if exists else None  # type: ignore[return-value]
 
-    def share(self, samples: np.ndarray) -> np.ndarray:
-        """This rank's of them, in a row; the first ranks have one more where they do not divide."""
+    def local_slice(self, samples: np.ndarray) -> np.ndarray:
+        """This rank's consecutive part of the samples; the first ranks have one more if W does not
+        divide their number."""
         return np.array_split(samples, self.size)[self.rank]
 
     def new_group(self, device: torch.device, *, size: int = 0, timeout: float = 600) -> Group:
-        """Create process groups of `size` consecutive ranks and return this rank's. Every rank must
+        """Create process groups of `size` consecutive ranks and return this rank's. All ranks must
         call it.
 
-        On a GPU the group has a stream of high priority: the small collectives that a step waits
-        for do not queue behind the gradients on `group`.
+        On a GPU the group has a high-priority stream: the small collectives that a step waits for
+        do not queue behind the gradients on `group`.
 
         Args:
             device: of this rank's tensors.
-            size: ranks in a row that form a group; 0 = all of them.
-            timeout: as of `meeting.join`.
+            size: number of consecutive ranks per group; 0 = one group of all ranks.
+            timeout: of every collective, seconds.
         """
         if self.group is None or size == 1:
             return None
@@ -76,7 +76,7 @@ class World:
 
 
 def require_equal_groups(num_ranks: int, size: int) -> None:
-    """Raise ValueError unless ranks form groups of `size`; 0 = one group."""
+    """Raise ValueError unless the ranks form groups of `size`; 0 = one group."""
     if size and num_ranks % size:
         fitting = ", ".join(str(n) for n in range(1, num_ranks + 1) if num_ranks % n == 0)
         raise ValueError(
@@ -85,8 +85,8 @@ def require_equal_groups(num_ranks: int, size: int) -> None:
         )
 
 
-def require_shares(batch_size: int, num_ranks: int, bn_group: int) -> None:
-    """Raise ValueError unless so many ranks can share a batch, and batch norm."""
+def require_divisible_batch(batch_size: int, num_ranks: int, bn_group: int) -> None:
+    """Raise ValueError unless `num_ranks` can divide a batch and form batch-norm groups."""
     if batch_size < 2 * num_ranks:
         raise ValueError(f"--batch-size {batch_size} is less than 2 for each of {num_ranks} ranks")
     require_equal_groups(num_ranks, bn_group)
@@ -95,18 +95,18 @@ def require_shares(batch_size: int, num_ranks: int, bn_group: int) -> None:
 ALONE = World(rank=0, size=1, local_rank=0, local_size=1)
 
 
-def size_of(group: Group) -> int:
+def group_size(group: Group) -> int:
     return 1 if group is None else group.size()
 
 
-def rank_in(group: Group) -> int:
+def group_rank(group: Group) -> int:
     return 0 if group is None else group.rank()
 
 
 class Traffic:
-    """Counts collectives and the bytes one rank sends, while it is entered.
+    """A context in which collectives, and the bytes that one rank sends, are counted.
 
-    Bytes are those of ring algorithms on W ranks: an all-gather of parts of b bytes sends (W-1) b,
+    Bytes are those of ring algorithms on W ranks: an all-gather of b bytes per rank sends (W-1) b,
     an all-reduce of b bytes 2 (W-1)/W b, an all-to-all or reduce-scatter of b bytes (W-1)/W b.
     """
 
@@ -115,36 +115,36 @@ class Traffic:
         self.bytes: Counter[str] = Counter()
 
     def __enter__(self) -> "Traffic":
-        _listeners.append(self)
+        _active.append(self)
         return self
 
     def __exit__(self, *_) -> None:
-        _listeners.remove(self)
+        _active.remove(self)
 
 
-_listeners: list[Traffic] = []
+_active: list[Traffic] = []
 
 
-def _note(name: str, num_bytes: float) -> None:
-    for traffic in _listeners:
+def _count(name: str, num_bytes: float) -> None:
+    for traffic in _active:
         traffic.calls[name] += 1
         traffic.bytes[name] += round(num_bytes)
 
 
 def all_gather(part: torch.Tensor, group: Group) -> torch.Tensor:
-    """[...] of every rank -> [W, ...], in the ranks' order."""
+    """[...] of every rank -> [W, ...], in order of ranks."""
     if group is None:
         return part.unsqueeze(0)
     world_size = group.size()
     part = part.contiguous()
-    _note("all_gather", (world_size - 1) * part.nbytes)
+    _count("all_gather", (world_size - 1) * part.nbytes)
     whole = part.new_empty((world_size * part.shape[0], *part.shape[1:]))
     _all_gather(whole, part, group=group)
     return whole.unflatten(0, (world_size, part.shape[0]))
 
 
-def gather_shares(part: torch.Tensor, num_rows: int, group: Group) -> torch.Tensor:
-    """Rows of every rank, as `World.share` has divided them -> [num_rows, ...] on every rank."""
+def gather_slices(part: torch.Tensor, num_rows: int, group: Group) -> torch.Tensor:
+    """Rows of every rank, as `World.local_slice` divides them -> [num_rows, ...] on every rank."""
     if group is None:
         return part
     num_ranks = group.size()
@@ -156,37 +156,37 @@ def gather_shares(part: torch.Tensor, num_rows: int, group: Group) -> torch.Tens
     return torch.cat([parts[:full].flatten(0, 1), parts[full:, :-1].flatten(0, 1)])
 
 
-def all_sum(value: torch.Tensor, group: Group, *, overwrite: bool = False) -> torch.Tensor:
-    """The sum over ranks, on every rank; in the value's own memory if that may be overwritten."""
+def all_reduce(value: torch.Tensor, group: Group, *, overwrite: bool = False) -> torch.Tensor:
+    """The sum over ranks, on every rank; with `overwrite` in the memory of the value."""
     if group is None:
         return value
-    _note("all_reduce", 2 * (group.size() - 1) / group.size() * value.nbytes)
+    _count("all_reduce", 2 * (group.size() - 1) / group.size() * value.nbytes)
     total = value if overwrite else value.clone(memory_format=torch.contiguous_format)
     dist.all_reduce(total, group=group)
     return total
 
 
-def exchange(parts: torch.Tensor, group: Group) -> torch.Tensor:
+def all_to_all(parts: torch.Tensor, group: Group) -> torch.Tensor:
     """[W, ...], part r for rank r -> [W, ...], part s from rank s."""
     if group is None:
         return parts
-    _note("all_to_all", (group.size() - 1) / group.size() * parts.nbytes)
+    _count("all_to_all", (group.size() - 1) / group.size() * parts.nbytes)
     parts = parts.contiguous()
     received = torch.empty_like(parts)
     dist.all_to_all_single(received, parts, group=group)
     return received
 
 
-def sum_parts(parts: torch.Tensor, group: Group) -> torch.Tensor:
-    """[W, ...], part r for rank r -> [...], the sum over ranks of what they have for this one.
+def reduce_scatter(parts: torch.Tensor, group: Group) -> torch.Tensor:
+    """[W, ...], part r for rank r -> [...], the sum over ranks of their parts for this rank.
 
-    Sent as an exchange and added here, in the ranks' order: as many bytes as a reduce-scatter.
+    An all-to-all and a local sum, in order of ranks: the same bytes as a reduce-scatter.
     """
-    return exchange(parts, group).sum(0)
+    return all_to_all(parts, group).sum(0)
 
 
-def from_first(value: Any, group: Group) -> Any:
-    """The first rank's value of any small picklable kind, on every rank."""
+def broadcast_object(value: Any, group: Group) -> Any:
+    """The first rank's value, a small picklable object, on every rank."""
     if group is None:
         return value
     values = [value]
@@ -194,56 +194,56 @@ def from_first(value: Any, group: Group) -> Any:
     return values[0]
 
 
-def of_all(value: Any, group: Group) -> list[Any]:
-    """Every rank's value of any small picklable kind, in the ranks' order, on every rank."""
-    values = [value] * size_of(group)
+def gather_objects(value: Any, group: Group) -> list[Any]:
+    """Every rank's value, a small picklable object, in order of ranks, on every rank."""
+    values = [value] * group_size(group)
     if group is not None:
         dist.all_gather_object(values, value, group=group)
     return values
 
 
-def copy_from_first(tensors: Iterable[torch.Tensor], group: Group) -> None:
-    """Overwrite tensors, alike on every rank, with the first rank's."""
+def broadcast_tensors(tensors: Iterable[torch.Tensor], group: Group) -> None:
+    """Overwrite tensors with the first rank's."""
     if group is not None:
         for tensor in tensors:
             dist.broadcast(tensor, src=0, group=group)
 
 
 def compare_weights(model: torch.nn.Module, group: Group) -> Callable[[], None]:
-    """Queue a comparison of all ranks' weights: a sum over each tensor's bits tells.
+    """Queue a comparison of all ranks' weights, by a checksum of each tensor's bits.
 
-    Returns what raises RuntimeError, naming the ranks, unless every rank had the first one's
-    weights, bit for bit; to be called when the device has done what is queued.
+    Returns a function to call when the queued work has completed: it raises RuntimeError that names
+    the ranks whose weights are not bit for bit the first rank's.
     """
     if group is None:
         return lambda: None
     sums = [p.detach().view(torch.int32).sum(dtype=torch.int64) for p in model.parameters()]
     gathered = all_gather(torch.stack(sums), group)  # [W, num_parameters]
-    on_host = gathered.to("cpu", non_blocking=True)  # page-locked, of a GPU's
+    on_host = gathered.to("cpu", non_blocking=True)  # page-locked if it comes from a GPU
 
     def check() -> None:
-        others = (on_host != on_host[0]).any(1).nonzero().flatten().tolist()
-        if others:
-            raise RuntimeError(f"the weights of ranks {others} are no longer those of rank 0")
+        different = (on_host != on_host[0]).any(1).nonzero().flatten().tolist()
+        if different:
+            raise RuntimeError(f"the weights of ranks {different} are no longer those of rank 0")
 
     return check
 
 
-def any_wish(wish: bool, group: Group) -> bool:
-    """Whether any rank wishes it; the same on every rank."""
-    return bool(all_sum(torch.tensor([int(wish)]), group))
+def any_rank(condition: bool, group: Group) -> bool:
+    """Whether the condition holds on any rank; the same on every rank."""
+    return bool(all_reduce(torch.tensor([int(condition)]), group))
 
 
-def wait_for_all(group: Group) -> None:
-    """Return when every rank has called this."""
+def barrier(group: Group) -> None:
+    """Return once every rank has called this."""
     if group is not None:
-        all_sum(torch.zeros(1), group)
+        all_reduce(torch.zeros(1), group)
 
 
-class Vote:
-    """Whether any rank wishes something: asked at every step, answered one step later.
+class StopRequest:
+    """Whether any rank requests a stop: sent at every step, received one step later.
 
-    The answer travels while the step runs, through the CPU, so that nothing waits for it; and it is
+    The all-reduce runs during the step, on the CPU, so that nothing waits for it; and the answer is
     the same on every rank at the same step.
     """
 
@@ -252,14 +252,14 @@ class Vote:
         self._flag = torch.zeros(1, dtype=torch.int32)
         self._work: dist.Work | None = None
 
-    def ask(self, wish: bool) -> bool:
-        """Put in this rank's wish; returns whether any rank had put one in at the last call."""
+    def any_rank(self, requested: bool) -> bool:
+        """Send this rank's request; returns whether any rank had sent one at the previous call."""
         if self.group is None:
-            return wish
+            return requested
         answer = False
         if self._work is not None:
             self._work.wait()
             answer = bool(self._flag)
-        self._flag.fill_(int(wish or answer))
+        self._flag.fill_(int(requested or answer))
         self._work = dist.all_reduce(self._flag, dist.ReduceOp.MAX, group=self.group, async_op=True)
         return answer

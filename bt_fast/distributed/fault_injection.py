@@ -1,41 +1,59 @@
-"""Faults on purpose, to see that a run survives them. Nothing happens unless BT_FAST_FAULT is set.
+"""Fault injection, to test that a run survives faults. Inactive unless BT_FAST_FAULT is set.
 
     BT_FAST_FAULT=RANK:STEP:KIND       as in 1:5:kill; only in the first start of a run's ranks
 
-exit        the process ends with status 1        exception   an error that nobody expects
-kill        SIGKILL                               hang        it goes on doing nothing
-nan         one step's views are not numbers      memory      there is not enough
+exit        exit with status 1                        exception   raise an unexpected error
+kill        SIGKILL                                   hang        wait forever
+nan         views of one step that are NaN            memory      raise an out-of-memory error
 """
 
 import os
 import signal
 import time
+from collections.abc import Iterator
 from typing import Literal, get_args
 
 import torch
 
 from bt_fast.distributed.collectives import World
-from bt_fast.distributed.rendezvous import restarts
+from bt_fast.distributed.rendezvous import num_restarts
 
 VARIABLE = "BT_FAST_FAULT"
 Kind = Literal["exit", "exception", "kill", "hang", "nan", "memory"]
 
 
-def inject(views: torch.Tensor, step: int, world: World) -> torch.Tensor:
-    """Let the fault happen if this is its rank and step; returns the views to train on."""
-    asked = os.environ.get(VARIABLE)
-    if asked is None or restarts():
-        return views
-    rank, at, kind = _parse(asked)
-    if (rank, at) != (world.rank, step):
-        return views
-    print(f"{VARIABLE}={asked}: now", flush=True)
+def inject(
+    views_of_steps: Iterator[torch.Tensor], first_step: int, world: World
+) -> Iterator[torch.Tensor]:
+    """The views of the steps from `first_step`, with the fault at its step if it is this rank's."""
+    fault = os.environ.get(VARIABLE)
+    if fault is None or num_restarts():
+        return views_of_steps
+    rank, fault_step, kind = _parse(fault)
+    return (
+        _with_fault(views_of_steps, first_step, fault_step, kind)
+        if rank == world.rank
+        else views_of_steps
+    )
+
+
+def _with_fault(
+    views_of_steps: Iterator[torch.Tensor], first_step: int, fault_step: int, kind: str
+) -> Iterator[torch.Tensor]:
+    for step, views in enumerate(views_of_steps, first_step):
+        yield _cause(kind, views) if step == fault_step else views
+
+
+def _cause(kind: str, views: torch.Tensor) -> torch.Tensor:
+    """Cause the fault now; returns the views to train on."""
+    fault = f"{VARIABLE}={os.environ[VARIABLE]}"
+    print(f"{fault}: now", flush=True)
     if kind == "exit":
         os._exit(1)
     if kind == "exception":
-        raise RuntimeError(f"injected by {VARIABLE}={asked}")
+        raise RuntimeError(f"injected by {fault}")
     if kind == "memory":
-        raise torch.OutOfMemoryError(f"injected by {VARIABLE}={asked}")
+        raise torch.OutOfMemoryError(f"injected by {fault}")
     if kind == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
     while kind == "hang":
@@ -43,9 +61,9 @@ def inject(views: torch.Tensor, step: int, world: World) -> torch.Tensor:
     return views * torch.nan
 
 
-def _parse(asked: str) -> tuple[int, int, str]:
-    rank, _, rest = asked.partition(":")
+def _parse(fault: str) -> tuple[int, int, str]:
+    rank, _, rest = fault.partition(":")
     step, _, kind = rest.partition(":")
     if not (rank.isdecimal() and step.isdecimal() and kind in get_args(Kind)):
-        raise ValueError(f"{VARIABLE}={asked} is not RANK:STEP:{'|'.join(get_args(Kind))}")
+        raise ValueError(f"{VARIABLE}={fault} is not RANK:STEP:{'|'.join(get_args(Kind))}")
     return int(rank), int(step), kind

@@ -1,7 +1,7 @@
-"""How ranks find each other, part, and notice who is missing.
+"""Rendezvous of ranks: how they find each other, leave, and detect which of them is missing.
 
-They meet where torchrun's environment says (RANK, WORLD_SIZE, MASTER_ADDR, ...), whoever has set
-it: torchrun, `slurm.adopt`, or bt-fast itself (`start`).
+The environment variables are torchrun's (RANK, WORLD_SIZE, MASTER_ADDR, ...), set by torchrun,
+`slurm.adopt_environment` or bt-fast's `supervisor`.
 """
 
 import os
@@ -13,9 +13,15 @@ import torch.distributed as dist
 
 from bt_fast.distributed.collectives import ALONE, World
 
+# Set to 1, a single rank has a process group too: collectives and their streams run on one GPU.
+SINGLE_RANK_GROUP = "BT_FAST_GROUP_OF_ONE"
+RESTARTS = "BT_FAST_RESTARTS"  # set by `supervisor`
 
-def described() -> World:
-    """The rank that the environment makes of this process, ALONE if it does not speak of ranks."""
+_stores: list[dist.Store] = []
+
+
+def world_from_environment() -> World:
+    """This process's rank as the environment defines it; ALONE if it defines none."""
     if "RANK" not in os.environ:
         return ALONE
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
@@ -29,44 +35,43 @@ def described() -> World:
     )
 
 
-# Set to 1, a single rank has a process group too: collectives and their streams run on one GPU.
-SINGLE_RANK_GROUP = "BT_FAST_GROUP_OF_ONE"
-RESTARTS = "BT_FAST_RESTARTS"  # set where bt-fast itself starts ranks (start.py)
-
-
-def restarts() -> int:
-    """How often this run's ranks were started before: by torchrun, Slurm's requeue, or bt-fast."""
+def num_restarts() -> int:
+    """How often this run was started before: by torchrun, Slurm's requeue, or bt-fast."""
     counts = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT", RESTARTS)
     return sum(int(os.environ.get(name, "0")) for name in counts)
 
 
 def join(device: torch.device, timeout: float) -> World:
-    """Meet the other ranks, as torchrun's environment describes them.
+    """Create the process group of all ranks that the environment defines.
 
-    timeout: seconds after which a rank that does not answer ends the run.
+    timeout: of every collective, seconds.
     """
-    world = described()
+    world = world_from_environment()
     if (world.size > 1 or world.single_rank_group) and not dist.is_initialized():
         # Collectives of two communicators run on a GPU in the order in which the host starts them,
         # which is the same on every rank. Unordered, each could wait for the other's resources.
         os.environ.setdefault("NCCL_LAUNCH_ORDER_IMPLICIT", "1")
-        # gloo carries what lives on the CPU: stop requests, and everything of CPU ranks.
+        # gloo carries tensors on the CPU: stop requests, and everything of CPU ranks.
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        bound = device if device.type == "cuda" else None
         dist.init_process_group(
             backend,
-            store=_meeting_place(world, timedelta(seconds=timeout)),
+            store=_rendezvous_store(world, timedelta(seconds=timeout)),
             rank=world.rank,
             world_size=world.size,
             timeout=timedelta(seconds=timeout),
-            device_id=bound,
+            device_id=device if device.type == "cuda" else None,
         )
     return world
 
 
-def silent_ranks(world: World, wait: float = 5.0) -> list[int]:
-    """After a collective has failed: which ranks do not say, within `wait` seconds, that they are
-    there. All others must ask too."""
+def leave() -> None:
+    """Destroy the process groups."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def unresponsive_ranks(world: World, wait: float = 5.0) -> list[int]:
+    """After a failed collective, the ranks that do not call this within `wait` seconds."""
     if not _stores:
         return []
     try:
@@ -74,39 +79,30 @@ def silent_ranks(world: World, wait: float = 5.0) -> list[int]:
         time.sleep(wait)
         return [r for r in range(world.size) if not _stores[-1].check([f"here/{r}"])]
     except RuntimeError:
-        return [0]  # with whose machine the store is gone
+        return [0]  # whose process held the store
 
 
-def is_first_to_say() -> bool:
-    """Whether no other rank has asked this: of many with the same complaint one is to say it."""
+def claim_error_report() -> bool:
+    """Whether this rank is the first to call this: of many with the same error one reports it."""
     try:
-        return not _stores or _stores[-1].add("said", 1) == 1
-    except RuntimeError:  # the store is gone with its process
+        return not _stores or _stores[-1].add("reported", 1) == 1
+    except RuntimeError:  # the store has ended with its process
         return True
 
 
-_stores: list[dist.Store] = []
+def _rendezvous_store(world: World, timeout: timedelta) -> dist.Store:
+    """The key-value store in which ranks publish their addresses: the launcher's, or rank 0's.
 
-
-def _meeting_place(world: World, timeout: timedelta) -> dist.Store:
-    """Where ranks tell each other their addresses: the launcher's store, or one of the first rank.
-
-    A launcher's outlives a restart, so every start has keys of its own: those of the ranks that
-    died would be answered by nobody.
+    A launcher's store outlives a restart, so every start has a prefix of its own: the keys of
+    ranks that died name addresses at which nobody listens.
     """
-    at_launchers = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    at_launcher = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     store = dist.TCPStore(
         os.environ["MASTER_ADDR"],
         int(os.environ["MASTER_PORT"]),
         world.size,
-        is_master=world.is_first and not at_launchers,
+        is_master=world.is_first and not at_launcher,
         timeout=timeout,
     )
-    _stores.append(dist.PrefixStore(f"bt-fast/start {restarts()}", store))
+    _stores.append(dist.PrefixStore(f"bt-fast/start {num_restarts()}", store))
     return _stores[-1]
-
-
-def leave() -> None:
-    """Part from the other ranks."""
-    if dist.is_initialized():
-        dist.destroy_process_group()

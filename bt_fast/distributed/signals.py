@@ -1,18 +1,18 @@
-"""Signals that ask a run to stop, and the exit statuses of one that did not end as planned."""
+"""Signals that request a stop, and the exit statuses of a run that did not complete."""
 
 import signal
 
-EXIT_STOPPED = 75  # EX_TEMPFAIL: stopped by a signal after saving; start again with --resume
-EXIT_UNSAVED = 74  # EX_IOERR: the disk did not take the last checkpoint, or the encoder
+EXIT_REFUSED = 2  # a user error, already reported: a restart would repeat it
+EXIT_STOPPED = 75  # EX_TEMPFAIL: stopped on request after saving; continue with --resume
+EXIT_UNSAVED = 74  # EX_IOERR: the last checkpoint, or the encoder, could not be written
 
-# What Slurm, people and closed terminals send; NCCL may take USR1 for itself, so that USR2 is the
-# surest.
-ASK_TO_STOP = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP, signal.SIGINT)
+# Sent by Slurm, users and closing terminals. NCCL may use SIGUSR1 itself; SIGUSR2 is the safest.
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP, signal.SIGINT)
 
 
 class StopFlag:
-    """Set by SIGTERM, SIGUSR1, SIGUSR2 or SIGHUP (unless nohup has it ignored), and by Ctrl-C once
-    `training`; before that, and the second time, Ctrl-C interrupts at once."""
+    """A stop request by SIGTERM, SIGUSR1, SIGUSR2 or SIGHUP (unless nohup ignores it), and by
+    Ctrl-C once `training`. Before that, and the second time, Ctrl-C interrupts immediately."""
 
     def __init__(self) -> None:
         self.requested = False
@@ -20,15 +20,15 @@ class StopFlag:
 
     def __enter__(self) -> "StopFlag":
         ignored = {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else set()
-        self._before = {
+        self._previous = {
             number: signal.signal(number, self._request)
-            for number in ASK_TO_STOP
+            for number in STOP_SIGNALS
             if number not in ignored
         }
         return self
 
     def __exit__(self, *_) -> None:
-        for number, handler in self._before.items():
+        for number, handler in self._previous.items():
             signal.signal(number, handler)
 
     def _request(self, number: int, _frame) -> None:

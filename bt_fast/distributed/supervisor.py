@@ -1,7 +1,7 @@
-"""Starting ranks, and starting all again from the newest checkpoint when one of them dies.
+"""Supervisor of ranks: starts them, and restarts all from the last saved state when one dies.
 
-Ranks are processes of this machine or the tasks of one srun. Asked to stop, this process asks them;
-they save and end with EXIT_STOPPED. What a rank refuses (EXIT_REFUSED) it would refuse again.
+Ranks are processes of this machine or the tasks of one srun. A stop request to the supervisor is
+forwarded to the ranks, which save and exit with EXIT_STOPPED. EXIT_REFUSED, a user error, is final.
 """
 
 import os
@@ -13,19 +13,17 @@ from collections.abc import Callable, Sequence
 
 from torch.distributed import TCPStore
 
-from bt_fast.distributed import rendezvous
-from bt_fast.distributed.signals import EXIT_STOPPED, EXIT_UNSAVED, StopFlag
+from bt_fast.distributed.rendezvous import RESTARTS
+from bt_fast.distributed.signals import EXIT_REFUSED, EXIT_STOPPED, EXIT_UNSAVED, StopFlag
 
 MAX_RESTARTS = 3
-EXIT_REFUSED = 2  # what a user can do wrong, and has been told
-_LAST_WORDS = 10.0  # seconds in which ranks may say what they saw of the one that died
+_GRACE_PERIOD = 10.0  # seconds for ranks to report and exit after one has died
 
 
-def here(command: Sequence[str], world_size: int, stop: StopFlag) -> int:
-    """Run `bt-fast COMMAND...` as so many ranks of this machine; returns the exit status."""
+def run_processes(command: Sequence[str], world_size: int, stop: StopFlag) -> int:
+    """Run `bt-fast COMMAND...` as `world_size` ranks of this machine; returns the exit status."""
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    # As torchrun would say it.
-    alike = {
+    common = {  # torchrun's variables
         "WORLD_SIZE": world_size,
         "LOCAL_WORLD_SIZE": world_size,
         "MASTER_ADDR": "127.0.0.1",
@@ -33,80 +31,77 @@ def here(command: Sequence[str], world_size: int, stop: StopFlag) -> int:
         "TORCHELASTIC_USE_AGENT_STORE": True,
     }
 
-    def start() -> list[subprocess.Popen]:
-        return [
-            subprocess.Popen(
-                _rank_command(command),
-                env=os.environ | {name: str(value) for name, value in told.items()},
-            )
-            for told in ({**alike, "RANK": r, "LOCAL_RANK": r} for r in range(world_size))
-        ]
+    def start_rank(rank: int) -> subprocess.Popen:
+        variables = {**common, "RANK": rank, "LOCAL_RANK": rank}
+        environment = os.environ | {name: str(value) for name, value in variables.items()}
+        return subprocess.Popen(_rank_command(command), env=environment)
 
-    return _see_through(start, stop)
+    return _supervise(lambda: [start_rank(rank) for rank in range(world_size)], stop)
 
 
-def under(launcher: Sequence[str], command: Sequence[str], stop: StopFlag) -> int:
-    """Run it as what the words of `launcher` (an srun) start; returns the exit status."""
-
-    def start() -> list[subprocess.Popen]:
-        words = [*launcher, *_rank_command(command)]
-        return [subprocess.Popen(words, stdin=subprocess.DEVNULL)]
-
-    return _see_through(start, stop)
+def run_under(launcher: Sequence[str], command: Sequence[str], stop: StopFlag) -> int:
+    """Run `bt-fast COMMAND...` under a launcher (the words of an srun command); returns the exit
+    status."""
+    words = [*launcher, *_rank_command(command)]
+    return _supervise(lambda: [subprocess.Popen(words, stdin=subprocess.DEVNULL)], stop)
 
 
 def _rank_command(command: Sequence[str]) -> list[str]:
     return [sys.executable, "-m", "bt_fast.cli", *command]
 
 
-def _see_through(start: Callable[[], list[subprocess.Popen]], stop: StopFlag) -> int:
-    stop.training = True  # Ctrl-C, too, is for the ranks to answer
+def _supervise(start: Callable[[], list[subprocess.Popen]], stop: StopFlag) -> int:
+    """Start processes until they succeed, stop on request, or have failed MAX_RESTARTS + 1 times.
+
+    Raises ValueError in the last case.
+    """
+    stop.training = True  # Ctrl-C is a stop request, too
     failure = None
     for restart in range(MAX_RESTARTS + 1):
         if stop.requested:
             return EXIT_STOPPED
         if failure:
-            note = f"bt-fast: {failure}; all start again from what was last saved"
-            print(note, file=sys.stderr, flush=True)
-        os.environ[rendezvous.RESTARTS] = str(restart)
+            message = f"bt-fast: {failure}; restarting all ranks from the last saved state"
+            print(message, file=sys.stderr, flush=True)
+        os.environ[RESTARTS] = str(restart)
         processes = start()
         try:
             failure = _wait(processes, stop)
         finally:
-            _end(processes)
+            _terminate(processes)
         for status in (EXIT_REFUSED, EXIT_UNSAVED, EXIT_STOPPED):
             if any(process.returncode == status for process in processes):
                 return status
         if failure is None:
             return 0
-    raise ValueError(f"{failure}, and so did {MAX_RESTARTS} restarts")
+    raise ValueError(f"{failure}, also after {MAX_RESTARTS} restarts")
 
 
 def _wait(processes: list[subprocess.Popen], stop: StopFlag) -> str | None:
-    """Until all have ended, or until soon after one has failed; returns what it ended with, or
-    None. A wish to stop is passed on."""
-    asked, failure, deadline = False, None, float("inf")
+    """Wait until all processes have ended, or for the grace period after one has failed; returns
+    how the first one failed, or None. A stop request is forwarded."""
+    forwarded, failure, deadline = False, None, float("inf")
     while True:
         ended = [process.poll() is not None for process in processes]
         for rank, process in enumerate(processes):
             if failure is None and process.returncode:
-                who = f"rank {rank}" if len(processes) > 1 else "srun"
-                failure = f"{who} ended with {_in_words(process.returncode)}"
-                deadline = time.monotonic() + _LAST_WORDS
+                name = f"rank {rank}" if len(processes) > 1 else "srun"
+                failure = f"{name} ended with {_describe_exit(process.returncode)}"
+                deadline = time.monotonic() + _GRACE_PERIOD
         if all(ended) or time.monotonic() > deadline:
             return failure
-        if stop.requested and not asked:
-            asked = True
+        if stop.requested and not forwarded:
+            forwarded = True
             for process in processes:
                 process.send_signal(signal.SIGUSR2)
         time.sleep(0.1)
 
 
-def _end(processes: list[subprocess.Popen]) -> None:
-    """What is still there; with SIGTERM first, on which srun ends what it has started."""
+def _terminate(processes: list[subprocess.Popen]) -> None:
+    """End all processes: with SIGTERM, on which srun ends its tasks, then with SIGKILL."""
     for process in processes:
         process.terminate()
-    deadline = time.monotonic() + _LAST_WORDS
+    deadline = time.monotonic() + _GRACE_PERIOD
     for process in processes:
         try:
             process.wait(max(deadline - time.monotonic(), 0))
@@ -115,5 +110,5 @@ def _end(processes: list[subprocess.Popen]) -> None:
             process.wait()
 
 
-def _in_words(status: int) -> str:
+def _describe_exit(status: int) -> str:
     return signal.Signals(-status).name if status < 0 else f"exit status {status}"

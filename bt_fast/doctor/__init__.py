@@ -1,1 +1,1 @@
-"""`bt-fast doctor`: what this machine has, and what to fix."""
+"""`bt-fast doctor`: a report on this machine, with a fix for every problem found."""

@@ -1,4 +1,4 @@
-"""What this machine has and how fast it is, as numbers: measured, or asked of the system."""
+"""Hardware of this machine and its speed: measured, or reported by the system."""
 
 import mmap
 import os
@@ -13,36 +13,36 @@ import numpy as np
 import simplejpeg
 import torch
 
-from pipelines.crop import RandomResizedCrop, cut, random_boxes
+from pipelines.crop import RandomResizedCrop, crop_and_resize, random_boxes
 from pipelines.order import epoch_order
 
-SECONDS = 1.0  # of each measurement
-BLOCK = 1 << 17  # bytes a read: an ImageNet image
-_GROUP = Path("/sys/fs/cgroup")  # limits of the container, if this is one
-_HEIGHT, _WIDTH = 375, 500  # of the picture that is decoded: ImageNet's usual
+SECONDS = 1.0  # duration of each measurement
+BLOCK = 1 << 17  # bytes per read, about those of an ImageNet image
+_CGROUP = Path("/sys/fs/cgroup")  # limits of a container
+_HEIGHT, _WIDTH = 375, 500  # of the image that is decoded: the usual size in ImageNet
 
 
 def decode_rate() -> tuple[float, int]:
-    """(images a core decodes and cuts two views of 224 px from in a second, bytes of the JPEG)."""
-    jpeg = simplejpeg.encode_jpeg(_picture(), quality=90, colorsubsampling="420")
+    """(images/s of one core: decoding and cutting two views of 224 px; bytes of the JPEG)."""
+    jpeg = simplejpeg.encode_jpeg(_synthetic_image(), quality=90, colorsubsampling="420")
     keys = np.arange(2000, dtype=np.uint64)
     heights, widths = np.full(2000, _HEIGHT), np.full(2000, _WIDTH)
     boxes = random_boxes(RandomResizedCrop(), keys, heights, widths).reshape(1000, 2, 4)
     view = torch.empty(224, 224, 3, dtype=torch.uint8)
-    before, count = torch.get_num_threads(), 0
+    num_threads, count = torch.get_num_threads(), 0
     torch.set_num_threads(1)
     started = time.perf_counter()
     while (seconds := time.perf_counter() - started) < SECONDS:
         pixels = simplejpeg.decode_jpeg(jpeg, "RGB", fastdct=False, fastupsample=False)
         for box in boxes[count % 1000]:
-            cut(torch.from_numpy(pixels).permute(2, 0, 1), box, out=view)
+            crop_and_resize(torch.from_numpy(pixels).permute(2, 0, 1), box, out=view)
         count += 1
-    torch.set_num_threads(before)
+    torch.set_num_threads(num_threads)
     return count / seconds, len(jpeg)
 
 
-def _picture() -> np.ndarray:
-    """uint8 [375, 500, 3], of about as many bytes as JPEG as a photograph has."""
+def _synthetic_image() -> np.ndarray:
+    """uint8 [375, 500, 3]; its JPEG has about the size of a photograph's."""
     y, x = np.mgrid[:_HEIGHT, :_WIDTH]
     waves = [np.sin(x / (9 + 7 * c)) * np.cos(y / (31 - 8 * c)) for c in range(3)]
     noise = np.random.default_rng(0).normal(0, 9, (_HEIGHT, _WIDTH, 1))
@@ -50,10 +50,10 @@ def _picture() -> np.ndarray:
 
 
 def read_rate(path: Path, num_threads: int) -> tuple[float, bool]:
-    """Bytes/s of random reads of an image's size, and whether they came from the disk.
+    """(bytes/s of random reads of an image's size, whether they bypassed the page cache).
 
-    Direct reads leave the page cache alone: it may be feeding a run. Where the file system has
-    none, the system is asked to forget the file first, which it does not have to.
+    Direct reads leave the page cache as it is, because a run may be using it. On a file system
+    without direct reads, the kernel is advised to drop the file's pages first.
     """
     try:
         descriptor, direct = os.open(path, os.O_RDONLY | os.O_DIRECT), True
@@ -62,10 +62,11 @@ def read_rate(path: Path, num_threads: int) -> tuple[float, bool]:
         if hasattr(os, "posix_fadvise"):
             os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
     blocks = iter(epoch_order(min(path.stat().st_size // BLOCK, 1 << 20), seed=0, epoch=0).tolist())
-    started, lock, done = time.perf_counter(), threading.Lock(), [0]
+    started, lock, num_read = time.perf_counter(), threading.Lock(), 0
 
     def read() -> None:
-        buffer = mmap.mmap(-1, BLOCK)  # aligned, as direct reads want it
+        nonlocal num_read
+        buffer = mmap.mmap(-1, BLOCK)  # aligned, as direct reads require
         while time.perf_counter() - started < SECONDS:
             with lock:
                 block = next(blocks, None)
@@ -73,7 +74,7 @@ def read_rate(path: Path, num_threads: int) -> tuple[float, bool]:
                 return
             num_bytes = os.preadv(descriptor, [buffer], block * BLOCK)
             with lock:
-                done[0] += num_bytes
+                num_read += num_bytes
 
     threads = [threading.Thread(target=read) for _ in range(num_threads)]
     for thread in threads:
@@ -82,38 +83,38 @@ def read_rate(path: Path, num_threads: int) -> tuple[float, bool]:
         thread.join()
     seconds = time.perf_counter() - started
     os.close(descriptor)
-    return done[0] / seconds, direct
+    return num_read / seconds, direct
 
 
 def free_memory() -> int:
-    """Bytes that can still be taken, of the machine or of the container's share."""
+    """Available bytes of the machine's memory, or of the container's limit."""
     lines = Path("/proc/meminfo").read_text().splitlines()
     (free,) = (int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
     try:
-        limit = int((_GROUP / "memory.max").read_text())
-        return min(free, limit - int((_GROUP / "memory.current").read_text()))
+        limit = int((_CGROUP / "memory.max").read_text())
+        return min(free, limit - int((_CGROUP / "memory.current").read_text()))
     except (OSError, ValueError):  # no limit
         return free
 
 
 def bytes_of_batch(num_images: int, size: int) -> int:
-    """Both uint8 views of a batch, as the loader holds them. Beside a GPU that is page-locked
-    memory, of which torch takes powers of two (its CachingHostAllocator, to use them again)."""
+    """Bytes of a batch's uint8 views in the loader. On a machine with a GPU they are page-locked,
+    and torch's CachingHostAllocator rounds them up to a power of two."""
     num_bytes = 2 * num_images * size**2 * 3
     return 1 << (num_bytes - 1).bit_length() if torch.cuda.is_available() else num_bytes
 
 
-def granted_cores() -> float | None:
-    """Cores' worth of time that the container may take; None where nothing limits it."""
+def cpu_quota() -> float | None:
+    """The container's quota of CPU time, in cores; None without one."""
     try:
-        quota, period = (_GROUP / "cpu.max").read_text().split()
+        quota, period = (_CGROUP / "cpu.max").read_text().split()
         return int(quota) / int(period)
-    except (OSError, ValueError):  # "max", or no such control here
+    except (OSError, ValueError):  # "max", or no cgroup v2
         return None
 
 
 def nvidia_driver() -> str | None:
-    """Version of the driver in the kernel, None without one."""
+    """Version of the kernel's NVIDIA driver; None without one."""
     try:
         match = re.search(r"Module\s+([\d.]+)", Path("/proc/driver/nvidia/version").read_text())
     except OSError:
@@ -122,7 +123,7 @@ def nvidia_driver() -> str | None:
 
 
 def c_compiler() -> tuple[str | None, str | None]:
-    """(the compiler Triton would take, Python.h), None for what is not there."""
-    found = (os.environ.get("CC"), *map(shutil.which, ("cc", "gcc", "clang")))
+    """(path of the compiler that Triton uses, path of Python.h), None for a missing one."""
+    candidates = (os.environ.get("CC"), *map(shutil.which, ("cc", "gcc", "clang")))
     header = Path(sysconfig.get_paths()["include"]) / "Python.h"
-    return next(filter(None, found), None), str(header) if header.exists() else None
+    return next(filter(None, candidates), None), str(header) if header.exists() else None

@@ -1,4 +1,4 @@
-"""What bt-fast asks for and what is installed: the list itself stands in pyproject.toml."""
+"""Requirements of bt-fast, as pyproject.toml lists them, and the installed versions."""
 
 import importlib.metadata
 import re
@@ -9,36 +9,36 @@ from packaging.requirements import Requirement
 
 
 def requirements() -> dict[str, list[Requirement]]:
-    """By extra, "" for what is always needed: of the checkout, else as it was installed."""
+    """Requirements by extra, "" for the mandatory ones: of the checkout or the installation."""
     file = Path(__file__).parents[2] / "pyproject.toml"
     if file.exists():
         project = tomllib.loads(file.read_text())["project"]
         texts = {"": project["dependencies"], **project["optional-dependencies"]}
         return {extra: [Requirement(text) for text in texts[extra]] for extra in texts}
-    found: dict[str, list[Requirement]] = {"": []}
+    by_extra: dict[str, list[Requirement]] = {"": []}
     for text in importlib.metadata.requires("bt-fast") or ():
         extra = re.search(r"""extra == ["']([\w-]+)["']""", text)
-        found.setdefault(extra[1] if extra else "", []).append(Requirement(text))
-    return found
+        by_extra.setdefault(extra[1] if extra else "", []).append(Requirement(text))
+    return by_extra
 
 
 def version(package: str) -> str | None:
-    """Of an installed distribution; None where there is none."""
+    """Version of an installed distribution; None if it is not installed."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
 
 
-def described(names: list[str]) -> str:
-    """The versions of these, where they are installed: "torch 2.14.1, rich 15.0.0"."""
+def installed_versions(names: list[str]) -> str:
+    """The installed ones among these packages: "torch 2.14.1, rich 15.0.0"."""
     return ", ".join(f"{name} {version(name)}" for name in names if version(name)) or "none"
 
 
 def unmet() -> list[str]:
-    """What must be there and is not, or is too old, as pip takes it: "torch>=2.10"."""
+    """Required packages that are missing or too old, in pip's syntax: "torch>=2.10"."""
     return [
-        f"{needed.name}{needed.specifier}"
-        for needed in requirements()[""]
-        if not needed.specifier.contains(version(needed.name) or "0", prereleases=True)
+        f"{required.name}{required.specifier}"
+        for required in requirements()[""]
+        if not required.specifier.contains(version(required.name) or "0", prereleases=True)
     ]

@@ -1,1 +1,1 @@
-"""What an encoder has learned: every protocol of the paper, and a few quick ones."""
+"""Evaluations of an encoder: every protocol of the paper, and a few quick ones."""

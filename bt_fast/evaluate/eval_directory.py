@@ -1,11 +1,11 @@
-"""The folder of one evaluation: named by everything that decides its result, so that running the
-same command again continues it, and another one leaves it alone.
+"""The folder of one evaluation, named by everything that its result depends on: the same command
+continues it, and no other command writes into it.
 
     RUN/eval/linear-1f0c9a52/
-      facts.json             what is evaluated, on what, how
-      state.safetensors      where it stands, until it is done
+      facts.json             identity of the evaluation: encoder, images, protocol
+      state.safetensors      state of an unfinished evaluation
       classifier.safetensors the trained classifier
-      result.json            what it found
+      result.json            the result
 """
 
 import contextlib
@@ -19,34 +19,34 @@ import safetensors.torch
 import torch
 from safetensors import SafetensorError, safe_open
 
-from bt_fast.distributed.collectives import World, from_first
+from bt_fast.distributed.collectives import World, broadcast_object
 from bt_fast.run.directory import RunDirectory
 from pipelines.common.atomic import atomic_file
-from pipelines.common.console import say
+from pipelines.common.console import print_line
 
 Tensors = Mapping[str, torch.Tensor]
 
 
-class EvalFolder(RunDirectory):
+class EvalDirectory(RunDirectory):
     """A folder that holds a lock while it is open; see the module.
 
     Args:
         parent: the encoder's eval/ folder.
-        name: the evaluation's.
-        facts: JSON; everything that decides the result.
+        name: name of the evaluation.
+        identity: everything that the result depends on, as JSON.
     """
 
-    def __init__(self, parent: Path, name: str, facts: dict[str, Any]) -> None:
-        text = json.dumps(facts, sort_keys=True, default=str)
+    def __init__(self, parent: Path, name: str, identity: dict[str, Any]) -> None:
+        text = json.dumps(identity, sort_keys=True, default=str)
         super().__init__(parent / f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:8]}")
-        self.write("facts.json", json.dumps(facts, indent=2, default=str) + "\n")
+        self.write("facts.json", json.dumps(identity, indent=2, default=str) + "\n")
 
     def result(self) -> dict[str, Any] | None:
-        """What was found, if it was done before; says so."""
+        """The result of a finished evaluation, which is reported; else None."""
         file = self.path / "result.json"
         if not file.exists():
             return None
-        say(f"done before: {self.path}; remove that folder to repeat it")
+        print_line(f"already finished: {self.path}; remove that folder to repeat it")
         return json.loads(file.read_text())
 
     def save(self, tensors: Tensors, progress: dict[str, Any]) -> None:
@@ -67,7 +67,7 @@ class EvalFolder(RunDirectory):
             raise ValueError(f"{file} is damaged ({error}); delete it to start over") from None
 
     def finish(self, result: dict[str, Any], tensors: Tensors | None = None) -> dict[str, Any]:
-        """Keep the result and the classifier; the state is no longer needed."""
+        """Write the result and the classifier, remove the state; returns the result."""
         if tensors is not None:
             self._write("classifier.safetensors", tensors, {})
         self.write("result.json", json.dumps(result, indent=2) + "\n")
@@ -75,16 +75,18 @@ class EvalFolder(RunDirectory):
         return result
 
     def _write(self, name: str, tensors: Tensors, progress: dict[str, Any]) -> None:
-        plain = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
+        on_cpu = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
         with atomic_file(self.path / name, overwrite=True) as file:
-            file.write(safetensors.torch.save(plain, {"progress": json.dumps(progress)}))
+            file.write(safetensors.torch.save(on_cpu, {"progress": json.dumps(progress)}))
 
 
 @contextlib.contextmanager
-def shared_folder(
-    parent: Path, name: str, facts: dict[str, Any], world: World
-) -> Iterator[tuple[EvalFolder | None, dict[str, Any] | None]]:
-    """(the evaluation's folder, on the first rank only; what was found before, on every rank)."""
+def open_eval_directory(
+    parent: Path, name: str, identity: dict[str, Any], world: World
+) -> Iterator[tuple[EvalDirectory | None, dict[str, Any] | None]]:
+    """(the evaluation's folder, on the first rank only; a finished result, on every rank)."""
     with contextlib.ExitStack() as stack:
-        folder = stack.enter_context(EvalFolder(parent, name, facts)) if world.is_first else None
-        yield folder, from_first(folder and folder.result(), world.group)
+        folder = (
+            stack.enter_context(EvalDirectory(parent, name, identity)) if world.is_first else None
+        )
+        yield folder, broadcast_object(folder and folder.result(), world.group)

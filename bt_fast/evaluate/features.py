@@ -1,11 +1,12 @@
-"""What an encoder makes of the images of a data set; ranks share the images."""
+"""Outputs of an encoder for the images of a data set, which are divided among the ranks."""
 
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import numpy as np
 import torch
 
-from bt_fast.distributed.collectives import ALONE, World, gather_shares
+from bt_fast.distributed.collectives import ALONE, World, gather_slices
 from bt_fast.evaluate.views import Views
 from bt_fast.runtime import Runtime
 
@@ -13,39 +14,37 @@ from bt_fast.runtime import Runtime
 def extract_features(
     encoder: torch.nn.Module, views: Views, samples: np.ndarray, crop: float, world: World = ALONE
 ) -> torch.Tensor:
-    """Features of the samples' central crops: float32 [n, width] on the device of `views`, on every
-    rank; each reads its share. The encoder is left in the mode it was in."""
-    return outputs(encoder, samples, lambda own: views.central(own, crop), views.runtime, world)
+    """Features of the samples' central crops: float32 [n, width], on every rank."""
+    return model_outputs(encoder, samples, partial(views.central, crop=crop), views.runtime, world)
 
 
-def outputs(
+@torch.no_grad()
+def model_outputs(
     model: torch.nn.Module,
     samples: np.ndarray,
     batches: Callable[[np.ndarray], Iterator[torch.Tensor]],
     runtime: Runtime,
     world: World = ALONE,
+    advance: Callable[[int], None] | None = None,
 ) -> torch.Tensor:
     """The model's outputs for the samples in evaluation mode: float32 [n, width], on every rank.
 
+    Each rank reads its slice of the images. The model is left in its previous mode.
+
     Args:
         samples: int64 [n], at least one.
-        batches: makes images of some of them, in their order.
+        batches: sample indices -> batches of their images, in the same order.
+        advance: called with the approximate number of images that all ranks have finished.
     """
-    own = world.share(samples)
-    # A rank that has none of them must know the width, too.
-    ours = _encode(model, batches(own if len(own) else samples[:1]), runtime)[: len(own)]
-    return gather_shares(ours, len(samples), world.group)
-
-
-@torch.no_grad()
-def _encode(
-    model: torch.nn.Module, batches: Iterator[torch.Tensor], runtime: Runtime
-) -> torch.Tensor:
+    local = world.local_slice(samples)
     was_training = model.training
     model.eval()
-    parts = []
-    for images in batches:
+    outputs = []
+    # A rank without samples still needs the width of the outputs: it computes one and drops it.
+    for images in batches(local if len(local) else samples[:1]):
         with runtime.autocast():
-            parts.append(model(images).float())
+            outputs.append(model(images).float())
+        if advance is not None:
+            advance(len(images) * world.size)
     model.train(was_training)
-    return torch.cat(parts)
+    return gather_slices(torch.cat(outputs)[: len(local)], len(samples), world.group)

@@ -1,7 +1,7 @@
 """Weighted k-nearest-neighbour classification (Wu et al., CVPR 2018).
 
-Each of a query's k most similar bank images votes for its class with weight
-exp(cosine similarity / temperature); the class with most votes is the answer.
+Each of a query's k most similar bank images adds exp(cosine similarity / temperature) to the score
+of its class; the class with the highest score is predicted.
 """
 
 from dataclasses import dataclass
@@ -12,13 +12,13 @@ import torch.nn.functional as F
 
 from bt_fast.distributed.collectives import ALONE, World
 from bt_fast.evaluate.features import extract_features
-from bt_fast.evaluate.views import Images, Views
+from bt_fast.evaluate.views import Views
 from bt_fast.runtime import Runtime
+from pipelines.loading.datasets import ImageDataset
 from pipelines.order import epoch_order
 
-# k and temperature: the setting of the short list, and InstDisc's own.
-SETTINGS = ((20, 0.07), (200, 0.1))
-_SPLIT_EPOCH = -1  # of `epoch_order`: an order that no training epoch has
+SETTINGS = ((20, 0.07), (200, 0.1))  # (k, temperature)
+_SPLIT_EPOCH = -1  # `epoch_order`'s epoch for the split: no training epoch has this order
 
 
 @torch.no_grad()
@@ -33,12 +33,12 @@ def knn_accuracy(
     num_classes: int,
     chunk: int = 1024,
 ) -> float:
-    """Share of queries whose class is found, in [0, 1].
+    """Top-1 accuracy on the queries, in [0, 1].
 
     Args:
         bank, queries: float [n, width], L2-normalised.
         bank_labels, query_labels: int64 [n].
-        k: neighbours; at most the size of the bank is used.
+        k: number of neighbours; at most the size of the bank.
     """
     k = min(k, len(bank))
     correct = torch.zeros((), dtype=torch.int64, device=bank.device)
@@ -46,19 +46,19 @@ def knn_accuracy(
         similarity, neighbours = (queries[start : start + chunk] @ bank.T).topk(k, dim=1)
         # Relative to the best neighbour, so that exp cannot overflow at a small temperature.
         weights = ((similarity - similarity[:, :1]) / temperature).exp()
-        votes = weights.new_zeros(len(weights), num_classes)
-        votes.scatter_add_(1, bank_labels[neighbours], weights)
-        correct += (votes.argmax(1) == query_labels[start : start + chunk]).sum()
+        scores = weights.new_zeros(len(weights), num_classes)
+        scores.scatter_add_(1, bank_labels[neighbours], weights)
+        correct += (scores.argmax(1) == query_labels[start : start + chunk]).sum()
     return correct.item() / len(queries)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class KnnData:
-    """Which images are the bank and which ask. Images without a class are left out."""
+    """Bank and query images; images without a class are in neither."""
 
-    bank: Images
+    bank: ImageDataset
     bank_samples: np.ndarray  # int64 [n]
-    queries: Images
+    queries: ImageDataset
     query_samples: np.ndarray  # int64 [m]
 
     @property
@@ -67,27 +67,28 @@ class KnnData:
 
     @property
     def description(self) -> str:
-        held_out = "held out" if self.queries is not self.bank else "a tenth of the same file"
-        return f"{len(self.query_samples)} images ({held_out}) among {len(self.bank_samples)}"
+        split = "held out" if self.queries is not self.bank else "a tenth of the training images"
+        return f"{len(self.query_samples)} queries ({split}), {len(self.bank_samples)} bank images"
 
 
 def choose_data(
-    train: Images, val: Images | None, seed: int, limit: int | None = None
+    train: ImageDataset, val: ImageDataset | None, seed: int, limit: int | None = None
 ) -> KnnData | None:
     """Bank and queries: train and val, or nine tenths and one tenth of train.
 
-    A split is drawn from the seed and disjoint, but pretraining has seen the pixels (never the
-    classes) of both parts. `limit` caps the bank, and half of it the queries. Returns None where
-    there are no two classes to tell apart.
+    The split of `train` is disjoint and a function of the seed, but pretraining has seen the pixels
+    (never the classes) of both parts. `limit` caps the bank, half of it the queries. Returns None
+    if the bank has fewer than two classes or there are no queries.
     """
     if val is not None and train.class_names and val.class_names not in (None, train.class_names):
         raise ValueError(f"{val.path} has other classes than {train.path}")
-    labelled = _labelled(train, seed)
+    bank_samples = _shuffled_labelled(train, seed)
     if val is None:
-        val, first = train, len(labelled) // 10
-        query_samples, bank_samples = labelled[:first], labelled[first:]
+        num_queries = len(bank_samples) // 10
+        val, query_samples = train, bank_samples[:num_queries]
+        bank_samples = bank_samples[num_queries:]
     else:
-        query_samples, bank_samples = _labelled(val, seed), labelled
+        query_samples = _shuffled_labelled(val, seed)
     if limit is not None:
         bank_samples, query_samples = bank_samples[:limit], query_samples[: limit // 2]
     classes = np.unique(train.labels[bank_samples])
@@ -96,9 +97,10 @@ def choose_data(
     return KnnData(bank=train, bank_samples=bank_samples, queries=val, query_samples=query_samples)
 
 
-def _labelled(reader: Images, seed: int) -> np.ndarray:
-    order = epoch_order(len(reader), seed, _SPLIT_EPOCH)
-    return order[reader.labels[order] >= 0]
+def _shuffled_labelled(images: ImageDataset, seed: int) -> np.ndarray:
+    """Samples that have a class, in a random order: int64 [n]."""
+    order = epoch_order(len(images), seed, _SPLIT_EPOCH)
+    return order[images.labels[order] >= 0]
 
 
 def evaluate_knn(
@@ -111,16 +113,16 @@ def evaluate_knn(
     num_threads: int,
     world: World = ALONE,
 ) -> dict[str, float]:
-    """`knn_scores` of an encoder's features, on every rank; each reads its share of the images."""
+    """`knn_scores` of an encoder's features, on every rank; each reads a slice of the images."""
     bank, queries = (
         extract_features(
             encoder,
-            Views(reader, runtime, size=size, num_threads=num_threads),
+            Views(images, runtime, size=size, num_threads=num_threads),
             samples,
             crop,
             world,
         )
-        for reader, samples in ((data.bank, data.bank_samples), (data.queries, data.query_samples))
+        for images, samples in ((data.bank, data.bank_samples), (data.queries, data.query_samples))
     )
     return knn_scores(bank, queries, data)
 
@@ -128,13 +130,11 @@ def evaluate_knn(
 def knn_scores(bank: torch.Tensor, queries: torch.Tensor, data: KnnData) -> dict[str, float]:
     """`knn_accuracy` for each of SETTINGS: {"knn_20": ..., "knn_200": ...}, in [0, 1].
 
-    bank, queries: features [n, width] of the images that `data` names.
+    bank, queries: features [n, width] of the samples in `data`.
     """
     bank, queries = F.normalize(bank, dim=1), F.normalize(queries, dim=1)
-    bank_labels, query_labels = (
-        torch.from_numpy(images.labels[samples]).to(bank.device)
-        for images, samples in ((data.bank, data.bank_samples), (data.queries, data.query_samples))
-    )
+    bank_labels = torch.from_numpy(data.bank.labels[data.bank_samples]).to(bank.device)
+    query_labels = torch.from_numpy(data.queries.labels[data.query_samples]).to(bank.device)
     return {
         f"knn_{k}": knn_accuracy(
             bank,

@@ -1,14 +1,14 @@
 """The quick linear protocol: features are read once, then many linear classifiers train at once.
 
-Not the paper's protocol: the images are seen as their central crop and a few fixed random views
-instead of a new one per epoch. It answers in minutes what the full one answers in hours, and tries
-the learning rates and weight decays that the full one fixes. Which of them counts is decided on a
-tenth of the training images; then the classifier with these values trains on all of them, and the
-held-out images are asked once.
+Not the paper's protocol: each image has its central crop and a few fixed random views instead of a
+new view per epoch. It takes minutes where the full one takes hours, and tries several learning
+rates and weight decays where the full one fixes them. The pair is chosen by accuracy on a tenth of
+the training images; a classifier with this pair then trains on all of them and is tested once on
+the held-out images.
 
-With H classifiers, weights W [H, C, F + 1] (the last column is the bias, of a feature that is 1):
-one product gives all logits, the sum of the H losses has independent gradients, and SGD with
-momentum 0.9 takes a rate and a decay per classifier.
+With H classifiers, weights W [H, C, F + 1] (the last column is the bias, for a feature of 1): one
+product gives all logits, the sum of the H losses has independent gradients, and SGD with momentum
+0.9 has a learning rate and a weight decay per classifier.
 """
 
 import dataclasses
@@ -26,20 +26,20 @@ import torch
 import torch.nn.functional as F
 
 from bt_fast.distributed import collectives
-from bt_fast.evaluate.eval_directory import EvalFolder, shared_folder
-from bt_fast.evaluate.features import outputs
-from bt_fast.evaluate.options import Part, Subject
+from bt_fast.evaluate.eval_directory import EvalDirectory, open_eval_directory
+from bt_fast.evaluate.eval_setup import EvalSetup, Subset
+from bt_fast.evaluate.features import model_outputs
 from pipelines.common.atomic import atomic_file
 from pipelines.common.console import progress
 from pipelines.order import epoch_order
 
 _MOMENTUM = 0.9
-_SPLIT_EPOCH = -2  # of `epoch_order`: an order that no training epoch has
+_SPLIT_EPOCH = -2  # `epoch_order`'s epoch for the split: no training epoch has this order
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Grid:
-    """What is tried, and how each classifier trains; cosine to 0, per epoch."""
+    """Grid of hyperparameters; learning rates follow a cosine to 0, per epoch."""
 
     rates: tuple[float, ...] = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
     decays: tuple[float, ...] = (0.0, 1e-6, 1e-5, 1e-4)
@@ -57,67 +57,60 @@ class Grid:
 
 
 def fit_grid(
-    subject: Subject, train: Part, val: Part, grid: Grid, *, min_scale: float, num_views: int
+    setup: EvalSetup, train: Subset, val: Subset, grid: Grid, *, min_scale: float, num_views: int
 ) -> dict[str, Any]:
     """The quick protocol: {"top1", "top5", "lr", "decay", "grid"}.
 
-    grid: (lr, decay, top-1 on the tenth of the training images that chose) of every classifier.
+    grid: (lr, decay, top-1 on the held-back tenth of the training images) of every classifier.
     """
     if num_views < 1:
         raise ValueError(f"--views must be at least 1, got {num_views}")
-    facts = {
-        **subject.facts(train, val),
+    identity = {
+        **setup.identity(train, val),
         "min_scale": min_scale,
         "views": num_views,
         "grid": dataclasses.asdict(grid),
     }
-    with shared_folder(subject.folder, "linear-cached", facts, subject.world) as (folder, found):
-        if found is None:
-            train_files = cached_views(
-                subject, train, num_views, min_scale=min_scale, seed=grid.seed
-            )
-            val_files = cached_views(subject, val, 1, min_scale=min_scale, seed=grid.seed)
+    device, world = setup.runtime.device, setup.world
+    with open_eval_directory(setup.folder, "linear-cached", identity, world) as (folder, result):
+        if result is None:
+            files = cached_views(setup, train, num_views, min_scale=min_scale, seed=grid.seed)
+            (val_file,) = cached_views(setup, val, 1, min_scale=min_scale, seed=grid.seed)
             if folder:  # on the first rank
-                load = partial(load_features, device=subject.runtime.device)
-                bank, (queries,) = torch.stack([*map(load, train_files)]), map(load, val_files)
-                labels, val_labels = (part.labels.to(bank.device) for part in (train, val))
-                found = choose_and_fit(folder, bank, labels, queries, val_labels, grid)
-            found = collectives.from_first(found, subject.world.group)
-        return found
+                views = torch.stack([load_features(file, device) for file in files])
+                val_features = load_features(val_file, device)
+                labels, val_labels = train.labels.to(device), val.labels.to(device)
+                result = choose_and_fit(folder, views, labels, val_features, val_labels, grid)
+            result = collectives.broadcast_object(result, world.group)
+        return result
 
 
 def cached_views(
-    subject: Subject, part: Part, count: int, *, min_scale: float, seed: int
+    setup: EvalSetup, subset: Subset, num_views: int, *, min_scale: float, seed: int
 ) -> list[Path]:
-    """Files with features [n, F], float16, of the central crops and of `count` - 1 random views.
+    """Files of features, float16 [n, F]: central crops first, then `num_views` - 1 random views.
 
-    Each is read from the images once, by all ranks, and kept in the subject's folder.
+    Missing files are computed by all ranks and kept in the setup's folder.
     """
-    facts = repr((subject.facts(part), min_scale, seed))
-    digest = hashlib.sha256(facts.encode()).hexdigest()[:8]
-    views, world = subject.views(part.images), subject.world
-    files = [subject.folder / "features" / f"{digest}-{number}.npy" for number in range(count)]
+    identity = repr((setup.identity(subset), min_scale, seed))
+    digest = hashlib.sha256(identity.encode()).hexdigest()[:8]
+    files = [setup.folder / "features" / f"{digest}-{number}.npy" for number in range(num_views)]
+    views, world = setup.views(subset.images), setup.world
     for number, file in enumerate(files):
-        if collectives.from_first(file.exists(), world.group):
+        if collectives.broadcast_object(file.exists(), world.group):
             continue
-        batches: Callable[[np.ndarray], Iterator[torch.Tensor]]
-        if number == 0:
-            batches = partial(views.central, share=subject.crop)
-        else:
+        batches: Callable[..., Iterator[torch.Tensor]] = partial(views.central, crop=setup.crop)
+        if number > 0:
             batches = partial(views.random, min_scale=min_scale, seed=seed, epoch=number - 1)
-        title = f"features of {Path(part.images.path).name}, view {number + 1} of {count}"
-        with progress(title, len(part)) as advance:
-            features = outputs(
-                subject.encoder,
-                part.samples,
-                partial(_counted, batches, lambda n: advance(n * world.size)),
-                subject.runtime,
-                world,
-            ).half()
+        title = f"features of {Path(subset.images.path).name}, view {number + 1} of {num_views}"
+        with progress(title, len(subset)) as advance:
+            features = model_outputs(
+                setup.encoder, subset.samples, batches, setup.runtime, world, advance
+            )
         if world.is_first:
             file.parent.mkdir(parents=True, exist_ok=True)
             with atomic_file(file, overwrite=True) as opened:
-                np.save(opened, features.cpu().numpy())
+                np.save(opened, features.half().cpu().numpy())
     return files
 
 
@@ -126,21 +119,15 @@ def load_features(file: Path, device: torch.device) -> torch.Tensor:
     return torch.from_numpy(np.load(file)).to(device)
 
 
-def _counted(batches, advance, samples: np.ndarray) -> Iterator[torch.Tensor]:
-    for batch in batches(samples):
-        yield batch
-        advance(len(batch))
-
-
 def choose_and_fit(
-    folder: EvalFolder,
+    folder: EvalDirectory,
     views: torch.Tensor,
     labels: torch.Tensor,
     val_features: torch.Tensor,
     val_labels: torch.Tensor,
     grid: Grid,
 ) -> dict[str, Any]:
-    """Choose rate and decay on a tenth of the images, train with them on all, measure.
+    """Choose learning rate and weight decay on a tenth of the images, train on all of them, test.
 
     Args:
         views: [V, n, F], of which [0] are the central crops. labels: int64 [n].
@@ -152,94 +139,93 @@ def choose_and_fit(
     saved = folder.load()
     if saved is None or "best" not in saved[1]:
         stage, pairs = "choosing a classifier", grid.pairs
-        heads = train_heads(
+        classifiers = train_classifiers(
             folder, stage, views[:, rest], labels[rest], pairs, num_classes, grid, {}
         )
-        scores = [score for score, _ in top_1_and_5(heads, views[0, tenth], labels[tenth])]
-        best = scores.index(max(scores))
-        tried = [[*pair, score] for pair, score in zip(grid.pairs, scores, strict=True)]
-        chosen: dict[str, Any] = {"best": best, "grid": tried}
-        folder.save({}, {**chosen, "epoch": 0})
+        scores = [top1 for top1, _ in top_1_and_5(classifiers, views[0, tenth], labels[tenth])]
+        scored_pairs = [[*pair, score] for pair, score in zip(pairs, scores, strict=True)]
+        choice: dict[str, Any] = {"best": scores.index(max(scores)), "grid": scored_pairs}
+        folder.save({}, {**choice, "epoch": 0})
     else:
-        chosen = {key: saved[1][key] for key in ("best", "grid")}
-    pair = grid.pairs[chosen["best"]]
-    heads = train_heads(folder, "training it", views, labels, [pair], num_classes, grid, chosen)
-    top1, top5 = top_1_and_5(heads, val_features, val_labels)[0]
-    result = {"top1": top1, "top5": top5, "lr": pair[0], "decay": pair[1], "grid": chosen["grid"]}
-    weights = {"head.weight": heads[0, :, :-1], "head.bias": heads[0, :, -1]}
+        choice = {key: saved[1][key] for key in ("best", "grid")}
+    lr, decay = grid.pairs[choice["best"]]
+    stage, pairs = "training the chosen classifier", [(lr, decay)]
+    classifiers = train_classifiers(folder, stage, views, labels, pairs, num_classes, grid, choice)
+    ((top1, top5),) = top_1_and_5(classifiers, val_features, val_labels)
+    result = {"top1": top1, "top5": top5, "lr": lr, "decay": decay, "grid": choice["grid"]}
+    weights = {"head.weight": classifiers[0, :, :-1], "head.bias": classifiers[0, :, -1]}
     return folder.finish(result, weights)
 
 
-def train_heads(
-    folder: EvalFolder,
+def train_classifiers(
+    folder: EvalDirectory,
     stage: str,
     views: torch.Tensor,
     labels: torch.Tensor,
     pairs: list[tuple[float, float]],
     num_classes: int,
     grid: Grid,
-    chosen: dict[str, Any],
+    choice: dict[str, Any],
 ) -> torch.Tensor:
-    """One classifier per (rate, decay), float32 [H, C, F + 1]; epoch e sees views[e mod V].
+    """One classifier per (rate, decay), float32 [H, C, F + 1]; epoch e uses views[e mod V].
 
-    State is saved at each tenth of the epochs, with `chosen`, which names the stage on resume.
+    State is saved after each tenth of the epochs, with `choice`, which marks the second stage.
     """
-    device, (num_heads, width) = labels.device, (len(pairs), views.shape[2])
+    device, num_features = labels.device, views.shape[2]
     generator = torch.Generator().manual_seed(grid.seed)
-    start = 0.01 * torch.randn(num_classes, width + 1, generator=generator)
-    start[:, -1] = 0
-    heads = start.repeat(num_heads, 1, 1).to(device)
-    momentum = torch.zeros_like(heads)
-    first, saved = 0, folder.load()
+    initial = 0.01 * torch.randn(num_classes, num_features + 1, generator=generator)
+    initial[:, -1] = 0
+    classifiers = initial.repeat(len(pairs), 1, 1).to(device)
+    momentum = torch.zeros_like(classifiers)
+    first_epoch, saved = 0, folder.load()
     if saved is not None and saved[0]:
-        heads.copy_(saved[0]["heads"])
+        classifiers.copy_(saved[0]["heads"])
         momentum.copy_(saved[0]["momentum"])
-        first = saved[1]["epoch"]
-    rates, decays = (
-        torch.tensor(part, device=device).view(-1, 1, 1) for part in zip(*pairs, strict=True)
-    )
+        first_epoch = saved[1]["epoch"]
+    rates = torch.tensor([rate for rate, _ in pairs], device=device).view(-1, 1, 1)
+    decays = torch.tensor([decay for _, decay in pairs], device=device).view(-1, 1, 1)
     save_every = max(1, grid.epochs // 10)
-    title = f"{stage} ({num_heads} at once)"
-    with progress(title, (grid.epochs - first) * len(labels)) as done:
-        for epoch in range(first, grid.epochs):
-            share = 0.5 * (1 + math.cos(math.pi * epoch / grid.epochs))
+    title = f"{stage} ({len(pairs)} at once)"
+    with progress(title, (grid.epochs - first_epoch) * len(labels)) as advance:
+        for epoch in range(first_epoch, grid.epochs):
+            lr_factor = 0.5 * (1 + math.cos(math.pi * epoch / grid.epochs))
             order = torch.from_numpy(epoch_order(len(labels), grid.seed, epoch)).to(device)
             view = views[epoch % len(views)]
             for batch in order.split(grid.batch_size):
-                gradient = cross_entropy_gradient(heads, view[batch], labels[batch])
-                momentum.mul_(_MOMENTUM).add_(gradient + decays * heads)
-                heads -= share * rates * momentum
-                done(len(batch))
+                gradient = cross_entropy_gradient(classifiers, view[batch], labels[batch])
+                momentum.mul_(_MOMENTUM).add_(gradient + decays * classifiers)
+                classifiers -= lr_factor * rates * momentum
+                advance(len(batch))
             if (epoch + 1) % save_every == 0:
-                state = {"heads": heads, "momentum": momentum}
-                folder.save(state, {**chosen, "epoch": epoch + 1})
-    return heads
+                state = {"heads": classifiers, "momentum": momentum}
+                folder.save(state, {**choice, "epoch": epoch + 1})
+    return classifiers
 
 
 def cross_entropy_gradient(
-    heads: torch.Tensor, features: torch.Tensor, labels: torch.Tensor
+    classifiers: torch.Tensor, features: torch.Tensor, labels: torch.Tensor
 ) -> torch.Tensor:
-    """Of each head's mean loss over the batch: [H, C, F + 1], from features [n, F].
+    """Gradient of each classifier's mean loss: [H, C, F + 1], from features [n, F].
 
     d loss / d logits is softmax minus one-hot, over n.
     """
-    num_heads, num_classes, _ = heads.shape
+    num_classifiers, num_classes, _ = classifiers.shape
     inputs = F.pad(features.float(), (0, 1), value=1.0)  # [n, F + 1]
-    logits = (inputs @ heads.flatten(0, 1).T).view(-1, num_heads, num_classes)
+    logits = (inputs @ classifiers.flatten(0, 1).T).view(-1, num_classifiers, num_classes)
     errors = logits.softmax(2)
     errors -= F.one_hot(labels, num_classes)[:, None]
-    return (errors.flatten(1).T @ inputs).view_as(heads) / len(inputs)
+    return (errors.flatten(1).T @ inputs).view_as(classifiers) / len(inputs)
 
 
 def top_1_and_5(
-    heads: torch.Tensor, features: torch.Tensor, labels: torch.Tensor, *, chunk: int = 4096
+    classifiers: torch.Tensor, features: torch.Tensor, labels: torch.Tensor, *, chunk: int = 4096
 ) -> list[tuple[float, float]]:
-    """(top-1, top-5) of each head, every image counted once."""
-    correct = torch.zeros(len(heads), 2, dtype=torch.int64, device=labels.device)
+    """(top-1, top-5) of each classifier, every image counted once."""
+    num_correct = torch.zeros(len(classifiers), 2, dtype=torch.int64, device=labels.device)
     for inputs, targets in zip(features.split(chunk), labels.split(chunk), strict=True):
         inputs = F.pad(inputs.float(), (0, 1), value=1.0)
-        for number, head in enumerate(heads):
-            logits = inputs @ head.T
+        for number, classifier in enumerate(classifiers):
+            logits = inputs @ classifier.T
             hits = logits.topk(min(5, logits.shape[1]), dim=1).indices == targets[:, None]
-            correct[number] += torch.stack([hits[:, :1].sum(), hits.sum()])
-    return [(top1 / len(labels), top5 / len(labels)) for top1, top5 in correct.tolist()]
+            num_correct[number] += torch.stack([hits[:, :1].sum(), hits.sum()])
+    return [(top1 / len(labels), top5 / len(labels)) for top1, top5 in num_correct.tolist()]

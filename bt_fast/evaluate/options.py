@@ -1,60 +1,42 @@
-"""What every evaluation needs: its common flags, the encoder, the images, a folder to keep."""
+"""Flags of every `bt-fast eval` command: torch-free, so that --help needs no torch."""
 
-import hashlib
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Literal, TypeVar
 
-import numpy as np
-import torch
 import tyro
-from rich.console import Console
-from torch import nn
 
-from bt_fast.config import Config
-from bt_fast.distributed.collectives import ALONE, World
-from bt_fast.evaluate.views import Images, Views
-from bt_fast.export.encoder_files import fingerprint, read_pretrained
-from bt_fast.models.networks import build_encoder, feature_width
-from bt_fast.run.console import summary_table
-from bt_fast.run.directory import load_config
-from bt_fast.runtime import Precision, Runtime, apply_switches, choose_runtime, prepare
-from pipelines.common.cpu import usable_cores
-from pipelines.convert.sources.shards import is_ours
-from pipelines.loading.choose import open_data, open_val
-from pipelines.loading.image_files import open_folder
+from bt_fast.choices import Device, Precision
 
 Options = TypeVar("Options", bound="EvalOptions")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EvalOptions:
-    """Flags of every evaluation."""
+    """Flags that all evaluations have in common."""
 
     run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN_OR_FILE")]
-    """Folder of a pretraining run, or a file of weights (ours, or the authors' resnet50.pth)."""
+    """Folder of a pretraining run, or file of weights (bt-fast's, or the authors' resnet50.pth)."""
     data: Path | None = None
-    """Labelled images to learn from: a .beton, or a folder of class folders. Default: the run's."""
+    """Labelled training images: a .beton, or a folder of class folders. Default: the run's."""
     val_data: Path | None = None
-    """Labelled images to classify. Default: out.val.beton beside out.beton, val/ beside train/."""
+    """Labelled held-out images. Default: out.val.beton beside out.beton, val/ beside train/."""
     random: bool = False
-    """Take the same network at random initialisation: the run's own starting point."""
+    """Random initialisation, the same as the run's, in place of the pretrained weights."""
     size: int | None = None
     """Side of the images, pixels. Default: the run's; 224 for a file."""
     crop: float | None = None
-    """Central crop, share of the short side. Default: the run's; 0.875 (resize 256, crop 224)."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to compute."""
+    """Central crop, fraction of the short side. Default: the run's; 0.875 for a file."""
+    device: Device = "auto"
+    """Device of the encoder; auto is the GPU where there is one."""
     gpus: int | None = None
-    """Number of ranks; with --device cpu they are processes. Default: all GPUs of this machine, or
-    one CPU process."""
+    """Number of ranks, processes with --device cpu. Default: all GPUs, or one CPU process."""
     precision: Precision = "auto"
-    """Of the encoder; auto is bf16 where the hardware has it."""
+    """Precision of the encoder; auto is bf16 where the hardware multiplies it."""
     workers: int | None = None
-    """Decoding threads of each rank. Default: its share of the usable cores."""
+    """Decoding threads per rank. Default: the usable cores divided by the ranks of this machine."""
     cache_gb: float = 0.0
-    """Memory for decoded images, GB."""
+    """Memory of each rank for decoded images, GB."""
     out: Path | None = None
     """Folder for states and results. Default: RUN/eval, or FILE.d/eval."""
 
@@ -70,196 +52,93 @@ class EvalOptions:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class EvalAll(EvalOptions):
+    """Compare random initialisation with pretraining: kNN, linear and 10 % of the labels."""
+
+    full_linear: bool = False
+    """The paper's linear protocol instead of the quick one."""
+    percent: float = 10
+    """Percentage of the labels for fine-tuning."""
+    semi_epochs: int = 20
+    """Epochs of fine-tuning."""
+    semi_batch_size: int = 256
+    """ImageDataset per step of fine-tuning."""
+    seed: int = 0
+    """Seed of the labelled subset, the classifiers, the order and the crops."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvalKnn(EvalOptions):
+    """Measure the weighted kNN accuracy of an encoder and the rank of its features."""
+
+    augmented: bool = False
+    """Also the accuracy on held-out images under pretraining's augmentation, once per branch."""
+    collapse: bool = False
+    """Also a collapse report on the projector's embeddings; only checkpoints hold the projector."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class TrainedOptions(EvalOptions):
-    """Flags of evaluations that train on the run's own images."""
+    """Flags of evaluations that train on the run's images."""
 
     batch_size: int = 256
-    """Images per step."""
+    """Number of images per step."""
     min_scale: float | None = None
-    """Smallest random crop, share of the image's area. Default: the run's; 0.08 for a file."""
+    """Smallest random crop, fraction of the image's area. Default: the run's; 0.08 for a file."""
     seed: int = 0
-    """Of everything drawn: a part of the labels, the classifier's start, the order, the crops."""
-
-    def smallest_crop(self, subject: "Subject") -> float:
-        """`min_scale`, or the run's."""
-        return subject.min_scale if self.min_scale is None else self.min_scale
+    """Seed of the labelled subset, the classifier's initialisation, the order and the crops."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Subject:
-    """The encoder under evaluation, on its device, and how images reach it."""
+class EvalLinear(TrainedOptions):
+    """Train a linear classifier on the frozen encoder and test it on the held-out images."""
 
-    encoder: nn.Module
-    projector: nn.Module | None  # of a run that saved one
-    description: str
-    fingerprint: str  # of the encoder's weights
-    random: bool
-    config: Config | None  # the run's
-    runtime: Runtime
-    size: int
-    crop: float
-    min_scale: float  # smallest random crop in pretraining
-    num_threads: int
-    cache_bytes: int
-    folder: Path  # where evaluations of it are kept
-    world: World  # the ranks that share the work
-
-    def facts(self, *parts: "Part") -> dict[str, Any]:
-        """What decides a result beside the protocol, as JSON: the encoder, images, and how."""
-        return {
-            "encoder": self.fingerprint,
-            "random": self.random,
-            "images": [part.identity for part in parts],
-            "size": self.size,
-            "crop": self.crop,
-            "precision": self.runtime.precision,
-        }
-
-    @property
-    def seed(self) -> int:
-        """The run's."""
-        return self.config.seed if self.config is not None else 0
-
-    @property
-    def width(self) -> int:
-        """Features per image."""
-        return feature_width(self.encoder)
-
-    def views(self, reader: Images) -> Views:
-        """Batches of a data set, as this encoder takes them."""
-        return Views(
-            reader,
-            self.runtime,
-            size=self.size,
-            num_threads=self.num_threads,
-            cache_bytes=self.cache_bytes,
-        )
+    cached: bool = False
+    """Quick protocol: features extracted once, then a grid of classifiers trained at once."""
+    views: int = 4
+    """Views of each training image in the quick protocol: the central crop, then random ones.
+    Memory of each: 0.5 GB per 128,000 images of a ResNet-50."""
+    epochs: int = 100
+    """Passes over the images (or their features)."""
+    lr: float = 0.3
+    """Learning rate, not scaled by the batch size; cosine to 0. The grid has several others."""
+    weight_decay: float = 1e-6
+    """Weight decay of weights and bias. The grid has several others."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Part:
-    """Some samples of a data set: those to learn from, or those to classify."""
+class EvalSemi(TrainedOptions):
+    """Fine-tune the encoder on a fraction of the labels and test it on the held-out images."""
 
-    images: Images
-    samples: np.ndarray  # int64 [n]
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    @property
-    def labels(self) -> torch.Tensor:
-        """int64 [n], on the CPU."""
-        return torch.from_numpy(self.images.labels[self.samples])
-
-    @property
-    def identity(self) -> str:
-        """Names the contents: the data set's checksums, and which samples."""
-        own = self.images.sha256() or f"{len(self.images)} {self.images.labels.sum()}"
-        return hashlib.sha256(own.encode() + self.samples.tobytes()).hexdigest()
+    percent: float = 10
+    """Percentage of the labels, the same in every class."""
+    train_list: Path | None = None
+    """File with the names of the labelled images instead, one per line, as published."""
+    protocol: Literal["paper", "released"] = "paper"
+    """Learning rates of the paper (0.002 / 0.5, in steps) or of its code (0.005 / 0.5, cosine)."""
+    epochs: int = 20
+    """Passes over the subset; the paper's steps are after 60 % and 80 % of them."""
+    lr_encoder: float | None = None
+    """Learning rate of the encoder. Default: the protocol's."""
+    lr_head: float = 0.5
+    """Learning rate of the classifier."""
 
 
-def run_on_pair(
-    name: str,
-    options: Options,
-    measure: Callable[[Options, Subject, Images, Images], tuple[float, dict[str, str]]],
-    world: World = ALONE,
-) -> int:
-    """`bt-fast eval NAME` on labelled images and held-out ones: print the rows that `measure`
-    returns beside the accuracy; returns the exit status."""
-    subject = open_subject(options, world=world)
-    train, val = open_pair(options, subject)
-    rows = {"encoder": subject.description, "data": f"{train.path}, {len(train)} images"}
-    rows |= measure(options, subject, train, val)[1]
-    Console(soft_wrap=True).print(summary_table(f"bt-fast eval {name}", rows))
-    return 0
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvalTransfer(EvalOptions):
+    """Evaluate the frozen encoder on another data set."""
 
-
-def open_subject(options: EvalOptions, *, projector: bool = False, world: World = ALONE) -> Subject:
-    """Read the encoder, with its projector if asked, and settle defaults. Raises ValueError."""
-    is_run = (options.run / "config.json").is_file()
-    config = load_config(options.run, "RUN") if is_run else None
-    runtime = choose_runtime(options.device, options.precision, "off", world.local_rank)
-    apply_switches()
-    if config is not None and options.random:  # needs no weights: a run that has just begun
-        name, small_images = config.encoder, config.small_images
-    else:
-        pretrained = read_pretrained(options.run, projector=projector)
-        name, small_images = pretrained.architecture, pretrained.small_images
-    if options.random:
-        torch.manual_seed(config.seed if config is not None else 0)  # as pretraining starts
-        encoder, head = build_encoder(name, small_images=small_images), None
-        description = f"{name} at random initialisation"
-    else:
-        encoder, head = pretrained.encoder, pretrained.projector
-        description = pretrained.description
-    digest = fingerprint(encoder)
-    for module in (encoder, head):
-        if module is not None:
-            prepare(module.eval(), runtime)
-    own = options.run if options.run.is_dir() else options.run.with_name(f"{options.run.name}.d")
-    return Subject(
-        encoder=encoder,
-        projector=head,
-        description=description,
-        fingerprint=digest,
-        random=options.random,
-        config=config,
-        runtime=runtime,
-        size=options.size or (config.size if config else 224),
-        crop=options.crop or (config.probe_crop if config else 0.875),
-        min_scale=config.min_scale if config else 0.08,
-        num_threads=options.workers or max(usable_cores() // world.local_size, 1),
-        cache_bytes=int(options.cache_gb * 1e9),
-        folder=options.out or own / "eval",
-        world=world,
-    )
-
-
-def open_pair(options: EvalOptions, subject: Subject) -> tuple[Images, Images]:
-    """Training and held-out images of the same classes. Raises ValueError."""
-    train, val = open_data_and_val(options, subject)
-    if val is None:
-        raise ValueError(
-            f"--val-data is needed: there are no held-out images beside {train.path};"
-            " bt-convert keeps those of a folder that has train/ and val/"
-        )
-    for images in (train, val):
-        if not (images.labels >= 0).any():
-            raise ValueError(f"{images.path} has no classes")
-    if train.class_names and val.class_names not in (None, train.class_names):
-        raise ValueError(f"{val.path} has other classes than {train.path}")
-    if len(np.unique(train.labels[train.labels >= 0])) < 2:
-        raise ValueError(f"{train.path} has no two classes to tell apart")
-    return train, val
-
-
-def open_data_and_val(options: EvalOptions, subject: Subject) -> tuple[Images, Images | None]:
-    """--data and --val-data, or what stands for them: the run's, and what lies beside."""
-    data = options.data or (subject.config.data if subject.config else None)
-    if data is None:
-        raise ValueError("--data is needed: a file of weights does not say what it was trained on")
-    train, val = open_images(data, "--data")
-    val_data = options.val_data
-    if options.data is None and subject.config:
-        val_data = val_data or subject.config.val_data
-    if val_data is not None:
-        val = open_images(val_data, "--val-data")[0]
-    return train, val
-
-
-def open_images(path: Path, flag: str) -> tuple[Images, Images | None]:
-    """A `.beton` or an image folder, and the held-out images beside it."""
-    if is_ours(path):
-        raise ValueError(
-            f"{flag} {path}: evaluations do not read web shards; bt-convert {path} out.beton,"
-            f" then {flag} out.beton"
-        )
-    if path.is_dir():
-        splits = open_folder(path)
-        return splits["train"], splits.get("val")
-    return open_data(path, flag), open_val(path, None)
-
-
-def labelled(images: Images) -> Part:
-    """The samples that have a class, in the file's order."""
-    return Part(images=images, samples=np.flatnonzero(images.labels >= 0))
+    dataset: Literal["places205", "inat18", "voc07", "folder"] = "folder"
+    """Data set at --data, in its published layout; folder: class folders, or a .beton."""
+    epochs: int | None = None
+    """Passes over the images. Default: 84 for inat18, else 14."""
+    batch_size: int = 256
+    """Number of images per step."""
+    lr: float = 0.01
+    """Learning rate of the classifier, divided by 10 after a third and two thirds."""
+    weight_decay: float = 5e-4
+    """Weight decay of weights and bias."""
+    min_scale: float = 0.08
+    """Smallest random crop, fraction of the image's area."""
+    seed: int = 0
+    """Seed of the classifier's initialisation, the order and the crops."""

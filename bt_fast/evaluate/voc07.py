@@ -1,10 +1,10 @@
 """VOC07 classification: a linear SVM per class on frozen features, mean average precision.
 
 As the paper's appendix C.1 after Goyal et al. (ICCV 2019): features of the central crops,
-L2-normalised; squared hinge loss; positives weigh twice; the cost C of each class by three-fold
-cross-validation. Images in which a class is marked difficult do not count for it.
+L2-normalised; squared hinge loss; positives have twice the weight; the cost C of each class by
+three-fold cross-validation. A class ignores the images in which it is marked difficult.
 
-Average precision is VOC07's own 11-point rule: the mean, over the recalls 0, 0.1, ..., 1, of the
+Average precision is VOC07's 11-point rule: the mean, over the recalls 0, 0.1, ..., 1, of the
 highest precision at that recall or a higher one.
 """
 
@@ -18,75 +18,78 @@ import torch
 import torch.nn.functional as F
 
 from bt_fast.distributed import collectives
-from bt_fast.evaluate.eval_directory import EvalFolder, shared_folder
+from bt_fast.evaluate.eval_directory import EvalDirectory, open_eval_directory
+from bt_fast.evaluate.eval_setup import EvalSetup
 from bt_fast.evaluate.linear_cached import cached_views, load_features
-from bt_fast.evaluate.options import Subject
-from bt_fast.evaluate.transfer_datasets import VocPart, voc07
-from pipelines.common.console import say
+from bt_fast.evaluate.transfer_datasets import VocSplit, voc07
+from pipelines.common.console import print_line
 
 COSTS = tuple(sorted({2.0**n for n in range(-19, -3)} | {10.0**n for n in range(-7, 3)}))
 NUM_FOLDS = 3
 
 
-def measure_voc(subject: Subject, root: Path) -> dict[str, Any]:
-    """{"map", "classes": {name: {"ap", "cost"}}}; each class is kept as soon as it is done."""
+def measure_voc(setup: EvalSetup, root: Path) -> dict[str, Any]:
+    """{"map", "classes": {name: {"ap", "cost"}}}; each class is saved when it is finished."""
     names, trainval, test = voc07(root)
-    _svm()  # say now, not after the features, that scikit-learn is missing
-    facts = {
-        **subject.facts(trainval.whole, test.whole),
-        "present": [int(part.present.sum()) for part in (trainval, test)],
+    _svm()  # raises ValueError before the features are extracted if scikit-learn is missing
+    identity = {
+        **setup.identity(trainval.subset, test.subset),
+        "present": [int(split.present.sum()) for split in (trainval, test)],
         "costs": COSTS,
     }
-    with shared_folder(subject.folder, "voc07", facts, subject.world) as (folder, found):
-        if found is None:
+    world, num_threads = setup.world, setup.num_threads
+    with open_eval_directory(setup.folder, "voc07", identity, world) as (folder, result):
+        if result is None:
             files = [
-                cached_views(subject, part.whole, 1, min_scale=1.0, seed=0)[0]
-                for part in (trainval, test)
+                cached_views(setup, split.subset, 1, min_scale=1.0, seed=0)[0]
+                for split in (trainval, test)
             ]
             if folder:  # on the first rank
-                found = _classify(folder, names, files, (trainval, test), subject.num_threads)
-            found = collectives.from_first(found, subject.world.group)
-        return found
+                result = _classify(folder, names, files, trainval, test, num_threads)
+            result = collectives.broadcast_object(result, world.group)
+        return result
 
 
 def _classify(
-    folder: EvalFolder,
+    folder: EvalDirectory,
     names: Sequence[str],
     files: Sequence[Path],
-    parts: Sequence[VocPart],
+    trainval: VocSplit,
+    test: VocSplit,
     num_threads: int,
 ) -> dict[str, Any]:
-    """One class after the other; those of an earlier start are done."""
-    features, test_features = map(_normalised, files)
+    """Train and test one SVM per class, except classes that the folder has the results of."""
+    features, test_features = (_normalised(file) for file in files)
     saved = folder.load()
-    found: dict[str, dict[str, float]] = saved[1]["classes"] if saved else {}
+    results: dict[str, dict[str, float]] = saved[1]["classes"] if saved else {}
     for number, name in enumerate(names):
-        if name in found:
+        if name in results:
             continue
-        known, asked = (part.present[:, number] for part in parts)
-        cost = choose_cost(features[known != 0], known[known != 0], num_threads)
-        svm = _svm(cost).fit(features[known != 0], known[known != 0])
-        scores = svm.decision_function(test_features[asked != 0])
-        ap = average_precision(scores, asked[asked != 0] > 0)
-        found[name] = {"ap": ap, "cost": cost}
-        folder.save({}, {"classes": found})
-        said = f"{name}: AP {100 * ap:.2f} % with C = {cost:g}"
-        say(f"{said} ({len(found)} of {len(names)} classes)")
-    mean = sum(entry["ap"] for entry in found.values()) / len(found)
-    return folder.finish({"map": mean, "classes": found})
+        present, test_present = trainval.present[:, number], test.present[:, number]
+        fit, scored = present != 0, test_present != 0
+        cost = choose_cost(features[fit], present[fit], num_threads)
+        svm = _svm(cost).fit(features[fit], present[fit])
+        scores = svm.decision_function(test_features[scored])
+        ap = average_precision(scores, test_present[scored] > 0)
+        results[name] = {"ap": ap, "cost": cost}
+        folder.save({}, {"classes": results})
+        count = f"{len(results)} of {len(names)} classes"
+        print_line(f"{name}: AP {100 * ap:.2f} % with C = {cost:g} ({count})")
+    mean = sum(one["ap"] for one in results.values()) / len(results)
+    return folder.finish({"map": mean, "classes": results})
 
 
 def _normalised(file: Path) -> np.ndarray:
-    """L2-normalised features: float32 [n, F]."""
+    """L2-normalised features of a file: float32 [n, F]."""
     features = load_features(file, torch.device("cpu")).float()
     return F.normalize(features, dim=1, eps=1e-12).numpy()
 
 
 def choose_cost(features: np.ndarray, present: np.ndarray, num_threads: int = 1) -> float:
-    """The cost with the best mean average precision over the folds; the smaller one of two alike.
+    """The cost with the best mean average precision over the folds; the smallest one of a tie.
 
-    features: float [n, F]; present: [n], 1 or -1. Folds keep the share of positives. One thread
-    per cost and fold.
+    features: float [n, F]; present: [n], 1 or -1. Folds are stratified. Pairs of a cost and a fold
+    run in parallel.
     """
     fold = np.empty(len(present), np.int64)
     for value in (1, -1):
@@ -120,10 +123,10 @@ def average_precision(scores: np.ndarray, positive: np.ndarray) -> float:
     )
 
 
-def _svm(cost: float = 1.0):
+def _svm(cost: float = 1.0) -> Any:
     try:
         from sklearn.svm import LinearSVC
     except ImportError:
         raise ValueError("VOC07 needs scikit-learn: pip install 'bt-fast[eval]'") from None
-    # The primal problem: Newton steps draw nothing, so threads cannot disturb each other.
+    # The primal solver draws no random numbers, whose generator the threads would share.
     return LinearSVC(C=cost, class_weight={1: 2, -1: 1}, dual=False, max_iter=2000)

@@ -1,4 +1,4 @@
-"""`bt-fast export`: an encoder for other libraries.
+"""`bt-fast export`: an encoder in the format of another library.
 
     torchvision  .pth, the names of torchvision.models.resnet*, without fc (as the authors released)
     timm         .pth, the same names: timm's resnets use torchvision's
@@ -7,77 +7,51 @@
     onnx         normalised images [n, 3, H, W] -> features [n, width]; n, H and W are free
 
 Images are RGB in all of them, scaled to [0, 1] and normalised with ImageNet's mean and deviation.
-detectron2 counts pixels from 0 to 255: its PIXEL_MEAN and PIXEL_STD are 255 times as large, and
-INPUT.FORMAT must be RGB (its own models are BGR); `bt_fast/evaluate/detectron2/` has both.
+detectron2's pixels lie in [0, 255]: PIXEL_MEAN and PIXEL_STD are 255 times as large, and
+INPUT.FORMAT must be RGB (its default is BGR); `bt_fast/evaluate/detectron2/` sets both.
 """
 
 import io
 import logging
 import os
 import re
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
 
 import safetensors.torch
 import torch
-import tyro
 from torch import nn
 
 from bt_fast.export.encoder_files import Pretrained, Tensors, read_pretrained
+from bt_fast.export.options import SUFFIXES, Export, Target
 from pipelines.common.atomic import atomic_file
-
-Target = Literal["torchvision", "timm", "detectron2", "safetensors", "onnx"]
-
-_SUFFIXES: dict[Target, tuple[str, ...]] = {
-    "torchvision": (".pth", ".pt"),
-    "timm": (".pth", ".pt"),
-    "detectron2": (".pth",),  # of a .pkl it expects a pickle of arrays
-    "safetensors": (".safetensors",),
-    "onnx": (".onnx",),
-}
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Export:
-    """Write an encoder in the form another library reads."""
-
-    source: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN_OR_FILE")]
-    """Folder of a pretraining run, or a file of weights."""
-    to: Target
-    """Who is to read it."""
-    out: Path
-    """The file to write."""
-    overwrite: bool = False
-    """Replace FILE if it exists."""
 
 
 def run_export(options: Export) -> int:
-    """Write the file and say how to load it; returns the exit status."""
-    suffixes = _SUFFIXES[options.to]
+    """Write the file and print how to load it; returns the exit status."""
+    suffixes = SUFFIXES[options.to]
     if options.out.suffix not in suffixes:
-        raise ValueError(f"--out {options.out}: name it {' or '.join('*' + s for s in suffixes)}")
+        raise ValueError(f"--out {options.out} must end in {' or '.join(suffixes)}")
     if os.path.lexists(options.out) and not options.overwrite:
         raise ValueError(f"--out {options.out} exists; add --overwrite to replace it")
     if not options.out.parent.is_dir():
-        raise ValueError(f"--out {options.out}: there is no folder {options.out.parent}")
+        raise ValueError(f"--out {options.out}: the folder {options.out.parent} does not exist")
     pretrained = read_pretrained(options.source)
-    content = exported(pretrained, options.to)
+    content = serialise(pretrained, options.to)
     with atomic_file(options.out, overwrite=options.overwrite) as file:
         file.write(content)
     print(f"{options.out}: {pretrained.description}")
-    print(how_to_load(pretrained, options.to, options.out))
+    print(loading_hint(pretrained, options.to, options.out))
     return 0
 
 
-def exported(pretrained: Pretrained, to: Target) -> bytes:
-    """The file's bytes. Raises ValueError for what the format cannot express."""
+def serialise(pretrained: Pretrained, to: Target) -> bytes:
+    """Content of the file. Raises ValueError for an encoder that the format cannot express."""
     if to == "onnx":
         return _onnx(pretrained.encoder)
     weights = {name: t.detach().contiguous() for name, t in pretrained.encoder.state_dict().items()}
     if to == "safetensors":
-        facts = {"format": "pt", "architecture": pretrained.architecture}
-        return safetensors.torch.save(weights, metadata=facts)
+        metadata = {"format": "pt", "architecture": pretrained.architecture}
+        return safetensors.torch.save(weights, metadata=metadata)
     if to == "detectron2":
         if pretrained.small_images:
             raise ValueError("--to detectron2: its ResNet has no CIFAR stem")
@@ -122,13 +96,13 @@ def _onnx(encoder: nn.Module) -> bytes:
     except ImportError:
         raise ValueError("--to onnx needs more packages: pip install 'bt-fast[onnx]'") from None
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-    free = torch.export.Dim.DYNAMIC
+    dynamic = torch.export.Dim.DYNAMIC
     program = torch.onnx.export(
         encoder.eval(),
         (torch.zeros(2, 3, 64, 64),),
         input_names=["images"],
         output_names=["features"],
-        dynamic_shapes=({0: free, 2: free, 3: free},),
+        dynamic_shapes=({0: dynamic, 2: dynamic, 3: dynamic},),
         dynamo=True,
         verbose=False,
     )
@@ -136,13 +110,14 @@ def _onnx(encoder: nn.Module) -> bytes:
     return program.model_proto.SerializeToString()
 
 
-def how_to_load(pretrained: Pretrained, to: Target, out: Path) -> str:
-    """The line of Python or of a configuration that reads the file."""
-    name, small = pretrained.architecture, pretrained.small_images
-    stem = (
-        "model.conv1 = torch.nn.Conv2d(3, 64, 3, padding=1, bias=False); "
-        "model.maxpool = torch.nn.Identity(); "
-    ) * small
+def loading_hint(pretrained: Pretrained, to: Target, out: Path) -> str:
+    """Line with the Python statement or configuration that reads the file."""
+    name, stem = pretrained.architecture, ""
+    if pretrained.small_images:
+        stem = (
+            "model.conv1 = torch.nn.Conv2d(3, 64, 3, padding=1, bias=False); "
+            "model.maxpool = torch.nn.Identity(); "
+        )
     lines = {
         "torchvision": f"model = torchvision.models.{name}(); {stem}"
         f'model.load_state_dict(torch.load("{out}"), strict=False)  # no fc',

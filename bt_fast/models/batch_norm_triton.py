@@ -1,7 +1,7 @@
-"""Batch norm, residual sum, ReLU and max-pool in fused Triton kernels; `norm` is the definition.
+"""Batch norm, residual sum, ReLU and max-pool as fused Triton kernels.
 
-Between two convolutions of a ResNet only bytes are moved. Per layer there are four kernels, which
-read and write each activation as few times as a norm over a whole batch allows:
+`batch_norm` is the definition. Between two convolutions of a ResNet, memory traffic takes the time.
+Each layer has four kernels, with the fewest reads and writes that statistics of a batch allow:
 
     _norm_moments     reads x                             -> sums of x and of x^2, float64
                       [over ranks: one all-reduce]
@@ -10,23 +10,21 @@ read and write each activation as few times as a norm over a whole batch allows:
                       [over ranks: one all-reduce]
     _norm_backward    reads g and x                       -> d L / d x
 
-* r may be the input of a norm of its own, as where a block changes the shape: both norms then
-  share every pass. With a max-pool, as in the stem, `_norm_pool_forward` writes only what is
-  pooled, and `_norm_pool_backward` gathers the gradient of every pixel from the windows it won.
-* Where y goes two ways, into a convolution and past it, its gradients arrive apart, and
-  `_norm_sums` adds them on its way.
-* Where y > 0 is found again from x. After a residual sum that would cost reading r: there the
-  forward pass writes one bit per value, and `_norm_sums` writes the masked gradient, which is r's.
+* If r has a norm too, `_norm_moments` runs for x and for r; each of the other kernels computes both
+  norms in one call.
+* With a max-pool, as in the stem, `_norm_pool_forward` writes only the pooled values, and
+  `_norm_pool_backward` gathers a pixel's gradient from the windows whose maximum it is.
+* If y has two consumers, a convolution and a shortcut, `_norm_sums` adds their two gradients.
+* The mask y > 0 is recomputed from x. After a residual sum that would need r: there the forward
+  pass writes one bit per value, and `_norm_sums` writes the masked gradient, which is also r's.
 
-Activations lie channels-last: a matrix of rows (image, y, x) by channels. A program takes a block
-of channels and a range of rows of one view, sums in float32 about the mean of the view's first
-rows, and writes its part; the last program of a block of channels to finish adds the parts in their
-order. How the rows are divided depends on the shape alone, so that a run repeats bit for bit on any
-GPU.
+Activations are channels-last: a matrix of rows (image, y, x) by channels. A program reduces a block
+of channels and a range of rows of one view in float32, after subtracting the mean of the view's
+first rows, and writes partial sums; the last program of a block of channels to finish adds them in
+a fixed order. The partition depends on the shape alone, so results are bitwise equal on any GPU.
 
-The kernels are operators of torch.library: opaque to the compiler, which knows their shapes, and
-free of side effects, so that CUDA graphs may record them. They run under Triton's interpreter on
-CPU tensors.
+The kernels are torch.library operators, opaque to the compiler except for their shapes, and without
+side effects, so that CUDA graphs can capture them. Triton's interpreter runs them on CPU tensors.
 """
 
 import contextlib
@@ -38,14 +36,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bt_fast.distributed.collectives import Group, all_sum, size_of
+from bt_fast.distributed.collectives import Group, all_reduce, group_size
 
 BLOCK_ROWS = 32
 BLOCK_CHANNELS = 64
 OPTIONS = {"num_warps": 4}
-PROGRAMS = 1024  # at least, if there are rows enough: one wave of 8 on each SM of an H100
-BLOCK_PARTS = 8  # parts of a sum that are added at a time
-POOL_BLOCK = 16  # pixels of a pooled image, and the quads they come from, that are done at a time
+MIN_PROGRAMS = 1024  # if there are enough rows: one wave of 8 programs on each SM of an H100
+BLOCK_PARTS = 8  # partial sums added at a time
+POOL_BLOCK = 16  # pixels of a pooled image, and quads of input pixels, processed at a time
 POOL_ROWS = 8  # rows of a pooled image per program
 
 
@@ -58,7 +56,7 @@ def norm_act(
     residual_norm: tuple[Tensor, Tensor] | None = None,
     relu: bool = True,
     pool: bool = False,
-    twice: bool = False,
+    two_consumers: bool = False,
     eps: float,
     num_views: int = 2,
     group: Group = None,
@@ -69,20 +67,20 @@ def norm_act(
         x: [V n, C, H, W] or [V n, C], view after view; float32 or a narrower type.
         weight, bias: float32 [C].
         residual: like x.
-        residual_norm: weight and bias of the residual's own norm, where it has one.
+        residual_norm: weight and bias of the residual's norm, if it has one.
         relu: False for the norm alone; then without residual and pool.
-        pool: 3 x 3 max-pool of stride 2 after it, without residual.
-        twice: return y as two tensors, so that gradients of two uses arrive apart.
-        group: the ranks whose samples are normalised together; all have as many.
+        pool: 3 x 3 max-pool of stride 2 after ReLU; without residual.
+        two_consumers: whether y is returned as two tensors, whose gradients arrive separately.
+        group: the ranks whose samples are normalised together; the same number on each.
     Returns:
-        y like x, channels-last; y again, which is the same memory; and for every norm, mean and
-        unbiased variance of all ranks' samples, float32 [norms, 2, V, C].
+        y like x, channels-last; an alias of y; and for every norm, mean and unbiased variance over
+        all ranks, float32 [norms, 2, V, C].
     """
     assert relu or not (pool or residual is not None), "the norm alone has no residual and no pool"
-    options = _Options(num_views, eps, relu, pool, twice, group)
-    second = residual_norm or (None, None)
-    y, again, moments = _NormAct.apply(x, weight, bias, residual, *second, options)
-    return y, y if again is None else again, moments[:, ::2]
+    options = _Options(num_views, eps, relu, pool, two_consumers, group)
+    residual_affine = residual_norm or (None, None)
+    y, alias, moments = _NormAct.apply(x, weight, bias, residual, *residual_affine, options)
+    return y, y if alias is None else alias, moments[:, ::2]
 
 
 class _Options(NamedTuple):
@@ -90,97 +88,99 @@ class _Options(NamedTuple):
     eps: float
     relu: bool
     pool: bool
-    twice: bool
+    two_consumers: bool
     group: Group
 
 
 class _NormAct(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, residual, residual_weight, residual_bias, options):
-        num_views, eps, relu, pool, twice, group = options
-        normed, weights, biases = [x], [weight], [bias]
+        num_views, eps, relu, pool, two_consumers, group = options
+        norm_inputs, weights, biases = [x], [weight], [bias]
         if residual_weight is not None:
-            normed.append(residual)
+            norm_inputs.append(residual)
             weights.append(residual_weight)
             biases.append(residual_bias)
-        total = size_of(group) * x.numel() // (num_views * x.shape[1])  # values of a channel
-        if total < 2:
+        # Values per channel and view.
+        count = group_size(group) * x.numel() // (num_views * x.shape[1])
+        if count < 2:
             raise ValueError("batch norm needs more than one value per channel and view")
-        sums = torch.ops.bt_fast.norm_moments(normed, num_views)
-        sums = all_sum(sums, group, overwrite=True)
+        sums = torch.ops.bt_fast.norm_moments(norm_inputs, num_views)
+        sums = all_reduce(sums, group, overwrite=True)
         saved: list[Tensor | None]
         if pool:
-            y, peaks, taps, moments = torch.ops.bt_fast.norm_pool_forward(
-                x, sums, weight, bias, total, eps
+            y, maxima, argmax, moments = torch.ops.bt_fast.norm_pool_forward(
+                x, sums, weight, bias, count, eps
             )
-            saved = [peaks, taps]
+            saved = [maxima, argmax]
         else:
-            plain = residual if residual_weight is None else None
+            addend = residual if residual_weight is None else None
             y, bits, moments = torch.ops.bt_fast.norm_forward(
-                normed, plain, sums, weights, biases, total, eps, relu
+                norm_inputs, addend, sums, weights, biases, count, eps, relu
             )
             saved = [bits if residual is not None else None]
-        ctx.save_for_backward(moments, *normed, *weights, *biases, *saved)
-        ctx.options, ctx.total, ctx.num_norms = options, total, len(normed)
+        ctx.save_for_backward(moments, *norm_inputs, *weights, *biases, *saved)
+        ctx.options, ctx.count, ctx.num_norms = options, count, len(norm_inputs)
         ctx.has_residual = residual is not None
         ctx.mark_non_differentiable(moments)
-        if not torch.compiler.is_compiling():  # which drops the zeros that are not used
+        if not torch.compiler.is_compiling():  # the compiler removes unused zeros
             ctx.set_materialize_grads(False)
-        return y, y.view_as(y) if twice else None, moments
+        return y, y.view_as(y) if two_consumers else None, moments
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, g, g_again, _):
+    def backward(ctx, g, g_alias, _):
         _, _, relu, pool, _, group = ctx.options
         n = ctx.num_norms
         moments, *rest = ctx.saved_tensors
-        normed, weights, biases = rest[:n], rest[n : 2 * n], rest[2 * n : 3 * n]
+        norm_inputs, weights, biases = rest[:n], rest[n : 2 * n], rest[2 * n : 3 * n]
         saved = rest[3 * n :]
-        gradients = [gradient for gradient in (g, g_again) if gradient is not None]
+        gradients = [gradient for gradient in (g, g_alias) if gradient is not None]
         if not gradients:
             return (None,) * 7
         masked, sums, grad_weights, grad_biases = torch.ops.bt_fast.norm_sums(
-            gradients, [saved[0]] if pool else normed, None if pool else saved[0],
+            gradients, [saved[0]] if pool else norm_inputs, None if pool else saved[0],
             moments, weights, biases, relu,
         )  # fmt: skip
         is_masked = ctx.has_residual or len(gradients) == 2
         g = masked if is_masked else gradients[0]
-        sums = all_sum(sums, group, overwrite=True)
+        sums = all_reduce(sums, group, overwrite=True)
         if pool:
             grad_x = torch.ops.bt_fast.norm_pool_backward(
-                g, saved[1], normed[0], moments, sums, weights[0], biases[0], ctx.total
+                g, saved[1], norm_inputs[0], moments, sums, weights[0], biases[0], ctx.count
             )
             return grad_x, grad_weights[0], grad_biases[0], None, None, None, None
-        inputs = torch.ops.bt_fast.norm_backward(
-            g, normed, moments, sums, weights, biases, ctx.total, relu and not is_masked
+        grad_inputs = torch.ops.bt_fast.norm_backward(
+            g, norm_inputs, moments, sums, weights, biases, ctx.count, relu and not is_masked
         )
         if n == 2:
             return (
-                inputs[0], grad_weights[0], grad_biases[0], inputs[1], grad_weights[1],
+                grad_inputs[0], grad_weights[0], grad_biases[0], grad_inputs[1], grad_weights[1],
                 grad_biases[1], None,
             )  # fmt: skip
         grad_residual = g if ctx.has_residual else None
-        return inputs[0], grad_weights[0], grad_biases[0], grad_residual, None, None, None
+        return grad_inputs[0], grad_weights[0], grad_biases[0], grad_residual, None, None, None
 
 
-class _Split(NamedTuple):
-    """How a matrix of rows by channels, for every view, is divided among programs."""
+class _Partition(NamedTuple):
+    """Partition of each view's matrix of rows by channels among programs."""
 
     num_rows: int  # of a view
     channels: int
-    columns: int  # blocks of channels
-    parts: int  # ranges of rows
+    num_blocks: int  # blocks of channels
+    num_parts: int  # ranges of rows
     rows_per_part: int
 
 
-def split(x: Tensor, num_views: int) -> _Split:
-    """The division of x [V n, C, ...]; it depends on nothing but the shape."""
+def make_partition(x: Tensor, num_views: int) -> _Partition:
+    """The partition of x [V n, C, ...], a function of its shape alone."""
     channels = x.shape[1]
     num_rows = x.numel() // (num_views * channels)
-    columns = triton.cdiv(channels, BLOCK_CHANNELS)
-    parts = max(1, min(PROGRAMS // (columns * num_views), triton.cdiv(num_rows, BLOCK_ROWS)))
+    num_blocks = triton.cdiv(channels, BLOCK_CHANNELS)
+    parts = max(1, min(MIN_PROGRAMS // (num_blocks * num_views), triton.cdiv(num_rows, BLOCK_ROWS)))
     rows_per_part = triton.cdiv(triton.cdiv(num_rows, parts), BLOCK_ROWS) * BLOCK_ROWS
-    return _Split(num_rows, channels, columns, triton.cdiv(num_rows, rows_per_part), rows_per_part)
+    num_parts = triton.cdiv(num_rows, rows_per_part)
+    return _Partition(num_rows, channels, num_blocks, num_parts, rows_per_part)
 
 
 BLOCKS = {"BLOCK_ROWS": BLOCK_ROWS, "BLOCK_CHANNELS": BLOCK_CHANNELS}
@@ -192,19 +192,19 @@ _OPERATORS = (
     "norm_pool_forward",
     "norm_pool_backward",
 )
-# By device: how many programs of each block of channels have finished; zero between kernels.
-_arrived: dict[torch.device, Tensor] = {}
+# By device: the number of finished programs of each block of channels; zero between kernels.
+_finished: dict[torch.device, Tensor] = {}
 
 
-def prepare(device: torch.device) -> None:
-    """Allocate the counters of finished programs and make the operators known to the compiler.
+def initialise(device: torch.device) -> None:
+    """Allocate the counters of finished programs and register the operators with the compiler.
 
-    To be called before a model is compiled or a CUDA graph recorded. All norms of a device must run
-    on one stream.
+    Must be called before a model is compiled or a CUDA graph captured. All norms of a device must
+    run on one stream.
     """
-    _arrived_on(device)
-    # Of an operator that is new to it, torch 2.11 prints the arguments with all that they were
-    # computed from, more than memory holds for a deep network; not of those in this list.
+    _finished_counters(device)
+    # For an operator not in this list, torch 2.11 prints the arguments with the expressions that
+    # they were computed from, which exceeds the memory for a deep network.
     with contextlib.suppress(ImportError, AttributeError):
         from torch._inductor.lowering import FALLBACK_ALLOW_LIST
 
@@ -212,39 +212,39 @@ def prepare(device: torch.device) -> None:
             FALLBACK_ALLOW_LIST.add(f"bt_fast::{name}")
 
 
-def _arrived_on(device: torch.device) -> Tensor:
-    if device in _arrived:
-        return _arrived[device]
+def _finished_counters(device: torch.device) -> Tensor:
+    if device in _finished:
+        return _finished[device]
     counters = torch.zeros(4096, dtype=torch.int32, device=device)
-    if type(counters) is Tensor:  # none that the compiler or a test has put in its place
-        _arrived[device] = counters
+    if type(counters) is Tensor:  # not a fake tensor of the compiler or a test
+        _finished[device] = counters
     return counters
 
 
-def _counters(x: Tensor, columns: int) -> Tensor:
-    counters = _arrived_on(x.device)
-    if columns > len(counters):
-        most = BLOCK_CHANNELS * len(counters)
-        raise ValueError(f"fused batch norm takes at most {most} channels, got {x.shape[1]}")
+def _counters(x: Tensor, num_blocks: int) -> Tensor:
+    counters = _finished_counters(x.device)
+    if num_blocks > len(counters):
+        limit = BLOCK_CHANNELS * len(counters)
+        raise ValueError(f"fused batch norm takes at most {limit} channels, got {x.shape[1]}")
     return counters
 
 
 def _channels_last(x: Tensor) -> Tensor:
-    """x with its channels next to each other in memory: itself, or a copy."""
+    """x, or a copy, with its channels contiguous in memory."""
     if x.ndim == 4:
         return x.contiguous(memory_format=torch.channels_last)
     return x.contiguous()
 
 
-def _like(x: Tensor) -> Tensor:
-    """Memory for a tensor like x, channels-last."""
+def _empty_like(x: Tensor) -> Tensor:
+    """Uninitialised tensor like x, channels-last."""
     if x.ndim == 4:
         return torch.empty_like(x, memory_format=torch.channels_last)
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-def _bits_of(x: Tensor) -> Tensor:
-    """Memory for one bit per value of x: uint8 [rows, channels / 8]."""
+def _empty_bits(x: Tensor) -> Tensor:
+    """Uninitialised tensor of one bit per value of x: uint8 [rows, channels / 8]."""
     channels = x.shape[1]
     return x.new_empty(x.numel() // channels, triton.cdiv(channels, 8), dtype=torch.uint8)
 
@@ -258,15 +258,15 @@ _operator = functools.partial(
 
 @_operator("bt_fast::norm_moments")
 def norm_moments(xs: list[Tensor], num_views: int) -> Tensor:
-    """Sums of x and of its square of each x [V n, C, ...]: float64 [norms, 2, V, C]."""
-    where = split(xs[0], num_views)
-    counters = _counters(xs[0], where.columns)
-    sums = xs[0].new_empty(len(xs), 2, num_views, where.channels, dtype=torch.float64)
+    """For each x [V n, C, ...], the sums of x and of x^2: float64 [norms, 2, V, C]."""
+    partition = make_partition(xs[0], num_views)
+    counters = _counters(xs[0], partition.num_blocks)
+    sums = xs[0].new_empty(len(xs), 2, num_views, partition.channels, dtype=torch.float64)
     for x, sums_of_x in zip(xs, sums, strict=True):
-        parts = x.new_empty(num_views, where.parts, 2, where.channels, dtype=torch.float32)
-        _norm_moments[(where.columns, where.parts, num_views)](
-            _channels_last(x), parts, sums_of_x, counters,
-            where.num_rows, where.channels, where.rows_per_part,
+        shape = num_views, partition.num_parts, 2, partition.channels
+        _norm_moments[(partition.num_blocks, partition.num_parts, num_views)](
+            _channels_last(x), x.new_empty(shape, dtype=torch.float32), sums_of_x, counters,
+            partition.num_rows, partition.channels, partition.rows_per_part,
             VIEWS=num_views, BLOCK_PARTS=BLOCK_PARTS, **BLOCKS, **OPTIONS,
         )  # fmt: skip
     return sums
@@ -284,26 +284,26 @@ def norm_forward(
     sums: Tensor,
     weights: list[Tensor],
     biases: list[Tensor],
-    total: int,
+    count: int,
     eps: float,
     relu: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """relu(norm(x) + residual) of one x, or relu(norm(x) + norm(other)) of two.
+    """relu(norm(x) + residual) for xs = [x], relu(norm(x) + norm(r)) for xs = [x, r].
 
-    sums: of all ranks, from `norm_moments`; total: values of a channel that they are of.
-    Returns y; where y > 0, one bit per value (empty without residual); and float32
+    sums: over all ranks, from `norm_moments`; count: values per channel and view in them.
+    Returns y; the mask y > 0, one bit per value (empty without residual); and float32
     [norms, 3, V, C]: mean, 1 / deviation, unbiased variance.
     """
     num_views = sums.shape[2]
-    where = split(xs[0], num_views)
+    partition = make_partition(xs[0], num_views)
     xs = [_channels_last(x) for x in xs]
     added = xs[1] if len(xs) == 2 else residual
     y, bits, moments = _norm_forward_results(xs, residual, sums)
     last = len(xs) - 1
-    _norm_forward[(where.columns, where.parts, num_views)](
+    _norm_forward[(partition.num_blocks, partition.num_parts, num_views)](
         xs[0], _channels_last(added) if added is not None else y, y, bits,
         sums, moments, weights[0], biases[0], weights[last], biases[last],
-        where.num_rows, where.channels, where.rows_per_part, total, eps,
+        partition.num_rows, partition.channels, partition.rows_per_part, count, eps,
         VIEWS=num_views, RELU=relu, RESIDUAL=added is not None, NORMS=len(xs), **BLOCKS, **OPTIONS,
     )  # fmt: skip
     return y, bits, moments
@@ -311,13 +311,13 @@ def norm_forward(
 
 def _norm_forward_results(xs, residual, sums) -> tuple[Tensor, Tensor, Tensor]:
     has_residual = residual is not None or len(xs) == 2
-    bits = _bits_of(xs[0]) if has_residual else xs[0].new_empty(0, dtype=torch.uint8)
+    bits = _empty_bits(xs[0]) if has_residual else xs[0].new_empty(0, dtype=torch.uint8)
     moments = sums.new_empty(len(xs), 3, *sums.shape[2:], dtype=torch.float32)
-    return _like(xs[0]), bits, moments
+    return _empty_like(xs[0]), bits, moments
 
 
 @norm_forward.register_fake
-def _(xs, residual, sums, weights, biases, total, eps, relu):
+def _(xs, residual, sums, weights, biases, count, eps, relu):
     return _norm_forward_results(xs, residual, sums)
 
 
@@ -331,24 +331,25 @@ def norm_sums(
     biases: list[Tensor],
     relu: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What the backward pass needs to know of the whole batch.
+    """The reductions of the backward pass.
 
-    gradients: one or two of y, to be added. bits: where y > 0, if that cannot be found from x.
-    Returns the masked gradient (empty where it is not needed again: one gradient and no bits); sums
-    of the masked gradient g and of g (x - mean), float32 [norms, 2, V, C]; this rank's gradients of
-    the weights and of the biases, alike for two norms, each [norms, C].
+    gradients: one or two gradients of y, which are added. bits: the mask y > 0, if it cannot be
+    recomputed from x.
+    Returns the masked gradient (empty if not needed later: one gradient and no bits); sums of the
+    masked gradient g and of g (x - mean), float32 [norms, 2, V, C]; and this rank's gradients of
+    the weights and of the biases (the same for two norms), each [norms, C].
     """
     num_views = moments.shape[2]
-    where = split(xs[0], num_views)
+    partition = make_partition(xs[0], num_views)
     masked, sums, grad_weights, grad_biases = _norm_sums_results(gradients, xs, bits, moments)
     num_sums = 1 + len(xs)
-    parts = sums.new_empty(num_views, where.parts, num_sums, where.channels)
+    partials = sums.new_empty(num_views, partition.num_parts, num_sums, partition.channels)
     gradients = [_channels_last(g) for g in gradients]
-    _norm_sums[(where.columns, where.parts, num_views)](
+    _norm_sums[(partition.num_blocks, partition.num_parts, num_views)](
         gradients[0], gradients[-1], _channels_last(xs[0]), _channels_last(xs[-1]),
         bits if bits is not None else masked, masked, moments, weights[0], biases[0],
-        parts, sums, grad_weights, grad_biases, _counters(xs[0], where.columns),
-        where.num_rows, where.channels, where.rows_per_part,
+        partials, sums, grad_weights, grad_biases, _counters(xs[0], partition.num_blocks),
+        partition.num_rows, partition.channels, partition.rows_per_part,
         VIEWS=num_views, RELU=relu, BITS=bits is not None, GRADIENTS=len(gradients), NORMS=len(xs),
         BLOCK_PARTS=BLOCK_PARTS, **BLOCKS, **OPTIONS,
     )  # fmt: skip
@@ -359,7 +360,7 @@ def _norm_sums_results(gradients, xs, bits, moments) -> tuple[Tensor, Tensor, Te
     num_norms, _, num_views, channels = moments.shape
     is_written = bits is not None or len(gradients) == 2
     return (
-        _like(gradients[0]) if is_written else gradients[0].new_empty(0),
+        _empty_like(gradients[0]) if is_written else gradients[0].new_empty(0),
         moments.new_empty(num_norms, 2, num_views, channels),
         moments.new_empty(num_norms, channels),
         moments.new_empty(num_norms, channels),
@@ -379,53 +380,53 @@ def norm_backward(
     sums: Tensor,
     weights: list[Tensor],
     biases: list[Tensor],
-    total: int,
+    count: int,
     relu: bool,
 ) -> list[Tensor]:
     """d L / d x of every norm.
 
-    g: gradient of y; relu: whether it is still to be masked by where y > 0. sums: of all ranks.
+    g: gradient of y; relu: whether the kernel masks it by y > 0. sums: over all ranks.
     """
     num_views = moments.shape[2]
-    where = split(xs[0], num_views)
+    partition = make_partition(xs[0], num_views)
     xs = [_channels_last(x) for x in xs]
-    inputs = [_like(x) for x in xs]
+    grad_inputs = [_empty_like(x) for x in xs]
     last = len(xs) - 1
-    _norm_backward[(where.columns, where.parts, num_views)](
-        _channels_last(g), xs[0], xs[last], inputs[0], inputs[last],
+    _norm_backward[(partition.num_blocks, partition.num_parts, num_views)](
+        _channels_last(g), xs[0], xs[last], grad_inputs[0], grad_inputs[last],
         moments, sums, weights[0], biases[0], weights[last],
-        where.num_rows, where.channels, where.rows_per_part, total,
+        partition.num_rows, partition.channels, partition.rows_per_part, count,
         VIEWS=num_views, RELU=relu, NORMS=len(xs), **BLOCKS, **OPTIONS,
     )  # fmt: skip
-    return inputs
+    return grad_inputs
 
 
 @norm_backward.register_fake
-def _(g, xs, moments, sums, weights, biases, total, relu):
-    return [_like(x) for x in xs]
+def _(g, xs, moments, sums, weights, biases, count, relu):
+    return [_empty_like(x) for x in xs]
 
 
 @_operator("bt_fast::norm_pool_forward")
 def norm_pool_forward(
-    x: Tensor, sums: Tensor, weight: Tensor, bias: Tensor, total: int, eps: float
+    x: Tensor, sums: Tensor, weight: Tensor, bias: Tensor, count: int, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """max_pool(relu(norm(x))), windows of 3 x 3 and stride 2: [V n, C, H, W] -> [.., ceil(H / 2),
     ceil(W / 2)].
 
-    Returns y; x at the pixel that won each window; which that was, uint8 (see `_tap`; the first of
-    equals, as torch has it); and moments as `norm_forward`.
+    Returns y; x at the maximum of each window; the maximum's index in the window, uint8 (see
+    `_window_index`; the first of equals, as in torch); and moments as `norm_forward`.
     """
     num_views = sums.shape[2]
     x = _channels_last(x)
-    y, peaks, taps, moments = _norm_pool_forward_results(x, sums)
+    y, maxima, argmax, moments = _norm_pool_forward_results(x, sums)
     height, width = y.shape[2:]
-    columns = triton.cdiv(x.shape[1], BLOCK_CHANNELS)
-    _norm_pool_forward[(columns, triton.cdiv(height, POOL_ROWS), len(x))](
-        x, y, peaks, taps, sums, moments, weight, bias,
-        len(x) // num_views, *x.shape[1:], height, width, total, eps,
+    num_blocks = triton.cdiv(x.shape[1], BLOCK_CHANNELS)
+    _norm_pool_forward[(num_blocks, triton.cdiv(height, POOL_ROWS), len(x))](
+        x, y, maxima, argmax, sums, moments, weight, bias,
+        len(x) // num_views, *x.shape[1:], height, width, count, eps,
         VIEWS=num_views, ROWS=POOL_ROWS, BLOCK=POOL_BLOCK, BLOCK_CHANNELS=BLOCK_CHANNELS, **OPTIONS,
     )  # fmt: skip
-    return y, peaks, taps, moments
+    return y, maxima, argmax, moments
 
 
 def _norm_pool_forward_results(x, sums) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -437,47 +438,47 @@ def _norm_pool_forward_results(x, sums) -> tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 @norm_pool_forward.register_fake
-def _(x, sums, weight, bias, total, eps):
+def _(x, sums, weight, bias, count, eps):
     return _norm_pool_forward_results(x, sums)
 
 
 @_operator("bt_fast::norm_pool_backward")
 def norm_pool_backward(
     g: Tensor,
-    taps: Tensor,
+    argmax: Tensor,
     x: Tensor,
     moments: Tensor,
     sums: Tensor,
     weight: Tensor,
     bias: Tensor,
-    total: int,
+    count: int,
 ) -> Tensor:
-    """d L / d x; g: gradient of what was pooled."""
+    """d L / d x; g: gradient of the pooled result; argmax: from `norm_pool_forward`."""
     num_views = moments.shape[2]
     x = _channels_last(x)
-    grad_x = _like(x)
+    grad_x = _empty_like(x)
     height, width = g.shape[2:]
-    columns = triton.cdiv(x.shape[1], BLOCK_CHANNELS)
-    _norm_pool_backward[(columns, triton.cdiv(height, POOL_ROWS), len(x))](
-        _channels_last(g), taps, x, grad_x, moments, sums, weight, bias,
-        len(x) // num_views, *x.shape[1:], height, width, total,
+    num_blocks = triton.cdiv(x.shape[1], BLOCK_CHANNELS)
+    _norm_pool_backward[(num_blocks, triton.cdiv(height, POOL_ROWS), len(x))](
+        _channels_last(g), argmax, x, grad_x, moments, sums, weight, bias,
+        len(x) // num_views, *x.shape[1:], height, width, count,
         VIEWS=num_views, ROWS=POOL_ROWS, BLOCK=POOL_BLOCK, BLOCK_CHANNELS=BLOCK_CHANNELS, **OPTIONS,
     )  # fmt: skip
     return grad_x
 
 
 @norm_pool_backward.register_fake
-def _(g, taps, x, moments, sums, weight, bias, total):
-    return _like(x)
+def _(g, argmax, x, moments, sums, weight, bias, count):
+    return _empty_like(x)
 
 
 # Kernels ----------------------------------------------------------------------------------------
 
 
 @triton.jit
-def _load(at, mask):
-    """Float32 values. A bf16 is the upper half of one: as a shift, one instruction."""
-    value = tl.load(at, mask, other=0.0)
+def _load(pointers, mask):
+    """Loads as float32. A bf16 is the upper half of a float32, so one shift converts it."""
+    value = tl.load(pointers, mask, other=0.0)
     if value.dtype == tl.bfloat16:
         bits = value.to(tl.int16, bitcast=True).to(tl.int32) << 16
         return bits.to(tl.float32, bitcast=True)
@@ -487,64 +488,64 @@ def _load(at, mask):
 
 @triton.jit
 def _load_channels(base, row, channels, channel, inside):
-    """Float32 or float64 [BLOCK_CHANNELS] of row `row` of a matrix of rows by channels."""
+    """[BLOCK_CHANNELS] of row `row` of a matrix of rows by channels."""
     return tl.load(base + row * channels + channel, inside, other=0.0)
 
 
 @triton.jit
-def _mean_and_inverse(sums, norm, view, channel, inside, channels, total, eps, VIEWS: tl.constexpr):
+def _mean_and_inverse(sums, norm, view, channel, inside, channels, count, eps, VIEWS: tl.constexpr):
     """Mean, 1 / deviation and biased variance of a norm in one view, from float64 sums."""
-    share = 1.0 / tl.cast(total, tl.float64)
+    inverse_count = 1.0 / tl.cast(count, tl.float64)
     row = norm * 2 * VIEWS + view
-    mean = _load_channels(sums, row, channels, channel, inside) * share
-    square = _load_channels(sums, row + VIEWS, channels, channel, inside) * share
-    variance = tl.maximum(square - mean * mean, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    mean = _load_channels(sums, row, channels, channel, inside) * inverse_count
+    mean_square = _load_channels(sums, row + VIEWS, channels, channel, inside) * inverse_count
+    variance = tl.maximum(mean_square - mean * mean, 0.0, propagate_nan=tl.PropagateNan.ALL)
     inverse = tl.div_rn(1.0, tl.sqrt_rn(variance.to(tl.float32) + eps))
     return mean.to(tl.float32), inverse, variance
 
 
 @triton.jit
 def _store_moments(
-    moments, norm, view, channel, inside, channels, mean, inverse, variance, total,
+    moments, norm, view, channel, inside, channels, mean, inverse, variance, count,
     VIEWS: tl.constexpr,
 ):  # fmt: skip
-    count = tl.cast(total, tl.float64)
-    at = moments + (norm * 3 * VIEWS + view) * channels + channel
-    tl.store(at, mean, inside)
-    tl.store(at + VIEWS * channels, inverse, inside)
-    unbiased = variance * (count / (count - 1.0))
-    tl.store(at + 2 * VIEWS * channels, unbiased.to(tl.float32), inside)
+    n = tl.cast(count, tl.float64)
+    pointers = moments + (norm * 3 * VIEWS + view) * channels + channel
+    tl.store(pointers, mean, inside)
+    tl.store(pointers + VIEWS * channels, inverse, inside)
+    unbiased = variance * (n / (n - 1.0))
+    tl.store(pointers + 2 * VIEWS * channels, unbiased.to(tl.float32), inside)
 
 
 @triton.jit
-def _is_last(arrived, column, programs):
-    """Whether all programs of a block of channels have stored their parts, which are then visible.
+def _is_last(finished, block, num_programs):
+    """Whether this is the last program of a block of channels; all partial sums are visible to it.
 
     The barriers order the other threads' stores before, and loads after, the one atomic operation.
     """
     tl.debug_barrier()
-    before = tl.atomic_add(arrived + column, 1, sem="acq_rel")
-    last = before == programs - 1
+    num_before = tl.atomic_add(finished + block, 1, sem="acq_rel")
+    last = num_before == num_programs - 1
     if last:
-        tl.store(arrived + column, 0)
+        tl.store(finished + block, 0)
     tl.debug_barrier()
     return last
 
 
 @triton.jit
 def _add_parts(
-    parts, view, index, channel, inside, channels, num_parts,
+    partials, view, index, channel, inside, channels, num_parts,
     NUM_SUMS: tl.constexpr, BLOCK_PARTS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """The sum of one of the sums over all parts of a view, in their order, float64."""
-    total = tl.zeros([BLOCK_PARTS, BLOCK_CHANNELS], tl.float64)
+    """Sum number `index` over all parts of a view, in a fixed order: float64 [BLOCK_CHANNELS]."""
+    accumulator = tl.zeros([BLOCK_PARTS, BLOCK_CHANNELS], tl.float64)
     for start in range(0, num_parts, BLOCK_PARTS):
         part = start + tl.arange(0, BLOCK_PARTS)
         row = (view * num_parts + part) * NUM_SUMS + index
         mask = (part < num_parts)[:, None] & inside[None, :]
-        at = parts + row[:, None] * channels + channel[None, :]
-        total += tl.load(at, mask, other=0.0, cache_modifier=".cg").to(tl.float64)
-    return tl.sum(total, 0)
+        pointers = partials + row[:, None] * channels + channel[None, :]
+        accumulator += tl.load(pointers, mask, other=0.0, cache_modifier=".cg").to(tl.float64)
+    return tl.sum(accumulator, 0)
 
 
 @triton.jit
@@ -552,65 +553,65 @@ def _mean_of_first_rows(
     x, num_rows, channels, channel, inside,
     BLOCK_ROWS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """Near enough to a view's mean to lose no digits to it: float32 [BLOCK_CHANNELS]."""
+    """Estimate of a view's mean, subtracted against cancellation: float32 [BLOCK_CHANNELS]."""
     row = tl.arange(0, BLOCK_ROWS)
     mask = (row < num_rows)[:, None] & inside[None, :]
-    at = row[:, None] * channels + channel[None, :]
-    value = _load(x + at, mask)
+    offsets = row[:, None] * channels + channel[None, :]
+    value = _load(x + offsets, mask)
     return tl.sum(value, 0) / tl.minimum(num_rows, BLOCK_ROWS)
 
 
 @triton.jit
 def _norm_moments(
-    x, parts, sums, arrived, num_rows, channels, rows_per_part,
+    x, partials, sums, finished, num_rows, channels, rows_per_part,
     VIEWS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr,
     BLOCK_PARTS: tl.constexpr,
 ):  # fmt: skip
-    column, part, view = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    block, part, view = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     num_parts = tl.num_programs(1)
-    channel = column * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
+    channel = block * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
     inside = channel < channels
-    step = tl.cast(num_rows, tl.int64) * channels  # elements of a view
+    view_stride = tl.cast(num_rows, tl.int64) * channels  # elements of a view
     shift = _mean_of_first_rows(
-        x + view * step, num_rows, channels, channel, inside, BLOCK_ROWS, BLOCK_CHANNELS
+        x + view * view_stride, num_rows, channels, channel, inside, BLOCK_ROWS, BLOCK_CHANNELS
     )
-    first = part * rows_per_part
-    num = tl.minimum(rows_per_part, num_rows - first)
-    x_part = x + view * step + tl.cast(first, tl.int64) * channels
-    of_x = tl.zeros([BLOCK_ROWS, BLOCK_CHANNELS], tl.float32)
-    of_square = tl.zeros([BLOCK_ROWS, BLOCK_CHANNELS], tl.float32)
-    for start in range(0, num, BLOCK_ROWS):
+    part_start = part * rows_per_part
+    part_rows = tl.minimum(rows_per_part, num_rows - part_start)
+    x_part = x + view * view_stride + tl.cast(part_start, tl.int64) * channels
+    acc_x = tl.zeros([BLOCK_ROWS, BLOCK_CHANNELS], tl.float32)
+    acc_square = tl.zeros([BLOCK_ROWS, BLOCK_CHANNELS], tl.float32)
+    for start in range(0, part_rows, BLOCK_ROWS):
         row = start + tl.arange(0, BLOCK_ROWS)
-        mask = (row < num)[:, None] & inside[None, :]
-        at = x_part + row[:, None] * channels + channel[None, :]
-        value = _load(at, mask) - shift[None, :]
+        mask = (row < part_rows)[:, None] & inside[None, :]
+        pointers = x_part + row[:, None] * channels + channel[None, :]
+        value = _load(pointers, mask) - shift[None, :]
         value = tl.where(mask, value, 0.0)
-        of_x += value
-        of_square += value * value
-    at = parts + (view * num_parts + part) * 2 * channels + channel
-    tl.store(at, tl.sum(of_x, 0), inside)
-    tl.store(at + channels, tl.sum(of_square, 0), inside)
-    if _is_last(arrived, column, num_parts * VIEWS):
+        acc_x += value
+        acc_square += value * value
+    pointers = partials + (view * num_parts + part) * 2 * channels + channel
+    tl.store(pointers, tl.sum(acc_x, 0), inside)
+    tl.store(pointers + channels, tl.sum(acc_square, 0), inside)
+    if _is_last(finished, block, num_parts * VIEWS):
         count = tl.cast(num_rows, tl.float64)
         for v in tl.static_range(VIEWS):
-            about = _mean_of_first_rows(
-                x + v * step, num_rows, channels, channel, inside, BLOCK_ROWS, BLOCK_CHANNELS
+            view_shift = _mean_of_first_rows(
+                x + v * view_stride, num_rows, channels, channel, inside, BLOCK_ROWS, BLOCK_CHANNELS
             ).to(tl.float64)
-            first_sum = _add_parts(
-                parts, v, 0, channel, inside, channels, num_parts, 2, BLOCK_PARTS, BLOCK_CHANNELS
+            sum_x = _add_parts(
+                partials, v, 0, channel, inside, channels, num_parts, 2, BLOCK_PARTS, BLOCK_CHANNELS
             )
-            second_sum = _add_parts(
-                parts, v, 1, channel, inside, channels, num_parts, 2, BLOCK_PARTS, BLOCK_CHANNELS
+            sum_square = _add_parts(
+                partials, v, 1, channel, inside, channels, num_parts, 2, BLOCK_PARTS, BLOCK_CHANNELS
             )
             result = sums + v * channels + channel
-            tl.store(result, first_sum + count * about, inside)
-            second_sum += about * (2.0 * first_sum + count * about)
-            tl.store(result + VIEWS * channels, second_sum, inside)
+            tl.store(result, sum_x + count * view_shift, inside)
+            sum_square += view_shift * (2.0 * sum_x + count * view_shift)
+            tl.store(result + VIEWS * channels, sum_square, inside)
 
 
 @triton.jit
 def _affine(x, mean, scale, bias):
-    """Normalised x; alike in all kernels, so that all agree on where it is positive."""
+    """Normalised x; the same operations in all kernels, so that the mask y > 0 is the same."""
     return (x - mean[None, :]) * scale[None, :] + bias[None, :]
 
 
@@ -620,65 +621,65 @@ def _relu(y):
 
 
 @triton.jit
-def _masked(gradient, y):
-    """The gradient before ReLU: as torch has it, it passes where y is not a number."""
+def _relu_gradient(gradient, y):
+    """The gradient of ReLU's input; passes where y is NaN, as in torch."""
     return tl.where(y <= 0.0, 0.0, gradient)
 
 
 @triton.jit
 def _norm_forward(
-    x, other, y, bits, sums, moments, weight, bias, other_weight, other_bias,
-    num_rows, channels, rows_per_part, total, eps,
+    x, residual, y, bits, sums, moments, weight, bias, residual_weight, residual_bias,
+    num_rows, channels, rows_per_part, count, eps,
     VIEWS: tl.constexpr, RELU: tl.constexpr, RESIDUAL: tl.constexpr, NORMS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    column, part, view = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    channel = column * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
+    block, part, view = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    channel = block * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
     inside = channel < channels
     mean, inverse, variance = _mean_and_inverse(
-        sums, 0, view, channel, inside, channels, total, eps, VIEWS
+        sums, 0, view, channel, inside, channels, count, eps, VIEWS
     )
     if part == 0:
         _store_moments(
-            moments, 0, view, channel, inside, channels, mean, inverse, variance, total, VIEWS
+            moments, 0, view, channel, inside, channels, mean, inverse, variance, count, VIEWS
         )
     scale = inverse * tl.load(weight + channel, inside, other=0.0)
     shift = tl.load(bias + channel, inside, other=0.0)
     if NORMS == 2:
-        other_mean, other_inverse, variance = _mean_and_inverse(
-            sums, 1, view, channel, inside, channels, total, eps, VIEWS
+        residual_mean, residual_inverse, variance = _mean_and_inverse(
+            sums, 1, view, channel, inside, channels, count, eps, VIEWS
         )
         if part == 0:
             _store_moments(
-                moments, 1, view, channel, inside, channels, other_mean, other_inverse, variance,
-                total, VIEWS,
+                moments, 1, view, channel, inside, channels, residual_mean, residual_inverse,
+                variance, count, VIEWS,
             )  # fmt: skip
-        other_scale = other_inverse * tl.load(other_weight + channel, inside, other=0.0)
-        shift += tl.load(other_bias + channel, inside, other=0.0)
-    first = part * rows_per_part
-    num = tl.minimum(rows_per_part, num_rows - first)
-    first_row = tl.cast(num_rows, tl.int64) * view + first
+        residual_scale = residual_inverse * tl.load(residual_weight + channel, inside, other=0.0)
+        shift += tl.load(residual_bias + channel, inside, other=0.0)
+    part_start = part * rows_per_part
+    part_rows = tl.minimum(rows_per_part, num_rows - part_start)
+    first_row = tl.cast(num_rows, tl.int64) * view + part_start
     begin = first_row * channels
-    byte = column * (BLOCK_CHANNELS // 8) + tl.arange(0, BLOCK_CHANNELS // 8)
+    byte = block * (BLOCK_CHANNELS // 8) + tl.arange(0, BLOCK_CHANNELS // 8)
     num_bytes = tl.cdiv(channels, 8)
-    for start in range(0, num, BLOCK_ROWS):
+    for start in range(0, part_rows, BLOCK_ROWS):
         row = start + tl.arange(0, BLOCK_ROWS)
-        mask = (row < num)[:, None] & inside[None, :]
-        at = row[:, None] * channels + channel[None, :]
-        value = _load(x + begin + at, mask)
+        mask = (row < part_rows)[:, None] & inside[None, :]
+        offsets = row[:, None] * channels + channel[None, :]
+        value = _load(x + begin + offsets, mask)
         value = _affine(value, mean, scale, shift)
         if RESIDUAL:
-            added = _load(other + begin + at, mask)
+            addend = _load(residual + begin + offsets, mask)
             if NORMS == 2:
-                added = (added - other_mean[None, :]) * other_scale[None, :]
-            value += added
+                addend = (addend - residual_mean[None, :]) * residual_scale[None, :]
+            value += addend
             _store_bits(
-                bits + first_row * num_bytes, value, row, byte, num, num_bytes,
+                bits + first_row * num_bytes, value, row, byte, part_rows, num_bytes,
                 BLOCK_ROWS, BLOCK_CHANNELS,
             )  # fmt: skip
         if RELU:
             value = _relu(value)
-        tl.store(y + begin + at, value.to(y.dtype.element_ty), mask)
+        tl.store(y + begin + offsets, value.to(y.dtype.element_ty), mask)
 
 
 @triton.jit
@@ -686,7 +687,7 @@ def _store_bits(
     bits, value, row, byte, num_rows, num_bytes,
     BLOCK_ROWS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """Where the gradient passes: where value is not at most 0."""
+    """Store where the gradient passes: where value <= 0 is false."""
     passes = tl.where(value <= 0.0, 0, 1).to(tl.int32)
     passes = tl.reshape(passes, [BLOCK_ROWS, BLOCK_CHANNELS // 8, 8])
     packed = tl.sum(passes << tl.arange(0, 8)[None, None, :], 2).to(tl.uint8)
@@ -707,15 +708,15 @@ def _load_bits(
 
 @triton.jit
 def _norm_sums(
-    g, other_g, x, other_x, bits, masked, moments, weight, bias,
-    parts, sums, grad_weights, grad_biases, arrived, num_rows, channels, rows_per_part,
+    g, second_g, x, residual, bits, masked, moments, weight, bias,
+    partials, sums, grad_weights, grad_biases, finished, num_rows, channels, rows_per_part,
     VIEWS: tl.constexpr, RELU: tl.constexpr, BITS: tl.constexpr, GRADIENTS: tl.constexpr,
     NORMS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr,
     BLOCK_PARTS: tl.constexpr,
 ):  # fmt: skip
-    column, part, view = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    block, part, view = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     num_parts = tl.num_programs(1)
-    channel = column * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
+    channel = block * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
     inside = channel < channels
     mean = _load_channels(moments, view, channels, channel, inside)
     if RELU and not BITS:
@@ -723,60 +724,61 @@ def _norm_sums(
         scale *= tl.load(weight + channel, inside, other=0.0)
         shift = tl.load(bias + channel, inside, other=0.0)
     if NORMS == 2:
-        other_mean = _load_channels(moments, 3 * VIEWS + view, channels, channel, inside)
-    first = part * rows_per_part
-    num = tl.minimum(rows_per_part, num_rows - first)
-    first_row = tl.cast(num_rows, tl.int64) * view + first
+        residual_mean = _load_channels(moments, 3 * VIEWS + view, channels, channel, inside)
+    part_start = part * rows_per_part
+    part_rows = tl.minimum(rows_per_part, num_rows - part_start)
+    first_row = tl.cast(num_rows, tl.int64) * view + part_start
     begin = first_row * channels
-    byte = column * (BLOCK_CHANNELS // 8) + tl.arange(0, BLOCK_CHANNELS // 8)
+    byte = block * (BLOCK_CHANNELS // 8) + tl.arange(0, BLOCK_CHANNELS // 8)
     num_bytes = tl.cdiv(channels, 8)
-    of_g = tl.zeros([BLOCK_ROWS, BLOCK_CHANNELS], tl.float32)
-    of_product = tl.zeros([BLOCK_ROWS, BLOCK_CHANNELS], tl.float32)
+    acc_g = tl.zeros([BLOCK_ROWS, BLOCK_CHANNELS], tl.float32)
+    acc_product = tl.zeros([BLOCK_ROWS, BLOCK_CHANNELS], tl.float32)
     if NORMS == 2:
-        of_other = tl.zeros([BLOCK_ROWS, BLOCK_CHANNELS], tl.float32)
-    for start in range(0, num, BLOCK_ROWS):
+        acc_residual = tl.zeros([BLOCK_ROWS, BLOCK_CHANNELS], tl.float32)
+    for start in range(0, part_rows, BLOCK_ROWS):
         row = start + tl.arange(0, BLOCK_ROWS)
-        mask = (row < num)[:, None] & inside[None, :]
-        at = row[:, None] * channels + channel[None, :]
-        gradient = _load(g + begin + at, mask)
+        mask = (row < part_rows)[:, None] & inside[None, :]
+        offsets = row[:, None] * channels + channel[None, :]
+        gradient = _load(g + begin + offsets, mask)
         if GRADIENTS == 2:
-            gradient += _load(other_g + begin + at, mask)
-        value = _load(x + begin + at, mask)
+            gradient += _load(second_g + begin + offsets, mask)
+        value = _load(x + begin + offsets, mask)
         if BITS:
             passes = _load_bits(
-                bits + first_row * num_bytes, row, byte, num, num_bytes, BLOCK_ROWS, BLOCK_CHANNELS
-            )
+                bits + first_row * num_bytes, row, byte, part_rows, num_bytes,
+                BLOCK_ROWS, BLOCK_CHANNELS,
+            )  # fmt: skip
             gradient = tl.where(passes, gradient, 0.0)
         elif RELU:
-            gradient = _masked(gradient, _affine(value, mean, scale, shift))
+            gradient = _relu_gradient(gradient, _affine(value, mean, scale, shift))
         if BITS or GRADIENTS == 2:
             rounded = gradient.to(masked.dtype.element_ty)
-            tl.store(masked + begin + at, rounded, mask)
-            gradient = rounded.to(tl.float32)  # what `_norm_backward` will read
-        of_g += gradient
-        of_product += gradient * (value - mean[None, :])
+            tl.store(masked + begin + offsets, rounded, mask)
+            gradient = rounded.to(tl.float32)  # as `_norm_backward` will read it
+        acc_g += gradient
+        acc_product += gradient * (value - mean[None, :])
         if NORMS == 2:
-            value = _load(other_x + begin + at, mask)
-            of_other += gradient * (value - other_mean[None, :])
+            value = _load(residual + begin + offsets, mask)
+            acc_residual += gradient * (value - residual_mean[None, :])
     NUM_SUMS: tl.constexpr = 1 + NORMS
-    at = parts + (view * num_parts + part) * NUM_SUMS * channels + channel
-    tl.store(at, tl.sum(of_g, 0), inside)
-    tl.store(at + channels, tl.sum(of_product, 0), inside)
+    pointers = partials + (view * num_parts + part) * NUM_SUMS * channels + channel
+    tl.store(pointers, tl.sum(acc_g, 0), inside)
+    tl.store(pointers + channels, tl.sum(acc_product, 0), inside)
     if NORMS == 2:
-        tl.store(at + 2 * channels, tl.sum(of_other, 0), inside)
-    if _is_last(arrived, column, num_parts * VIEWS):
+        tl.store(pointers + 2 * channels, tl.sum(acc_residual, 0), inside)
+    if _is_last(finished, block, num_parts * VIEWS):
         bias_gradient = tl.zeros([BLOCK_CHANNELS], tl.float64)
         for norm in tl.static_range(NORMS):
             weight_gradient = tl.zeros([BLOCK_CHANNELS], tl.float64)
             for v in tl.static_range(VIEWS):
                 result = sums + (norm * 2 * VIEWS + v) * channels + channel
                 sum_g = _add_parts(
-                    parts, v, 0, channel, inside, channels, num_parts,
+                    partials, v, 0, channel, inside, channels, num_parts,
                     NUM_SUMS, BLOCK_PARTS, BLOCK_CHANNELS,
                 )  # fmt: skip
                 tl.store(result, sum_g.to(tl.float32), inside)
                 sum_product = _add_parts(
-                    parts, v, 1 + norm, channel, inside, channels, num_parts,
+                    partials, v, 1 + norm, channel, inside, channels, num_parts,
                     NUM_SUMS, BLOCK_PARTS, BLOCK_CHANNELS,
                 )  # fmt: skip
                 tl.store(result + VIEWS * channels, sum_product.to(tl.float32), inside)
@@ -786,24 +788,24 @@ def _norm_sums(
                 weight_gradient += sum_product * inverse.to(tl.float64)
                 if norm == 0:
                     bias_gradient += sum_g
-            of_norm = norm * channels + channel
-            tl.store(grad_weights + of_norm, weight_gradient.to(tl.float32), inside)
-            tl.store(grad_biases + of_norm, bias_gradient.to(tl.float32), inside)
+            norm_offset = norm * channels + channel
+            tl.store(grad_weights + norm_offset, weight_gradient.to(tl.float32), inside)
+            tl.store(grad_biases + norm_offset, bias_gradient.to(tl.float32), inside)
 
 
 @triton.jit
 def _coefficients(
-    moments, sums, norm, view, channel, inside, channels, total, weight, VIEWS: tl.constexpr
+    moments, sums, norm, view, channel, inside, channels, count, weight, VIEWS: tl.constexpr
 ):
     """mean, scale, mean of g and slope: d L / d x = scale (g - mean_g - (x - mean) slope)."""
     row = norm * 3 * VIEWS + view
     mean = _load_channels(moments, row, channels, channel, inside)
     inverse = _load_channels(moments, row + VIEWS, channels, channel, inside)
     scale = inverse * tl.load(weight + channel, inside, other=0.0)
-    count = tl.cast(total, tl.float32)
+    n = tl.cast(count, tl.float32)
     row = norm * 2 * VIEWS + view
-    mean_g = tl.div_rn(_load_channels(sums, row, channels, channel, inside), count)
-    slope = tl.div_rn(_load_channels(sums, row + VIEWS, channels, channel, inside), count)
+    mean_g = tl.div_rn(_load_channels(sums, row, channels, channel, inside), n)
+    slope = tl.div_rn(_load_channels(sums, row + VIEWS, channels, channel, inside), n)
     return mean, scale, mean_g, slope * inverse * inverse
 
 
@@ -815,136 +817,137 @@ def _input_gradient(gradient, x, mean, scale, mean_g, slope):
 
 @triton.jit
 def _norm_backward(
-    g, x, other_x, grad_x, other_grad_x, moments, sums, weight, bias, other_weight,
-    num_rows, channels, rows_per_part, total,
+    g, x, residual, grad_x, grad_residual, moments, sums, weight, bias, residual_weight,
+    num_rows, channels, rows_per_part, count,
     VIEWS: tl.constexpr, RELU: tl.constexpr, NORMS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    column, part, view = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    channel = column * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
+    block, part, view = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    channel = block * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
     inside = channel < channels
     mean, scale, mean_g, slope = _coefficients(
-        moments, sums, 0, view, channel, inside, channels, total, weight, VIEWS
+        moments, sums, 0, view, channel, inside, channels, count, weight, VIEWS
     )
     if RELU:
         shift = tl.load(bias + channel, inside, other=0.0)
     if NORMS == 2:
-        other_mean, other_scale, other_mean_g, other_slope = _coefficients(
-            moments, sums, 1, view, channel, inside, channels, total, other_weight, VIEWS
+        residual_mean, residual_scale, residual_mean_g, residual_slope = _coefficients(
+            moments, sums, 1, view, channel, inside, channels, count, residual_weight, VIEWS
         )
-    first = part * rows_per_part
-    num = tl.minimum(rows_per_part, num_rows - first)
-    begin = (tl.cast(num_rows, tl.int64) * view + first) * channels
-    for start in range(0, num, BLOCK_ROWS):
+    part_start = part * rows_per_part
+    part_rows = tl.minimum(rows_per_part, num_rows - part_start)
+    begin = (tl.cast(num_rows, tl.int64) * view + part_start) * channels
+    for start in range(0, part_rows, BLOCK_ROWS):
         row = start + tl.arange(0, BLOCK_ROWS)
-        mask = (row < num)[:, None] & inside[None, :]
-        at = begin + row[:, None] * channels + channel[None, :]
-        gradient = _load(g + at, mask)
-        value = _load(x + at, mask)
+        mask = (row < part_rows)[:, None] & inside[None, :]
+        offsets = begin + row[:, None] * channels + channel[None, :]
+        gradient = _load(g + offsets, mask)
+        value = _load(x + offsets, mask)
         if RELU:
-            gradient = _masked(gradient, _affine(value, mean, scale, shift))
+            gradient = _relu_gradient(gradient, _affine(value, mean, scale, shift))
         result = _input_gradient(gradient, value, mean, scale, mean_g, slope)
-        tl.store(grad_x + at, result.to(grad_x.dtype.element_ty), mask)
+        tl.store(grad_x + offsets, result.to(grad_x.dtype.element_ty), mask)
         if NORMS == 2:
-            value = _load(other_x + at, mask)
+            value = _load(residual + offsets, mask)
             result = _input_gradient(
-                gradient, value, other_mean, other_scale, other_mean_g, other_slope
+                gradient, value, residual_mean, residual_scale, residual_mean_g, residual_slope
             )
-            tl.store(other_grad_x + at, result.to(other_grad_x.dtype.element_ty), mask)
+            tl.store(grad_residual + offsets, result.to(grad_residual.dtype.element_ty), mask)
 
 
 @triton.jit
 def _norm_pool_forward(
-    x, y, peaks, taps, sums, moments, weight, bias,
-    num_images, channels, height, width, pooled_height, pooled_width, total, eps,
+    x, y, maxima, argmax, sums, moments, weight, bias,
+    num_images, channels, height, width, pooled_height, pooled_width, count, eps,
     VIEWS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """Some rows of one pooled image."""
-    column, rows, image = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    """ROWS rows of one pooled image."""
+    block, row_block, image = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     view = image // num_images
-    channel = column * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
+    channel = block * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
     inside = channel < channels
     mean, inverse, variance = _mean_and_inverse(
-        sums, 0, view, channel, inside, channels, total, eps, VIEWS
+        sums, 0, view, channel, inside, channels, count, eps, VIEWS
     )
-    if (rows == 0) & (image % num_images == 0):
+    if (row_block == 0) & (image % num_images == 0):
         _store_moments(
-            moments, 0, view, channel, inside, channels, mean, inverse, variance, total, VIEWS
+            moments, 0, view, channel, inside, channels, mean, inverse, variance, count, VIEWS
         )
     scale = inverse * tl.load(weight + channel, inside, other=0.0)
     shift = tl.load(bias + channel, inside, other=0.0)
-    # Normalising keeps the order of values or reverses it. (If the weight is exactly 0, all are the
-    # same afterwards; the largest wins here, the first in torch.)
+    # Normalisation preserves the order of values or reverses it. (If the weight is exactly 0, all
+    # results are equal; the index is that of the largest x here, the first in torch.)
     sign = tl.where(scale < 0.0, -1.0, 1.0)
     x += tl.cast(image, tl.int64) * height * width * channels
     first_pooled = tl.cast(image, tl.int64) * pooled_height * pooled_width * channels
     y += first_pooled
-    peaks += first_pooled
-    taps += first_pooled
-    first = rows * ROWS
+    maxima += first_pooled
+    argmax += first_pooled
+    first_row = row_block * ROWS
     for start in range(0, pooled_width, BLOCK):
         j = start + tl.arange(0, BLOCK)
         mask = (j < pooled_width)[:, None] & inside[None, :]
-        best, won = _best_of_row(x, 2 * first - 1, j, mask, channel, channels, height, width, sign)
-        best = tl.where(first > 0, best, float("-inf"))
-        for i in range(first, tl.minimum(first + ROWS, pooled_height)):
-            value, tap = _best_of_row(x, 2 * i, j, mask, channel, channels, height, width, sign)
-            won = tl.where(value > best, tap, won)
-            best = tl.maximum(value, best)
-            value, tap = _best_of_row(x, 2 * i + 1, j, mask, channel, channels, height, width, sign)
-            is_better = (2 * i + 1 < height) & (value > best)
-            won = tl.where(is_better, tap, won)
-            best = tl.where(is_better, value, best)
-            peak = best * sign[None, :]
-            at = (i * pooled_width + j)[:, None] * channels + channel[None, :]
-            result = _relu(_affine(peak, mean, scale, shift))
-            tl.store(y + at, result.to(y.dtype.element_ty), mask)
-            tl.store(peaks + at, peak.to(peaks.dtype.element_ty), mask)
-            tl.store(taps + at, won.to(tl.uint8), mask)
-            best, won = value, tap  # the last row of this window is the first of the next
+        row = 2 * first_row - 1
+        max_value, max_index = _row_max(x, row, j, mask, channel, channels, height, width, sign)
+        max_value = tl.where(first_row > 0, max_value, float("-inf"))
+        for i in range(first_row, tl.minimum(first_row + ROWS, pooled_height)):
+            value, index = _row_max(x, 2 * i, j, mask, channel, channels, height, width, sign)
+            max_index = tl.where(value > max_value, index, max_index)
+            max_value = tl.maximum(value, max_value)
+            value, index = _row_max(x, 2 * i + 1, j, mask, channel, channels, height, width, sign)
+            is_better = (2 * i + 1 < height) & (value > max_value)
+            max_index = tl.where(is_better, index, max_index)
+            max_value = tl.where(is_better, value, max_value)
+            maximum = max_value * sign[None, :]
+            offsets = (i * pooled_width + j)[:, None] * channels + channel[None, :]
+            result = _relu(_affine(maximum, mean, scale, shift))
+            tl.store(y + offsets, result.to(y.dtype.element_ty), mask)
+            tl.store(maxima + offsets, maximum.to(maxima.dtype.element_ty), mask)
+            tl.store(argmax + offsets, max_index.to(tl.uint8), mask)
+            max_value, max_index = value, index  # the last row of a window is the next one's first
 
 
 @triton.jit
-def _best_of_row(x, row, j, mask, channel, channels, height, width, sign):
-    """The largest of the three values of a row that belong to each window, times the sign, and
-    which it is, the first of equals, as `_tap` numbers them."""
+def _row_max(x, row, j, mask, channel, channels, height, width, sign):
+    """For each window, the maximum of sign * x over its three values in a row, and the first index
+    (`_window_index`) at which it occurs."""
     mask = mask & (row >= 0) & (row < height)
-    at = x + (row * width + 2 * j)[:, None] * channels + channel[None, :]
+    pointers = x + (row * width + 2 * j)[:, None] * channels + channel[None, :]
     has_left = (j > 0)[:, None]
     has_right = (2 * j + 1 < width)[:, None]
-    left = _load(at - channels, mask & has_left) * sign[None, :]
-    middle = _load(at, mask) * sign[None, :]
-    right = _load(at + channels, mask & has_right) * sign[None, :]
+    left = _load(pointers - channels, mask & has_left) * sign[None, :]
+    middle = _load(pointers, mask) * sign[None, :]
+    right = _load(pointers + channels, mask & has_right) * sign[None, :]
     is_left = has_left & (left >= middle)
-    best = tl.where(is_left, left, middle)
-    won = tl.where(is_left, _tap(row, 0), _tap(row, 1))
-    is_right = has_right & (right > best)
-    return tl.where(is_right, right, best), tl.where(is_right, _tap(row, 2), won)
+    value = tl.where(is_left, left, middle)
+    index = tl.where(is_left, _window_index(row, 0), _window_index(row, 1))
+    is_right = has_right & (right > value)
+    return tl.where(is_right, right, value), tl.where(is_right, _window_index(row, 2), index)
 
 
 @triton.jit
-def _tap(row, column):
-    """The number of a value in its window, alike in both windows that share the row."""
+def _window_index(row, column):
+    """Index of a value in its window; the same in both windows that contain the row."""
     return 3 * (row & 3) + column
 
 
 @triton.jit
 def _norm_pool_backward(
-    g, taps, x, grad_x, moments, sums, weight, bias,
-    num_images, channels, height, width, pooled_height, pooled_width, total,
+    g, argmax, x, grad_x, moments, sums, weight, bias,
+    num_images, channels, height, width, pooled_height, pooled_width, count,
     VIEWS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """Some rows of quads of pixels of one image.
+    """ROWS rows of quads of pixels of one image.
 
-    The pixels (2 i + p, 2 j + q) of quad (i, j), where p and q are 0 or 1, get their gradients from
-    the windows (i + k, j + m) with k <= p and m <= q.
+    Pixel (2 i + p, 2 j + q) of quad (i, j), where p and q are 0 or 1, gets its gradient from the
+    windows (i + k, j + m) with k <= p and m <= q.
     """
-    column, rows, image = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    block, row_block, image = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     view = image // num_images
-    channel = column * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
+    channel = block * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
     inside = channel < channels
     mean, scale, mean_g, slope = _coefficients(
-        moments, sums, 0, view, channel, inside, channels, total, weight, VIEWS
+        moments, sums, 0, view, channel, inside, channels, count, weight, VIEWS
     )
     shift = tl.load(bias + channel, inside, other=0.0)
     first_pixel = tl.cast(image, tl.int64) * height * width
@@ -952,8 +955,8 @@ def _norm_pool_backward(
     grad_x += first_pixel * channels
     first_window = tl.cast(image, tl.int64) * pooled_height * pooled_width
     g += first_window * channels
-    taps += first_window * channels
-    for i in range(rows * ROWS, tl.minimum(rows * ROWS + ROWS, pooled_height)):
+    argmax += first_window * channels
+    for i in range(row_block * ROWS, tl.minimum(row_block * ROWS + ROWS, pooled_height)):
         for start in range(0, pooled_width, BLOCK):
             j = start + tl.arange(0, BLOCK)
             for p in tl.static_range(2):
@@ -963,17 +966,17 @@ def _norm_pool_backward(
                         for m in tl.static_range(q + 1):
                             exists = (i + k < pooled_height) & (j + m < pooled_width)
                             mask = exists[:, None] & inside[None, :]
-                            at = ((i + k) * pooled_width + j + m)[:, None] * channels
-                            at += channel[None, :]
-                            won = tl.load(taps + at, mask, other=255).to(tl.int32)
-                            is_won = won == _tap(2 * i + p, q + 1 - 2 * m)
-                            value = _load(g + at, mask)
-                            gradient += tl.where(is_won, value, 0.0)
+                            offsets = ((i + k) * pooled_width + j + m)[:, None] * channels
+                            offsets += channel[None, :]
+                            index = tl.load(argmax + offsets, mask, other=255).to(tl.int32)
+                            is_argmax = index == _window_index(2 * i + p, q + 1 - 2 * m)
+                            value = _load(g + offsets, mask)
+                            gradient += tl.where(is_argmax, value, 0.0)
                     row = 2 * i + p
-                    across = 2 * j + q
-                    mask = ((row < height) & (across < width))[:, None] & inside[None, :]
-                    at = (row * width + across)[:, None] * channels + channel[None, :]
-                    value = _load(x + at, mask)
-                    gradient = _masked(gradient, _affine(value, mean, scale, shift))
+                    column = 2 * j + q
+                    mask = ((row < height) & (column < width))[:, None] & inside[None, :]
+                    offsets = (row * width + column)[:, None] * channels + channel[None, :]
+                    value = _load(x + offsets, mask)
+                    gradient = _relu_gradient(gradient, _affine(value, mean, scale, shift))
                     result = _input_gradient(gradient, value, mean, scale, mean_g, slope)
-                    tl.store(grad_x + at, result.to(grad_x.dtype.element_ty), mask)
+                    tl.store(grad_x + offsets, result.to(grad_x.dtype.element_ty), mask)

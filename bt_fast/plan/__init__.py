@@ -1,1 +1,1 @@
-"""What a training step costs, counted before it runs."""
+"""Predicted cost of a training step and of a whole run, without running it."""

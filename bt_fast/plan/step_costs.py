@@ -1,58 +1,36 @@
-"""What one training step computes, moves and sends: counted, not measured.
+"""Costs of one training step: FLOP of the loss, bytes of the optimizer, communication.
 
 Per rank, with n images on each of W ranks, N = n W images in the global batch, D dimensions and P
 parameters:
 
-    augmentation   3 H W bytes read twice, 3 H W values written, per view
-    norm           fused with ReLU and residual sum, values of a batch norm's output: x read twice
-                   and y written, then x and g read twice and the gradient of x written; a residual
-                   read, then its gradient written
     loss           gram: a a^T and b b^T for its n rows, and as much again backwards: 8 n N D FLOP
                    dense: C and two gradients of it: 6 N D^2 FLOP
     LARS           28 P bytes: p and g read, then p, g, m read, p and m written, float32
     gradients      ring all-reduce, 2 (W - 1) / W * 4 P bytes sent
     embeddings     both views of all ranks gathered once, (W - 1) 2 n D values sent
-    batch norm     two all-reduces per layer for both views together, tens of kB at most; with the
-                   loss's three, every one of them is waited for
+    batch norm     two all-reduces per layer for both views together, tens of kB at most; as for
+                   the three of the loss, the step waits for each of them
 
-What does not shrink with n: LARS, the latency of collectives, and in the encoder a fixed time per
-kernel and per weight (`fixed_seconds`).
+Independent of n are LARS, the latency of collectives, and in the encoder a fixed time per kernel
+and per weight (`fixed_seconds`).
 """
 
 from dataclasses import dataclass
-from typing import Any
 
-import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from bt_fast.loss import choose_method
 
 RANKS_PER_MACHINE = 8
-INSIDE_BYTES_PER_S = 300e9  # a rank to its neighbour within a machine, over NVLink
-# Seconds of a small collective.
+NVLINK_BYTES_PER_S = 300e9  # from a rank to the next one on the same machine
+# Seconds of a small collective on one machine and on several.
 LATENCY_INTRA_NODE, LATENCY_INTER_NODE = 25e-6, 45e-6
 _LOSS_COLLECTIVES = 3
-_OVERLAPPED = 0.9  # of the backward pass can hide the gradients' all-reduce
-
-
-def augment_bytes(num_views: int, size: int, dtype: torch.dtype) -> int:
-    return num_views * 3 * size * size * (2 + dtype.itemsize)
-
-
-def norm_bytes(num_normalised: int, num_residual: int, itemsize: int) -> int:
-    """What batch norm, ReLU and residual sums have to move at least, forwards and backwards, where
-    statistics need a pass of their own. Forms that are not fused move more.
-
-    Args:
-        num_normalised: values of all batch norms' outputs.
-        num_residual: values of all residual blocks' outputs.
-    """
-    return itemsize * (8 * num_normalised + 2 * num_residual)
+_OVERLAP_FRACTION = 0.9  # part of the backward pass that can hide the gradients' all-reduce
 
 
 def loss_flop(method: str, num_samples: int, num_dimensions: int, world_size: int = 1) -> int:
-    """Per rank; num_samples is the global batch."""
+    """FLOP of the loss and its gradient per rank; num_samples is the global batch."""
     if method == "gram":
         return 8 * num_samples * num_samples * num_dimensions // world_size
     return 6 * num_samples * num_dimensions * num_dimensions // world_size
@@ -62,67 +40,10 @@ def lars_bytes(num_parameters: int) -> int:
     return 28 * num_parameters
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Work:
-    """What a step of one rank computes and moves, but for the loss."""
-
-    forward: float  # FLOP of encoder and projector
-    backward: float
-    flop: dict[str, float]  # convolutions, products
-    bytes: dict[str, float]  # norm, optimizer, augmentation
-
-
-def count(model: nn.Module, views: torch.Tensor, autocast: torch.autocast) -> Work:
-    """Counted on four of these views, which pass through the model in training mode, uncompiled,
-    without other ranks and without fused norms. Leaves it without gradients."""
-    some, values = views[:4], {"normalised": 0, "residual": 0}
-    fused: list[Any] = [m for m in model.modules() if getattr(m, "fused", False)]
-    for module in fused:
-        module.fused = False
-    scale = len(views) / len(some)
-
-    def note(module: nn.Module, _, output: torch.Tensor) -> None:
-        values["residual" if hasattr(module, "downsample") else "normalised"] += output.numel()
-
-    hooks = [
-        module.register_forward_hook(note)
-        for module in model.modules()
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) or hasattr(module, "downsample")
-    ]
-    try:
-        with FlopCounterMode(display=False) as counter:
-            with autocast:
-                z = model(some)
-            forward = counter.get_total_flops()
-            z.sum().backward()
-    finally:
-        model.zero_grad(set_to_none=True)
-        for hook in hooks:
-            hook.remove()
-        for module in fused:
-            module.fused = True
-    flop = {str(name): value for name, value in counter.get_flop_counts()["Global"].items()}
-    convolutions = sum(value for name, value in flop.items() if "convolution" in name)
-    norm = norm_bytes(values["normalised"], values["residual"], views.element_size())
-    return Work(
-        forward=scale * forward,
-        backward=scale * (sum(flop.values()) - forward),
-        flop={
-            "convolutions": scale * convolutions,
-            "products": scale * (sum(flop.values()) - convolutions),
-        },
-        bytes={
-            "norm": scale * norm,
-            "optimizer": lars_bytes(sum(p.numel() for p in model.parameters())),
-            "augmentation": augment_bytes(len(views), views.shape[-1], views.dtype),
-        },
-    )
-
-
-# Of a compiled step, forwards and backwards, per batch norm: its own kernels, those of the
-# convolution beside it, casts of weights (306 of 19 norms, by tools/compiled_traffic.py).
+# Kernels of a compiled step per batch norm, forwards and backwards, with those of its convolution
+# and casts of weights (306 kernels for 19 norms, by tools/compiled_traffic.py).
 _KERNELS_PER_NORM = 16
-KERNEL_SECONDS = 3e-6  # that a kernel takes beyond its bytes and FLOP: launch, first and last wave
+KERNEL_SECONDS = 3e-6  # overhead of a kernel beyond its bytes and FLOP: launch, first and last wave
 _WEIGHT_BYTES = 14  # per parameter: cast to bf16, the gradient in bf16 and in float32
 
 
@@ -133,8 +54,7 @@ def fixed_seconds(num_norm_layers: int, num_parameters: int, bytes_per_s: float)
 
 
 def num_norm_layers(model: nn.Module) -> int:
-    """Of those that have kernels and collectives of their own: where a residual has a norm, fused
-    ones share them."""
+    """Batch norms with separate kernels: a fused one includes the norm of its residual."""
     modules = list(model.modules())
     layers = [m for m in modules if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     if not any(getattr(layer, "fused", False) for layer in layers):
@@ -142,25 +62,25 @@ def num_norm_layers(model: nn.Module) -> int:
     return len(layers) - sum(getattr(m, "downsample", None) is not None for m in modules)
 
 
-def loss_flop_of_ranks(num_samples: int, num_dimensions: int, world_size: int) -> int:
-    """As `loss_flop`, by the method that so many ranks choose."""
+def auto_loss_flop(num_samples: int, num_dimensions: int, world_size: int) -> int:
+    """`loss_flop` of the method that `choose_method` chooses."""
     method = choose_method(num_samples, num_dimensions, world_size)
     return loss_flop(method, num_samples, num_dimensions, world_size)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Measured:
-    """Seconds of one step's parts on one device, and what they depend on."""
+class StepTimes:
+    """Seconds of the parts of a step on one device, and the quantities that they depend on."""
 
     images: int  # n, on this device
     encoder: float  # forward and backward of encoder and projector
-    backward: float  # the backward part of that
+    backward: float  # their backward pass alone
     loss: float  # the objective and its gradient
     embedding_itemsize: int  # bytes of one value of an embedding
     gradient_itemsize: int = 4  # bytes of one value of a gradient as it is sent
     optimizer: float
     num_parameters: int
-    num_projector_parameters: int  # whose gradients are sent first
+    num_projector_parameters: int  # their gradients are sent first
     num_dimensions: int
     num_norm_layers: int
 
@@ -173,20 +93,20 @@ class Prediction:
     gradient_bytes: float
     embedding_bytes: float
     collectives: int
-    seconds: dict[str, float]  # by part; what is hidden under others is not in it
+    seconds: dict[str, float]  # by part, without the hidden communication
     hidden: float  # seconds of communication under the backward pass
     step: float
     images_per_s: float
-    efficiency: float  # of this many single devices
+    efficiency: float  # relative to `world_size` single devices
 
 
 def latency(num_ranks: int) -> float:
-    """Seconds of a small collective among so many ranks, as assumed."""
+    """Assumed seconds of a small collective."""
     return LATENCY_INTRA_NODE if num_ranks <= RANKS_PER_MACHINE else LATENCY_INTER_NODE
 
 
 def predict(
-    measured: Measured,
+    times: StepTimes,
     world_size: int,
     link_gbps: float,
     *,
@@ -194,51 +114,52 @@ def predict(
     norm_ranks: int = 0,
     single_device_images_per_s: float | None = None,
 ) -> Prediction:
-    """The step of W ranks that each do what was measured.
+    """The step of W ranks, each with the images of `times`.
 
     A ring through all ranks leaves a machine once, and there are as many rings as network cards,
-    one per rank: so what a rank sends goes at the rate of all of a machine's cards together, or at
-    that of NVLink where it is slower or the run stays on one machine. With one communicator for
-    everything the backward pass's first batch norm waits for the gradients of the projector.
+    one per rank: so each rank sends at the rate of all of a machine's cards together, or at that of
+    NVLink if it is slower or the run stays on one machine. With one communicator for everything the
+    backward pass's first batch norm waits for the gradients of the projector.
 
     Args:
-        link_gbps: of the network card of one rank, 10^9 bits per second.
-        separate_communicators: whether batch norm and loss have one of their own.
+        link_gbps: bandwidth of the network card of one rank, 10^9 bits per second.
+        separate_communicators: whether batch norm and loss have their own communicators.
         norm_ranks: ranks whose samples batch norm normalises together; 0 = all.
-        single_device_images_per_s: what `efficiency` compares with. Default: what was measured.
+        single_device_images_per_s: reference of `efficiency`. Default: the rate of `times`.
     """
-    w, n, d = world_size, measured.images, measured.num_dimensions
-    rate = INSIDE_BYTES_PER_S
+    w, n, d = world_size, times.images, times.num_dimensions
+    rate = NVLINK_BYTES_PER_S
     if w > RANKS_PER_MACHINE:
         rate = min(rate, RANKS_PER_MACHINE * link_gbps * 1e9 / 8)
-    bytes_per_parameter = 2 * (w - 1) / w * measured.gradient_itemsize
-    gradient_bytes = bytes_per_parameter * measured.num_parameters
-    embedding_bytes = (w - 1) * 2 * n * d * measured.embedding_itemsize
+    bytes_per_parameter = 2 * (w - 1) / w * times.gradient_itemsize
+    gradient_bytes = bytes_per_parameter * times.num_parameters
+    embedding_bytes = (w - 1) * 2 * n * d * times.embedding_itemsize
     norm_ranks = norm_ranks or w
-    of_norm = 2 * measured.num_norm_layers if norm_ranks > 1 else 0
-    of_loss = _LOSS_COLLECTIVES if w > 1 else 0
+    norm_collectives = 2 * times.num_norm_layers if norm_ranks > 1 else 0
+    loss_collectives = _LOSS_COLLECTIVES if w > 1 else 0
     queueing = 0.0
     if not separate_communicators:
-        queueing = bytes_per_parameter * measured.num_projector_parameters / rate
+        queueing = bytes_per_parameter * times.num_projector_parameters / rate
     sending = gradient_bytes / rate - queueing
-    hidden = min(sending, _OVERLAPPED * measured.backward)
+    hidden = min(sending, _OVERLAP_FRACTION * times.backward)
     seconds = {
-        "encoder": measured.encoder,
-        "loss": measured.loss * loss_flop_of_ranks(n * w, d, w) / loss_flop_of_ranks(n, d, 1),
-        "optimizer": measured.optimizer,
+        "encoder": times.encoder,
+        "loss": times.loss * auto_loss_flop(n * w, d, w) / auto_loss_flop(n, d, 1),
+        "optimizer": times.optimizer,
         "gradients, exposed": sending - hidden,
         "embeddings": embedding_bytes / rate,
-        "collectives, latency": of_norm * latency(norm_ranks) + of_loss * latency(w),
+        "collectives, latency": norm_collectives * latency(norm_ranks)
+        + loss_collectives * latency(w),
         "queueing behind gradients": queueing,
     }
     step = sum(seconds.values())
     if single_device_images_per_s is None:
-        single_device_images_per_s = n / (measured.encoder + measured.loss + measured.optimizer)
+        single_device_images_per_s = n / (times.encoder + times.loss + times.optimizer)
     return Prediction(
         world_size=w,
         gradient_bytes=gradient_bytes,
         embedding_bytes=embedding_bytes,
-        collectives=of_norm + of_loss,
+        collectives=norm_collectives + loss_collectives,
         seconds=seconds,
         hidden=hidden,
         step=step,

@@ -1,1 +1,1 @@
-"""What a run leaves behind: its folder, checkpoints, metrics, plots and console output."""
+"""Output of a run: directory, checkpoints, metrics, plots, console."""

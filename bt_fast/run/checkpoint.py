@@ -1,16 +1,17 @@
-"""Checkpoints that are whole or not there.
+"""Checkpoints, which are complete or absent.
 
     checkpoints/
       step-00000626/
         model.safetensors        parameters and batch statistics
         optimizer.safetensors    momentum, by parameter name
-        state.json               step, facts, size and SHA-256 of each file; its own; written last
+        state.json               step, facts, size and SHA-256 of each file, and its own SHA-256;
+                                 written last
 
-A checkpoint is written into a temporary folder, flushed to the disk and renamed. One whose files
-do not match its state.json is not valid and is passed over on resume, by name. Only safetensors
-and JSON are read back: a checkpoint cannot run code, whoever made it.
+A checkpoint is written into a temporary folder, flushed to the disk and renamed. One whose files do
+not match its state.json is invalid; resuming reports and skips it. Only safetensors and JSON are
+read: no checkpoint can run code.
 
-Nothing random needs saving: order and views are functions of the step (`pipelines.order`).
+No random state is saved: order and views are functions of the step (`pipelines.order`).
 """
 
 import hashlib
@@ -30,7 +31,7 @@ from pipelines.common.atomic import sync
 
 _FILES = ("model.safetensors", "optimizer.safetensors")
 Tensors = dict[str, torch.Tensor]
-_OF_FORGED_JSON = (LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)
+_FORGED_JSON_ERRORS = (LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,9 +43,9 @@ class Checkpoint:
     facts: dict[str, Any]
 
     def restore(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        """Copy the tensors into a model and optimizer of the same shape, in place.
+        """Copy the tensors into a model and optimizer of the same shapes, in place.
 
-        Raises ValueError if they do not fit, or the files are no safetensors.
+        Raises ValueError if shapes or names differ, or a file is not safetensors.
         """
         weights, momentum = (_load(self.folder / name) for name in _FILES)
         parameters = dict(model.named_parameters())
@@ -58,9 +59,9 @@ class Checkpoint:
 
 
 class Snapshot:
-    """Host buffers for the tensors of a checkpoint, reused for every one.
+    """Host buffers for the tensors of a checkpoint, reused for every checkpoint.
 
-    Those of a GPU's tensors are page-locked, so that copies are only queued.
+    Buffers of GPU tensors are page-locked, so that copies are only queued.
     """
 
     def __init__(self) -> None:
@@ -69,8 +70,8 @@ class Snapshot:
     def take(
         self, model: torch.nn.Module, optimizer: torch.optim.Optimizer
     ) -> tuple[Tensors, Tensors]:
-        """(parameters and batch statistics, momentum by parameter name), row-major on the CPU, and
-        valid until the next call; on a GPU, after the queued work has completed."""
+        """(parameters and batch statistics, momentum by parameter name), row-major on the CPU,
+        valid until the next call; from a GPU, once the queued work has completed."""
         momentum = {
             name: optimizer.state[parameter]["momentum"]
             for name, parameter in model.named_parameters()
@@ -91,8 +92,8 @@ def write(
 ) -> Path:
     """Write checkpoints/step-N under `folder`, then remove all but the `keep` newest.
 
-    tensors: of `Snapshot.take`. facts: what else must survive, as JSON. Raises OSError if the disk
-    does not take it; the checkpoints that were there are then untouched.
+    tensors: of `Snapshot.take`. facts: further state, as JSON. Raises OSError if writing fails;
+    earlier checkpoints are then unchanged.
     """
     checkpoints = folder / "checkpoints"
     final = checkpoints / f"step-{step:08d}"
@@ -112,7 +113,7 @@ def write(
         (temporary / "state.json").write_text(text)
         sync(temporary / "state.json")
         sync(temporary)
-        if final.exists():  # a step saved twice, after a resume: the newer one is as good
+        if final.exists():  # saved again after a resume: equal
             shutil.rmtree(final)
         os.rename(temporary, final)
         sync(checkpoints)
@@ -126,19 +127,19 @@ def write(
 
 
 def copied(tensors: Mapping[str, torch.Tensor]) -> Tensors:
-    """On the CPU, row-major, sharing no memory with what they were."""
+    """Copies on the CPU, row-major."""
     return {
         name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()
     }
 
 
 def write_tensors(tensors: Tensors, path: Path) -> None:
-    """Write a safetensors file of tensors that are `copied`, readable for whom new files are.
+    """Write a safetensors file of `copied` tensors, with the permissions of new files.
 
-    It appears whole or not at all. Raises OSError if the disk does not take it.
+    Raises OSError if writing fails.
     """
     try:
-        save_file(tensors, path)  # makes it readable for the owner alone
+        save_file(tensors, path)  # creates it readable for the owner alone
     except SafetensorError as error:
         what = str(error).removeprefix("Error while serializing: ").removeprefix("I/O error: ")
         raise OSError(f"{path.name}: {what}") from None
@@ -148,9 +149,9 @@ def write_tensors(tensors: Tensors, path: Path) -> None:
 
 
 def newest(folder: Path, *, set_aside: bool = False) -> tuple[Checkpoint | None, list[str]]:
-    """The newest valid checkpoint under `folder`, and why each newer one was passed over.
+    """The newest valid checkpoint under `folder`, and why each newer one is invalid.
 
-    set_aside: rename those to step-N.damaged, so that they no longer count among the newest.
+    set_aside: rename invalid ones to step-N.damaged, so that they are not counted as newest.
     """
     problems: list[str] = []
     for candidate in _folders(folder):
@@ -160,14 +161,14 @@ def newest(folder: Path, *, set_aside: bool = False) -> tuple[Checkpoint | None,
             if state.keys() != {"step", "facts", "files"} and (
                 state.pop("sha256") != _sha256_of_state(state)
             ):
-                raise ValueError("state.json is not as it was saved")
+                raise ValueError("state.json differs from what was saved")
             for name in _FILES:
                 facts = state["files"][name]
                 path = candidate / name
                 if path.stat().st_size != facts["size"] or _sha256(path) != facts["sha256"]:
-                    raise ValueError(f"{name} is not as it was saved")
+                    raise ValueError(f"{name} differs from what was saved")
             return Checkpoint(candidate, int(state["step"]), dict(state["facts"])), problems
-        except (OSError, ValueError, *_OF_FORGED_JSON) as error:
+        except (OSError, ValueError, *_FORGED_JSON_ERRORS) as error:
             problems.append(f"{candidate.name}: {error}")
             if set_aside:
                 damaged = candidate.with_suffix(".damaged")
@@ -203,17 +204,17 @@ def _require_same(saved: Mapping, current: Mapping, source: Path) -> None:
             raise ValueError(f"{source} belongs to another model: it has {name}")
         if (there.shape, there.dtype) != (here.shape, here.dtype):
             raise ValueError(
-                f"{source} belongs to another model: {name} is {_kind(there)} there and"
-                f" {_kind(here)} here"
+                f"{source} belongs to another model: {name} is {_format(there)} there and"
+                f" {_format(here)} here"
             )
 
 
-def _kind(tensor: torch.Tensor) -> str:
+def _format(tensor: torch.Tensor) -> str:
     return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
 
 
 def _sha256_of_state(state: dict[str, Any]) -> str:
-    """Of what state.json says beside this, however it is spaced and ordered."""
+    """Checksum of state.json without this field, independent of spacing and order."""
     return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
 
 

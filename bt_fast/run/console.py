@@ -1,8 +1,8 @@
-"""What a person sees of a run, and what it leaves to read: console, metrics.jsonl, TensorBoard.
+"""Output of a run: console, metrics.jsonl and TensorBoard.
 
-On a terminal a live line shows progress; elsewhere plain lines appear, at most one in five
-seconds. Every record goes to metrics.jsonl and TensorBoard. A disk or a terminal that takes
-nothing more does not end a run.
+A terminal shows a progress bar; elsewhere plain lines are printed, at most one in five seconds.
+Every record is written to metrics.jsonl and TensorBoard. A full disk or a closed terminal does not
+end a run.
 """
 
 import contextlib
@@ -24,10 +24,9 @@ from bt_fast.run.metrics import (
     open_metrics,
     tensorboard_events,
 )
-from pipelines.common.console import shown
+from pipelines.common.console import printable
 
 _PLAIN_INTERVAL = 5.0  # seconds between plain lines
-
 
 _Timestamp = float | torch.cuda.Event
 
@@ -48,7 +47,7 @@ class Clock:
         return event
 
     def lap(self) -> Callable[[], float]:
-        """End an interval and begin the next. Returns a function that gives its seconds; call it
+        """End an interval and begin the next. Returns a function that returns its seconds; call it
         when the device has reached this point."""
         now = self._now()
         parts, self._parts, self._started = [*self._parts, (self._started, now)], [], now
@@ -65,17 +64,17 @@ def _seconds(start: _Timestamp, end: _Timestamp) -> float:
     if isinstance(start, float):
         assert isinstance(end, float)
         return end - start
-    assert isinstance(end, torch.cuda.Event)  # of the same device
+    assert isinstance(end, torch.cuda.Event)
     return start.elapsed_time(end) / 1e3
 
 
 class RunLog:
-    """Reports of one run; a context manager, so that the terminal is left as it was."""
+    """Console and record files of one run; a context manager, which restores the terminal."""
 
     def __init__(
         self, console: Console, folder: Path | None, first_step: int, last_step: int
     ) -> None:
-        """folder: None on ranks that keep quiet."""
+        """folder: None on ranks that write nothing."""
         self.console = console
         self.first_step, self.last_step = first_step, last_step
         self.started = time.perf_counter()
@@ -107,37 +106,37 @@ class RunLog:
         return self
 
     def __exit__(self, *exception) -> None:
-        with contextlib.suppress(OSError):  # of a terminal that was closed
+        with contextlib.suppress(OSError):  # of a closed terminal
             self._progress.stop()
         for name, file, _ in self._files:
-            with self.can_do_without(f"the end of {name}"):
+            with self.optional_output(f"the end of {name}"):
                 file.close()
         try:
             self.console.file.flush()
         except OSError:  # the interpreter would try again at its end, and exit with 120
             os.dup2(os.open(os.devnull, os.O_WRONLY), self.console.file.fileno())
 
-    def say(self, text: str, *, style: str | None = None) -> None:
-        # A full disk may keep what is printed; when nobody reads it, rich would end the program.
+    def info(self, text: str, *, style: str | None = None) -> None:
+        # Output may go to a full disk; into a closed pipe, rich would end the program.
         with contextlib.suppress(OSError, SystemExit):
-            line = shown(text, self.console.encoding)
+            line = printable(text, self.console.encoding)
             self.console.print(line, style=style, highlight=False, markup=False)
 
     def warn(self, text: str) -> None:
-        self.say(f"warning: {text}", style="yellow")
+        self.info(f"warning: {text}", style="yellow")
 
     @contextlib.contextmanager
-    def can_do_without(self, what: str) -> Iterator[None]:
-        """The disk may fail to take this: that is told the first time, and the run goes on."""
+    def optional_output(self, name: str) -> Iterator[None]:
+        """Output without which the run continues: a failed write is reported the first time."""
         try:
             yield
         except OSError as error:
-            if what not in self._failed:
-                self._failed.add(what)
-                self.warn(f"{what} cannot be written: {reason(error)}; the run goes on")
+            if name not in self._failed:
+                self._failed.add(name)
+                self.warn(f"{name} cannot be written: {reason(error)}; the run continues")
 
     def training(self, record: dict) -> None:
-        """One log line: loss and its parts, rates, speed. `record` holds Python numbers."""
+        """One log line: loss and its terms, learning rates, images/s, as Python numbers."""
         self._record("train", record)
         step = record["step"]
         if self.console.is_terminal:
@@ -155,7 +154,7 @@ class RunLog:
             return
         self._last_plain = now
         left = (now - self.started) / (step - self.first_step) * (self.last_step - step)
-        self.say(
+        self.info(
             f"step {step}/{self.last_step} epoch {record['epoch']:.2f}"
             f" | loss {record['loss']:.4g} = on-diagonal {record['on_diagonal']:.4g}"
             f" + lambda * off-diagonal {record['off_diagonal']:.4g}"
@@ -164,34 +163,34 @@ class RunLog:
         )
 
     def probe(self, record: dict) -> None:
-        """The kNN accuracies of one moment."""
+        """The kNN accuracies at one step."""
         self._record("probe", record)
         scores = ", ".join(
             f"k={name.removeprefix('knn_')}: {100 * value:.2f} %"
             for name, value in record.items()
             if name.startswith("knn_")
         )
-        what = "at random initialisation" if record["step"] == 0 else f"epoch {record['epoch']:.4g}"
-        self.say(f"kNN probe, {what}: {scores} ({duration(record['seconds'])})")
+        when = "at random initialisation" if record["step"] == 0 else f"epoch {record['epoch']:.4g}"
+        self.info(f"kNN probe, {when}: {scores} ({duration(record['seconds'])})")
 
     def _record(self, kind: str, record: dict) -> None:
         for name, file, encode in self._files:
-            with self.can_do_without(name):
+            with self.optional_output(name):
                 file.append(encode(kind, record))
 
 
 def reason(error: OSError) -> str:
-    """What an error of the disk says, without its number."""
+    """The message of a file system error, without its number."""
     return error.strerror or str(error)
 
 
 def summary_table(title: str, rows: dict[str, str]) -> Table:
-    """A two-column table of what a run is."""
+    """A table with a name and a value in each row."""
     table = Table(title=title, title_justify="left", show_header=False)
     table.add_column(style="bold")
     table.add_column(overflow="fold")
     for name, value in rows.items():
-        table.add_row(name, Text(shown(value)))  # paths may look like rich's markup
+        table.add_row(name, Text(printable(value)))  # a path may contain rich's markup
     return table
 
 

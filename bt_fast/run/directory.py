@@ -1,15 +1,15 @@
-"""The folder of one run: made once, continued only when asked, owned by one process.
+"""The run directory: created once, continued only on request, used by one process at a time.
 
 runs/cifar10-20260101-120000/
   config.json          the resolved configuration
   environment.json     versions and hardware, one entry per start
   views.png            both views of some images
   metrics.jsonl        one JSON object per log line and probe
-  curves.png           loss, learning rate, kNN, images/s
+  curves.png           loss, learning rate, kNN accuracy, images/s
   tensorboard/         the same for TensorBoard
   checkpoints/         see checkpoint.py
   encoder.safetensors  the trained encoder, torchvision's names
-  slurm.sbatch         the job of --slurm; slurm.log is its output
+  slurm.sbatch         the job script of --slurm; slurm.log is its output
 """
 
 import contextlib
@@ -29,19 +29,22 @@ import numpy
 import torch
 
 from bt_fast import __version__
-from bt_fast.config import Config, from_json, to_json
+from bt_fast.config import Config, to_json
 from bt_fast.doctor.requirements import version
 from bt_fast.runtime import Runtime
 from pipelines.common.atomic import atomic_file
 from pipelines.common.cpu import usable_cores
 
+# Names in metrics.jsonl of earlier versions.
+_RENAMED_METRICS = {"invariance": "on_diagonal", "redundancy": "off_diagonal"}
+
 
 class RunDirectory:
-    """A folder, made if need be, that one process uses at a time: it holds a lock while open.
+    """A folder, created if necessary, that is locked while it is open.
 
-    The lock is the kernel's and ends with its process, however that ends; across machines it is
-    the file server's. The file .lock tells the others who has it. Where a file system knows no
-    locks, only a process of the same machine is noticed.
+    The kernel holds the lock and releases it when the process ends, however it ends; across
+    machines the file server does. The file .lock names the process that holds it. On a file system
+    without locks, only a process of the same machine is detected.
     Raises ValueError if another process is using the folder.
     """
 
@@ -50,45 +53,45 @@ class RunDirectory:
         self.path.mkdir(parents=True, exist_ok=True)
         self._lock = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
         owner = os.pread(self._lock, 1000, 0).decode(errors="replace")
-        if self._is_taken(owner):
+        if self._is_locked(owner):
             os.close(self._lock)
             raise ValueError(
                 f"{self.path} is in use by {owner or 'another process'}; wait for it, or stop it"
                 " with SIGTERM"
             )
-        self._sign(f"process {os.getpid()} on {socket.gethostname()}")
+        self._write_owner(f"process {os.getpid()} on {socket.gethostname()}")
         for leftover in self.path.glob("*.tmp-*"):  # of a process that was killed while writing
             leftover.unlink(missing_ok=True)
 
-    def _is_taken(self, owner: str) -> bool:
-        """Lock the folder if nobody has it."""
+    def _is_locked(self, owner: str) -> bool:
+        """Whether another process holds the lock; acquires it otherwise."""
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             return True
-        except OSError:  # a file system without locks: go by what the owner wrote
-            return re.fullmatch(r"process \d+ on .+", owner) is not None and _lives_here(owner)
+        except OSError:  # a file system without locks: rely on the owner's name in the file
+            return re.fullmatch(r"process \d+ on .+", owner) is not None and _is_running_here(owner)
         return False
 
-    def _sign(self, owner: str) -> None:
-        with contextlib.suppress(OSError):  # a full disk: the lock holds without a name
+    def _write_owner(self, owner: str) -> None:
+        with contextlib.suppress(OSError):  # a full disk: the lock works without a name
             os.ftruncate(self._lock, 0)
             os.pwrite(self._lock, owner.encode(), 0)
 
     def write(self, name: str, text: str) -> None:
-        """Replace one of the run's small files as a whole."""
+        """Replace one of the run's small files atomically."""
         try:
             with atomic_file(self.path / name, overwrite=True) as file:
                 file.write(text.encode())
         except OSError as error:
             raise OSError(f"{self.path / name}: {error.strerror or error}") from None
 
-    def record_settings(self, config: Config) -> None:
-        """Write config.json, with which the run can be continued from any folder."""
+    def record_config(self, config: Config) -> None:
+        """Write config.json, from which the run can be continued in any working directory."""
         saved = replace(
             config,
             resume=None,
-            slurm=None,  # what is submitted runs where it is continued
+            slurm=None,  # the submitted job resumes the run; it does not submit again
             data=config.data.resolve(),
             val_data=config.val_data and config.val_data.resolve(),
         )
@@ -96,25 +99,25 @@ class RunDirectory:
 
     def record_start(self, config: Config, runtime: Runtime) -> None:
         """Write config.json, and append this start's versions and hardware to environment.json."""
-        self.record_settings(config)
+        self.record_config(config)
         path = self.path / "environment.json"
         try:
             starts = json.loads(path.read_bytes()) if path.exists() else []
         except ValueError:
             starts = None
         if not isinstance(starts, list):
-            raise ValueError(f"{path} is damaged: it is no list of starts; move it away")
+            raise ValueError(f"{path} is damaged: it is not a list of starts; move it away")
         starts.append(environment(runtime))
         self.write("environment.json", json.dumps(starts, indent=2) + "\n")
 
     def truncate_metrics(self, step: int) -> None:
-        """Forget what was logged after `step`: a resumed run writes those lines again."""
+        """Delete the lines after `step`: a resumed run writes them again."""
         path = self.path / "metrics.jsonl"
         kept = [line for line, record in read_metrics(path) if record["step"] <= step > 0]
         self.write("metrics.jsonl", "".join(kept))
 
     def close(self) -> None:
-        self._sign("")
+        self._write_owner("")
         os.close(self._lock)
 
     def __enter__(self) -> Self:
@@ -124,38 +127,31 @@ class RunDirectory:
         self.close()
 
 
-def _lives_here(owner: str) -> bool:
-    """Whether "process 12 on HOST" is another living process of this machine."""
+def _is_running_here(owner: str) -> bool:
+    """Whether "process 12 on HOST" is another running process of this machine."""
     _, number, _, host = owner.split(maxsplit=3)
     alive = Path("/proc", number).exists()
     return alive and host == socket.gethostname() and number != str(os.getpid())
 
 
 def read_metrics(path: Path) -> list[tuple[str, dict]]:
-    """The whole lines of a metrics.jsonl, as text and parsed. A torn last line is left out."""
+    """The complete lines of a metrics.jsonl, as text and parsed; a torn last line is left out."""
     found = []
     if path.exists():
         for line in path.read_bytes().splitlines(keepends=True):
             try:
                 record = json.loads(line)
             except ValueError:
-                break  # a kill tore the line that was being written; nothing follows it
+                break  # a kill tore the line that was being written: it is the last
             if not (isinstance(record, dict) and "step" in record):
-                break  # by another hand
-            found.append((line.decode(), record))
+                break  # not written by bt-fast
+            names = _RENAMED_METRICS
+            found.append((line.decode(), {names.get(k, k): value for k, value in record.items()}))
     return found
 
 
-def load_config(path: Path, flag: str) -> Config:
-    """The configuration a run was started with. Raises ValueError if there is no run."""
-    file = path / "config.json"
-    if not file.is_file():
-        raise ValueError(f"{flag} {path}: no run is there (it has no config.json)")
-    return from_json(file.read_bytes(), file)
-
-
 def environment(runtime: Runtime) -> dict:
-    """What a figure of this run depends on beside its configuration."""
+    """Versions and hardware on which the results of a run depend."""
     device = runtime.device
     return {
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
@@ -181,7 +177,7 @@ def _cpu_name() -> str:
 
 
 def choose_path(config: Config) -> Path:
-    """The run's folder. Raises ValueError if a new run's is there already and in use."""
+    """The run's folder. Raises ValueError if the folder of a new run is in use."""
     if config.resume is not None:
         return config.resume
     path = config.run_dir or _unused(f"{config.recipe}-{time.strftime('%Y%m%d-%H%M%S')}")
@@ -190,7 +186,7 @@ def choose_path(config: Config) -> Path:
         raise ValueError(f"--run-dir {path}: {nearest} is not a folder; choose another")
     if not os.access(nearest, os.W_OK):
         raise ValueError(f"--run-dir {path}: no permission to write into {nearest}")
-    if path.exists() and not _is_vacant(path):
+    if path.exists() and not _is_unused(path):
         raise ValueError(
             f"--run-dir {path} is in use; continue it with --resume {path} or choose another folder"
         )
@@ -198,24 +194,24 @@ def choose_path(config: Config) -> Path:
 
 
 def make_folder(config: Config) -> Path:
-    """Make the folder that `choose_path` chooses; a name of the clock's is ours alone."""
+    """Create the folder that `choose_path` chooses; a generated name belongs to this run alone."""
     while True:
         path = choose_path(config)
         try:
             path.mkdir(parents=True, exist_ok=bool(config.resume or config.run_dir))
             return path
-        except FileExistsError:  # by a run that began in the same second
+        except FileExistsError:  # by a run that started in the same second
             continue
 
 
 def _unused(name: str) -> Path:
-    """runs/NAME, or runs/NAME-2 and so on: a second can have two runs, and clocks are set back."""
+    """runs/NAME, or runs/NAME-2 and so on, if two runs start in the same second."""
     names = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
     return next(path for path in (Path("runs") / name for name in names) if not path.exists())
 
 
-def _is_vacant(path: Path) -> bool:
-    """Whether nothing is there but what a start leaves that is killed at once."""
+def _is_unused(path: Path) -> bool:
+    """Whether the folder contains only the files of a start that was killed immediately."""
     return all(
         entry.name == ".lock" or entry.name.startswith("config.json.tmp-")
         for entry in path.iterdir()

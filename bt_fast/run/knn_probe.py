@@ -1,34 +1,28 @@
-"""The kNN probe of a run: when it is due, what it finds, and what that comes to at the end."""
+"""The kNN probe of a run, and its summary at the end."""
 
 import time
 from pathlib import Path
 
 from bt_fast.build import TrainingSetup
-from bt_fast.distributed.collectives import copy_from_first
+from bt_fast.distributed.collectives import broadcast_tensors
 from bt_fast.evaluate.knn_classifier import evaluate_knn
 from bt_fast.run.console import RunLog
 from bt_fast.run.directory import RunDirectory, read_metrics
 
 
-def probe_is_due(setup: TrainingSetup, step: int) -> bool:
-    """Before the first step, after the last, and every `probe_every` epochs."""
-    epoch, batch = divmod(step, setup.loader.steps_per_epoch)
-    every = setup.config.probe_every
-    return every > 0 and (step in (0, setup.last_step) or (batch == 0 and epoch % every == 0))
-
-
-def probed(run: RunDirectory, step: int) -> bool:
+def has_probe(run: RunDirectory, step: int) -> bool:
+    """Whether the metrics contain a probe at this step."""
     records = read_metrics(run.path / "metrics.jsonl")
     return any(r["kind"] == "probe" and r["step"] == step for _, r in records)
 
 
 def probe(setup: TrainingSetup, log: RunLog, step: int) -> None:
-    """kNN accuracy of the encoder as it is now. All ranks call it, and share its images."""
+    """Log the kNN accuracy of the present encoder. All ranks call it, and divide the images."""
     if setup.knn_data is None:
         return
     started = time.perf_counter()
-    # With --bn-group they differ; the encoder that is measured is the one that is saved.
-    copy_from_first([setup.statistics.running], setup.world.group)
+    # With --bn-group statistics differ; the first rank's are saved.
+    broadcast_tensors([setup.statistics.running], setup.world.group)
     scores = evaluate_knn(
         setup.model.encoder,
         setup.knn_data,
@@ -48,8 +42,8 @@ def probe(setup: TrainingSetup, log: RunLog, step: int) -> None:
     )
 
 
-def learned(metrics: Path) -> str:
-    """One line: what the first and the last probe of a run found."""
+def probe_summary(metrics: Path) -> str:
+    """One line with the accuracies of the first and the last probe of a run."""
     records = [record for _, record in read_metrics(metrics) if record["kind"] == "probe"]
     if len(records) < 2:
         return "no kNN probes to compare"

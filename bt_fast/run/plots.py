@@ -1,4 +1,4 @@
-"""Pictures of a run: the two views of some images, and the curves."""
+"""Plots of a run: a contact sheet of both views, and the curves of its metrics."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from pipelines.common.atomic import atomic_file
 
 
 def contact_sheet(views: torch.Tensor, path: Path, count: int = 12) -> None:
-    """Draw the first `count` images' views, one above the other, as the encoder gets them.
+    """Draw both views of the first `count` images, as the encoder gets them.
 
     views: normalised [2 n, 3, H, W], view A first, any dtype and device.
     """
@@ -37,7 +37,7 @@ def _pixels(view: torch.Tensor) -> np.ndarray:
 
 
 def curves(metrics: Path, path: Path) -> None:
-    """Draw what metrics.jsonl tells: loss, its two terms, kNN, learning rate and speed."""
+    """Draw the curves of a metrics.jsonl: loss and its terms, kNN, learning rate and images/s."""
     records = [record for _, record in read_metrics(metrics)]
     train = [record for record in records if record["kind"] == "train"]
     probe = [record for record in records if record["kind"] == "probe"]
@@ -75,7 +75,7 @@ def curves(metrics: Path, path: Path) -> None:
 
 
 def _terms(axis, train: list[dict], labels: dict[str, str], **style) -> None:
-    """Of the loss, on a logarithmic axis, unless they have been 0 or less, as logarithms may be."""
+    """Plot terms of the loss, on a logarithmic axis if all values are positive."""
     lines = {name: [record[name] for record in train] for name in labels}
     for name, values in lines.items():
         axis.plot([record["epoch"] for record in train], values, label=labels[name], **style)
@@ -84,13 +84,13 @@ def _terms(axis, train: list[dict], labels: dict[str, str], **style) -> None:
 
 
 def _figure(width: float, height: float):
-    """An empty figure, in inches. Measurements import the loop where matplotlib may be absent."""
+    """An empty figure, in inches. matplotlib is imported here: benchmarks run without it."""
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout="constrained")
 
 
 def _write(figure, path: Path, dpi: int) -> None:
-    """As a PNG, whole or not at all."""
+    """Write a PNG atomically."""
     with atomic_file(path, overwrite=True) as file:
         figure.savefig(file, format="png", dpi=dpi)

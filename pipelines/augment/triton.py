@@ -1,23 +1,22 @@
 """The two augmentation branches in two fused Triton kernels; `pipelines.augment` is the definition.
 
-A view needs one number that depends on the whole image, the mean grey level of the contrast op,
-and one op that looks at neighbours, the blur. So there are two kernels:
+A view depends on one statistic of the complete image, the mean grey level for the contrast op, and
+has one op that reads neighbouring pixels, the blur. Hence two kernels:
 
-    contrast_means   reads the crop, runs the colour ops that come before contrast in this sample's
-                     own order, and reduces to one float per sample
-    augment          reads the crop in 64 x 64 tiles of which the inner 52 x 52 are written: flip,
-                     colour ops, grey, blur, solarize, normalise, and one store, channels-last
+    contrast_means   reads the crop, applies the colour ops that precede contrast in the sample's
+                     order, and reduces the result to one float per sample
+    augment          reads the crop in 64 x 64 tiles, whose inner 52 x 52 pixels it writes: flip,
+                     colour ops, grayscale, blur, solarize, normalise, and one store, channels-last
                      (32 x 32 and 20 x 20 where tensor cores read registers: see `tiling`)
 
-Nothing is written in between, so a view costs two reads of uint8 and one write of half. Inside a
-tile the blur is two products with a banded 64 x 64 matrix of the sample's 13 taps, which is what
-tensor cores are for; its halo of 6 pixels is computed twice, which is cheaper than a round trip
-through memory. Every program works on one sample, so ops that were not drawn are skipped by a
-branch and cost nothing.
+There are no intermediate results in memory: a view costs two reads of uint8 and one write of half.
+Within a tile the blur is two products with a banded 64 x 64 matrix of the sample's 13 taps, on
+tensor cores; pixels in the halo, 6 wide, are computed by several programs, which costs less than a
+pass through memory. A program processes one sample and branches over the ops that are not drawn.
 
-Tensor cores multiply float32 as TF32 and cut the lower 13 bits of the operands off, which would
-darken a blurred view by 0.15 grey levels in the mean. So the operands are rounded to TF32 before:
-what is left is an error of at most 0.3 grey levels at a pixel, without bias.
+Tensor cores multiply float32 as TF32, truncating the lower 13 bits of the operands, which would
+darken a blurred view by 0.15 grey levels on average. The kernel rounds the operands to TF32 first;
+the remaining error is at most 0.3 grey levels at a pixel, without bias.
 """
 
 import torch
@@ -36,19 +35,19 @@ from pipelines.augment import (
     require_images,
 )
 
-REACH = 6  # of the blur
-TILE, NUM_WARPS = 64, 8  # side of what a program reads, in pixels; it writes 2 * REACH fewer
+HALO = 6  # pixels; the radius of the blur
+TILE, NUM_WARPS = 64, 8  # side of the tile a program reads, pixels; it writes 2 * HALO fewer
 SMALL_TILE, SMALL_NUM_WARPS = 32, 4
-MAX_REGISTERS = 128  # per thread: two programs of 256 threads share the 65,536 of an SM
-BLOCK = 1024  # pixels that the mean is reduced over at a time
+MAX_REGISTERS = 128  # per thread: two programs of 256 threads use the 65,536 of an SM
+BLOCK = 1024  # pixels processed at a time in the reduction of the mean
 NUM_WARPS_MEANS = 4
 
 
 def tiling(capability: tuple[int, int]) -> tuple[int, int]:
-    """(side of a tile, warps) on GPUs of a compute capability, so that no register is spilled.
+    """(side of a tile, warps) without register spills on GPUs of a compute capability.
 
     Tensor cores of Hopper (9.0) and of data-centre Blackwell (10.x) read the blur's operands from
-    shared memory. All others read registers, of which a tile of 64 would take more than there are.
+    shared memory. All others read registers, of which a tile of 64 would need more than exist.
     """
     return (TILE, NUM_WARPS) if capability[0] in (9, 10) else (SMALL_TILE, SMALL_NUM_WARPS)
 
@@ -59,7 +58,7 @@ def apply(
     """`pipelines.augment.apply` for a CUDA device: same arguments, same result up to rounding.
 
     One copy of the parameters to the device, two launches, no synchronisation. Raises ValueError
-    for images of 2 ** 29 pixels or more: offsets inside a sample are int32.
+    for images of 2 ** 29 pixels or more: offsets within a sample are int32.
     """
     require_images(images, parameters)
     n, height, width, _ = images.shape
@@ -72,7 +71,7 @@ def apply(
     flags = torch.stack(
         [parameters.flip, parameters.jitter, parameters.grayscale, blurred, parameters.solarize]
     )
-    # One table of floats per sample, so that one transfer brings everything.
+    # One row of floats per sample, so that there is a single transfer.
     table = torch.cat([flags.T.float(), parameters.factors, parameters.order.float(), kernels], 1)
     if device.type == "cuda":
         table = table.pin_memory()
@@ -86,7 +85,7 @@ def apply(
     )
     cuda = device.type == "cuda"  # else Triton's interpreter
     tile, num_warps = tiling(torch.cuda.get_device_capability(device) if cuda else (9, 0))
-    inner = tile - 2 * REACH
+    inner = tile - 2 * HALO
     tiles = triton.cdiv(width, inner), triton.cdiv(height, inner)
     _augment[(*tiles, n)](
         images,
@@ -96,7 +95,7 @@ def apply(
         height,
         width,
         TILE=tile,
-        REACH=REACH,
+        HALO=HALO,
         INNER=inner,
         num_warps=num_warps,
         maxnreg=MAX_REGISTERS,
@@ -105,16 +104,16 @@ def apply(
 
 
 def tf32_kernels(sigma: torch.Tensor) -> torch.Tensor:
-    """`blur_kernels` in numbers that TF32 has, with a sum of exactly 1: float [n] -> [n, 13].
+    """`blur_kernels` in values that TF32 represents, with a sum of exactly 1: float [n] -> [n, 13].
 
-    Taps are multiples of TF32's step at the largest one, which is the middle one; it takes what
-    rounding the others left over.
+    Taps are multiples of TF32's step at the largest tap, the central one, which absorbs the
+    rounding errors of the others.
     """
     kernels = blur_kernels(sigma)
-    largest = 1.01 * kernels.amax(1, keepdim=True)  # what is left over may add 0.6 %
+    largest = 1.01 * kernels.amax(1, keepdim=True)  # rounding errors may add 0.6 %
     step = torch.exp2(largest.log2().floor() - 10)
     kernels = (kernels / step).round() * step
-    kernels[:, REACH] += 1 - kernels.sum(1)
+    kernels[:, HALO] += 1 - kernels.sum(1)
     return kernels
 
 
@@ -122,10 +121,10 @@ _BRIGHTNESS, _CONTRAST, _HUE = (tl.constexpr(op) for op in (BRIGHTNESS, CONTRAST
 _RED, _GREEN, _BLUE = (tl.constexpr(weight) for weight in LUMA)
 _MEAN_RED, _MEAN_GREEN, _MEAN_BLUE = (tl.constexpr(value) for value in IMAGENET_MEAN)
 _STD_RED, _STD_GREEN, _STD_BLUE = (tl.constexpr(value) for value in IMAGENET_STD)
-# The columns of the table of parameters, one row of floats per sample.
-_FLIP, _JITTER, _GREYSCALE, _BLURRED, _SOLARIZED = (tl.constexpr(i) for i in range(5))
+# Columns of the table of parameters, which has one row per sample.
+_FLIP, _JITTER, _GRAYSCALE, _BLURRED, _SOLARIZED = (tl.constexpr(i) for i in range(5))
 _FACTORS, _ORDER, _KERNEL = tl.constexpr(5), tl.constexpr(9), tl.constexpr(13)
-_COLUMNS = tl.constexpr(13 + 2 * REACH + 1)
+_COLUMNS = tl.constexpr(13 + 2 * HALO + 1)
 
 
 @triton.jit
@@ -147,18 +146,18 @@ def _hue_channel(hue, value, chroma, offset):
 
 @triton.jit
 def _colour_op(op, row, mean, red, green, blue):
-    """One op of the jitter on pixels of one sample: three float tensors in [0, 255]."""
+    """One op of the colour jitter on pixels of one sample: three float tensors in [0, 255]."""
     factor = tl.load(row + _FACTORS + op)
     if op == _BRIGHTNESS:
         red, green, blue = _clamp(red * factor), _clamp(green * factor), _clamp(blue * factor)
     elif op == _HUE:
         value = tl.maximum(tl.maximum(red, green), blue)
         chroma = value - tl.minimum(tl.minimum(red, green), blue)
-        safe = tl.maximum(chroma, 1e-6)
+        divisor = tl.maximum(chroma, 1e-6)
         hue = tl.where(
             value == red,
-            (green - blue) / safe,
-            tl.where(value == green, 2.0 + (blue - red) / safe, 4.0 + (red - green) / safe),
+            (green - blue) / divisor,
+            tl.where(value == green, 2.0 + (blue - red) / divisor, 4.0 + (red - green) / divisor),
         )
         hue += 6.0 * factor
         red = _hue_channel(hue, value, chroma, 5.0)
@@ -176,45 +175,45 @@ def _colour_op(op, row, mean, red, green, blue):
 
 @triton.jit
 def _contrast_means(images, table, means, num_pixels, BLOCK: tl.constexpr):
-    """One program per sample, so that the sum has one order and a run can be repeated."""
+    """One program per sample: the sum has a fixed order, so that runs are reproducible."""
     sample = tl.program_id(0).to(tl.int64)
     row = table + sample * _COLUMNS
     if tl.load(row + _JITTER) == 0:
         return
-    images += sample * num_pixels * 3  # int64; offsets inside a sample are int32
-    total = tl.zeros([BLOCK], tl.float32)
+    images += sample * num_pixels * 3  # int64; offsets within a sample are int32
+    accumulator = tl.zeros([BLOCK], tl.float32)
     for start in range(0, num_pixels, BLOCK):
         pixel = start + tl.arange(0, BLOCK)
         inside = pixel < num_pixels
         red = tl.load(images + 3 * pixel, inside, other=0).to(tl.float32)
         green = tl.load(images + 3 * pixel + 1, inside, other=0).to(tl.float32)
         blue = tl.load(images + 3 * pixel + 2, inside, other=0).to(tl.float32)
-        before = 1
+        precedes_contrast = 1
         for position in tl.static_range(4):
             op = tl.load(row + _ORDER + position).to(tl.int32)
             if op == _CONTRAST:
-                before = 0
-            if before == 1:
+                precedes_contrast = 0
+            if precedes_contrast == 1:
                 red, green, blue = _colour_op(op, row, 0.0, red, green, blue)
-        total += tl.where(inside, _luma(red, green, blue), 0.0)
-    tl.store(means + sample, tl.floor(tl.sum(total) / num_pixels + 0.5))
+        accumulator += tl.where(inside, _luma(red, green, blue), 0.0)
+    tl.store(means + sample, tl.floor(tl.sum(accumulator) / num_pixels + 0.5))
 
 
 @triton.jit
 def _round_to_tf32(x):
-    """The nearest float32 with 10 bits of mantissa, halves away from zero."""
+    """The nearest float32 with 10 mantissa bits; ties round away from zero."""
     return ((x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def _blur(x, band):
-    """Columns, then rows of one channel of a tile. Both operands are TF32 numbers."""
+    """Blur one channel of a tile, columns first. Both operands are TF32 values."""
     return tl.dot(_round_to_tf32(tl.dot(band, x)), tl.trans(band))
 
 
 @triton.jit
 def _store(view, channel, values, mean, deviation, mask):
-    """Normalise one channel of a tile, [0, 255] -> mean 0 and deviation 1, and write it."""
+    """Normalise one channel of a tile, [0, 255] -> mean 0 and deviation 1, and store it."""
     values = (values - 255.0 * mean) / (255.0 * deviation)
     tl.store(view + channel, values.to(view.dtype.element_ty), mask)
 
@@ -222,19 +221,19 @@ def _store(view, channel, values, mean, deviation, mask):
 @triton.jit
 def _augment(
     images, table, means, views, height, width,
-    TILE: tl.constexpr, REACH: tl.constexpr, INNER: tl.constexpr,
+    TILE: tl.constexpr, HALO: tl.constexpr, INNER: tl.constexpr,
 ):  # fmt: skip
     sample = tl.program_id(2).to(tl.int64)
     row = table + sample * _COLUMNS
     offset = tl.arange(0, TILE)
-    y = tl.program_id(1) * INNER + offset - REACH
-    x = tl.program_id(0) * INNER + offset - REACH
-    from_y = tl.minimum(tl.maximum(y, 0), height - 1)  # the blur repeats the edge
-    from_x = tl.minimum(tl.maximum(x, 0), width - 1)
+    y = tl.program_id(1) * INNER + offset - HALO
+    x = tl.program_id(0) * INNER + offset - HALO
+    source_y = tl.minimum(tl.maximum(y, 0), height - 1)  # the blur replicates the edge
+    source_x = tl.minimum(tl.maximum(x, 0), width - 1)
     if tl.load(row + _FLIP) != 0:
-        from_x = width - 1 - from_x
-    first = sample * height * width * 3  # int64; offsets inside a sample are int32
-    pixel = images + first + (from_y[:, None] * width + from_x[None, :]) * 3
+        source_x = width - 1 - source_x
+    first = sample * height * width * 3  # int64; offsets within a sample are int32
+    pixel = images + first + (source_y[:, None] * width + source_x[None, :]) * 3
     red = tl.load(pixel).to(tl.float32)
     green = tl.load(pixel + 1).to(tl.float32)
     blue = tl.load(pixel + 2).to(tl.float32)
@@ -244,23 +243,23 @@ def _augment(
         for position in tl.static_range(4):
             op = tl.load(row + _ORDER + position).to(tl.int32)
             red, green, blue = _colour_op(op, row, mean, red, green, blue)
-    if tl.load(row + _GREYSCALE) != 0:
+    if tl.load(row + _GRAYSCALE) != 0:
         red = _luma(red, green, blue)
         green = red
         blue = red
     if tl.load(row + _BLURRED) != 0:
-        # In the block of the products, the compiler would feed them from registers, and spill.
+        # Within the products' block, the compiler would keep the operands in registers, and spill.
         red, green, blue = _round_to_tf32(red), _round_to_tf32(green), _round_to_tf32(blue)
     if tl.load(row + _BLURRED) != 0:
-        tap = offset[None, :] - offset[:, None] + REACH  # of pixel j in the result at pixel i
-        band = tl.load(row + _KERNEL + tap, (tap >= 0) & (tap <= 2 * REACH), other=0.0)
+        tap = offset[None, :] - offset[:, None] + HALO  # weight of pixel j in pixel i's result
+        band = tl.load(row + _KERNEL + tap, (tap >= 0) & (tap <= 2 * HALO), other=0.0)
         red, green, blue = _blur(red, band), _blur(green, band), _blur(blue, band)
     if tl.load(row + _SOLARIZED) != 0:
         red = tl.where(red >= 127.5, 255.0 - red, red)
         green = tl.where(green >= 127.5, 255.0 - green, green)
         blue = tl.where(blue >= 127.5, 255.0 - blue, blue)
 
-    inner = (offset >= REACH) & (offset < REACH + INNER)
+    inner = (offset >= HALO) & (offset < HALO + INNER)
     mask = (inner & (y < height))[:, None] & (inner & (x < width))[None, :]
     view = views + first + (y[:, None] * width + x[None, :]) * 3
     _store(view, 0, red, _MEAN_RED, _STD_RED, mask)

@@ -1,7 +1,7 @@
 """Reads the FFCV `.beton` format, version 2 (layout: `layout.py`).
 
-A file is untrusted input: the C decoders downstream believe every offset and size. Here all of
-them are checked before any is used, and a wrong one is a `BetonError` that names the file.
+A file is untrusted input, and C decoders trust every offset and size. All of them are checked here
+before any is used; an invalid one raises a `BetonError` that names the file.
 """
 
 import mmap
@@ -37,22 +37,22 @@ from pipelines.beton.layout import (
 
 
 class BetonError(ValueError):
-    """The file is missing, unreadable or not a sound `.beton`; the message names it and why."""
+    """The file is missing, unreadable or not a valid `.beton`; the message gives the reason."""
 
 
 class BetonReader:
-    """A memory-mapped `.beton`, validated as a whole when it is opened.
+    """A memory-mapped `.beton`; all tables are validated when it is opened.
 
     Attributes: `path`; `labels`, int64 [N], -1 = no class; `num_classes`; `class_names`, a list or
-    None; `page_size`, bytes; `fields`, their names; `image_field`, which of them has the images.
+    None; `page_size`, bytes; `fields`, the field names; `image_field`, index of the image field.
 
-    Reads files of the stock DatasetWriter too: any order and names of fields, others than the
-    image (named "image", else the first of its type) and the label ("label", else the first
-    integer, else -1) are ignored; negative labels read as -1.
-    Opening reads the tables (48 B an image, and the extras of our own files), not the images. They
-    stay in the file's mapping; `labels` takes 8 B an image, reading a few MB, `sizes` 16 B if used.
-    Pickling passes the path: a worker process maps the file itself.
-    Raises BetonError. The mapping is only as good as the file: do not truncate it meanwhile.
+    Also reads files of FFCV's DatasetWriter with any order and names of fields. The image field is
+    named "image", else the first of its type; the label field is named "label", else the first
+    integer, else all labels are -1. Other fields are ignored; negative labels become -1.
+    Opening reads the tables (48 B per image, and bt-convert's extras), not the images. Tables stay
+    in the mapping; `labels` takes 8 B per image, opening a few MB, `sizes` 16 B per image on use.
+    Pickling passes the path, and a worker process maps the file again.
+    Raises BetonError. The file must not be truncated while it is mapped.
     """
 
     def __init__(self, path: str | os.PathLike):
@@ -71,25 +71,25 @@ class BetonReader:
         return type(self), (self.path,)
 
     def image(self, index: int) -> np.ndarray:
-        """uint8 [bytes], a read-only view into the file: a JPEG, or RGB rows if `is_raw(index)`."""
+        """uint8 [bytes], a read-only view of the file: a JPEG, or RGB rows if `is_raw(index)`."""
         ptr = int(self._ptrs[index])
         return self._bytes[ptr : ptr + int(self._sizes[index])]
 
     def label(self, index: int) -> int:
-        """Class of the image, -1 for none."""
+        """Label of the image, -1 for no class."""
         return int(self.labels[index])
 
     @cached_property
     def sizes(self) -> np.ndarray:
-        """int64 [N, 2]: height and width of every image, pixels; made once."""
+        """int64 [N, 2]: height and width of every image in pixels; computed once."""
         return np.stack([self._images["height"], self._images["width"]], axis=1).astype(np.int64)
 
     def size(self, index: int) -> tuple[int, int]:
-        """(height, width) in pixels, as the metadata has it; a JPEG's own header may differ."""
+        """(height, width) in pixels from the metadata; the header of a JPEG may differ."""
         return int(self._images["height"][index]), int(self._images["width"][index])
 
     def is_raw(self, index: int) -> bool:
-        """Does the record hold height x width x 3 bytes of RGB instead of a JPEG?"""
+        """Whether the record is height x width x 3 bytes of RGB instead of a JPEG."""
         return int(self._images[index]["mode"]) == RAW
 
     def name(self, index: int) -> str:
@@ -99,41 +99,41 @@ class BetonReader:
             return f"record {index}"
         return self._names[index]
 
-    def place(self, index: int) -> tuple[int, int, int | None]:
-        """(position in the file, bytes, CRC-32 or None where the file has no checksums)."""
+    def location(self, index: int) -> tuple[int, int, int | None]:
+        """(offset in the file, bytes, CRC-32 or None if the file has no checksums)."""
         crc = None if self._checksums is None else int(self._checksums[index])
         return int(self._ptrs[index]), int(self._sizes[index]), crc
 
     def checksum_ok(self, index: int) -> bool:
-        """Are the image's bytes those that were written? True where the file has no checksums."""
+        """Whether the image matches its checksum; True if the file has no checksums."""
         if self._checksums is None:
             return True
         return zlib.crc32(self.image(index).data) == int(self._checksums[index])
 
     def sha256(self) -> str | None:
-        """`content_sha256` of the file (reads no image); None where it has no checksums."""
+        """`content_sha256` of the file (reads no image); None if it has no checksums."""
         if self._checksums is None:
             return None
         return content_sha256(self._pieces(self._metadata), self._pieces(self._checksums))
 
     def release(self) -> None:
-        """Take the file's pages out of this process' memory; they come back when needed."""
+        """Remove the mapped pages from the memory of this process; they are read again on use."""
         self._mapping.madvise(mmap.MADV_DONTNEED)
 
     def _read_tables(self) -> None:
-        """Header, field descriptors, metadata and allocations: views, nothing copied."""
+        """Map header, field descriptors, metadata and allocations as views, without copies."""
         self._header = self._view(0, HEADER, 1)
         version, num_fields, self.page_size, num_samples, self._tables_start = self._header.item()
         self._require(version == VERSION, "not a .beton file of version 2")
         self._require(self._tables_start > 0, "its conversion did not finish; convert again")
-        self._require(num_samples > 0, "it holds no images")
+        self._require(num_samples > 0, "it contains no images")
         self._require(self.page_size in PAGE_SIZES, f"impossible page size {self.page_size}")
 
         self._fields = self._view(HEADER.itemsize, FIELD, num_fields)
         type_ids = self._fields["type_id"].tolist()
         self.fields = [name.split(b"\0")[0] for name in self._fields["name"].tolist()]  # bytes
-        foreign = set(type_ids) - FIELD_RECORDS.keys()
-        self._require(not foreign, f"unknown field types {foreign}: FFCV's own are 0 to 6")
+        unknown = set(type_ids) - FIELD_RECORDS.keys()
+        self._require(not unknown, f"unknown field types {unknown}: FFCV defines 0 to 6")
         self.image_field = _choose(b"image", RGB_IMAGE, self.fields, type_ids)
         self._label_field = _choose(b"label", INT, self.fields, type_ids)
         self._require(self.image_field >= 0, "it has no RGB image field")
@@ -145,30 +145,30 @@ class BetonReader:
         self._data_start = metadata_start + self._metadata.nbytes
         count, rest = divmod(len(self._bytes) - self._tables_start, ALLOCATION.itemsize)
         self._require(rest == 0, "truncated, or its allocation table is damaged")
-        plausible = 0 < count <= len(self._metadata) * len(type_ids)  # at most one a field
+        plausible = 0 < count <= len(self._metadata) * len(type_ids)  # at most one per field
         self._require(plausible, f"{count} allocations for {len(self._metadata)} images")
         self._allocations = self._view(self._tables_start, ALLOCATION, count)
 
     def _locate_images(self) -> None:
-        """Find every image's bytes; FFCV records their length in the allocation table alone."""
-        wanted, allocations = self._images["data_ptr"], self._allocations
+        """Find the bytes of every image; FFCV stores their size only in the allocation table."""
+        image_ptrs, allocations = self._images["data_ptr"], self._allocations
         if self._allocated_in_order():
             self._ptrs, self._sizes = allocations["ptr"], allocations["size"]  # views of the file
             self._check_allocations(self._ptrs, self._sizes)
         else:
             allocations = allocations[allocations["size"] > 0]
             allocations = allocations[np.argsort(allocations["ptr"], kind="stable")]
-            self._require(len(allocations), "it holds no image data")
+            self._require(len(allocations), "it contains no image data")
             ptrs, sizes = allocations["ptr"].copy(), allocations["size"].copy()
             self._check_allocations(ptrs, sizes)
-            found = np.minimum(np.searchsorted(ptrs, wanted), len(ptrs) - 1)
-            allocated = ptrs[found] == wanted
+            found = np.minimum(np.searchsorted(ptrs, image_ptrs), len(ptrs) - 1)
+            allocated = ptrs[found] == image_ptrs
             self._require_all(allocated, "an image's bytes are not in the allocation table")
-            own = allocations["sample_id"][found] == np.arange(len(wanted))
-            self._require_all(own, "an image points to the bytes of another")
+            matches = allocations["sample_id"][found] == np.arange(len(image_ptrs))
+            self._require_all(matches, "an image points to the bytes of another")
             self._ptrs, self._sizes = ptrs[found], sizes[found]
 
-        for rows in self._slices(len(wanted)):
+        for rows in self._slices(len(image_ptrs)):
             images = self._images[rows]
             pixels = images["height"].astype(np.uint64) * images["width"]
             possible = (pixels > 0) & (pixels <= MAX_PIXELS)
@@ -178,18 +178,18 @@ class BetonReader:
             self._require_all(complete, "a raw image's length is not height x width x 3", rows)
 
     def _allocated_in_order(self) -> bool:
-        """Is allocation i that of image i, and behind that of image i - 1? Ours are."""
-        allocations, wanted = self._allocations, self._images["data_ptr"]
-        return len(allocations) == len(wanted) and all(
+        """Whether allocation i is that of image i, at increasing offsets, as in our files."""
+        allocations, image_ptrs = self._allocations, self._images["data_ptr"]
+        return len(allocations) == len(image_ptrs) and all(
             (allocations["sample_id"][rows] == np.arange(rows.start, rows.stop)).all()
             and (allocations["size"][rows] > 0).all()
-            and (allocations["ptr"][rows] == wanted[rows]).all()
-            and (np.diff(wanted[rows.start : rows.stop + 1].astype(np.int64)) > 0).all()
-            for rows in self._slices(len(wanted))
+            and (allocations["ptr"][rows] == image_ptrs[rows]).all()
+            and (np.diff(image_ptrs[rows.start : rows.stop + 1].astype(np.int64)) > 0).all()
+            for rows in self._slices(len(image_ptrs))
         )
 
     def _check_allocations(self, ptrs: np.ndarray, sizes: np.ndarray) -> None:
-        """uint64 [n] each, sorted by position: inside the data, within a page, not overlapping."""
+        """Check uint64 [n] each, sorted by ptr: inside the data, in one page, not overlapping."""
         for rows in self._slices(len(ptrs)):
             start, size = ptrs[rows], sizes[rows]
             # Differences, not sums: a uint64 sum can wrap around.
@@ -205,7 +205,7 @@ class BetonReader:
         self._data_end = int(ptrs[-1]) + int(sizes[-1])
 
     def _read_extras(self) -> None:
-        """What our writer adds: checksums, names, classes. Stock files have none of it."""
+        """Read what bt-convert adds: checksums, names, classes. Files of FFCV have no extras."""
         self.class_names: list[str] | None = None
         self._checksums: np.ndarray | None = None
         self._names: Names | None = None
@@ -221,7 +221,7 @@ class BetonReader:
         names_start, classes_start = 4 * len(self), 4 * len(self) + names_size
         num_bytes = classes_start + class_names_size
         inside = self._data_end <= start <= self._tables_start - num_bytes
-        self._require(inside, "its extras lie outside their place")
+        self._require(inside, "its extras are not between the images and the allocation table")
         blob = self._view(start, np.dtype(np.uint8), num_bytes)
         tables = (self._metadata, blob, self._allocations)
         pieces = (piece for table in tables for piece in self._pieces(table))
@@ -243,11 +243,11 @@ class BetonReader:
                 np.maximum(stored[rows], -1, out=self.labels[rows])
         highest = int(self.labels.max())
         limit = MAX_CLASSES if self.class_names is None else len(self.class_names)
-        self._require(highest < limit, f"label {highest} with {limit} classes at most")
+        self._require(highest < limit, f"label {highest} is out of range: at most {limit} classes")
         self.num_classes = highest + 1 if self.class_names is None else limit
 
     def _slices(self, count: int) -> Iterator[slice]:
-        """Slices that cover range(count); what was read of the file meanwhile leaves memory."""
+        """Slices that cover range(count); pages that the caller reads are released after each."""
         for rows in chunks(count):
             yield rows
             self.release()
@@ -256,9 +256,9 @@ class BetonReader:
         return (table[rows] for rows in self._slices(len(table)))
 
     def _view(self, start: int, dtype: np.dtype, count: int) -> np.ndarray:
-        """`count` records of the file from byte `start` on (Python integers: no overflow)."""
+        """View of `count` records at byte `start` of the file (Python integers cannot overflow)."""
         end = start + count * dtype.itemsize
-        self._require(end <= len(self._bytes), f"truncated: {end} bytes expected at least")
+        self._require(end <= len(self._bytes), f"truncated: at least {end} bytes expected")
         return self._bytes[start:end].view(dtype)
 
     def _require(self, condition: object, reason: str) -> None:
@@ -272,18 +272,18 @@ class BetonReader:
 
 
 def _map(path: str) -> mmap.mmap:
-    """The file mapped read-only (a private writable map counts as memory)."""
+    """Map the file read-only (a private writable mapping counts as memory)."""
     try:
-        # Without O_NONBLOCK, opening a named pipe would wait for ever.
+        # O_NONBLOCK: opening a named pipe would wait for a writer.
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     except FileNotFoundError:
-        raise BetonError(f"{path}: no such file; make one with: bt-convert FOLDER {path}") from None
+        raise BetonError(f"{path}: no such file; create it with bt-convert FOLDER {path}") from None
     except (OSError, ValueError) as error:
         raise BetonError(f"{path!r}: cannot be opened: {error}") from None
     try:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
-            raise BetonError(f"{path}: not a file")
+            raise BetonError(f"{path}: not a regular file")
         if status.st_size < HEADER.itemsize:
             raise BetonError(f"{path}: too short ({status.st_size} bytes) to be a .beton file")
         return mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ)
@@ -295,6 +295,6 @@ def _map(path: str) -> mmap.mmap:
 
 def _choose(name: bytes, type_id: int, names: list[bytes], type_ids: list[int]) -> int:
     """Index of the field of this type with this name, else of the first of the type, else -1."""
-    candidates = [index for index, kind in enumerate(type_ids) if kind == type_id]
+    candidates = [index for index, other in enumerate(type_ids) if other == type_id]
     named = [index for index in candidates if names[index] == name]
     return next(iter(named + candidates), -1)

@@ -1,4 +1,4 @@
-"""The FFCV `.beton` format, version 2: its layout.
+"""Layout of the FFCV `.beton` format, version 2.
 
 Little-endian (source: ffcv 1.0.2, `types.py`, `writer.py`, `memory_allocator.py`):
 
@@ -6,13 +6,13 @@ Little-endian (source: ffcv 1.0.2, `types.py`, `writer.py`, `memory_allocator.py
     24             1041 B    per field: type, name, 1024 B of arguments
     24 + 1041 F              metadata: one record per sample; 24 B for the fields (image, label)
     page-aligned             data: JPEG files or raw RGB pixels; none crosses a page boundary
-    ours only                extras: a CRC-32 per image, source names, class names
+    bt-convert only          extras: a CRC-32 per image, source names, class names
     alloc_table_ptr  24 B    per allocation, to the end of the file: sample_id, ptr, size
 
-The extras make a copied `.beton` lose nothing. Stock FFCV never looks at them: their place is kept
-in the image field's arguments, which its RGBImageField writes as zeros and does not read. They
-carry one checksum over every byte of the file that is not image data, so damage to the tables
-is found when the file is opened, and damage to an image by `checksum_ok`.
+The extras make a `.beton` self-contained. FFCV never reads them: their offset is stored in the
+arguments of the image field, which its RGBImageField writes as zeros and does not read. There, a
+checksum covers all bytes of the file but image data, so damage to tables is found when the file is
+opened, and damage to an image by `checksum_ok`.
 """
 
 import hashlib
@@ -24,20 +24,20 @@ import numpy as np
 
 VERSION = 2
 PAGE_SIZES = tuple(1 << bits for bits in range(21, 32))  # FFCV: 2 MiB to below 4 GiB
-MAX_PIXELS = 1 << 27  # per image: 402 MB as RGB; more is a lie or a decompression bomb
-MAX_CLASSES = 1 << 24  # bounds what a consumer allocates per class
+MAX_PIXELS = 1 << 27  # per image: 402 MB as RGB; more is damage or a decompression bomb
+MAX_CLASSES = 1 << 24  # bounds memory that is allocated per class
 
 INT, RGB_IMAGE = 1, 2  # field types
 JPEG, RAW = 0, 1  # modes of an image
-CHUNK = 1 << 16  # rows of a table, or bytes of the names, looked at together
+CHUNK = 1 << 16  # rows of a table, or bytes of the names, processed at a time
 MAGIC = b"BTFAST\x00\x01"
 
-HEADER = np.dtype("<u2, <u2, <u4, <u8, <u8")  # the five numbers named above
-ARGUMENTS = 17  # where they begin in a field descriptor
+HEADER = np.dtype("<u2, <u2, <u4, <u8, <u8")  # the five numbers of the header
+ARGUMENTS = 17  # offset of the arguments in a field descriptor
 FIELD = np.dtype([("type_id", "u1"), ("name", "S16"), ("arguments", "V1024")])
 IMAGE = np.dtype([("mode", "u1"), ("width", "<u2"), ("height", "<u2"), ("data_ptr", "<u8")])
 ALLOCATION = np.dtype([("sample_id", "<u8"), ("ptr", "<u8"), ("size", "<u8")])
-EXTRAS = np.dtype(  # at the head of the image field's arguments
+EXTRAS = np.dtype(  # at the start of the image field's arguments
     [
         ("magic", "V8"),
         ("crc", "<u4"),  # `tables_crc`
@@ -48,12 +48,12 @@ EXTRAS = np.dtype(  # at the head of the image field's arguments
     ]
 )
 BYTES = np.dtype([("ptr", "<u8"), ("size", "<u8")])
-# A metadata record's part for a float, integer, image, bytes, array, JSON and tensor field.
+# Types in a metadata record: float, integer, image, bytes, array, JSON and tensor field.
 FIELD_RECORDS = dict(enumerate(["<f8", "<i8", IMAGE, BYTES, "<u8", BYTES, "<u8"]))
 
 
 def metadata_dtype(type_ids: list[int]) -> np.dtype:
-    """The record of one sample: a C struct with fields f0, f1, ... and C's alignment."""
+    """The metadata record of a sample: a C struct with fields f0, f1, ... and C's alignment."""
     records = [(f"f{index}", FIELD_RECORDS[type_id]) for index, type_id in enumerate(type_ids)]
     return np.dtype(records, align=True)
 
@@ -61,9 +61,9 @@ def metadata_dtype(type_ids: list[int]) -> np.dtype:
 def tables_crc(
     header: np.ndarray, fields: np.ndarray, image_field: int, tables: Iterable[np.ndarray]
 ) -> int:
-    """CRC-32 over header, fields (with this very checksum as 0) and `tables`, in this order.
+    """CRC-32 over header, fields (with this checksum set to 0) and `tables`, in this order.
 
-    The tables, or pieces of them: metadata, extras (checksums, names, classes), allocations.
+    `tables`: metadata, extras (checksums, names, classes), allocations, each in any pieces.
     """
     head = bytearray(header.tobytes() + fields.tobytes())
     position = HEADER.itemsize + image_field * FIELD.itemsize + ARGUMENTS + len(MAGIC)
@@ -75,9 +75,9 @@ def tables_crc(
 
 
 def content_sha256(metadata: Iterable[np.ndarray], checksums: Iterable[np.ndarray]) -> str:
-    """Names the contents: SHA-256 (hex) of the metadata table and the images' CRC-32 table.
+    """SHA-256 (hex) of the metadata table and the table of the images' CRC-32.
 
-    Either comes in pieces of any length.
+    Each is given in pieces of any length.
     """
     digest = hashlib.sha256()
     for piece in itertools.chain(metadata, checksums):
@@ -86,16 +86,16 @@ def content_sha256(metadata: Iterable[np.ndarray], checksums: Iterable[np.ndarra
 
 
 class Names:
-    """The names in the extras, without a table of where they begin: uint8 [bytes] as stored.
+    """The names in the extras, uint8 [bytes] as stored, without a table of their offsets.
 
-    Its length is the number of names, or 0 if the last one has no end.
+    The length is the number of names, or 0 if the last one has no NUL.
     """
 
     def __init__(self, stored: np.ndarray, pieces: Iterable[slice] | None = None):
         self._stored = stored
         pieces = chunks(len(stored)) if pieces is None else pieces
         ends = [np.count_nonzero(stored[piece] == 0) for piece in pieces]
-        self._before = np.cumsum([0, *ends])  # int64 [pieces + 1], names that end before each
+        self._before = np.cumsum([0, *ends])  # int64 [pieces + 1]: names that end before each piece
 
     def __len__(self) -> int:
         ended = not len(self._stored) or self._stored[-1] == 0
@@ -105,11 +105,11 @@ class Names:
         if index >= len(self):
             raise IndexError(index)
         name = self._stored[self._end(index - 1) + 1 : self._end(index)]
-        # Paths need not be UTF-8; what is printed and compared must be.
+        # Paths need not be UTF-8, but names are printed and compared as text.
         return name.tobytes().decode("utf-8", "backslashreplace")
 
     def _end(self, index: int) -> int:
-        """Where the NUL behind name number `index` is; -1 for number -1."""
+        """Offset of the NUL after name `index`; -1 for index -1."""
         if index < 0:
             return -1
         piece = int(np.searchsorted(self._before, index, side="right")) - 1
@@ -118,5 +118,5 @@ class Names:
 
 
 def chunks(count: int) -> Iterator[slice]:
-    """Slices that cover range(count), each as much as is looked at together."""
+    """Slices of at most CHUNK that cover range(count)."""
     return (slice(start, min(start + CHUNK, count)) for start in range(0, count, CHUNK))

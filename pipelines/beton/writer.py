@@ -1,7 +1,7 @@
 """Writes a `.beton` (layout: `layout.py`) in one pass, atomically and deterministically.
 
-Records lie in call order, so the same calls give the same bytes. Memory does not grow with the
-number of images: the tables are collected in files without a name beside the result.
+Records are in call order, so the same calls give the same bytes. Memory does not grow with the
+number of images: the tables are collected in unnamed temporary files beside the output.
 """
 
 import os
@@ -38,20 +38,20 @@ CHUNK = 4096  # rows in memory at a time
 
 
 class BetonWriter:
-    """A context manager that writes `path`; it appears when the block ends without an exception.
+    """A context manager that writes `path`, which appears if the block ends without an exception.
 
         with BetonWriter("out.beton", num_samples=2, class_names=["cat", "dog"]) as writer:
             writer.add(jpeg, height, width, label=0, name="cat/1.jpg")
 
-    `num_samples` reserves the place of the metadata, which lies before the data. Fewer may come:
-    the header counts those that did, and the rest of the place stays empty, as FFCV finds images
-    by absolute offsets. `class_names` may be empty; then labels are -1.
+    `num_samples` reserves space for the metadata, which precedes the data. With fewer images, the
+    header has their number and the remaining space stays empty, as FFCV finds images by absolute
+    offsets. `class_names` may be empty; then labels are -1.
 
-    `page_size` (bytes) is the smallest unit FFCV's own cache reads. It doubles by itself when an
-    image is larger: what lies within one aligned page also lies within the page of twice the size.
+    `page_size` (bytes) is the smallest unit that FFCV's cache reads. It is doubled when an image is
+    larger: data within one aligned page also is within the aligned page of twice the size.
 
-    `in_place` writes into `path` itself and leaves there what a killed writer had stored, so that
-    `recover` can read it: for a caller that moves the file when it is whole.
+    `in_place` writes into `path` itself and keeps what a killed writer has stored there, so that
+    `recover` can read it: for callers that move the file when it is complete.
 
     Raises FileExistsError unless `overwrite` or `in_place`; OSError when the disk is full.
     """
@@ -93,9 +93,9 @@ class BetonWriter:
             self._exit = exit_.pop_all()
         return self
 
-    def __exit__(self, kind, error, traceback):
-        if kind is not None:
-            return self._exit.__exit__(kind, error, traceback)
+    def __exit__(self, error_type, error, traceback):
+        if error_type is not None:
+            return self._exit.__exit__(error_type, error, traceback)
         with self._exit:  # renames the file; removes it if finalize() fails
             self.finalize()
 
@@ -111,16 +111,16 @@ class BetonWriter:
         name: str,
         checksum: int | None = None,
     ) -> None:
-        """Append one image: a JPEG file of `height` x `width` pixels, its class and its source.
+        """Append one image: a JPEG file of `height` x `width` pixels, its label and source name.
 
-        `checksum` is its CRC-32, where a worker process has computed it already.
+        `checksum` is its CRC-32, if already computed by a worker process.
         """
         size = len(jpeg)
         if len(self) == self._capacity:
-            raise ValueError(f"{self.path}: more than the {len(self)} announced images")
+            raise ValueError(f"{self.path}: more than num_samples={len(self)} images")
         if not -1 <= label < max(self._num_classes, 1) or (label >= 0) != (self._num_classes > 0):
-            raise ValueError(f"{name}: label {label} with {self._num_classes} classes")
-        page_size, position = self._next_place(size)
+            raise ValueError(f"{name}: label {label} is out of range: {self._num_classes} classes")
+        page_size, position = self._next_position(size)
         if size == 0 or page_size not in PAGE_SIZES:
             raise ValueError(f"{name}: {size} bytes cannot be stored")
         terminated = _terminated(name)
@@ -134,25 +134,25 @@ class BetonWriter:
         self._num_images += 1
 
     def recover(self, size: int) -> bytes:
-        """What the file has where `add` would put a next image of `size` bytes (`in_place`)."""
-        return os.pread(self._file.fileno(), size, self._next_place(size)[1])
+        """The bytes where `add` would store the next image, of `size` bytes (`in_place`)."""
+        return os.pread(self._file.fileno(), size, self._next_position(size)[1])
 
     def discard_rest(self) -> None:
-        """Cut off what a killed writer left behind the images added by now (`in_place`)."""
+        """Truncate the file after the images added so far (`in_place`)."""
         self._file.flush()
         self._file.truncate(self._position)
 
     def finalize(self) -> None:
-        """Write all that is not image data. Called by the end of the block.
+        """Write everything but image data. Called at the end of the block.
 
-        Calling it earlier lets several files fail or appear together: the renames that then remain
-        need no space and no computation.
+        Calling it earlier lets several files fail or appear together: the remaining renames need
+        neither space nor computation.
         """
         if self._finalized:
             return
         if not len(self):
             raise ValueError(f"{self.path}: no images were added")
-        # Whole pages before the extras: FFCV's page cache reads the last one whole.
+        # The extras begin on a new page: FFCV's page cache reads complete pages of images.
         extras_ptr = _round_up(self._position, self.page_size)
         extras_size = 4 * len(self) + self._names_size + len(self._class_names)
         alloc_table_ptr = _round_up(extras_ptr + extras_size, 8)
@@ -177,11 +177,11 @@ class BetonWriter:
         self._finalized = True
 
     def sha256(self) -> str:
-        """`content_sha256` of what was added; the reader gives the same."""
+        """`content_sha256` of the images added, equal to that of the reader."""
         return content_sha256(self._metadata_chunks(), self._checksum_chunks())
 
-    def _next_place(self, size: int) -> tuple[int, int]:
-        """(page size, position) with which the next image is stored if it has `size` bytes."""
+    def _next_position(self, size: int) -> tuple[int, int]:
+        """Page size and position of the next image if it has `size` bytes."""
         page_size, position = self.page_size, self._position
         while size > page_size:
             page_size *= 2
@@ -190,7 +190,7 @@ class BetonWriter:
         return page_size, position
 
     def _skip(self, start: int, end: int) -> None:
-        """Go to `end` with nothing but zeros on the way, whatever a killed writer left there."""
+        """Seek to `end`; overwrite with zeros what a killed writer left between."""
         if start == end:
             return
         self._file.seek(start if self._in_place else end)
@@ -198,7 +198,7 @@ class BetonWriter:
             self._file.write(bytes(min(missing, 1 << 20)))
 
     def _write_tables(self, extras_ptr: int, alloc_table_ptr: int) -> Iterator[np.ndarray]:
-        """Write metadata, extras and allocations; yield each piece when it is written."""
+        """Write metadata, extras and allocations; yield each piece after writing it."""
         for position, pieces in (
             (self._metadata_start, self._metadata_chunks()),
             (extras_ptr, self._checksum_chunks()),
@@ -211,7 +211,7 @@ class BetonWriter:
                 yield piece
 
     def _metadata_chunks(self) -> Iterator[np.ndarray]:
-        # As bytes: NumPy's copy of a record leaves the padding between its fields to chance.
+        # Copied as bytes: a NumPy copy of records leaves the padding between fields undefined.
         size = ROW["metadata"].itemsize
         for rows in self._rows.chunks():
             yield np.ascontiguousarray(rows.view(np.uint8).reshape(-1, ROW.itemsize)[:, :size])
@@ -237,7 +237,7 @@ class BetonWriter:
 
 
 class _Rows:
-    """What the tables are made of, a row an image, in a file."""
+    """The rows of the tables, one per image, in a file."""
 
     def __init__(self, file: BinaryIO):
         self._file = file
@@ -251,7 +251,7 @@ class _Rows:
             self._flush()
 
     def chunks(self) -> Iterator[np.ndarray]:
-        """All rows so far, some at a time. Nothing may be appended meanwhile."""
+        """All rows so far, CHUNK at a time. Do not append while iterating."""
         self._flush()
         self._file.seek(0)
         while piece := self._file.read(CHUNK * ROW.itemsize):

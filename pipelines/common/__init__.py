@@ -1,1 +1,1 @@
-"""What both command lines share: files that appear whole, flags, signals, console output."""
+"""Shared by both command lines: atomic files, flags, signals, console output, core count."""

@@ -1,9 +1,8 @@
-"""Files that appear whole or not at all.
+"""Files that appear complete or not at all.
 
-Written beside its final name, flushed to the disk, then renamed: a reader sees the old file or the
-complete new one. Work of hours that can be continued stands in a folder beside its final name,
-locked while its owner lives: so a later run can tell what a killed process left from what a running
-one is writing.
+A file is written beside its final name, synced, then renamed: a reader sees the old file or the
+complete new one. Long work that can be continued is written to a folder beside the final name,
+which is locked while its process runs and thus distinguished from that of a killed process.
 """
 
 import contextlib
@@ -15,26 +14,36 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-UNFINISHED = ".unfinished"  # in every work folder: others are not touched
+UNFINISHED = ".unfinished"  # marks a work folder; folders without it are never changed
+
+
+class OutputExists(FileExistsError):
+    """The output exists and must not be overwritten; `filename` is its path."""
+
+
+def refuse_existing(path: Path, overwrite: bool) -> None:
+    """Raise OutputExists if `path` exists, even as a broken link, and `overwrite` is false."""
+    if os.path.lexists(path) and not overwrite:
+        raise OutputExists(errno.EEXIST, "File exists", str(path))
 
 
 @contextlib.contextmanager
 def atomic_file(path: str | os.PathLike, *, overwrite: bool = False) -> Iterator[BinaryIO]:
     """Yield a writable binary file that becomes `path` if the block ends without an exception.
 
-    Raises FileExistsError if `path` exists and `overwrite` is false, now or when the block ends.
+    Raises OutputExists if `path` exists and `overwrite` is false, now or when the block ends.
     """
     path = Path(path)
     temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-    _refuse_existing(path, overwrite)
+    refuse_existing(path, overwrite)
     with open(temporary, "w+b") as file:
         try:
             yield file
             file.flush()
             os.fsync(file.fileno())
-            _refuse_existing(path, overwrite)
+            refuse_existing(path, overwrite)
             os.replace(temporary, path)
-        except BaseException:  # also KeyboardInterrupt: no half-written file survives
+        except BaseException:  # including KeyboardInterrupt: no partial file may stay
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(temporary)
             raise
@@ -43,20 +52,25 @@ def atomic_file(path: str | os.PathLike, *, overwrite: bool = False) -> Iterator
 
 @contextlib.contextmanager
 def work_folder(path: Path, *, resume: bool = False) -> Iterator[Path]:
-    """Yield the folder `path`, locked, for what is not finished yet; it is gone after the block.
+    """Yield the locked folder `path` for unfinished files; it is removed after the block.
 
-    What a killed process left there is removed first; with `resume` it is kept, and also stays
+    Files that a killed process left there are removed first; with `resume` they are kept, also
     when the block ends with an exception.
-    Raises BlockingIOError if another process works there, FileExistsError if the folder is not one
-    of ours.
+    Raises BlockingIOError if another process has locked the folder, FileExistsError if the folder
+    contains files but is not a work folder.
     """
     path.mkdir(exist_ok=True)
     if any(path.iterdir()) and not (path / UNFINISHED).exists():
-        raise FileExistsError(errno.EEXIST, "Is a folder of somebody else", str(path))
+        raise FileExistsError(errno.EEXIST, "Not a folder of unfinished output", str(path))
     (path / UNFINISHED).touch()
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        _lock(descriptor, path)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise
+        except OSError:  # a file system without locks
+            pass
         if not resume:
             for entry in path.iterdir():
                 if entry.name != UNFINISHED:
@@ -73,26 +87,12 @@ def work_folder(path: Path, *, resume: bool = False) -> Iterator[Path]:
 
 
 def open_for_recovery(path: str | os.PathLike) -> BinaryIO:
-    """Open a file for reading and writing; what it contains stays."""
+    """Open a file for reading and writing without truncating it."""
     return open(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b")
 
 
-def _lock(descriptor: int, path: Path) -> None:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise BlockingIOError(error.errno, "is being written now", str(path)) from None
-    except OSError:  # a file system without locks: take its user's word
-        pass
-
-
-def _refuse_existing(path: Path, overwrite: bool) -> None:
-    if os.path.lexists(path) and not overwrite:  # a link that leads nowhere is somebody's, too
-        raise FileExistsError(errno.EEXIST, "File exists", str(path))
-
-
 def sync(path: Path) -> None:
-    """Make a file's contents durable, or a folder's renames (a file's own fsync does not)."""
+    """Sync the contents of a file, or the renames in a folder, which syncing a file does not."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,10 +1,10 @@
-"""Lines and progress on the console: a bar on a terminal, plain lines elsewhere."""
+"""Console output: printable lines, and progress as a bar on a terminal or as plain lines."""
 
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import TextIO, TypeVar
 
 from rich.console import Console
 from rich.progress import (
@@ -21,33 +21,33 @@ SECONDS_BETWEEN_LINES = 5
 Item = TypeVar("Item")
 
 
-def say(text: str, file=None) -> None:
-    """Print one line."""
+def print_line(text: str, file: TextIO | None = None) -> None:
+    """Print the text as one line, and flush."""
     stream = file or sys.stdout
-    print(shown(text, stream.encoding), file=stream, flush=True)
+    print(printable(text, stream.encoding), file=stream, flush=True)
 
 
-def shown(text: str, encoding: str | None = None) -> str:
-    """As one line. File names are anybody's text: what cannot be printed is escaped."""
+def printable(text: str, encoding: str | None = None) -> str:
+    """The text as one line: unprintable characters, which file names may contain, are escaped."""
     line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
     encoding = encoding or "utf-8"
     return line.encode(encoding, "backslashreplace").decode(encoding)
 
 
-def counted(title: str, items: Iterable[Item]) -> Iterator[Item]:
-    """The items, with a line now and then on how many they are: their end is not known."""
+def count_items(title: str, items: Iterable[Item]) -> Iterator[Item]:
+    """Yield the items, whose number is unknown, and print their count every few seconds."""
     last = time.monotonic()
     for count, item in enumerate(items, 1):
         now = time.monotonic()
         if now - last >= SECONDS_BETWEEN_LINES:
             last = now
-            say(f"{title}: {count:,} so far")
+            print_line(f"{title}: {count:,} so far")
         yield item
 
 
 @contextmanager
 def progress(title: str, total: int) -> Iterator[Callable[..., None]]:
-    """Yield advance(count=1), to call as images are done: a bar on a terminal, else plain lines."""
+    """Yield advance(count=1), which updates the progress of `total` images."""
     console = Console()
     if not console.is_terminal:
         yield _line_progress(title, total)
@@ -55,7 +55,7 @@ def progress(title: str, total: int) -> Iterator[Callable[..., None]]:
     name = TextColumn("{task.description}", markup=False)
     columns = (name, BarColumn(), MofNCompleteColumn(), _Rate())
     with Progress(*columns, TimeRemainingColumn(), TextColumn("left"), console=console) as bar:
-        task = bar.add_task(shown(title, console.encoding), total=total)
+        task = bar.add_task(printable(title, console.encoding), total=total)
         yield lambda count=1: bar.advance(task, count)
 
 
@@ -72,7 +72,7 @@ def _line_progress(title: str, total: int) -> Callable[..., None]:
             rate = done / max(now - start, 1e-9)
             minutes, seconds = divmod(round((total - done) / rate), 60)
             left = f"{minutes}:{seconds:02} left" if done < total else "done"
-            say(f"{title}: {done:,} of {total:,} images, {rate:,.0f} images/s, {left}")
+            print_line(f"{title}: {done:,} of {total:,} images, {rate:,.0f} images/s, {left}")
 
     return advance
 

@@ -1,8 +1,8 @@
-"""Processor cores this process may use."""
+"""Processor cores available to this process."""
 
 import os
 
 
 def usable_cores() -> int:
-    """Cores this process may run on; containers and batch systems often grant fewer than exist."""
+    """Number of cores this process may run on; containers and batch systems often limit it."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,11 +1,11 @@
-"""Command lines: tyro reads the flags into a dataclass; its framed complaints become one line."""
+"""Parses flags into a dataclass with tyro, whose framed error messages become one line."""
 
 import contextlib
 import io
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 import tyro
@@ -16,36 +16,36 @@ _FRAME = " \t│╭╮╰╯─|+-"
 
 
 def parse_flags(
-    kind: type[Options],
+    cls: type[Options],
     prog: str,
     arguments: Sequence[str] | None,
     *,
     default: Options | None = None,
     config: Sequence[Any] = (),
 ) -> Options:
-    """Fill the dataclass `kind` from flags (default: the process's); `--help` prints and exits 0.
+    """Fill the dataclass `cls` from flags (default: sys.argv); `--help` prints and exits 0.
 
-    Raises ValueError with a one-line message for flags that do not fit.
+    Raises ValueError with a one-line message for invalid flags.
     """
-    complaint = io.StringIO()
+    errors = io.StringIO()
     optional: dict[str, Any] = {} if default is None else {"default": default}
     try:
-        with contextlib.redirect_stderr(complaint):
+        with contextlib.redirect_stderr(errors):
             try:
-                return tyro.cli(kind, prog=prog, args=arguments, config=tuple(config), **optional)
+                return tyro.cli(cls, prog=prog, args=arguments, config=tuple(config), **optional)
             finally:
                 sys.stdout.flush()
     except BrokenPipeError:  # as after `bt-convert --help | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the interpreter flushes once more
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the interpreter flushes again at exit
         raise SystemExit(1) from None
     except SystemExit as stop:
         if not stop.code:
             raise
-        raise ValueError(f"{_one_line(complaint.getvalue())}; see {prog} --help") from None
+        raise ValueError(f"{_one_line(errors.getvalue())}; see {prog} --help") from None
 
 
-def value_of(flag: str, arguments: Sequence[str]) -> str | None:
-    """The last value of a flag before the parser runs, because it decides the parser's defaults."""
+def last_value(flag: str, arguments: Sequence[str]) -> str | None:
+    """The last value of a flag, read before parsing because it determines the defaults."""
     found = None
     for index, argument in enumerate(arguments):
         name, equals, value = argument.partition("=")
@@ -54,15 +54,22 @@ def value_of(flag: str, arguments: Sequence[str]) -> str | None:
     return found
 
 
+def renamed_flags(arguments: Sequence[str], names: Mapping[str, str]) -> list[str]:
+    """The arguments with earlier flags replaced; names: earlier field -> present field."""
+    flags = {f"--{old}": f"--{new}" for old, new in names.items()}
+    split = (argument.partition("=") for argument in arguments)
+    return [flags.get(flag, flag) + equals + value for flag, equals, value in split]
+
+
 def _one_line(framed: str) -> str:
     """The message in tyro's frame and the flag it suggests; rules divide title, message, help."""
-    if "Missing from" in framed:  # then names, and each one's help further to the right
+    if "Missing from" in framed:  # followed by names, and further right their help
         names = re.findall(r"^. {5}(\S+)", framed.partition("For full help")[0], re.M)
         return f"{', '.join(names)} {'is' if len(names) == 1 else 'are'} missing"
     sections: list[list[str]] = [[]]
     for number, line in enumerate(framed.splitlines()):
         text = line.strip(" \t│╭╮╰╯─|+")
-        if set(text) <= set(_FRAME) or number == 0:  # a rule, or the title's line
+        if set(text) <= set(_FRAME) or number == 0:  # a rule, or the line of the title
             sections.append([])
         else:
             sections[-1].append(text)
@@ -70,6 +77,6 @@ def _one_line(framed: str) -> str:
     if not parts:
         return framed.strip()
     message = parts[0].removeprefix("Error parsing ").rstrip(".")
-    message = re.sub(r"^\w+: (?=--)", "", message)  # the name of a dataclass says nothing to users
+    message = re.sub(r"^\w+: (?=--)", "", message)  # users do not know the name of the dataclass
     suggested = re.search(r"Perhaps you meant:\s+(--[\w.-]+)", " ".join(parts[1:]))
     return f"{message}; perhaps you meant {suggested[1]}" if suggested else message

@@ -1,4 +1,4 @@
-"""Signals that ask a command to stop become an exception, so that it leaves nothing half done."""
+"""Turns stop signals into an exception, so that a command leaves no partial output."""
 
 import contextlib
 import signal
@@ -7,19 +7,19 @@ from collections.abc import Iterator
 
 
 class Stopped(BaseException):
-    """A signal asked us to stop. Not an Exception: nothing but a `main` may swallow it."""
+    """A stop signal was received. Not an Exception: only a `main` function may catch it."""
 
 
 @contextlib.contextmanager
 def signals_raise_stopped() -> Iterator[None]:
-    """SIGINT and SIGTERM become Stopped, so that every `with` block cleans up after itself."""
+    """Raise Stopped on SIGINT and SIGTERM, so that every `with` block cleans up."""
     if threading.current_thread() is not threading.main_thread():
-        yield  # Python delivers signals to the main thread, whoever that belongs to
+        yield  # Python delivers signals to the main thread only
         return
 
-    def stop(number, frame):
+    def stop(number: int, frame: object) -> None:
         for other in previous:
-            signal.signal(other, signal.SIG_IGN)  # the clean-up is short: let it finish
+            signal.signal(other, signal.SIG_IGN)  # the clean-up is short and must finish
         raise Stopped(number)
 
     previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}

@@ -1,1 +1,1 @@
-"""`bt-convert`: from images in any layout to a `.beton` or web shards."""
+"""`bt-convert`: converts images in any layout to a `.beton` or web shards."""

@@ -1,26 +1,26 @@
-"""What a conversion reports of a split: its lines, and the JSON file beside the result."""
+"""The report on the conversion of a split: printed lines and the JSON file beside the output."""
 
 import sys
 from collections import Counter
 from pathlib import Path
 
 import pipelines
-from pipelines.common.console import say
+from pipelines.common.console import print_line
 from pipelines.convert.jpeg import JPEG_EXTENSIONS, Prepared
-from pipelines.convert.manifest import Listing, Split
+from pipelines.convert.manifest import Manifest, Split
 
 
 class Report:
-    """Counts of one split that was converted, and what happened to which of its images.
+    """Counts of one converted split, and its repaired and rejected images.
 
-    `checksum` is the writer's: for a `.beton` `beton_layout.content_sha256`, SHA-256 over the
-    metadata table and the table of the images' CRC-32, which `BetonReader.sha256()` gives again.
+    `checksum` is the writer's `sha256()`: for a `.beton` that of its tables, as in
+    `BetonReader.sha256()`; for web shards that of their SHA-256.
     """
 
-    def __init__(self, name: str, split: Split, listing: Listing):
+    def __init__(self, name: str, split: Split, manifest: Manifest):
         self.name = name  # train or val
         self.split = split
-        self.listing = listing
+        self.manifest = manifest
         self.actions: Counter[str] = Counter()  # kept, resized, reencoded
         self.samples_per_class: Counter[int] = Counter()
         self.repairs: list[dict[str, str]] = []
@@ -40,29 +40,30 @@ class Report:
         self.bytes_in += bytes_in
         self.bytes_out += len(image.jpeg)
         self.longest_side = max(self.longest_side, image.height, image.width)
-        # A PNG named .png is simply another format; one named .jpg was repaired.
+        # A PNG named .png is merely another format; a PNG named .jpg counts as repaired.
         if action == "reencoded" and Path(path).suffix.lower() in JPEG_EXTENSIONS:
             self.repairs.append({"path": path, "why": why.strip("()")})
 
     def reject(self, path: str, reason: str) -> None:
-        """Note a file that cannot be stored."""
+        """Record an image that cannot be stored."""
         self.rejects.append({"path": path, "reason": reason})
 
-    def show_problems(self) -> None:
-        """List what the user should know of the source: all broken images, on stderr."""
+    def print_problems(self) -> None:
+        """Print ignored entries and empty classes, and on stderr all broken images."""
         for reason, count in self.split.ignored.items():
             if count:
-                say(f"Ignored in {self.split.root}: {count} {reason}")
-        present = self.listing.samples_per_class
+                print_line(f"Ignored in {self.split.root}: {count} {reason}")
+        present = self.manifest.samples_per_class
         empty = [name for label, name in enumerate(self.split.class_names) if not present[label]]
         if empty:
             shown = ", ".join(empty[:10]) + (", ..." if len(empty) > 10 else "")
-            say(f"Without images, but kept as classes, in {self.split.root}: {shown}")
+            print_line(f"Classes without images in {self.split.root}: {shown}")
         for reject in self.rejects:
-            say(f"Broken: {self.split.root / reject['path']}: {reject['reason']}", file=sys.stderr)
+            path, reason = self.split.root / reject["path"], reject["reason"]
+            print_line(f"Broken: {path}: {reason}", file=sys.stderr)
 
     def summary(self) -> str:
-        """One line."""
+        """The counts as one line."""
         parts = [f"{count:,} {action}" for action, count in sorted(self.actions.items())]
         if self.rejects:
             parts.append(f"{len(self.rejects):,} broken left out")
@@ -73,13 +74,13 @@ class Report:
         )
 
     def content(self, settings: dict) -> dict:
-        """What the JSON file beside the result says of this split."""
+        """The JSON report of this split."""
         names = self.split.class_names
         return {
             "bt_fast_version": pipelines.__version__,
             "split": self.name,
             **settings,
-            "listing": self.listing.sha256,
+            "listing": self.manifest.sha256,
             "checksum": f"sha256:{self.checksum}",
             "num_images": self.num_images,
             "num_classes": len(names),

@@ -1,8 +1,8 @@
-"""What a conversion has done so far, so that another process can continue it.
+"""The journal of a conversion, with which another process continues it after an interruption.
 
-A line of JSON, the settings, which must be the same then; and an entry per image: what became of
-it and the CRC-32 of what was stored. An entry counts if its own checksum holds and the bytes it
-speaks of are found again, so nothing need be flushed on the way: what a crash lost is done anew.
+The file holds a line of JSON, the settings, which must be equal then, and an entry per image: its
+outcome and the CRC-32 of the stored JPEG. An entry is valid if its own checksum matches and the
+stored bytes match theirs, so nothing is synced: images lost in a crash are converted again.
 """
 
 import json
@@ -16,15 +16,15 @@ from pipelines.convert.jpeg import Prepared
 from pipelines.convert.workers import Outcome
 
 _ENTRY = struct.Struct("<qqIHHH")  # source bytes, JPEG bytes and CRC-32, height, width, text bytes
-_CHECK = struct.Struct("<I")  # CRC-32 of the entry, before it
+_CHECKSUM = struct.Struct("<I")  # CRC-32 of the entry, stored before it
 
 
-class OtherSettings(ValueError):
-    """The journal is of a conversion with other settings; the message names them."""
+class SettingsMismatch(ValueError):
+    """The journal belongs to a conversion with other settings; the message names them."""
 
 
 class Journal:
-    """The journal in file `path`, begun or continued. Raises OtherSettings."""
+    """The journal in file `path`, new or continued. Raises SettingsMismatch."""
 
     def __init__(self, path: Path, settings: dict):
         self._file = open_for_recovery(path)
@@ -37,20 +37,20 @@ class Journal:
         try:
             before = dict(json.loads(line))
         except (ValueError, TypeError):
-            raise OtherSettings("its journal is damaged") from None
+            raise SettingsMismatch("its journal is damaged") from None
         changed = [
             "other images" if key == "images" else f"{key} was {before.get(key)}"
             for key, value in settings.items()
             if before.get(key) != value
         ]
         if changed:
-            raise OtherSettings(", ".join(changed))
+            raise SettingsMismatch(", ".join(changed))
 
     def recover(self, read: Callable[[int], bytes]) -> Generator[Outcome, None, None]:
-        """The outcomes up to the first that cannot be relied upon; what follows is cut off.
+        """Yield the outcomes before the first invalid entry, which is cut off with all after it.
 
-        `read(size)` gives the stored bytes of the next image. Closing the generator cuts off the
-        outcome that it gave last, too. Exhaust or close it before `append`.
+        `read(size)` returns the stored bytes of the next image. Closing the generator also cuts off
+        the outcome that it yielded last. Exhaust or close it before `append`.
         """
         end = self._file.tell()
         try:
@@ -67,28 +67,28 @@ class Journal:
             self._file.truncate()
 
     def append(self, outcome: Outcome) -> None:
-        """Note what became of the next image; its bytes have been written already."""
+        """Record the outcome of the next image, whose bytes have been written already."""
         image = outcome.image
         text = (outcome.reason if image is None else image.action).encode("utf-8", "replace")
         text = text[:1000]
         size, height, width = (len(image.jpeg), image.height, image.width) if image else (0, 0, 0)
         numbers = outcome.num_bytes, size, outcome.checksum, height, width, len(text)
         entry = _ENTRY.pack(*numbers) + text
-        self._file.write(_CHECK.pack(zlib.crc32(entry)) + entry)
+        self._file.write(_CHECKSUM.pack(zlib.crc32(entry)) + entry)
         self._file.flush()
 
     def close(self) -> None:
-        """Flush what was noted, so that the conversion can be continued."""
+        """Close the file; the conversion can be continued from its entries."""
         self._file.close()
 
     def _read_entry(self) -> tuple[int, int, int, int, int, str] | None:
-        """Its numbers and its text; None at the end or where an entry is damaged."""
-        head = self._file.read(_CHECK.size + _ENTRY.size)
-        if len(head) < _CHECK.size + _ENTRY.size:
+        """The next entry's numbers and text; None at the end and for a damaged entry."""
+        header = self._file.read(_CHECKSUM.size + _ENTRY.size)
+        if len(header) < _CHECKSUM.size + _ENTRY.size:
             return None
-        *numbers, text_size = _ENTRY.unpack_from(head, _CHECK.size)
+        *numbers, text_size = _ENTRY.unpack_from(header, _CHECKSUM.size)
         text = self._file.read(text_size)
-        if _CHECK.unpack_from(head)[0] != zlib.crc32(head[_CHECK.size :] + text):
+        if _CHECKSUM.unpack_from(header)[0] != zlib.crc32(header[_CHECKSUM.size :] + text):
             return None
         num_bytes, size, crc, height, width = numbers
         return num_bytes, size, crc, height, width, text.decode("utf-8", "replace")

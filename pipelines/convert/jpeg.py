@@ -1,7 +1,7 @@
-"""One image file, whatever it is, made into a JPEG that every decoder downstream reads alike.
+"""Converts an image file of any format into a plain JPEG, which all decoders read identically.
 
-Three components or grey, 8 bits, Huffman-coded, undamaged to the last block: torchvision,
-libjpeg-turbo and nvJPEG agree on such files. Most already are, and keep their bytes.
+A plain JPEG has three components or one, 8 bits, Huffman coding and no damage: torchvision,
+libjpeg-turbo and nvJPEG agree on such files. Most images are plain JPEGs and keep their bytes.
 """
 
 import io
@@ -19,19 +19,19 @@ import simplejpeg
 from PIL import Image, UnidentifiedImageError
 
 JPEG_EXTENSIONS = {".jpg", ".jpeg"}
-FORMATS = ("JPEG", "PNG", "BMP", "GIF", "TIFF", "WEBP", "PPM")  # Pillow may try no other
+FORMATS = ("JPEG", "PNG", "BMP", "GIF", "TIFF", "WEBP", "PPM")  # the only ones Pillow may decode
 PROGRESSIVE = 0xC2
 Check = Literal["full", "quick"]
-PLAIN_FRAMES = {(0xC0, 8), (0xC1, 8), (PROGRESSIVE, 8)}  # baseline, extended; all of 8 bits
+PLAIN_FRAMES = {(0xC0, 8), (0xC1, 8), (PROGRESSIVE, 8)}  # baseline, extended; all with 8 bits
 MAX_FILE_BYTES = 1 << 29  # more than MAX_PIXELS of uncompressed RGB
-MAX_PIXELS = 1 << 27  # 402 MB as RGB; checked in the header, before anything is decoded
+MAX_PIXELS = 1 << 27  # 402 MB as RGB; compared with the header before decoding
 MAX_JPEG_SIDE = 65500  # libjpeg's limit
 MAX_SCANS = 500  # a progressive JPEG of thousands of empty scans takes minutes to decode
 JPEG_QUALITY = 95
-SUBSAMPLING = {"420": 2, "422": 1}  # Pillow's names of what it can write; 0 is none
+SUBSAMPLING = {"420": 2, "422": 1}  # Pillow's codes of those it can write; 0 is none
 
-# The warnings of libjpeg that mean grey or shifted blocks. Others, such as bytes too many before
-# the end marker, come with real photographs that are whole: those are decoded and encoded anew.
+# Warnings of libjpeg that mean grey or shifted blocks. Others, such as extra bytes before the end
+# marker, also occur in complete photographs, which are decoded and encoded again.
 LOST_DATA = re.compile(
     r"premature end|bad Huffman|arithmetic code|instead of RST|before marker 0xd[0-7]", re.I
 )
@@ -39,7 +39,7 @@ _SEGMENT = struct.Struct(">BHBHHB")  # marker, length; in a frame: bits, height,
 
 
 class UnreadableImage(ValueError):
-    """The file is not an image that can be decoded whole; the message is the reason."""
+    """The file is not an image that decodes completely; the message is the reason."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,9 +53,9 @@ class Prepared:
 
 
 def read_image(path: str | os.PathLike) -> bytes:
-    """The bytes of a file that may be anything. Raises UnreadableImage."""
+    """Read a regular file of at most MAX_FILE_BYTES. Raises UnreadableImage."""
     try:
-        # O_NONBLOCK: a named pipe would make us wait for a writer.
+        # O_NONBLOCK: opening a named pipe would wait for a writer.
         with open(path, "rb", opener=lambda p, f: os.open(p, f | os.O_NONBLOCK)) as file:
             status = os.fstat(file.fileno())
             if not stat.S_ISREG(status.st_mode):
@@ -68,17 +68,17 @@ def read_image(path: str | os.PathLike) -> bytes:
 
 
 def prepare(data: bytes, max_side: int, check: Check = "full") -> Prepared:
-    """Make a plain JPEG of an image file, its longer side at most `max_side` pixels (0: any).
+    """Convert an image file to a plain JPEG, its longer side at most `max_side` pixels (0: any).
 
-    A plain JPEG that fits is returned byte for byte, after all of it was decoded once. A larger
-    one is resized (bicubic, antialiased) and encoded at quality 95 with its own chroma subsampling.
-    Anything else is decoded by Pillow, made RGB and encoded at quality 95 without subsampling.
+    A plain JPEG within `max_side` is decoded once and returned unchanged. A larger one is
+    resized (bicubic, antialiased) and encoded at quality 95 with its chroma subsampling. Any other
+    image is decoded by Pillow, converted to RGB and encoded at quality 95 without subsampling.
 
     As in torchvision's default loader, alpha is dropped and EXIF orientation ignored. 16-bit
-    greys are scaled to 8 bits, where Pillow's own conversion clips them.
-    `check="quick"` spares the plain JPEGs that fit the decoding: they are taken if their segments,
-    markers and end are as they should be. That finds cut, empty and overwritten files, but not
-    every damage inside the image data.
+    greyscale is scaled to 8 bits, where Pillow clips it.
+    `check="quick"` does not decode plain JPEGs within `max_side`: they are accepted if segments,
+    markers and end are valid. That finds truncated, empty and overwritten files, but not all damage
+    inside the image data.
     Raises UnreadableImage.
     """
     if not data:
@@ -89,34 +89,34 @@ def prepare(data: bytes, max_side: int, check: Check = "full") -> Prepared:
         return _prepare_jpeg(data, max_side, check)
     except UnreadableImage:
         raise
-    except ValueError as error:  # what libjpeg-turbo refuses or warns of
+    except ValueError as error:  # an error or a warning of libjpeg-turbo
         if LOST_DATA.search(str(error)):
             raise UnreadableImage(str(error)) from None
-        if not _has_end(data):  # libjpeg tells its first warning only, and Pillow none
+        if not _has_end_marker(data):  # libjpeg reports its first warning only, Pillow none
             raise UnreadableImage(f"{error}; and premature end of JPEG file") from None
         return _reencode(data, max_side, str(error))
 
 
 def _prepare_jpeg(data: bytes, max_side: int, check: Check) -> Prepared:
-    """`prepare` for what starts like a JPEG. Raises ValueError where Pillow may know better."""
-    kind, height, width, num_channels = _jpeg_frame(data)
+    """`prepare` for data that starts like a JPEG. Raises ValueError where Pillow may decode it."""
+    frame, height, width, num_channels = _jpeg_frame(data)
     _check_size(height, width)
-    if kind[0] == PROGRESSIVE and data.count(b"\xff\xda") > MAX_SCANS:
+    if frame[0] == PROGRESSIVE and data.count(b"\xff\xda") > MAX_SCANS:
         raise UnreadableImage(f"a JPEG of more than {MAX_SCANS} scans")
     _, _, colours, subsampling = simplejpeg.decode_jpeg_header(data)
-    plain = kind in PLAIN_FRAMES and colours in ("YCbCr", "Gray")
+    plain = frame in PLAIN_FRAMES and colours in ("YCbCr", "Gray")
     if plain and max_side and max(height, width) > max_side:
-        # The pixels are Pillow's (both are libjpeg-turbo), but damage raises.
+        # Same pixels as Pillow's (both use libjpeg-turbo), but damage raises.
         pixels = simplejpeg.decode_jpeg(data, "RGB" if num_channels == 3 else "GRAY", strict=True)
         return _encode(pixels, max_side, "resized", subsampling)
-    if plain and check == "quick" and _looks_whole(data):
+    if plain and check == "quick" and _has_valid_structure(data):
         return Prepared(data, height, width, "kept")
-    # The cheapest decode that reads every coefficient: an eighth of the size, without colour.
+    # The cheapest decoding that reads every coefficient: at an eighth of the size, without colour.
     eighth = {"min_height": 1, "min_width": 1, "min_factor": 8, "fastdct": True}
     simplejpeg.decode_jpeg(data, "CMYK" if num_channels == 4 else "GRAY", strict=True, **eighth)
     if plain:
         return Prepared(data, height, width, "kept")
-    return _reencode(data, max_side, f"{colours} JPEG" if kind in PLAIN_FRAMES else "unusual JPEG")
+    return _reencode(data, max_side, f"{colours} JPEG" if frame in PLAIN_FRAMES else "unusual JPEG")
 
 
 def _jpeg_frame(data: bytes) -> tuple[tuple[int, int], int, int, int]:
@@ -130,8 +130,8 @@ def _jpeg_frame(data: bytes) -> tuple[tuple[int, int], int, int, int]:
     raise ValueError("JPEG without a frame header")
 
 
-def _has_end(data: bytes) -> bool:
-    """Is there an end marker behind the first scan? Skips odd bytes between segments as libjpeg."""
+def _has_end_marker(data: bytes) -> bool:
+    """Whether an end marker follows the first scan; skips stray bytes between segments."""
     position = 2
     while 0 <= (position := data.find(b"\xff", position)) < len(data) - 3:
         marker, length = data[position + 1], int.from_bytes(data[position + 2 : position + 4])
@@ -141,8 +141,8 @@ def _has_end(data: bytes) -> bool:
     return False
 
 
-def _looks_whole(data: bytes) -> bool:
-    """One scan, nothing but stuffed bytes and restarts in it, the end marker behind it."""
+def _has_valid_structure(data: bytes) -> bool:
+    """Whether one scan, with no markers but restarts in it, is followed by the end marker."""
     position, marker = 2, 0
     while marker != 0xDA:  # start of scan
         if position + 4 > len(data) or data[position] != 0xFF:
@@ -153,14 +153,14 @@ def _looks_whole(data: bytes) -> bool:
     escapes = np.flatnonzero(coded[:-1] == 0xFF)
     followers = coded[escapes + 1]
     inner = (followers[:-1] == 0) | ((followers[:-1] & 0xF8) == 0xD0)
-    runs = b"\0" * 32 in data[position:]  # a lost disk block reads as zeros
+    runs = b"\0" * 32 in data[position:]  # a lost disk block is read as zeros
     return len(escapes) > 0 and followers[-1] == 0xD9 and inner.all() and not runs
 
 
 def _reencode(data: bytes, max_side: int, why: str | None = None) -> Prepared:
-    """What Pillow makes of the file; `why` defaults to its format's name."""
+    """Decode with Pillow and encode again; `why` defaults to the name of the format."""
     try:
-        with warnings.catch_warnings():  # of large images, odd EXIF, palettes: all dealt with here
+        with warnings.catch_warnings():  # of large images, EXIF, palettes: all handled here
             warnings.simplefilter("ignore")
             image = Image.open(io.BytesIO(data), formats=FORMATS)
             _check_size(image.height, image.width)
@@ -177,34 +177,30 @@ def _reencode(data: bytes, max_side: int, why: str | None = None) -> Prepared:
 
 
 def _check_png(data: bytes) -> None:
-    """Compare the checksums of the chunks that make the picture, which Pillow does not do for all.
+    """Compare the checksums of all critical chunks; Pillow compares only some.
 
-    Damaged compressed data may decode to as many bytes as are needed, and nobody notices.
+    Damaged compressed data may decode to the right number of bytes, without an error.
     """
     position = len(b"\x89PNG\r\n\x1a\n")
     while position < len(data):
-        length, kind = (
-            int.from_bytes(data[position : position + 4]),
-            data[position + 4 : position + 8],
-        )
+        length = int.from_bytes(data[position : position + 4])
+        name = data[position + 4 : position + 8]
         end = position + 12 + length
         if end > len(data):
             raise UnreadableImage("truncated PNG")
         stored = int.from_bytes(data[end - 4 : end])
-        if kind[:1].isupper() and zlib.crc32(memoryview(data)[position + 4 : end - 4]) != stored:
+        if name[:1].isupper() and zlib.crc32(memoryview(data)[position + 4 : end - 4]) != stored:
             raise UnreadableImage("a damaged PNG (checksum mismatch)")
-        if kind == b"IEND":
+        if name == b"IEND":
             return
         position = end
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    """8-bit RGB, as Pillow converts it, except that 16-bit greys are scaled and not clipped."""
+    """Convert to 8-bit RGB as Pillow does, except that 16-bit greyscale is scaled, not clipped."""
     if image.mode == "F":
         raise UnreadableImage("floating-point pixels: which value is white is unknown")
-    if image.mode.startswith(
-        "I"
-    ):  # "I;16" and its byte orders; "I" holds 16-bit PGM or 32-bit TIFF
+    if image.mode.startswith("I"):  # "I;16" and its byte orders; "I": 16-bit PGM or 32-bit TIFF
         values = np.asarray(image).astype(np.int64)
         if values.min() < 0 or values.max() > 65535:
             raise UnreadableImage("32-bit pixels: which value is white is unknown")
@@ -227,12 +223,12 @@ def _encode(pixels: np.ndarray, max_side: int, action: str, subsampling: str = "
 
 
 def _shrink(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Antialiased bicubic, the one the loader cuts crops with; seven times as fast as Pillow's."""
-    import torch  # here, because it takes a second to load and few data sets need it
+    """Antialiased bicubic resize of the loaders' crops; seven times as fast as Pillow's."""
+    import torch  # here because the import takes a second and few data sets need it
 
     from pipelines.crop import resize
 
-    pixels = np.require(pixels, requirements="W")  # what Pillow hands out is read-only
+    pixels = np.require(pixels, requirements="W")  # Pillow's arrays are read-only
     shrunk = torch.empty((height, width, pixels.shape[2]), dtype=torch.uint8)
     resize(torch.from_numpy(pixels).permute(2, 0, 1), shrunk.permute(2, 0, 1))
     return shrunk.numpy()

@@ -1,7 +1,7 @@
-"""Which images there are: noted once, in a file, so that memory does not grow with their number.
+"""The manifest: the images of a split, recorded in a file so that memory does not grow with them.
 
-A source (`pipelines.convert.sources`) describes a `Split` and yields its images; a `Listing` writes
-them down and gives them again in the same order, all or a selection, as often as asked.
+A source (`pipelines.convert.sources`) describes a `Split` and yields its images once; a `Manifest`
+records them and yields them in the same order, all or a selection, any number of times.
 """
 
 import hashlib
@@ -9,7 +9,6 @@ import json
 import os
 import struct
 import tempfile
-from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -19,64 +18,65 @@ from typing import NamedTuple
 
 from pipelines.beton.layout import MAX_CLASSES
 
-WHOLE = -1  # the size of a place that is a file of its own
-UNKNOWN = -1  # the CRC-32 of bytes that nobody has summed up
-_RECORD = struct.Struct("<iiqqqHI")  # label, container, start, size, crc, head and name lengths
+ENTIRE_FILE = -1  # size of a location that is a complete file
+# Label, archive or -1, offset, size, CRC-32 or -1, lengths of prefix and name.
+_RECORD = struct.Struct("<iiqqqHI")
 
 
 class SourceError(ValueError):
-    """The source cannot be converted as it is; the message says what to do."""
+    """The source cannot be converted as it is; the message states the way out."""
 
 
-class Place(NamedTuple):
-    """Where the bytes of an image file are: all of `path`, or `size` bytes of it from `start`."""
+class Location(NamedTuple):
+    """The bytes of an image file: all of the file `path`, or `size` bytes of it from `offset`."""
 
     path: str
-    start: int = 0
-    size: int = WHOLE
-    crc: int = UNKNOWN  # CRC-32 that the bytes must have
-    head: bytes = b""  # to be put before them: a header that makes an image file of raw pixels
+    offset: int = 0
+    size: int = ENTIRE_FILE
+    checksum: int | None = None  # expected CRC-32 of the bytes, if known
+    prefix: bytes = b""  # prepended to the bytes: the header that raw pixels lack
 
 
-class Image(NamedTuple):
-    """One image of a source: its name there, its class (-1: none), and its bytes or their place."""
+class SourceImage(NamedTuple):
+    """One image of a source: name, label (-1: no class), and its bytes or their location."""
 
     name: str
     label: int
-    data: Place | bytes
+    data: Location | bytes
 
 
 @dataclass(kw_only=True, slots=True)
 class Split:
-    """What becomes one file. `images` can be gone through once, and fills the notes meanwhile."""
+    """The source of one output. `images` is iterated once, and fills `ignored` and `problems`."""
 
-    root: Path  # what the images' names are relative to
+    root: Path  # names of images are relative to it
     class_names: list[str]
-    images: Iterable[Image]
-    load: Callable[[Iterator[Image]], Iterator[Image]] = iter  # put bytes for places only it knows
-    max_side: int = 512  # default of --max-side; 0 where images were shrunk already
+    images: Iterable[SourceImage]
+    # Replaces locations by bytes where only the source can read them.
+    load: Callable[[Iterator[SourceImage]], Iterator[SourceImage]] = iter
+    max_side: int = 512  # default of --max-side; 0 where images have been converted already
     ignored: Counter[str] = field(default_factory=Counter)  # reason -> number of entries
-    problems: list[tuple[str, str]] = field(default_factory=list)  # (name, why it was not read)
+    problems: list[tuple[str, str]] = field(default_factory=list)  # (name, reason) of unread ones
 
 
-class Listing:
-    """The images of a split, listed to a file without a name in `scratch` (a folder).
+class Manifest:
+    """The images of a split, recorded in an unnamed temporary file in the folder `scratch`.
 
-    Attributes: `samples_per_class`, a Counter over the whole split (-1: no class); `sha256`, hex,
-    which names the whole list and the classes, wherever the source lies.
+    Attributes: `samples_per_class`, a Counter over the complete split (-1: no class); `sha256`,
+    hex, of all entries and the class names, independent of the source's path.
 
-    Iterate over one at a time. Raises SourceError for a split without images, or where a label
-    is not that of a class.
+    Supports one iteration at a time. Raises SourceError for a split without images, and for a label
+    outside the classes.
     """
 
     def __init__(self, split: Split, scratch: Path | None = None):
         self._root = split.root
-        self._containers: list[str] = []  # files that hold many images, such as archives
-        self._file = tempfile.TemporaryFile(dir=scratch)  # noqa: SIM115  it lives as long as we
+        self._archives: list[str] = []  # files that contain many images
+        self._file = tempfile.TemporaryFile(dir=scratch)  # noqa: SIM115  open as long as self
         self.samples_per_class: Counter[int] = Counter()
         digest = hashlib.sha256()
         for image in split.images:
-            _check_label(image, split.class_names)
+            _check_label(image.name, image.label, len(split.class_names))
             record = self._pack(image)
             digest.update(record)
             self._file.write(record)
@@ -86,78 +86,82 @@ class Listing:
             raise SourceError(f"{split.root} has no images that can be read{reason}")
         digest.update(json.dumps(split.class_names).encode())
         self.sha256 = digest.hexdigest()
-        self._turns, self._extra = max(self.samples_per_class.values()), 0
+        # Selection: `_range` of `_per_class` images of every class and one more of `_num_extra`.
+        self._per_class, self._num_extra = max(self.samples_per_class.values()), 0
         self._range = range(self.samples_per_class.total())
 
     def __len__(self) -> int:
         return len(self._range)
 
-    def keep(self, count: int) -> None:
+    def select_subset(self, count: int) -> None:
         """Keep `count` images, the first ones of every class, evenly over the classes."""
+        if count >= self.samples_per_class.total():
+            return
+        self._range, self._per_class, self._num_extra = range(count), 0, count
         sizes = self.samples_per_class.values()
-        if count < sum(sizes):
-            # Whole turns, each taking an image of every class that has one left; then some more.
-            taken = lambda turns: sum(min(size, turns) for size in sizes)  # noqa: E731
-            self._turns = bisect_right(range(count + 1), count, key=taken) - 1
-            self._extra = count - taken(self._turns)
-            self._range = range(count)
+        # Take one image of every class that has any left, as long as `count` permits.
+        while (num_left := sum(size > self._per_class for size in sizes)) <= self._num_extra:
+            self._per_class += 1
+            self._num_extra -= num_left
 
-    def take_part(self, number: int, of: int) -> None:
-        """Keep part `number` (from 1) of `of` consecutive parts, equal to within one image."""
+    def select_part(self, number: int, num_parts: int) -> None:
+        """Keep part `number` (from 1) of consecutive parts whose sizes differ by at most one."""
         count = len(self._range)
-        self._range = self._range[count * (number - 1) // of : count * number // of]
+        self._range = self._range[count * (number - 1) // num_parts : count * number // num_parts]
 
-    def __iter__(self) -> Iterator[Image]:
-        return islice(self._chosen(), self._range.start, self._range.stop)
+    def __iter__(self) -> Iterator[SourceImage]:
+        return islice(self._subset(), self._range.start, self._range.stop)
 
-    def _chosen(self) -> Iterator[Image]:
-        seen: Counter[int] = Counter()
-        extra = self._extra
-        for image in self._all():
-            turn = seen[image.label]
-            seen[image.label] += 1
-            if turn < self._turns:
+    def _subset(self) -> Iterator[SourceImage]:
+        num_seen: Counter[int] = Counter()
+        num_extra = self._num_extra
+        for image in self._entries():
+            index = num_seen[image.label]
+            num_seen[image.label] += 1
+            if index < self._per_class:
                 yield image
-            elif turn == self._turns and extra:
-                extra -= 1
+            elif index == self._per_class and num_extra:
+                num_extra -= 1
                 yield image
 
-    def _all(self) -> Iterator[Image]:
+    def _entries(self) -> Iterator[SourceImage]:
         self._file.seek(0)
-        while header := self._file.read(_RECORD.size):
-            label, container, start, size, crc, head_size, name_size = _RECORD.unpack(header)
-            head = self._file.read(head_size)
+        while record := self._file.read(_RECORD.size):
+            label, archive, offset, size, crc, prefix_size, name_size = _RECORD.unpack(record)
+            prefix = self._file.read(prefix_size)
             name = os.fsdecode(self._file.read(name_size))
-            if container < 0:
-                place = Place(os.path.join(self._root, name))
+            if archive < 0:
+                location = Location(os.path.join(self._root, name))
             else:
-                place = Place(self._containers[container], start, size, crc, head)
-            yield Image(name, label, place)
+                checksum = None if crc < 0 else crc
+                location = Location(self._archives[archive], offset, size, checksum, prefix)
+            yield SourceImage(name, label, location)
 
-    def _pack(self, image: Image) -> bytes:
-        place, name = image.data, os.fsencode(image.name)
-        assert isinstance(place, Place)
-        container = -1 if place.size == WHOLE else self._container(place.path)
-        lengths = len(place.head), len(name)
-        numbers = image.label, container, place.start, place.size, place.crc
-        return _RECORD.pack(*numbers, *lengths) + place.head + name
+    def _pack(self, image: SourceImage) -> bytes:
+        location, name = image.data, os.fsencode(image.name)
+        assert isinstance(location, Location)
+        path, offset, size, checksum, prefix = location
+        archive = -1 if size == ENTIRE_FILE else self._archive_index(path)
+        crc = -1 if checksum is None else checksum
+        numbers = image.label, archive, offset, size, crc, len(prefix), len(name)
+        return _RECORD.pack(*numbers) + prefix + name
 
-    def _container(self, path: str) -> int:
-        """Its number; images of one container come in a row."""
-        if not self._containers or self._containers[-1] != path:
-            self._containers.append(path)
-        return len(self._containers) - 1
+    def _archive_index(self, path: str) -> int:
+        """Index of an archive in `_archives`. The images of one archive follow each other."""
+        if not self._archives or self._archives[-1] != path:
+            self._archives.append(path)
+        return len(self._archives) - 1
 
 
-def number_names(count: int) -> list[str]:
-    """Names of classes that a source only numbers. Raises SourceError for absurdly many."""
+def numbered_names(count: int) -> list[str]:
+    """Class names "0", "1", ... of a source without names. Raises SourceError for too many."""
     if count > MAX_CLASSES:
-        raise SourceError(f"label {count - 1} is no class: there may be {MAX_CLASSES} at most")
+        raise SourceError(f"label {count - 1} is out of range: at most {MAX_CLASSES} classes")
     return [str(number) for number in range(count)]
 
 
-def _check_label(image: Image, class_names: list[str]) -> None:
-    if class_names and image.label < 0:
-        raise SourceError(f"{image.name} has no class, unlike others of its source")
-    if image.label >= len(class_names):
-        raise SourceError(f"{image.name}: label {image.label} with {len(class_names)} classes")
+def _check_label(name: str, label: int, num_classes: int) -> None:
+    if num_classes and label < 0:
+        raise SourceError(f"{name} has no class, unlike other images of its source")
+    if label >= num_classes:
+        raise SourceError(f"{name}: label {label} is out of range: {num_classes} classes")

@@ -1,4 +1,4 @@
-"""`bt-convert --verify`: reads a result again and says whether every image is what was stored."""
+"""`bt-convert --verify`: reads an output again and checks every image against its checksum."""
 
 import hashlib
 import io
@@ -12,67 +12,67 @@ from PIL import ImageDraw
 
 from pipelines.beton import BetonReader
 from pipelines.common.atomic import atomic_file
-from pipelines.common.console import progress, say
-from pipelines.convert.manifest import Listing, SourceError, Split
+from pipelines.common.console import print_line, progress
+from pipelines.convert.manifest import Manifest, SourceError, Split
 from pipelines.convert.sources import beton_file, shards
 from pipelines.convert.workers import prepare_all
 
-COLUMNS, SIDE, CAPTION = 10, 120, 14  # of the contact sheet: pictures a row, pixels
+COLUMNS, SIDE, CAPTION_HEIGHT = 10, 120, 14  # of the contact sheet: pictures per row, pixels
 NUM_PICTURES = 100
-BARS = 20  # classes at most that get a bar of their own
+MAX_BARS = 20  # most classes that are printed as a bar each
 
 
 class DamagedResult(ValueError):
-    """Something is not as it was written."""
+    """Part of an output differs from what was written."""
 
 
 def verify(path: Path, *, workers: int) -> None:
     """Decode every image of a `.beton` or a folder of web shards, and compare all checksums.
 
-    Prints the labels' histogram; draws a contact sheet beside each split, `out.beton.png`.
-    Raises DamagedResult, after all that is damaged was listed; SourceError.
+    Prints a histogram of the labels; draws a contact sheet beside each split, `out.beton.png`.
+    Raises DamagedResult after listing all damage; SourceError.
     """
     num_damaged = 0
     if path.suffix == ".beton":
         reader = beton_file.open_beton(path)
         sheet = path.with_name(f"{path.name}.png")
-        num_damaged += _verify_images(beton_file.split_of(reader), sheet, workers, reader)
-    elif path.is_dir() and shards.is_ours(path):
+        num_damaged += _verify_images(beton_file.read_split(reader), sheet, workers, reader)
+    elif path.is_dir() and shards.has_dataset(path):
         dataset = shards.read_dataset(path)
-        for name, split in shards.our_splits(path, dataset).items():
+        for name, split in shards.dataset_splits(path, dataset).items():
             num_damaged += _verify_shards(path, dataset["splits"][name]["shards"])
             sheet = path.with_name(f"{path.name}.{name}.png")
             num_damaged += _verify_images(split, sheet, workers)
     else:
-        raise SourceError(f"--verify {path}: neither a .beton nor a folder of bt-fast's web shards")
+        raise SourceError(f"--verify {path}: neither a .beton nor a folder with dataset.json")
     if num_damaged:
         raise DamagedResult(f"{path}: {num_damaged} damaged (listed above); convert again")
 
 
-def _verify_shards(folder: Path, contents: list[dict]) -> int:
-    """Compare each shard's SHA-256; returns how many differ."""
-    say(f"Comparing the SHA-256 of {len(contents):,} shards")
+def _verify_shards(folder: Path, entries: list[dict]) -> int:
+    """Compare the SHA-256 of each shard with its entry; returns the number that differ."""
+    print_line(f"Comparing the SHA-256 of {len(entries):,} shards")
     num_damaged = 0
-    for content in contents:
-        with open(folder / content["name"], "rb") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() != content["sha256"]:
+    for entry in entries:
+        with open(folder / entry["name"], "rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != entry["sha256"]:
                 num_damaged += 1
-                reason = "other bytes than written (SHA-256)"
-                say(f"Damaged: {folder / content['name']}: {reason}", file=sys.stderr)
+                reason = "its SHA-256 differs from that in dataset.json"
+                print_line(f"Damaged: {folder / entry['name']}: {reason}", file=sys.stderr)
     return num_damaged
 
 
 def _verify_images(
     split: Split, sheet: Path, workers: int, reader: BetonReader | None = None
 ) -> int:
-    """Decode all, draw some, count labels; returns how many are damaged."""
-    listing = Listing(split)
-    step = -(-len(listing) // NUM_PICTURES)
+    """Decode all images, draw some, count labels; returns the number of damaged images."""
+    manifest = Manifest(split)
+    step = -(-len(manifest) // NUM_PICTURES)
     pictures: list[tuple[str, bytes]] = []
     actions: Counter[str] = Counter()
     num_damaged = 0
-    with progress(f"Verifying {split.root.name}", len(listing)) as advance:
-        outcomes = prepare_all(iter(listing), workers=workers, max_side=0, check="full")
+    with progress(f"Verifying {split.root.name}", len(manifest)) as advance:
+        outcomes = prepare_all(iter(manifest), workers=workers, max_side=0, check="full")
         for index, (image, outcome) in enumerate(outcomes):
             advance()
             reason = outcome.reason
@@ -80,55 +80,55 @@ def _verify_images(
                 actions[prepared.action] += 1
                 size = (prepared.height, prepared.width)
                 if reader is not None and reader.size(index) != size:
-                    reason = f"is of {size} pixels, and {reader.size(index)} in the table"
+                    reason = f"is of {size} pixels, but {reader.size(index)} in the table"
                 if index % step == 0:
                     label = split.class_names[image.label] if image.label >= 0 else ""
                     pictures.append((label, prepared.jpeg))
             if reason:
                 num_damaged += 1
-                say(
+                print_line(
                     f"Damaged: {split.root}: image {index} ({image.name}): {reason}",
                     file=sys.stderr,
                 )
     kept = actions.pop("kept", 0)
     others = "".join(f", {count:,} {action}" for action, count in sorted(actions.items()))
-    say(f"{split.root}: {kept:,} of {len(listing):,} images are sound plain JPEGs{others}")
-    _show_labels(split, listing.samples_per_class)
+    print_line(f"{split.root}: {kept:,} of {len(manifest):,} images are intact plain JPEGs{others}")
+    _print_labels(split, manifest.samples_per_class)
     if pictures:
         try:
             _draw_sheet(pictures, sheet)
-            say(f"Contact sheet: {sheet}")
-        except OSError as error:  # what is verified may lie where nobody may write
-            say(f"No contact sheet: {error}")
+            print_line(f"Contact sheet: {sheet}")
+        except OSError as error:  # the output may be in a read-only folder
+            print_line(f"No contact sheet: {error}")
     return num_damaged
 
 
-def _show_labels(split: Split, counts: Counter[int]) -> None:
-    """A bar per class where they are few, else how even they are."""
+def _print_labels(split: Split, counts: Counter[int]) -> None:
+    """Print a bar per class, or for many classes the smallest, largest and median size."""
     if not split.class_names:
-        say("No classes")
+        print_line("No classes")
         return
     values = [counts[label] for label in range(len(split.class_names))]
-    if len(values) <= BARS:
+    if len(values) <= MAX_BARS:
         for name, value in zip(split.class_names, values, strict=True):
-            say(f"{value:>9,} {'#' * round(40 * value / max(values))} {name}")
+            print_line(f"{value:>9,} {'#' * round(40 * value / max(values))} {name}")
     else:
         rarest = split.class_names[values.index(min(values))]
-        say(
+        print_line(
             f"{len(values):,} classes of {min(values):,} ({rarest}) to {max(values):,} images, "
             f"median {statistics.median(values):,.0f}"
         )
 
 
 def _draw_sheet(pictures: list[tuple[str, bytes]], path: Path) -> None:
-    """Evenly spaced images with the names of their classes, as a PNG."""
+    """Write the images with the names of their classes to a PNG."""
     rows = -(-len(pictures) // COLUMNS)
-    sheet = Picture.new("RGB", (COLUMNS * SIDE, rows * (SIDE + CAPTION)), "white")
+    sheet = Picture.new("RGB", (COLUMNS * SIDE, rows * (SIDE + CAPTION_HEIGHT)), "white")
     draw = ImageDraw.Draw(sheet)
     for number, (label, jpeg) in enumerate(pictures):
-        left, top = number % COLUMNS * SIDE, number // COLUMNS * (SIDE + CAPTION)
+        left, top = number % COLUMNS * SIDE, number // COLUMNS * (SIDE + CAPTION_HEIGHT)
         stored = Picture.open(io.BytesIO(jpeg))
-        stored.draft("RGB", (SIDE, SIDE))  # decodes as few pixels as are needed
+        stored.draft("RGB", (SIDE, SIDE))  # decodes at the lowest sufficient resolution
         picture = stored.convert("RGB")
         picture.thumbnail((SIDE - 4, SIDE - 4))
         sheet.paste(picture, (left + 2, top + 2))

@@ -1,9 +1,9 @@
-"""Many images made into plain JPEGs by worker processes, in order, few at a time.
+"""Converts images into plain JPEGs in worker processes, in order and with bounded memory.
 
-Every worker has a pipe of its own, and a thread here that sends it tasks and waits for results.
-(The one result queue of ProcessPoolExecutor is shared: a worker that dies while it writes there
-leaves half a message and a held lock, and everyone waits for ever.) A worker that dies ends its
-pipe, and so does its parent: neither outlives the other for long.
+Every worker has its own pipe, and a thread of this process that sends tasks and waits for results.
+(ProcessPoolExecutor shares one result queue: a worker that dies while writing to it leaves a
+partial message and a locked queue, and all others wait forever.) The death of a worker closes its
+pipe, and so does the death of its parent, so neither outlives the other for long.
 """
 
 import contextlib
@@ -27,40 +27,41 @@ from pipelines.convert.jpeg import (
     prepare,
     read_image,
 )
-from pipelines.convert.manifest import UNKNOWN, WHOLE, Image, Place, SourceError
+from pipelines.convert.manifest import ENTIRE_FILE, Location, SourceError, SourceImage
 
-CHUNK = 8  # files per task: enough to hide the hand-over, few enough to bound the memory
+Task = tuple[list[SourceImage], int, Check]  # images, max_side, check
+CHUNK_SIZE = 8  # images per task: enough to hide the transfer, few enough to bound the memory
 TASKS_PER_WORKER = 3  # in flight, so that no worker waits for the writer
 
 
 class WorkerDied(RuntimeError):
-    """A worker process ended without being asked to, most likely killed for its memory."""
+    """A worker process ended unexpectedly, most likely killed because memory ran out."""
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What a worker made of one file: an image and its CRC-32, or the reason why not."""
+    """The result for one image file: a JPEG and its CRC-32, or the reason why there is none."""
 
-    num_bytes: int
+    num_bytes: int  # of the source file
     image: Prepared | None = None
     checksum: int = 0
     reason: str = ""
 
 
 def prepare_all(
-    images: Iterator[Image], *, workers: int, max_side: int, check: Check
-) -> Generator[tuple[Image, Outcome], None, None]:
-    """Every image with its outcome, in order. At most 32 images per worker are in memory.
+    images: Iterator[SourceImage], *, workers: int, max_side: int, check: Check
+) -> Generator[tuple[SourceImage, Outcome], None, None]:
+    """Yield every image with its outcome, in order; at most 32 images per worker are in memory.
 
-    Raises WorkerDied; SourceError when a file that holds many images cannot be read any more.
+    Raises WorkerDied; SourceError when an archive can no longer be read.
     """
-    tasks = iter(lambda: (list(islice(images, CHUNK)), max_side, check), ([], max_side, check))
+    tasks = ((chunk, max_side, check) for chunk in _chunks(images))
     if workers == 1:
         for task in tasks:
             yield from zip(task[0], _prepare_images(*task), strict=True)
         return
     with contextlib.closing(_Workers(workers)) as pool:
-        pending: deque[tuple[list[Image], Future[list[Outcome]]]] = deque()
+        pending: deque[tuple[list[SourceImage], Future[list[Outcome]]]] = deque()
         for task in tasks:
             pending.append((task[0], pool.submit(task)))
             if len(pending) > TASKS_PER_WORKER * workers:
@@ -71,25 +72,30 @@ def prepare_all(
             yield from zip(chunk, future.result(), strict=True)
 
 
+def _chunks(images: Iterator[SourceImage]) -> Iterator[list[SourceImage]]:
+    while chunk := list(islice(images, CHUNK_SIZE)):
+        yield chunk
+
+
 class _Workers:
-    """`count` processes that run `_prepare_images`, each behind a thread of this process."""
+    """`count` processes that run `_prepare_images`, each served by a thread of this process."""
 
     def __init__(self, count: int) -> None:
-        # A server forks the workers: they start fast, and inherit neither threads nor open files.
+        # A fork server starts workers quickly, without inherited threads or open files.
         self._context = get_context("forkserver")
         self._processes: list = []
-        self._here = threading.local()
+        self._thread_local = threading.local()
         self._threads = ThreadPoolExecutor(count)
 
-    def submit(self, task: tuple) -> Future[list[Outcome]]:
+    def submit(self, task: Task) -> Future[list[Outcome]]:
         return self._threads.submit(self._run, task)
 
-    def _run(self, task: tuple) -> list[Outcome]:
+    def _run(self, task: Task) -> list[Outcome]:
         try:
-            if not hasattr(self._here, "connection"):
-                self._here.connection = self._start()
-            self._here.connection.send(task)
-            result = self._here.connection.recv()
+            if not hasattr(self._thread_local, "connection"):
+                self._thread_local.connection = self._start_process()
+            self._thread_local.connection.send(task)
+            result = self._thread_local.connection.recv()
         except (EOFError, OSError):
             raise WorkerDied(
                 "a worker process died, most likely for lack of memory; try fewer --workers"
@@ -98,29 +104,29 @@ class _Workers:
             raise result
         return result
 
-    def _start(self) -> Connection:
-        ours, theirs = self._context.Pipe()
-        process = self._context.Process(target=_serve, args=(theirs,), daemon=True)
+    def _start_process(self) -> Connection:
+        connection, worker_connection = self._context.Pipe()
+        process = self._context.Process(target=_serve, args=(worker_connection,), daemon=True)
         process.start()
-        theirs.close()
+        worker_connection.close()
         self._processes.append(process)
-        return ours
+        return connection
 
     def close(self) -> None:
-        """Stop everything at once; results that nobody waited for are lost."""
+        """Stop all workers immediately and discard pending results."""
         self._threads.shutdown(wait=False, cancel_futures=True)
         for process in self._processes:
-            process.terminate()  # ends its pipe, and with it the wait of its thread
+            process.terminate()  # closes its pipe, which ends the wait of its thread
         self._threads.shutdown(wait=True)
         for process in self._processes:
-            process.terminate()  # also one that was only just starting
+            process.terminate()  # also a process that started in the meantime
             process.join()
 
 
 def _serve(connection: Connection) -> None:
-    """A worker process: answer tasks until the pipe ends, which the parent's death does too."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's business
-    os.environ["OMP_NUM_THREADS"] = "1"  # there is a worker per core already
+    """Main function of a worker process: process tasks until the pipe is closed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
+    os.environ["OMP_NUM_THREADS"] = "1"  # there is one worker per core
     with contextlib.suppress(EOFError, OSError):
         while True:
             task = connection.recv()
@@ -130,7 +136,7 @@ def _serve(connection: Connection) -> None:
                 connection.send(error)
 
 
-def _prepare_images(images: list[Image], max_side: int, check: Check) -> list[Outcome]:
+def _prepare_images(images: list[SourceImage], max_side: int, check: Check) -> list[Outcome]:
     outcomes = []
     for image in images:
         num_bytes = 0
@@ -145,18 +151,18 @@ def _prepare_images(images: list[Image], max_side: int, check: Check) -> list[Ou
     return outcomes
 
 
-def _read(place: Place) -> bytes:
-    if place.size == WHOLE:
-        return read_image(place.path)
-    if place.size > MAX_FILE_BYTES:
-        raise UnreadableImage(f"{place.size} bytes, more than {MAX_FILE_BYTES}")
+def _read(location: Location) -> bytes:
+    if location.size == ENTIRE_FILE:
+        return read_image(location.path)
+    if location.size > MAX_FILE_BYTES:
+        raise UnreadableImage(f"{location.size} bytes, more than {MAX_FILE_BYTES}")
     try:
-        with open(place.path, "rb", buffering=0) as file:
-            data = os.pread(file.fileno(), place.size, place.start)
+        with open(location.path, "rb", buffering=0) as file:
+            data = os.pread(file.fileno(), location.size, location.offset)
     except OSError as error:
-        raise SourceError(f"{place.path} cannot be read: {error.strerror}") from None
-    if len(data) < place.size:
-        raise SourceError(f"{place.path} has become shorter since its images were listed")
-    if place.crc != UNKNOWN and zlib.crc32(data) != place.crc:
+        raise SourceError(f"{location.path} cannot be read: {error.strerror}") from None
+    if len(data) < location.size:
+        raise SourceError(f"{location.path} has become shorter since its images were listed")
+    if location.checksum is not None and zlib.crc32(data) != location.checksum:
         raise UnreadableImage("its bytes are not those that were stored (checksum mismatch)")
-    return place.head + data
+    return location.prefix + data

@@ -1,53 +1,42 @@
-"""One split, from its source to its writer: what an earlier process did of it, then the rest."""
+"""Writes one split: first the images that an interrupted conversion stored, then the others."""
 
 import contextlib
 import functools
 import itertools
 from collections.abc import Callable, Iterator
 
-from pipelines.common.console import progress, say
+from pipelines.common.console import print_line, progress
 from pipelines.convert.data_report import Report
 from pipelines.convert.journal import Journal
 from pipelines.convert.jpeg import Check
-from pipelines.convert.manifest import Image, SourceError
+from pipelines.convert.manifest import SourceError, SourceImage
 from pipelines.convert.targets import Writer
 from pipelines.convert.workers import Outcome, prepare_all
 
 
 def write_split(
-    writer: Writer,
-    journal: Journal,
-    report: Report,
-    *,
-    workers: int,
-    max_side: int,
-    check: Check,
+    writer: Writer, journal: Journal, report: Report, *, workers: int, max_side: int, check: Check
 ) -> None:
-    """Prepare all images of the report's listing, write them, note them in journal and report.
+    """Convert and write all images of the report's manifest; record them in journal and report.
 
-    Raises SourceError when the source vanishes, OSError when writing fails, WorkerDied.
+    Raises SourceError when the source disappears, OSError when writing fails, WorkerDied.
     """
     prepare = functools.partial(prepare_all, max_side=max_side, check=check)
-    with progress(report.name, len(report.listing)) as advance:
-        for image, outcome, is_new in _outcomes(writer, journal, report, prepare, workers):
-            if (prepared := outcome.image) is None:
-                report.reject(image.name, outcome.reason)
+    with progress(report.name, len(report.manifest)) as advance:
+        for entry, outcome, is_new in _outcomes(writer, journal, report, prepare, workers):
+            if (image := outcome.image) is None:
+                report.reject(entry.name, outcome.reason)
                 if not report.split.root.exists():
-                    raise SourceError(f"{report.split.root} has vanished")
+                    raise SourceError(f"{report.split.root} no longer exists")
             else:
                 writer.add(
-                    prepared.jpeg,
-                    prepared.height,
-                    prepared.width,
-                    image.label,
-                    image.name,
-                    checksum=outcome.checksum,
+                    image.jpeg, image.height, image.width, entry.label, entry.name, outcome.checksum
                 )
-                report.accept(image.name, image.label, prepared, outcome.num_bytes)
+                report.accept(entry.name, entry.label, image, outcome.num_bytes)
             if is_new:
                 journal.append(outcome)
             advance()
-    report.show_problems()
+    report.print_problems()
     if len(writer):
         writer.finalize()
         report.checksum = writer.sha256()
@@ -55,14 +44,14 @@ def write_split(
 
 def _outcomes(
     writer: Writer, journal: Journal, report: Report, prepare: Callable, workers: int
-) -> Iterator[tuple[Image, Outcome, bool]]:
-    """(image, what became of it, is that new?): first what the journal knows, then the rest."""
-    images = iter(report.listing)
+) -> Iterator[tuple[SourceImage, Outcome, bool]]:
+    """Yield (image, outcome, is new): first those recovered from the journal, then the others."""
+    images = iter(report.manifest)
     num_recovered = 0
     with contextlib.closing(journal.recover(writer.recover)) as recovered:
         for outcome in recovered:
             image = next(images)
-            if outcome.image is None:  # it may have been repaired since, and then shifts the rest
+            if outcome.image is None:  # if repaired since, its JPEG moves all that follow
                 ((_, outcome),) = prepare(report.split.load(iter([image])), workers=1)
                 if outcome.image is not None:
                     images = itertools.chain([image], images)
@@ -71,7 +60,7 @@ def _outcomes(
             yield image, outcome, False
     writer.discard_rest()
     if num_recovered:
-        say(f"{report.name}: {num_recovered:,} images were done before and are as they were")
+        print_line(f"{report.name}: {num_recovered:,} images were converted before and are intact")
     with contextlib.closing(prepare(report.split.load(images), workers=workers)) as prepared:
         for image, outcome in prepared:
             yield image, outcome, True

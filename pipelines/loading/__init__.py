@@ -1,1 +1,6 @@
-"""From a data set to batches of two crops per image."""
+"""Loaders: batches of two crops per image. Free of torch."""
+
+from typing import Literal
+
+BackendName = Literal["native", "ffcv", "dali"]
+LoaderName = Literal["auto", "native", "ffcv", "dali"]

@@ -1,126 +1,130 @@
-"""From --data and --loader to a loader: the one asked for, or the fastest of those that can."""
+"""Choosing a run's loader: the requested one, or the fastest that reads the data; and building
+it."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import islice
-from pathlib import Path
-from typing import Literal
+from typing import Any
 
 import torch
 
 from pipelines.beton import BetonReader
-from pipelines.convert.sources.shards import read_dataset
 from pipelines.crop import RandomResizedCrop
-from pipelines.loading import dali
-from pipelines.loading.dali import DaliLoader
-from pipelines.loading.dali_shards import ShardLoader
-from pipelines.loading.ffcv import FfcvLoader
-from pipelines.loading.native import NativeLoader
+from pipelines.loading import BackendName, LoaderName, dali
+from pipelines.loading.dali import DaliBackend
+from pipelines.loading.dali_shards import ShardSampler
+from pipelines.loading.ffcv import FfcvBackend
+from pipelines.loading.loader import CropBackend, Loader, Sampler
+from pipelines.loading.native import NativeBackend
 from pipelines.webdataset.reader import ShardReader
 
-Name = Literal["native", "ffcv", "dali"]
-Wish = Literal["auto", "native", "ffcv", "dali"]
-Loader = NativeLoader  # the others are kinds of it
-Data = BetonReader | ShardReader
-
-WORTH_MEASURING = 1_000_000  # images of a run, below which auto takes native unseen
-WORTH_CHANGING = 1.1  # native's pixels are nearest to the reference's: keep it for less than this
-SECONDS = 2.0  # for which each is measured
-BATCH = 256  # images at most in the measurement's batches
-
-
-def open_data(path: Path, flag: str) -> Data:
-    """A `.beton`, or the training images of a folder of web shards. Raises ValueError."""
-    if not path.exists():
-        raise ValueError(
-            f"{flag} {path} does not exist; say where it is, or: bt-convert IMAGE_FOLDER {path}"
-        )
-    return ShardReader(path) if path.is_dir() else BetonReader(path)
-
-
-def open_val(data: Path, val_data: Path | None) -> Data | None:
-    """The held-out images: the ones named, else what bt-convert left beside the training images."""
-    if val_data is not None:
-        return open_data(val_data, "--val-data")
-    if data.is_dir():
-        return ShardReader(data, "val") if "val" in read_dataset(data)["splits"] else None
-    beside = data.with_suffix(f".val{data.suffix}")
-    return BetonReader(beside) if beside.exists() else None
+MIN_IMAGES_TO_MEASURE = 1_000_000  # of a run, below which auto chooses native without measuring
+MIN_SPEEDUP = 1.1  # native's pixels are nearest to the reference's: keep it for less than this
+MEASURE_SECONDS = 2.0  # for which each is measured
+MAX_MEASURED_BATCH = 256  # images at most in the measurement's batches
 
 
 def open_loader(
-    name: Name,
-    data: Data,
+    name: BackendName,
+    dataset: BetonReader | ShardReader,
     crop: RandomResizedCrop,
     *,
-    device: torch.device,
-    **settings,
+    batch_size: int,
+    device: torch.device = dali.CPU,
+    seed: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
+    sizes: Sequence[int] = (),
+    num_threads: int = 2,
+    prefetch: int = 3,
+    cache_bytes: int = 0,
 ) -> Loader:
-    """The loader of that name; device is the one trained on, settings are NativeLoader's.
+    """The loader of that name. Arguments are `Sampler`'s and `NativeBackend`'s.
 
-    Raises ValueError where it is not installed or cannot read the data, with the way out.
+    device: on which the batches are trained on.
+    Raises ValueError if the loader is not installed or cannot read the data, with the way out.
     """
-    if isinstance(data, ShardReader):
-        if name != "dali" or not dali.is_installed():
-            raise ValueError(
-                f"--data {data.path}: web shards are read by --loader dali"
-                f" ({dali.INSTALL}); or convert them: bt-convert {data.path} out.beton"
-            )
-        return ShardLoader(data, crop, device=device, **settings)
+    if isinstance(dataset, ShardReader) and (name != "dali" or not dali.is_installed()):
+        raise ValueError(
+            f"--data {dataset.path}: web shards are read by --loader dali"
+            f" ({dali.INSTALL}); or convert them: bt-convert {dataset.path} out.beton"
+        )
+    sampling: dict[str, Any] = {
+        "batch_size": batch_size,
+        "seed": seed,
+        "rank": rank,
+        "world_size": world_size,
+        "sizes": sizes,
+    }
+    threads = {"num_threads": num_threads, "prefetch": prefetch}
+    if cache_bytes and name != "native":
+        raise ValueError(f"--cache-gb needs --loader native: {name} keeps no decoded images")
+    if isinstance(dataset, ShardReader):
+        sampler: Sampler = ShardSampler(dataset, crop, **sampling)
+    else:
+        sampler = Sampler(dataset, crop, **sampling)
+    pin_memory = device.type == "cuda"
+    backend: CropBackend
     if name == "dali":
-        return DaliLoader(data, crop, device=device, **settings)
-    kind = FfcvLoader if name == "ffcv" else NativeLoader
-    return kind(data, crop, pin_memory=device.type == "cuda", **settings)
+        backend = DaliBackend(
+            dataset, batch_size=sampler.local_batch_size, device=device, **threads
+        )
+    elif name == "ffcv":
+        assert isinstance(dataset, BetonReader)
+        backend = FfcvBackend(dataset, pin_memory=pin_memory, **threads)
+    else:
+        backend = NativeBackend(dataset, pin_memory=pin_memory, cache_bytes=cache_bytes, **threads)
+    return Loader(sampler, backend)
 
 
-def choose_backend(
-    wish: Wish,
-    data: Data,
+def choose_loader(
+    requested: LoaderName,
+    dataset: BetonReader | ShardReader,
     num_images: int,
-    measure: Callable[[Name], Loader],
+    build: Callable[[BackendName], Loader],
     *,
     cache: bool,
     device: torch.device,
-) -> tuple[Name, str]:
-    """The loader of a run, and a line that says why.
+) -> tuple[BackendName, str]:
+    """The name of a run's loader, and a line with the reason.
 
     auto chooses among those with the same order, boxes and filter: DALI for web shards, native for
-    short runs and wherever there is nothing to choose, else the faster of native and DALI. (FFCV's
-    pixels are others, which speed alone must not decide.)
+    short runs and wherever there is no choice, else the faster of native and DALI. (FFCV's pixels
+    differ, which speed alone must not decide.)
 
     Args:
         num_images: that the run will load.
-        measure: makes a loader of that name with a batch for the measurement.
-        cache: is there memory for decoded images? Only native uses it.
-        device: trained on; DALI is slower than native where that is a CPU.
+        build: builds the loader of a name with a batch for the measurement.
+        cache: whether there is memory for decoded images, which only native uses.
+        device: of the training; DALI is slower than native on a CPU.
     """
-    if wish != "auto":
-        return wish, wish
-    if isinstance(data, ShardReader):
+    if requested != "auto":
+        return requested, requested
+    if isinstance(dataset, ShardReader):
         return "dali", "dali, which reads web shards"
     if cache or device.type == "cpu" or not dali.is_installed():
         return "native", "native"
-    if num_images < WORTH_MEASURING:
+    if num_images < MIN_IMAGES_TO_MEASURE:
         return "native", "native (a short run)"
-    native_rate = rate(measure("native"))
+    native_rate = rate(build("native"))
     try:
-        dali_rate = rate(measure("dali"))
+        dali_rate = rate(build("dali"))
     except (ValueError, RuntimeError, OSError, ImportError) as error:
-        return "native", f"native (dali cannot: {dali.in_short(error)})"
+        return "native", f"native (dali fails: {dali.short_message(error)})"
     dali.release_memory()
-    chosen: Name = "dali" if dali_rate > WORTH_CHANGING * native_rate else "native"
+    chosen: BackendName = "dali" if dali_rate > MIN_SPEEDUP * native_rate else "native"
     rates = f"native {native_rate:,.0f}, dali {dali_rate:,.0f}"
-    return chosen, f"{chosen} (one rank alone, images/s: {rates})"
+    return chosen, f"{chosen} (measured on one rank, images/s: {rates})"
 
 
 def rate(loader: Loader) -> float:
-    """Images/s of a loader that nothing waits for, after its first two batches."""
+    """Images/s of a loader whose consumer never waits, after its first two batches."""
     batches = loader.batches(0, 1 << 40)
     for _ in islice(batches, 2):
         pass
     count, started = 0, time.perf_counter()
-    while count == 0 or time.perf_counter() - started < SECONDS:
-        count += len(next(batches).samples)
+    while count == 0 or time.perf_counter() - started < MEASURE_SECONDS:
+        count += len(next(batches).request.samples)
     elapsed = time.perf_counter() - started
     batches.close()  # type: ignore[attr-defined]
     return count / elapsed

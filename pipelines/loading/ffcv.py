@@ -1,28 +1,31 @@
-"""The ffcv loader: FFCV's own `Loader` with an operation of ours that decodes once and crops twice.
+"""The ffcv backend: FFCV's own `Loader` with an operation of ours that decodes once and crops
+twice.
 
-Samples, keys, boxes, ranks and resuming are those of the native loader; the pixels are not. FFCV
-decodes with libjpeg-turbo's fast DCT and resizes with OpenCV's INTER_AREA, where the reference and
-native have the accurate DCT and Pillow's antialiased bicubic: on ImageNet's crops 1.9 grey levels
-in the mean, of which 1.4 would stay with the accurate DCT. Stock FFCV has the same pixels.
+Its pixels differ from the other backends'. FFCV decodes with libjpeg-turbo's fast DCT and resizes
+with OpenCV's INTER_AREA, where the reference and native have the accurate DCT and Pillow's
+antialiased bicubic: on ImageNet's crops 1.9 grey levels on average, of which 1.4 would stay with
+the accurate DCT. Stock FFCV has the same pixels.
 
-What FFCV does here: it maps the file (its cache for the operating system: with a random order its
-own page cache would load the whole file), looks up records, compiles the operation with Numba, and
-runs it in Numba's threads from a thread of its own, `prefetch` batches ahead. What it does not:
+FFCV maps the file (its cache for the operating system: with a random order its own page cache would
+load the complete file), looks up records, compiles the operation with Numba, and runs it in Numba's
+threads from a thread of its own, `prefetch` batches ahead. It does not provide
 
 - order and boxes: its traversal orders list an epoch from its start, and its augmentations cannot
-  be seeded; so the work goes to its iterator step by step, as `Steps` has it.
+  be seeded; so its iterator gets one request after the other.
 - damage: its decoders ignore libturbojpeg's return code, which ours collects. A record is compared
   with its checksum, and its JPEG's size with the recorded one, when it is first read.
-- memory: it reuses its batches. Here crops go into new memory, so a batch is the consumer's to
-  keep; `prefetch` + 1 exist beside those. Nor is there scratch for a whole batch of images.
+- memory: it reuses its batches. Here crops are written into new memory, so a batch is the
+  consumer's to keep; `prefetch` + 1 exist beside those. There is no scratch for a batch of decoded
+  images.
 
-A start costs a few seconds more than native's: importing FFCV, listing the file's records in Python
-(5 s for ImageNet), and the first batch's compilation. Numba cannot keep that for the next start: it
-caches no function that calls into a library ("uses dynamic globals (such as ctypes pointers...)").
+A start takes a few seconds longer than native's: importing FFCV, listing the file's records in
+Python (5 s for ImageNet), and the first batch's compilation. Numba cannot keep that for the next
+start: it caches no function that calls into a library ("uses dynamic globals (such as ctypes
+pointers...)").
 """
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from types import ModuleType
 
 import numpy as np
@@ -30,89 +33,84 @@ import simplejpeg
 import torch
 
 from pipelines.beton import BetonReader
-from pipelines.crop import RandomResizedCrop
-from pipelines.loading.native import Batch, NativeLoader
-from pipelines.loading.sampler import Request
+from pipelines.loading.loader import Request
+from pipelines.loading.native import RecordDecoder, decoding_threads
 
 
-class FfcvLoader(NativeLoader):
-    """The native loader's batches with FFCV's pixels.
+class FfcvBackend:
+    """Crops by FFCV.
 
     Args:
-        reader: the data, JPEGs and raw images in any mixture.
+        dataset: JPEGs and raw images in any mixture.
         num_threads: decoding threads of this rank; at most Numba's, which are the usable cores.
-        others: as `NativeLoader`; there is no cache.
     Raises:
-        ValueError: ffcv is missing; what it cannot do is asked for; else as `NativeLoader`.
+        ValueError: ffcv is missing, or too many threads.
     """
 
     def __init__(
         self,
-        reader: BetonReader,
-        crop: RandomResizedCrop,
+        dataset: BetonReader,
         *,
         num_threads: int = 2,
         prefetch: int = 3,
         pin_memory: bool = False,
-        **settings,
     ) -> None:
-        if settings.pop("cache_bytes", 0):
-            raise ValueError("--cache-gb needs --loader native: FFCV keeps no decoded images")
-        # Its cutter has the last word on damaged records.
-        super().__init__(reader, crop, num_threads=num_threads, **settings)
+        self.dataset = dataset
+        self.decoder = RecordDecoder(dataset)  # for checks and messages
         self.ffcv = _import()
-        self.loader = self.ffcv.open_loader(reader, num_threads, max(prefetch, 1))
-        self.num_threads = num_threads
-        self.pin_memory = pin_memory
+        self.loader = self.ffcv.create_loader(dataset, num_threads, max(prefetch, 1))
+        self.num_threads, self.pin_memory = num_threads, pin_memory
+        self.pool = decoding_threads(num_threads)
 
-    def batches(self, first_step: int, last_step: int) -> Iterator[Batch]:
-        """This rank's batches of the global steps first_step .. last_step - 1."""
-        waiting: deque[tuple[Request, torch.Tensor]] = deque()  # of the batches being made
+    def crops(self, requests: Iterable[Request]) -> Iterator[torch.Tensor]:
+        """uint8 [k, n, size, size, 3] for each request, in order."""
+        pending: deque[tuple[Request, torch.Tensor]] = deque()  # of the batches being made
 
         def work():
-            for request in self.steps.requests(first_step, last_step):
+            for request in requests:
                 self._check_new(request.samples)
-                shape = (2, len(request.samples), request.size, request.size, 3)
+                n, num_views, _ = request.boxes.shape
+                shape = (num_views, n, request.size, request.size, 3)
                 views = torch.empty(shape, dtype=torch.uint8, pin_memory=self.pin_memory)
-                waiting.append((request, views))
-                yield self.ffcv.Work(request.samples, request.boxes, views.numpy())
+                pending.append((request, views))
+                yield self.ffcv.CropRequest(request.samples, request.boxes, views.numpy())
 
-        stream = self.ffcv.Stream(self.loader, work())
+        stream = self.ffcv.RequestIterator(self.loader, work())
         try:
             for (codes,) in stream:
-                request, views = waiting.popleft()
+                request, views = pending.popleft()
                 for sample in request.samples[codes != 0]:
                     self._refuse(int(sample))
-                yield Batch.of(request, views)
+                yield views
             if stream.error is not None:
                 raise stream.error
         finally:
             stream.stop()
 
     def _check_new(self, samples: np.ndarray) -> None:
-        """Check the records that have not been read yet, in native's threads."""
-        new = samples[~self.cutter.checked[samples]]
-        for _ in self.cutter.pool.map(self._check, np.array_split(new, self.num_threads)):
+        """Check the images that are read for the first time."""
+        new = samples[~self.decoder.checked[samples]]
+        for _ in self.pool.map(self._check, np.array_split(new, self.num_threads)):
             pass
 
     def _check(self, samples: np.ndarray) -> None:
         for sample in samples.tolist():
-            self.cutter.check(sample)
-            if not self.reader.is_raw(sample) and not self._has_recorded_size(sample):
+            self.decoder.check(sample)
+            if not self.dataset.is_raw(sample) and not self._has_recorded_size(sample):
                 self._refuse(sample)
 
     def _has_recorded_size(self, sample: int) -> bool:
         """libffcv would scale a JPEG of another size, or leave part of the image unwritten."""
         try:
-            header = simplejpeg.decode_jpeg_header(self.reader.image(sample))
+            header = simplejpeg.decode_jpeg_header(self.dataset.image(sample))
         except ValueError:
             return False
-        return header[:2] == self.reader.size(sample)
+        return header[:2] == self.dataset.size(sample)
 
     def _refuse(self, sample: int) -> None:
-        self.cutter.decode(sample)  # says by name what is wrong with it
+        self.decoder.decode(sample)  # raises for what is wrong with it
         raise ValueError(
-            f"{self.cutter.title(sample)} does not decode with FFCV's libjpeg-turbo;"
+            f"{self.decoder.title(sample)} does not decode with FFCV's libjpeg-turbo;"
             " choose --loader native"
         )
 

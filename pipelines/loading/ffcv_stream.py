@@ -1,4 +1,4 @@
-"""What FFCV 1.0.2 runs for the ffcv loader: an operation of ours in its pipeline, and its iterator.
+"""FFCV 1.0.2's parts of the ffcv loader: an operation for its pipeline, and its iterator.
 
 Importing this module imports ffcv, and with it Numba and OpenCV.
 """
@@ -21,35 +21,35 @@ from numba import config as numba_config
 from pipelines.beton import BetonReader
 from pipelines.beton.layout import JPEG
 
-# Numba's last choice among its thread pools ends the process when two threads call it at once.
-_ONE_AT_A_TIME = threading.Lock()
+# Numba's fallback thread pool, workqueue, aborts the process if two threads use it at once.
+_NUMBA_LOCK = threading.Lock()
 
 
-class Work(NamedTuple):
-    """One batch to be made; stands where FFCV has the indices of a batch."""
+class CropRequest(NamedTuple):
+    """A batch to crop; passed in place of FFCV's sample indices."""
 
     samples: np.ndarray  # int64 [n]
     boxes: np.ndarray  # int64 [n, k, 4]: top, left, height, width
-    views: np.ndarray  # uint8 [k, n, size, size, 3]: receives the crops
+    views: np.ndarray  # uint8 [k, n, size, size, 3]: the crops are written to it
 
 
 class DecodeOnce(Operation):
-    """Decodes each image once with libffcv and cuts all its boxes from it, in Numba's threads.
+    """Decodes each image once with libffcv and crops all its boxes, in Numba's threads.
 
-    Its result is int32 [n]: libturbojpeg's return codes, which FFCV's own decoders throw away.
-    0 is an image decoded without as much as a warning; also that of a raw image.
+    Its result is int32 [n]: libturbojpeg's return codes, which FFCV's own decoders ignore. The code
+    is 0 for an image decoded without a warning, and for a raw image.
     """
 
     def declare_state_and_memory(self, previous_state):
-        return previous_state, None  # the memory that is written to comes with the work
+        return previous_state, None  # the request contains the output memory
 
     def generate_code(self):
         read, rows = self.memory_read, Compiler.get_iterator()
         decode, crop = Compiler.compile(imdecode), Compiler.compile(resize_crop)
         jpeg = JPEG
 
-        def cut(work, _, images, storage):
-            samples, boxes, views = work
+        def decode_and_crop(request, _, images, storage):
+            samples, boxes, views = request
             codes = np.zeros(len(samples), np.int32)
             for row in rows(len(samples)):
                 image = images[samples[row]]
@@ -67,25 +67,25 @@ class DecodeOnce(Operation):
                     crop(pixels, top, top + box_height, left, left + box_width, views[view, row])
             return codes
 
-        cut.is_parallel = True  # type: ignore[attr-defined]
-        return cut
+        decode_and_crop.is_parallel = True  # type: ignore[attr-defined]
+        return decode_and_crop
 
 
-class Stream(EpochIterator):
-    """FFCV's iterator and thread, for any work; yields the operation's result in a tuple of one.
+class RequestIterator(EpochIterator):
+    """FFCV's iterator and thread over requests; yields (result of the operation,).
 
-    FFCV lists all batches of an epoch when it starts; this takes them one by one, across epochs.
-    It waits for ever for a thread that died; this one ends, and `error` tells why. And it leaves
-    its thread running when a loop is left early; `stop` ends it.
+    Unlike FFCV, it reads requests one by one, across epochs, instead of listing an epoch's batches
+    at its start; it ends if the thread fails, with the exception in `error`, instead of blocking;
+    and `stop` ends the thread when a loop is left early.
     """
 
-    def __init__(self, loader: Loader, work: Iterable[Work]) -> None:
-        self.work = self._in_thread(work, torch.get_num_threads())
+    def __init__(self, loader: Loader, requests: Iterable[CropRequest]) -> None:
+        self.requests = self._in_thread(requests, torch.get_num_threads())
         self.error: Exception | None = None
         super().__init__(loader, ())
 
     def start(self) -> None:
-        self.iter_ixes: Iterator[Work] = self.work
+        self.iter_ixes: Iterator[CropRequest] = self.requests
         super().start()
 
     def run(self) -> None:
@@ -93,33 +93,33 @@ class Stream(EpochIterator):
             super().run()
         except Exception as error:
             self.error = error
-            self.output_queue.put(None)  # the end
+            self.output_queue.put(None)  # ends the iteration
 
     def run_pipeline(self, *arguments):
-        with _ONE_AT_A_TIME:
+        with _NUMBA_LOCK:
             return super().run_pipeline(*arguments)
 
     def stop(self) -> None:
-        """Return when the thread has ended: after the batch it is working on at the latest."""
+        """End the thread after its current batch, and wait for it."""
         self.iter_ixes = iter(())
         while self.is_alive():
             with suppress(Empty):
-                self.output_queue.get_nowait()  # it may be waiting for room
+                self.output_queue.get_nowait()  # the thread may be blocked by a full queue
             self.join(0.01)
 
     @staticmethod
-    def _in_thread(work: Iterable[Work], torch_threads: int) -> Iterator[Work]:
-        torch.set_num_threads(torch_threads)  # FFCV gives torch its own number, in all threads
-        yield from work
+    def _in_thread(requests: Iterable[CropRequest], torch_threads: int) -> Iterator[CropRequest]:
+        torch.set_num_threads(torch_threads)  # FFCV changes it in all threads
+        yield from requests
 
 
-def open_loader(reader: BetonReader, num_threads: int, batches_ahead: int) -> Loader:
-    """FFCV's loader of a file's images, for `Stream`. Raises ValueError for too many threads."""
-    most = numba_config.NUMBA_NUM_THREADS  # type: ignore[attr-defined]
-    if num_threads > most:
+def create_loader(reader: BetonReader, num_threads: int, batches_ahead: int) -> Loader:
+    """FFCV's loader for `RequestIterator`. Raises ValueError for more threads than Numba starts."""
+    limit = numba_config.NUMBA_NUM_THREADS  # type: ignore[attr-defined]
+    if num_threads > limit:
         raise ValueError(
-            f"--workers {num_threads} is more than the {most} threads Numba starts here;"
-            f" choose at most {most}, or set NUMBA_NUM_THREADS={num_threads}"
+            f"--workers {num_threads} is more than the {limit} threads Numba starts here;"
+            f" choose at most {limit}, or set NUMBA_NUM_THREADS={num_threads}"
         )
     fields = [name.decode() for name in reader.fields]
     images = fields[reader.image_field]
@@ -127,14 +127,14 @@ def open_loader(reader: BetonReader, num_threads: int, batches_ahead: int) -> Lo
     torch_threads = torch.get_num_threads()
     loader = Loader(
         reader.path,
-        batch_size=1,  # work comes in batches of any size
+        batch_size=1,  # requests have any size
         num_workers=num_threads,
         os_cache=True,
         batches_ahead=batches_ahead,
         pipelines={**dict.fromkeys(fields), images: pipeline},  # None: not read
     )
     torch.set_num_threads(torch_threads)
-    # Which sample is on which page, for orders we do not use: half a gigabyte for ImageNet.
+    # The maps of samples to pages, for orders that are not used: half a gigabyte for ImageNet.
     manager = loader.memory_manager
     for table in (manager.sample_to_pages, manager.page_to_samples, manager.ptr_to_size):
         table.clear()

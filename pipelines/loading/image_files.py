@@ -1,13 +1,13 @@
-"""Image files read where they lie, with a BetonReader's interface: for evaluation data sets.
+"""Reads image files without conversion, with a BetonReader's interface: for evaluation data sets.
 
-Every file becomes what bt-convert would store of it (`images.prepare`), when it is asked for. A
-`.beton` is read faster and was checked as a whole; for data that is read once or a few times,
-converting it does not pay.
+On access a file is converted to the JPEG that bt-convert would store (`jpeg.prepare`). A `.beton`
+is read faster and has been checked completely, but is not worth converting for data that is read
+only a few times.
 """
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,11 +18,11 @@ from pipelines.convert.sources.folder import find_splits
 
 
 class ImageFiles:
-    """Files `root / paths[i]` of class `labels[i]`.
+    """Files `root / paths[i]` with labels `labels[i]`.
 
-    Attributes, as BetonReader's: `path`, the root; `labels`, int64 [N], -1 = no class;
+    Attributes as of BetonReader: `path`, the root; `labels`, int64 [N], -1 = no class;
     `num_classes`; `class_names`.
-    While reading: ValueError with the file's name for what is not an image.
+    Reading raises ValueError, with the file's name, for a file that is not an image.
     """
 
     def __init__(
@@ -33,11 +33,11 @@ class ImageFiles:
         self.labels = np.asarray(labels, np.int64)
         self.class_names: list[str] | None = class_names
         self.num_classes = len(class_names)
-        self._sizes = np.zeros((len(self._paths), 2), np.int64)  # 0: not known yet
+        self._sizes = np.zeros((len(self._paths), 2), np.int64)  # 0: not read yet
 
     @classmethod
-    def of_split(cls, split: Split) -> "ImageFiles":
-        """The images of a folder, as bt-convert lists them."""
+    def from_split(cls, split: Split) -> "ImageFiles":
+        """The images of a split, in bt-convert's order. Raises SourceError."""
         images = list(split.images)
         if not images:
             reason = split.problems[0][1] if split.problems else "it is empty"
@@ -51,7 +51,7 @@ class ImageFiles:
     @property
     def sizes(self) -> "Sizes":
         """sizes[samples] -> int64 [n, 2]: heights and widths, read from the files on demand."""
-        return Sizes(self)
+        return Sizes(self.size, len(self))
 
     def size(self, index: int) -> tuple[int, int]:
         """(height, width) in pixels."""
@@ -66,11 +66,11 @@ class ImageFiles:
         return np.frombuffer(self._prepared(index).jpeg, np.uint8)
 
     def is_raw(self, index: int) -> bool:
-        """Never: every image is a JPEG."""
+        """False: every image is returned as a JPEG."""
         return False
 
     def checksum_ok(self, index: int) -> bool:
-        """There are no checksums."""
+        """True: image files have no checksums."""
         return True
 
     def name(self, index: int) -> str:
@@ -78,7 +78,7 @@ class ImageFiles:
         return self._paths[index]
 
     def sha256(self) -> str:
-        """Names the contents by names, classes and lengths of the files (reads none of them)."""
+        """SHA-256 (hex) of names, labels and sizes of the files, whose contents are not read."""
         digest = hashlib.sha256()
         for path, label in zip(self._paths, self.labels.tolist(), strict=True):
             try:
@@ -97,19 +97,19 @@ class ImageFiles:
 
 
 class Sizes:
-    """sizes[samples] -> int64 [n, 2] of images that are looked at when they are asked for."""
+    """sizes[samples] -> int64 [n, 2], heights and widths of images that are read on access."""
 
-    def __init__(self, files) -> None:
-        self._files = files  # with a method size(index) -> (height, width)
+    def __init__(self, size: Callable[[int], tuple[int, int]], num_images: int) -> None:
+        self._size, self._num_images = size, num_images
 
     def __len__(self) -> int:
-        return len(self._files)
+        return self._num_images
 
     def __getitem__(self, samples: np.ndarray) -> np.ndarray:
-        pairs = [self._files.size(index) for index in np.atleast_1d(samples).tolist()]
+        pairs = [self._size(index) for index in np.atleast_1d(samples).tolist()]
         return np.array(pairs, np.int64).reshape(-1, 2)
 
 
 def open_folder(folder: Path) -> dict[str, ImageFiles]:
-    """{"train": ..., "val": ...} as bt-convert finds them, classes included. Raises SourceError."""
-    return {name: ImageFiles.of_split(split) for name, split in find_splits(folder).items()}
+    """{"train": ..., "val": ...}, with bt-convert's splits and classes. Raises SourceError."""
+    return {name: ImageFiles.from_split(split) for name, split in find_splits(folder).items()}

@@ -1,1 +1,1 @@
-"""Web shards: tar archives with an index, written and read by image number."""
+"""Web shards: tar archives with an index, written and read by sample index."""

@@ -1,7 +1,7 @@
-"""Reads the images of our web shards by number, with a BetonReader's interface.
+"""Reads the images of bt-convert's web shards by sample index, with a BetonReader's interface.
 
-What DALI's own reader does not tell stands here: numbers, sizes, checksums and classes. Opening
-reads the indices, which say where in its archive every file lies (`pipelines.webdataset.writer`).
+It has what DALI's reader lacks: sample indices, sizes, checksums and labels. Opening reads the
+`.idx` files, which locate every file in its archive (`pipelines.webdataset.writer`).
 """
 
 import hashlib
@@ -13,65 +13,65 @@ from pathlib import Path
 import numpy as np
 import simplejpeg
 
-from pipelines.convert.sources.shards import is_ours, our_archives, read_dataset
+from pipelines.convert.sources.shards import has_dataset, read_dataset, shard_paths
 from pipelines.convert.sources.tars import members
 from pipelines.loading.image_files import Sizes
 from pipelines.order import epoch_order
 from pipelines.webdataset.writer import BLOCK, CHECKSUMS, DATASET
 
-MAX_LABELS = 30_000  # images whose class is read: enough for the kNN probe
+MAX_LABELS = 30_000  # images whose label is read: enough for the kNN probe
 
 
 class ShardReader:
     """A split of a folder that `bt-convert --format webdataset` wrote.
 
-    Attributes: `path`; `archives`, paths of the tar files; `first`, int64 [shards + 1], the number
-    of the first image in each; `places`, int64 [N, 2]: position in the archive and bytes;
+    Attributes: `path`; `archives`, paths of the tar files; `first`, int64 [shards + 1], sample
+    index of the first image in each; `locations`, int64 [N, 2]: offset in the archive and bytes;
     `class_names`; `num_classes`.
-    Raises ValueError for a folder that is not ours, has not this split, or is damaged.
+    Raises ValueError for a folder that is damaged, has no `dataset.json` or not this split.
     """
 
     def __init__(self, folder: Path, split: str = "train") -> None:
         self.path = os.fspath(folder)
-        if not is_ours(folder):
+        if not has_dataset(folder):
             raise ValueError(
                 f"{folder} is a folder without {DATASET}; convert it: bt-convert {folder} out.beton"
             )
         dataset = read_dataset(folder)
         if split not in dataset["splits"]:
             raise ValueError(f"{folder} has no {split} images; convert a source that has them")
-        self.archives = our_archives(folder, dataset, split)
+        self.archives = shard_paths(folder, dataset, split)
         self.class_names: list[str] | None = list(dataset["classes"])
         self.num_classes = len(dataset["classes"])
         counts = [int(shard["num_images"]) for shard in dataset["splits"][split]["shards"]]
         self.first = np.cumsum([0, *counts])
         tables = [_read_index(*pair) for pair in zip(self.archives, counts, strict=True)]
-        self.places = np.concatenate([table[:, :2] for table in tables])
-        self._classes = np.concatenate([table[:, 2:] for table in tables])  # [N, 2 or 0]
+        self.locations = np.concatenate([table[:, :2] for table in tables])
+        self._label_locations = np.concatenate([table[:, 2:] for table in tables])  # [N, 2 or 0]
         self._bytes = [np.memmap(path, np.uint8, "r") for path in self.archives]
         self._checksums = self._read_checksums()
-        self._sizes = np.zeros((len(self), 2), np.int64)  # 0: not known yet
+        self._sizes = np.zeros((len(self), 2), np.int64)  # 0: not read yet
 
     def __len__(self) -> int:
-        return len(self.places)
+        return len(self.locations)
 
     def image(self, index: int) -> np.ndarray:
-        """uint8 [bytes], a read-only view into the archive: a JPEG."""
-        return self._file(index, *self.places[index].tolist())
+        """uint8 [bytes], a read-only view of the archive: a JPEG."""
+        return self._file(index, *self.locations[index].tolist())
 
     @cached_property
     def labels(self) -> np.ndarray:
-        """int64 [N]: the classes of MAX_LABELS images from everywhere, -1 for the others.
+        """int64 [N]: the labels of MAX_LABELS random images, -1 for the others.
 
-        Every class is a file of a byte or three, and all of them a read for each image.
+        Each label is a small file, so reading all of them would take one read per image.
         """
         labels = np.full(len(self), -1, np.int64)
-        if self._classes.size:
+        if self._label_locations.size:
             for index in epoch_order(len(self), seed=0, epoch=0)[:MAX_LABELS].tolist():
-                label = bytes(self._file(index, *self._classes[index].tolist()))
+                label = bytes(self._file(index, *self._label_locations[index].tolist()))
                 if not label.isdigit() or int(label) >= self.num_classes:
                     raise ValueError(
-                        f"{self.name(index)} of {self.path} has the class {label!r}, which is none;"
+                        f"{self.name(index)} of {self.path} has the invalid class {label!r};"
                         " convert the data again"
                     )
                 labels[index] = int(label)
@@ -79,11 +79,11 @@ class ShardReader:
 
     @property
     def sizes(self) -> Sizes:
-        """sizes[samples] -> int64 [n, 2]: heights and widths, from the JPEGs' headers."""
-        return Sizes(self)
+        """sizes[samples] -> int64 [n, 2]: heights and widths from the headers of the JPEGs."""
+        return Sizes(self.size, len(self))
 
     def size(self, index: int) -> tuple[int, int]:
-        """(height, width) in pixels. Raises ValueError for a header that is damaged."""
+        """(height, width) in pixels. Raises ValueError for a damaged header."""
         if not self._sizes[index, 0]:
             try:
                 self._sizes[index] = simplejpeg.decode_jpeg_header(self.image(index))[:2]
@@ -96,62 +96,65 @@ class ShardReader:
         return height, width
 
     def is_raw(self, index: int) -> bool:
-        """Never: every image is a JPEG."""
+        """False: every image is a JPEG."""
         return False
 
     def name(self, index: int) -> str:
-        """The image's file and archive."""
+        """File name of the image and its archive."""
         return f"{index:09}.jpg in {self.archives[self._shard(index)].name}"
 
-    def place(self, index: int) -> tuple[int, int, int | None]:
-        """(position in its archive, bytes, CRC-32 or None where the shards have no checksums)."""
-        position, size = self.places[index].tolist()
-        return position, size, None if self._checksums is None else int(self._checksums[index])
+    def location(self, index: int) -> tuple[int, int, int | None]:
+        """(offset in its archive, bytes, CRC-32 or None if the shards have no checksums)."""
+        offset, size = self.locations[index].tolist()
+        return offset, size, None if self._checksums is None else int(self._checksums[index])
 
     def checksum_ok(self, index: int) -> bool:
-        """Are the image's bytes those that were written? True where there are no checksums."""
+        """Whether the image matches its checksum; True if the shards have no checksums."""
         if self._checksums is None:
             return True
         return zlib.crc32(self.image(index).data) == int(self._checksums[index])
 
     def sha256(self) -> str:
-        """Of `dataset.json`, which has the SHA-256 of every shard."""
+        """SHA-256 of `dataset.json`, which contains that of every shard."""
         return hashlib.sha256((Path(self.path) / DATASET).read_bytes()).hexdigest()
 
     def _shard(self, index: int) -> int:
         return int(np.searchsorted(self.first, index, "right")) - 1
 
-    def _file(self, index: int, position: int, size: int) -> np.ndarray:
-        return self._bytes[self._shard(index)][position : position + size]
+    def _file(self, index: int, offset: int, size: int) -> np.ndarray:
+        return self._bytes[self._shard(index)][offset : offset + size]
 
     def _read_checksums(self) -> np.ndarray | None:
-        """uint32 [N], from behind the images of each archive; None for shards without."""
-        parts = []
+        """uint32 [N], stored after the images of each archive; None for shards without."""
+        tables = []
         for path, content, end in zip(self.archives, self._bytes, self.first[1:], strict=True):
-            position, size = self.places[end - 1].tolist()
-            start = position + -(-size // BLOCK) * BLOCK
+            offset, size = self.locations[end - 1].tolist()
+            start = offset + -(-size // BLOCK) * BLOCK
             for member in members(path, start=start):
                 if member.name == CHECKSUMS:
-                    at = member.offset_data
-                    parts.append(np.frombuffer(content[at : at + member.size].tobytes(), "<u4"))
-        found = np.concatenate(parts) if parts else np.empty(0, np.uint32)
-        return found if len(found) == len(self) else None
+                    stored = content[member.offset_data : member.offset_data + member.size]
+                    tables.append(np.frombuffer(stored.tobytes(), "<u4"))
+        checksums = np.concatenate(tables) if tables else np.empty(0, np.uint32)
+        return checksums if len(checksums) == len(self) else None
 
 
 def _read_index(archive: Path, num_images: int) -> np.ndarray:
-    """int64 [n, 4 or 2]: position and bytes of each image, and of its class if there are any."""
+    """int64 [n, 4 or 2]: offset and bytes of each image, and of its label if there are any."""
+    path = archive.with_suffix(".idx")
     try:
-        version, count, *tokens = archive.with_suffix(".idx").read_text().split()
-        width = len(tokens) // max(num_images, 1)
-        table = np.array(tokens).reshape(num_images, width)
-        assert (version, int(count)) == ("v1.2", num_images) and width in (4, 8)
-        assert (table[:, ::4] == ["jpg", "cls"][: width // 4]).all()
-        places = table[:, [column for column in range(width) if column % 4 in (1, 2)]]
-        numbers = places.astype(np.int64)
-        assert (numbers > 0).all()
-        assert (numbers[:, ::2] + numbers[:, 1::2] <= archive.stat().st_size).all()
-        return numbers
-    except (OSError, ValueError, AssertionError):
-        raise ValueError(
-            f"{archive.with_suffix('.idx')} is missing or damaged; convert the data again"
-        ) from None
+        version, count, *tokens = path.read_text().split()
+        num_columns = len(tokens) // max(num_images, 1)
+        table = np.array(tokens).reshape(num_images, num_columns)
+        numeric = [column for column in range(num_columns) if column % 4 in (1, 2)]
+        numbers = table[:, numeric].astype(np.int64)
+        if (
+            (version, int(count)) == ("v1.2", num_images)
+            and num_columns in (4, 8)
+            and (table[:, ::4] == ["jpg", "cls"][: num_columns // 4]).all()
+            and (numbers > 0).all()
+            and (numbers[:, ::2] <= archive.stat().st_size - numbers[:, 1::2]).all()  # no overflow
+        ):
+            return numbers
+    except (OSError, ValueError, OverflowError):
+        pass
+    raise ValueError(f"{path} is missing or damaged; convert the data again")

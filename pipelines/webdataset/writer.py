@@ -1,18 +1,18 @@
-"""Web shards: tar archives that the webdataset library, DALI and plain `tar` read.
+"""Writes web shards: tar archives that the webdataset library, DALI and plain `tar` read.
 
     shards/train-000000.tar     000000000.jpg 000000000.cls 000000001.jpg ... .names .crc32
-    shards/train-000000.idx     DALI's index, so that its reader need not look for the samples
+    shards/train-000000.idx     DALI's index, so that its reader need not search for samples
     shards/dataset.json         number of images, classes, shards with their counts and SHA-256
 
-A key is the number of the image in its split; `.cls` is its class as a decimal number, and is
-missing where there are no classes. `.names` holds the images' names in their source, each ended by
-NUL, and `.crc32` the checksums of the images' bytes, 4 bytes each, little-endian; readers pass over
-them, as over all that begins with a dot.
+A key is the index of the image in its split; `.cls` is its label as a decimal number and is
+missing in splits without classes. `.names` contains the source names of the images, each terminated
+by NUL, and `.crc32` the CRC-32 of each image, 4 bytes each, little-endian; readers ignore both, as
+all names that begin with a dot.
 
 An index is text (source: DALI 2.4.0, `wds2idx`): "v1.2" and the number of samples, then for each
-sample its components: extension, position of the bytes in the archive, their number, file name.
+sample its components: extension, offset of the bytes in the archive, their number, file name.
 
-Archives are written in order and hold no times or users: the same images give the same bytes.
+Archives are written in order and contain no times or users: equal images give equal bytes.
 """
 
 import hashlib
@@ -32,17 +32,17 @@ from pipelines.common.atomic import open_for_recovery
 DATASET = "dataset.json"
 NAMES = ".names"
 CHECKSUMS = ".crc32"
-BLOCK = 512  # of a tar archive: a header takes one, contents are padded to whole ones
+BLOCK = 512  # of a tar archive: a header is one block, contents are padded to full blocks
 END = bytes(2 * BLOCK)
-MAX_IMAGES = 10_000  # per shard: bounds the memory that its index and its listing take
+MAX_IMAGES = 10_000  # per shard: bounds the memory of its index and names
 
 
 class ShardWriter:
     """A context manager that writes the shards of one split into `folder`.
 
-    A shard takes images until the next would make it longer than `max_bytes` (an image longer than
-    that has a shard of its own). What a killed writer left in the folder stays there for `recover`.
-    `shards` describes those that are complete, as in `dataset.json`.
+    Images are added to a shard until the next would make it larger than `max_bytes`; an image that
+    is larger gets a separate shard. Files of a killed writer stay in the folder for `recover`.
+    `shards` are the entries of complete shards in `dataset.json`.
     Raises OSError when the disk is full.
     """
 
@@ -55,14 +55,14 @@ class ShardWriter:
         self._finalized = False
 
     def __enter__(self) -> "ShardWriter":
-        self._begin()
+        self._begin_shard()
         return self
 
-    def __exit__(self, kind, error, traceback):
-        if kind is None:
+    def __exit__(self, error_type, error, traceback):
+        if error_type is None:
             self.finalize()
         elif self._file is not None:
-            with suppress(OSError):  # the disk is full: what is in the buffer is lost anyway
+            with suppress(OSError):  # the disk is full, so the buffer cannot be flushed
                 self._file.close()
 
     def __len__(self) -> int:
@@ -77,11 +77,11 @@ class ShardWriter:
         name: str,
         checksum: int | None = None,
     ) -> None:
-        """Append one image, as `BetonWriter.add`."""
+        """Append one image; arguments as of `BetonWriter.add`."""
         assert (label >= 0) == self._has_classes
-        if self._next_place(len(jpeg))[0] != len(self.shards):
-            self._end()
-            self._begin()
+        if self._next_position(len(jpeg))[0] != len(self.shards):
+            self._finish_shard()
+            self._begin_shard()
         key = f"{self._num_images:09}"
         self._write_member(f"{key}.jpg", jpeg)
         if self._has_classes:
@@ -93,9 +93,9 @@ class ShardWriter:
         self._num_images += 1
 
     def recover(self, size: int) -> bytes:
-        """What the folder has where `add` would put a next image of `size` bytes."""
+        """The bytes where `add` would store the next image, of `size` bytes."""
         assert self._file is not None
-        shard, position = self._next_place(size)
+        shard, position = self._next_position(size)
         if shard == len(self.shards):
             return os.pread(self._file.fileno(), size, position)
         try:
@@ -105,7 +105,7 @@ class ShardWriter:
             return b""
 
     def discard_rest(self) -> None:
-        """Cut off what a killed writer left behind the images added by now."""
+        """Remove what a killed writer left after the images added so far."""
         assert self._file is not None
         self._file.flush()
         self._file.truncate(self._position)
@@ -116,30 +116,30 @@ class ShardWriter:
             later += 1
 
     def finalize(self) -> None:
-        """Complete the last shard. Called by the end of the block."""
+        """Complete the last shard. Called at the end of the block."""
         if not self._finalized:
             if not len(self):
                 raise ValueError(f"{self._folder}: no images were added")
-            self._end()
+            self._finish_shard()
             self._finalized = True
 
     def sha256(self) -> str:
-        """Names the contents: SHA-256 (hex) of those of the shards, one after the other."""
+        """SHA-256 (hex) of the concatenated SHA-256 (hex) of the shards."""
         return hashlib.sha256(
             "".join(shard["sha256"] for shard in self.shards).encode()
         ).hexdigest()
 
-    def _next_place(self, size: int) -> tuple[int, int]:
-        """(number of the shard, position in it) of the next image if it has `size` bytes."""
+    def _next_position(self, size: int) -> tuple[int, int]:
+        """Index of the shard, and position in it, of the next image if it has `size` bytes."""
         sample = _member_size(size) + (_member_size(1) if self._has_classes else 0)
-        names = _member_size(len(self._names) + 1000)  # with room for one more
+        names = _member_size(len(self._names) + 1000)  # with space for one more
         checksums = _member_size(4 * len(self._sizes) + 4)
-        ends = self._position + sample + names + checksums + len(END)
-        if self._sizes and (ends > self._max_bytes or len(self._sizes) == MAX_IMAGES):
+        end = self._position + sample + names + checksums + len(END)
+        if self._sizes and (end > self._max_bytes or len(self._sizes) == MAX_IMAGES):
             return len(self.shards) + 1, BLOCK
         return len(self.shards), self._position + BLOCK
 
-    def _begin(self) -> None:
+    def _begin_shard(self) -> None:
         self._file = open_for_recovery(self._path(len(self.shards), "tar"))
         self._digest = hashlib.sha256()
         self._position = 0
@@ -147,7 +147,7 @@ class ShardWriter:
         self._sizes, self._labels, self._names = array("Q"), array("l"), bytearray()
         self._checksums = array("I")
 
-    def _end(self) -> None:
+    def _finish_shard(self) -> None:
         assert self._file is not None
         self._write_member(NAMES, self._names)
         self._write_member(CHECKSUMS, np.asarray(self._checksums, "<u4").tobytes())
@@ -201,5 +201,5 @@ class ShardWriter:
 
 
 def _member_size(size: int) -> int:
-    """Bytes that a file of `size` takes in an archive: its header and whole blocks."""
+    """Bytes that a file of `size` bytes takes in an archive: header and full blocks."""
     return BLOCK + -(-size // BLOCK) * BLOCK

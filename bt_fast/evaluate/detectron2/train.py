@@ -1,24 +1,19 @@
-"""Detection and segmentation with detectron2, as the paper measured them (appendix C.2).
+"""Detection and segmentation with detectron2, by the protocol of the paper (appendix C.2).
 
     bt-fast export RUN --to detectron2 --out encoder.pth
     python -m bt_fast.evaluate.detectron2.train --num-gpus 8 --config-file CONFIG \\
         MODEL.WEIGHTS encoder.pth
 
-CONFIG is voc_faster_rcnn_c4_24k.yaml or coco_mask_rcnn_c4_1x.yaml of this folder; the variable
-DETECTRON2_DATASETS names the folder of the data sets. `--resume`, `--eval-only` and KEY VALUE pairs
-are detectron2's.
+CONFIG is voc_faster_rcnn_c4_24k.yaml or coco_mask_rcnn_c4_1x.yaml of this folder; the environment
+variable DETECTRON2_DATASETS is the path of the data sets. `--resume`, `--eval-only` and KEY VALUE
+pairs are detectron2's.
 
-A C4 detector runs res5 on every region. The paper follows MoCo, which fine-tunes all layers with
-synchronised batch norm and adds one more norm behind res5.
+A C4 detector applies res5 to every region. The paper follows MoCo, which fine-tunes all layers with
+synchronised batch norm and adds one more norm after res5.
 """
 
 from detectron2.config import get_cfg
-from detectron2.engine import (
-    DefaultTrainer,
-    default_argument_parser,
-    default_setup,
-    launch,
-)
+from detectron2.engine import DefaultTrainer, default_argument_parser, default_setup, launch
 from detectron2.evaluation import COCOEvaluator, PascalVOCDetectionEvaluator
 from detectron2.layers import get_norm
 from detectron2.modeling import ROI_HEADS_REGISTRY
@@ -27,7 +22,7 @@ from detectron2.modeling.roi_heads import Res5ROIHeads
 
 @ROI_HEADS_REGISTRY.register()
 class NormedRes5ROIHeads(Res5ROIHeads):
-    """Res5ROIHeads with a norm behind res5."""
+    """Res5ROIHeads with a norm after res5."""
 
     @classmethod
     def _build_res5_block(cls, cfg):
@@ -37,7 +32,7 @@ class NormedRes5ROIHeads(Res5ROIHeads):
 
 
 class Trainer(DefaultTrainer):
-    """detectron2's own loop, with the evaluator of each data set."""
+    """detectron2's default training loop, with the evaluator of each data set."""
 
     @classmethod
     def build_evaluator(cls, cfg, dataset_name):
@@ -47,7 +42,7 @@ class Trainer(DefaultTrainer):
 
 
 def configure(arguments):
-    """The configuration file, with the command line's KEY VALUE pairs over it."""
+    """The configuration file, overridden by the KEY VALUE pairs of the command line."""
     config = get_cfg()
     config.merge_from_file(arguments.config_file)
     config.merge_from_list(arguments.opts)
@@ -56,7 +51,7 @@ def configure(arguments):
 
 
 def main(arguments):
-    """One process of the training."""
+    """Train or evaluate in one process."""
     config = configure(arguments)
     default_setup(config, arguments)
     trainer = Trainer(config)

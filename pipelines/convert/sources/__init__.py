@@ -1,4 +1,4 @@
-"""What can be converted. Whatever it is, it becomes a `Split` for train, and one for val or none.
+"""Sources of images. Each is described by a `Split` for train and, where it has one, for val.
 
 | SOURCE | read by |
 |---|---|
@@ -8,25 +8,27 @@
 | `.tar` web shards, or their folder | `shards.py` |
 | `.parquet` of the Hugging Face hub, or their folder | `parquet.py` |
 | `.beton` | `beton_file.py` |
-| folder of what `--shard 1/4`, `2/4` and so on wrote | `parts.py` |
+| folder of the outputs of `--shard 1/4`, `2/4` and so on | `parts.py` |
 
-Labels are those of an image folder: numbers of the class names in sorted order. A source that
-numbers its classes itself keeps its numbers.
+Labels are those of an image folder: indices of the sorted class names. A source with numbered
+classes keeps its numbers.
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from pipelines.convert.manifest import SourceError, Split
 from pipelines.convert.sources import beton_file, folder, ilsvrc, image_list, parquet, parts, shards
 
+Finder = Callable[[Path], dict[str, Split]]
+
 
 def find_splits(source: Path, labels: Path | None = None) -> dict[str, Split]:
-    """{"train": ...} or {"train": ..., "val": ...} of whatever `source` is.
+    """Returns {"train": ...} or {"train": ..., "val": ...}, whatever the format of `source`.
 
-    `val` has the classes of `train`, so a label means the same in both. `labels` says the classes
-    of ILSVRC2012's validation images. Raises SourceError.
+    `val` has the classes of `train`, so a label means the same in both. `labels` is a file with the
+    classes of ILSVRC2012's validation images. Raises SourceError.
     """
     try:
         find = _finder(source)
@@ -37,47 +39,47 @@ def find_splits(source: Path, labels: Path | None = None) -> dict[str, Split]:
         raise SourceError(f"SOURCE {source} cannot be read: {error}") from None
 
 
-def _finder(source: Path):
+def _finder(source: Path) -> Finder:
     if source.is_dir():
         return _finder_of_folder(source)
     if not source.exists():
         raise SourceError(f"SOURCE {source} does not exist")
     if source.suffix == ".tar":
         return ilsvrc.find_splits if ilsvrc.is_archive(source) else shards.find_splits
-    finders_of_files = {
+    finders: dict[str, Finder] = {
         ".beton": beton_file.find_splits,
         ".parquet": parquet.find_splits,
         ".txt": image_list.find_splits,
     }
-    if source.suffix not in finders_of_files:
-        known = " ".join([".tar", *finders_of_files])
+    if source.suffix not in finders:
+        known = " ".join([".tar", *finders])
         raise SourceError(f"SOURCE {source} is neither a folder nor one of {known}")
-    return finders_of_files[source.suffix]
+    return finders[source.suffix]
 
 
-def _finder_of_folder(source: Path):
-    if shards.is_ours(source):
+def _finder_of_folder(source: Path) -> Finder:
+    if shards.has_dataset(source):
         return shards.find_splits
-    if parts.is_here(source):
+    if parts.has_parts(source):
         return parts.find_splits
-    packed = [s for s in (".tar", ".parquet") if any(_files_here(source, s))]
-    if folder.holds_images(source):
-        if packed and not (source / "train").is_dir():
+    archives = [s for s in (".tar", ".parquet") if any(_find_files(source, s))]
+    if folder.contains_images(source):
+        if archives and not (source / "train").is_dir():
             raise SourceError(
-                f"SOURCE {source} has both images and {packed[0]} files: name the folder or the "
-                f"file that you mean"
+                f"SOURCE {source} has both images and {archives[0]} files: name the folder or "
+                f"the file to convert"
             )
         return folder.find_splits
-    if ilsvrc.is_here(source):
+    if ilsvrc.has_archive(source):
         return ilsvrc.find_splits
     if any(source.rglob("*.parquet")):
         return parquet.find_splits
     return shards.find_splits if any(source.rglob("*.tar")) else folder.find_splits
 
 
-def _files_here(source: Path, suffix: str) -> Iterator[str]:
-    """Files with this ending in the folder or in data/, where the hub has them."""
-    for place in (source, source / "data"):
-        if place.is_dir():
-            with os.scandir(place) as entries:
+def _find_files(source: Path, suffix: str) -> Iterator[str]:
+    """Files with this ending in the folder or in data/, where the hub stores them."""
+    for folder_path in (source, source / "data"):
+        if folder_path.is_dir():
+            with os.scandir(folder_path) as entries:
                 yield from (entry.name for entry in entries if entry.name.endswith(suffix))

@@ -1,31 +1,29 @@
-"""Train and validation files told apart by their names, where a data set comes in many files."""
+"""Divides the files of a data set into training and validation files by their names."""
 
 import re
 from pathlib import Path
 
 from pipelines.convert.manifest import SourceError
 
-_WORD = re.compile(r"(?:^|[^a-z])(train|val|validation|test)(?=[^a-z]|$)")
+_SPLIT_NAME = re.compile(r"(?:^|[^a-z])(train|val|validation|test)(?=[^a-z]|$)")
 
 
 def by_split(files: list[Path]) -> dict[str, list[Path]]:
-    """{"train": files, "val": files}, in the order of their names; without any such word, train.
+    """Returns {"train": files, "val": files}, sorted by name; all for train if no name has a split.
 
-    `data/train-00000-of-00294.parquet`, `imagenet-val-000003.tar`. Files for testing are left out.
-    Raises SourceError if there is nothing to train on.
+    Examples of names: `data/train-00000-of-00294.parquet`, `imagenet-val-000003.tar`. Test files
+    are left out. Raises SourceError if only test files are left.
     """
-    words = {}
-    for path in sorted(files):
-        found = _WORD.findall(path.stem.lower())
-        words[path] = found[0] if found else ""
-    if not any(words.values()):
-        return {"train": list(words)}
+    matches = {path: _SPLIT_NAME.search(path.stem.lower()) for path in sorted(files)}
+    names = {path: match[1] if match else "" for path, match in matches.items()}
+    if not any(names.values()):
+        return {"train": list(names)}
     splits = {
-        "train": [path for path, word in words.items() if word == "train"],
-        "val": [path for path, word in words.items() if word.startswith("val")],
+        "train": [path for path, name in names.items() if name == "train"],
+        "val": [path for path, name in names.items() if name.startswith("val")],
     }
-    if not splits["train"]:  # given alone, the validation files are what is wanted
+    if not splits["train"]:  # validation files alone are trained on
         splits = {"train": splits["val"]}
     if not splits["train"]:
-        raise SourceError(f"{files[0].parent} has files named for testing alone")
+        raise SourceError(f"{files[0].parent} has only files named for testing")
     return {name: paths for name, paths in splits.items() if paths}

@@ -1,7 +1,7 @@
-"""Folders of images, listed as torchvision lists them.
+"""Folders of images, in the order of torchvision.
 
-Class folders sorted by name, files sorted within them, so labels and order are those of
-`torchvision.datasets.ImageFolder`. What becomes of each file is `pipelines.convert.jpeg`' business.
+Class folders are sorted by name, and files within them, so labels and order are those of
+`torchvision.datasets.ImageFolder`. Files are read by `pipelines.convert.jpeg`.
 """
 
 import os
@@ -10,12 +10,12 @@ from pathlib import Path
 
 from pipelines.common.atomic import UNFINISHED
 from pipelines.convert.jpeg import JPEG_EXTENSIONS
-from pipelines.convert.manifest import Image, Place, SourceError, Split
+from pipelines.convert.manifest import Location, SourceError, SourceImage, Split
 from pipelines.convert.sources.sorting import sorted_names
 
 EXTENSIONS = JPEG_EXTENSIONS | {".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif"}
-# What data sets call their parts, in any case; of several names for one, the first counts.
-_NAMES_OF_PARTS = {
+# Names of the splits in any case; of several folders for one split, the first name wins.
+_SPLIT_NAMES = {
     "train": ("train", "training"),
     "val": ("val", "valid", "validation"),
     "test": ("test", "testing"),
@@ -23,12 +23,12 @@ _NAMES_OF_PARTS = {
 
 
 def is_named_like_image(name: str) -> bool:
-    """By its extension."""
+    """Whether a file name has the extension of an image format."""
     return os.path.splitext(name)[1].lower() in EXTENSIONS
 
 
-def holds_images(top: Path) -> bool:
-    """Is there anything below that is named like an image? Looks no further than the first."""
+def contains_images(top: Path) -> bool:
+    """Whether any file below `top` is named like an image; stops at the first."""
     return any(
         is_named_like_image(entry.name) and entry.name[0] != "." and not is_folder(entry)
         for _, entry in _walk(top)
@@ -37,38 +37,38 @@ def holds_images(top: Path) -> bool:
 
 
 def find_splits(source: Path) -> dict[str, Split]:
-    """The splits of a folder with train/ and val/, else one of the folder itself."""
+    """The splits of a folder with train/ and val/, else one split of the folder itself."""
     folders = _folders(source)
-    parts = _parts(folders)
-    others = set(folders) - set(parts.values())
-    # Beside val/, train/ is a split; alone or with test/ too; beside other folders, a class.
-    if not parts or (others and not {"train", "val"} <= parts.keys()):
+    named = _split_folders(folders)
+    others = set(folders) - set(named.values())
+    # train/ is a split beside val/, alone or beside only test/; beside other folders it is a class.
+    if not named or (others and not {"train", "val"} <= named.keys()):
         return {"train": _split(source)}
-    first = parts.get("train") or parts.get("val")  # given alone, val/ is what is wanted
-    if first is None:
+    train = named.get("train") or named.get("val")  # val/ alone is trained on
+    if train is None:
         raise SourceError(
-            f"SOURCE {source} has {parts['test']}/ alone: name that folder, if you mean its images"
+            f"SOURCE {source} has only {named['test']}/: name that folder to convert its images"
         )
-    splits = {"train": _split(source / first)}
-    if "val" in parts and parts["val"] != first:
-        splits["val"] = _split(source / parts["val"], splits["train"].class_names)
-    for name in sorted(set(folders) - {first, parts.get("val")}):
-        splits["train"].ignored[f"{name}/ beside {first}/"] += 1
+    splits = {"train": _split(source / train)}
+    if "val" in named and named["val"] != train:
+        splits["val"] = _split(source / named["val"], splits["train"].class_names)
+    for name in sorted(set(folders) - {train, named.get("val")}):
+        splits["train"].ignored[f"{name}/ beside {train}/"] += 1
     return splits
 
 
-def _parts(folders: list[str]) -> dict[str, str]:
-    """{"train": ..., "val": ..., "test": ...}: the folders that are named like these."""
+def _split_folders(folders: list[str]) -> dict[str, str]:
+    """{"train": ..., "val": ..., "test": ...}: the folders that have names of splits."""
     found = {}
-    for part, names in _NAMES_OF_PARTS.items():
+    for split, names in _SPLIT_NAMES.items():
         named = [folder for folder in folders if folder.lower() in names]
         if named:
-            found[part] = min(named, key=lambda folder: (names.index(folder.lower()), folder))
+            found[split] = min(named, key=lambda folder: (names.index(folder.lower()), folder))
     return found
 
 
 def _split(root: Path, class_names: list[str] | None = None) -> Split:
-    """Class folders, if any of them holds an image; else the folder's images, without classes."""
+    """The class folders if any contains an image, else the folder's images without classes."""
     folders = _folders(root)
     names = folders if class_names is None else class_names
     unknown = sorted(set(folders) - set(names))
@@ -77,8 +77,8 @@ def _split(root: Path, class_names: list[str] | None = None) -> Split:
             f"{root} has classes that train/ lacks: {', '.join(unknown[:5])} ({len(unknown)} in "
             f"all). Add them to train/, or convert the two folders one by one"
         )
-    if not any(holds_images(root / name) for name in folders):
-        if class_names and holds_images(root):
+    if not any(contains_images(root / name) for name in folders):
+        if class_names and contains_images(root):
             raise SourceError(
                 f"{root} has images but no class folders, unlike train/. Sort them into class "
                 f"folders, or convert train/ alone"
@@ -89,12 +89,13 @@ def _split(root: Path, class_names: list[str] | None = None) -> Split:
     return split
 
 
-def _images(split: Split, folders: set[str]) -> Iterator[Image]:
+def _images(split: Split, folders: set[str]) -> Iterator[SourceImage]:
     if not split.class_names:
-        image = None
+        is_empty = True
         for image in _images_below(split, split.root, -1):
+            is_empty = False
             yield image
-        if image is None:
+        if is_empty:
             split.problems.append(("", "no " + " ".join(sorted(EXTENSIONS))))
     for label, name in enumerate(split.class_names):
         if name in folders:
@@ -106,16 +107,16 @@ def _images(split: Split, folders: set[str]) -> Iterator[Image]:
             split.ignored["images beside the class folders"] += 1
 
 
-def _images_below(split: Split, top: Path, label: int) -> Iterator[Image]:
-    """Image files below `top`, links followed, in torchvision's order: by folder, then by name."""
+def _images_below(split: Split, top: Path, label: int) -> Iterator[SourceImage]:
+    """Image files below `top`, following links, sorted as in torchvision: by folder, then name."""
     prefix = len(os.fspath(split.root)) + 1
     for key in sorted_names(_sort_keys(split, top, prefix)):
         name = os.path.join(*key.split("\0"))
-        yield Image(name, label, Place(os.path.join(split.root, name)))
+        yield SourceImage(name, label, Location(os.path.join(split.root, name)))
 
 
 def _sort_keys(split: Split, top: Path, prefix: int) -> Iterator[str]:
-    """Folder, NUL and name of every image, from character `prefix` of the path on."""
+    """Folder, NUL and name of every image, without the first `prefix` characters of the path."""
     for folder, entry in _walk(top):
         if isinstance(entry, str):
             if entry:
@@ -132,13 +133,13 @@ def _sort_keys(split: Split, top: Path, prefix: int) -> Iterator[str]:
 
 
 def _walk(top: Path) -> Iterator[tuple[str, os.DirEntry | str]]:
-    """(folder, entry in it) of `top` and all below; a text says why a folder was not entered.
+    """Yield (folder, entry in it) of `top` and all folders below; for an unread folder, the reason.
 
-    Links can form loops: a folder that contains `top`, or was entered already, is passed over with
-    an empty text (torchvision goes round until the path is too long).
+    Links can form loops: a folder that contains `top`, or was visited already, is skipped with an
+    empty reason (torchvision follows a loop until the path is too long).
     """
-    above = {*top.resolve().parents, *top.absolute().parents}
-    seen = {_identity(folder) for folder in above}
+    parents = {*top.resolve().parents, *top.absolute().parents}
+    seen = {_identity(folder) for folder in parents}
     pending = [os.fspath(top)]
     while pending:
         folder = pending.pop()
@@ -158,13 +159,13 @@ def _walk(top: Path) -> Iterator[tuple[str, os.DirEntry | str]]:
 
 
 def _folders(root: Path) -> list[str]:
-    """Those that may be classes; OUT may lie beside them and be unfinished."""
+    """Folders that may be classes; excludes the work folder of an OUT inside the source."""
     names = sorted(e.name for e in os.scandir(root) if is_folder(e) and e.name[0] != ".")
     return [name for name in names if not (root / name / UNFINISHED).exists()]
 
 
 def is_folder(entry: os.DirEntry) -> bool:
-    """Or a link to one."""
+    """Whether the entry is a folder or a link to one."""
     try:
         return entry.is_dir()
     except OSError:  # a link to itself

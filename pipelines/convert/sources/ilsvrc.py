@@ -1,9 +1,9 @@
-"""The ILSVRC2012 archives as downloaded, read where they lie.
+"""The ILSVRC2012 archives as downloaded, read without unpacking.
 
-`ILSVRC2012_img_train.tar` holds a tar archive per class; `ILSVRC2012_img_val.tar` holds images
-without classes, which the development kit tells: image number i has the number in line i of
-`ILSVRC2012_validation_ground_truth.txt`, and `meta.mat` the name of the class with this number.
-Order, names and labels are those of the unpacked images in class folders.
+`ILSVRC2012_img_train.tar` contains a tar archive per class; `ILSVRC2012_img_val.tar` contains
+images without classes, which the development kit lists: line i of
+`ILSVRC2012_validation_ground_truth.txt` is the class number of image i, and `meta.mat` has the
+names of the classes by number. Order, names and labels are those of the unpacked class folders.
 """
 
 import io
@@ -12,25 +12,25 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from pipelines.convert.jpeg import JPEG_EXTENSIONS
-from pipelines.convert.manifest import Image, Place, SourceError, Split
+from pipelines.convert.manifest import Location, SourceError, SourceImage, Split
 from pipelines.convert.sources.tars import members
 
 TRAIN, VAL = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"
 DEVKIT = "ILSVRC2012_devkit_t12.tar.gz"
 
 
-def is_here(folder: Path) -> bool:
-    """Does the folder hold one of the two archives?"""
+def has_archive(folder: Path) -> bool:
+    """Whether the folder contains one of the two archives."""
     return (folder / TRAIN).exists() or (folder / VAL).exists()
 
 
 def is_archive(path: Path) -> bool:
-    """Is it an archive of archives, or named as that of the validation images?"""
+    """Whether the file is an archive of archives or has the name of the validation archive."""
     return path.name == VAL or _holds_archives(path)
 
 
 def find_splits(source: Path, labels: Path | None = None) -> dict[str, Split]:
-    """Both archives of a folder, or the one given. `labels`: a devkit or a text file for val."""
+    """Both archives of a folder, or the given one. `labels`: a devkit or a text file for val."""
     train: Path | None
     val: Path | None
     if source.is_dir():
@@ -38,9 +38,7 @@ def find_splits(source: Path, labels: Path | None = None) -> dict[str, Split]:
     else:
         is_train = _holds_archives(source)
         if is_train and labels is not None:
-            raise SourceError(
-                f"--labels {labels}: {source} has the classes of its images in itself"
-            )
+            raise SourceError(f"--labels {labels}: {source} contains the classes of its images")
         train, val = (source if is_train else None), (None if is_train else source)
     splits = {}
     class_names = None
@@ -65,18 +63,17 @@ def _train(path: Path) -> Split:
     archives = sorted((m for m in members(path) if _is_class(m)), key=lambda m: m.name)
     split = Split(root=path, class_names=[Path(m.name).stem for m in archives], images=())
 
-    def images() -> Iterator[Image]:
+    def images() -> Iterator[SourceImage]:
         for label, archive in enumerate(archives):
             end = archive.offset_data + archive.size
             files = members(path, archive.offset_data, end)
             for member in sorted(files, key=lambda member: member.name):
                 if member.offset_data + member.size > end:
-                    raise SourceError(f"{path}: {archive.name} in it is cut off; get it again")
+                    raise SourceError(f"{path}: {archive.name} in it is truncated; get it again")
                 if not _is_image(member):
                     split.ignored["not named like a JPEG"] += 1
                     continue
-                place = Place(str(path), member.offset_data, member.size)
-                yield Image(f"{split.class_names[label]}/{Path(member.name).name}", label, place)
+                yield _image(path, member, label, split.class_names[label])
 
     split.images = images()
     return split
@@ -85,7 +82,7 @@ def _train(path: Path) -> Split:
 def _val(path: Path, labels: Path | None, class_names: list[str] | None) -> Split:
     files = sorted((m for m in members(path) if _is_image(m)), key=lambda m: Path(m.name).name)
     names = [Path(member.name).name for member in files]
-    classes = _classes(labels or _devkit_near(path), names)
+    classes = _classes(labels or _devkit_beside(path), names)
     if class_names is None:
         class_names = sorted(set(classes))
     unknown = sorted(set(classes) - set(class_names))
@@ -96,22 +93,24 @@ def _val(path: Path, labels: Path | None, class_names: list[str] | None) -> Spli
         zip([label_of[name] for name in classes], names, files, strict=True),
         key=lambda image: image[:2],
     )
-    images = (
-        Image(f"{class_names[label]}/{name}", label, Place(str(path), m.offset_data, m.size))
-        for label, name, m in labelled
-    )
+    images = (_image(path, m, label, class_names[label]) for label, _, m in labelled)
     return Split(root=path, class_names=class_names, images=images)
+
+
+def _image(archive: Path, member: tarfile.TarInfo, label: int, class_name: str) -> SourceImage:
+    location = Location(str(archive), member.offset_data, member.size)
+    return SourceImage(f"{class_name}/{Path(member.name).name}", label, location)
 
 
 def _is_image(member: tarfile.TarInfo) -> bool:
     return Path(member.name).suffix.lower() in JPEG_EXTENSIONS
 
 
-def _devkit_near(val: Path) -> Path:
+def _devkit_beside(val: Path) -> Path:
     if not (devkit := val.parent / DEVKIT).exists():
         raise SourceError(
-            f"{val} does not tell the classes of its images: put {DEVKIT} beside it, or give that"
-            f" or a text file (a class such as n01440764 for each image) with --labels"
+            f"{val} does not contain the classes of its images: put {DEVKIT} beside it, or give "
+            f"that or a text file (a class such as n01440764 for each image) with --labels"
         )
     return devkit
 
@@ -119,8 +118,8 @@ def _devkit_near(val: Path) -> Path:
 def _classes(labels: Path, names: list[str]) -> list[str]:
     """The class of each image, from a devkit or from lines "class" or "image class"."""
     if labels.name.endswith(".tar.gz"):
-        numbers, names_of_numbers = _read_devkit(labels)
-        lines = [[names_of_numbers[number]] for number in numbers]
+        numbers, class_names = _read_devkit(labels)
+        lines = [[class_names[number]] for number in numbers]
     else:
         lines = [line.split() for line in labels.read_text().splitlines() if line.strip()]
     if lines and all(len(line) == 2 for line in lines):
@@ -138,12 +137,12 @@ def _classes(labels: Path, names: list[str]) -> list[str]:
 
 
 def _read_devkit(path: Path) -> tuple[list[int], dict[int, str]]:
-    """(the number of every validation image's class, the names of the classes by number)."""
+    """Returns (class number of every validation image, {class number: class name})."""
     try:
         from scipy.io import loadmat
     except ImportError:
         raise SourceError(
-            f"reading {path.name} takes SciPy: pip install scipy; or give --labels a text file "
+            f"reading {path.name} requires SciPy: pip install scipy; or give --labels a text file "
             f"with the class of each image"
         ) from None
     files = {}
@@ -159,5 +158,5 @@ def _read_devkit(path: Path) -> tuple[list[int], dict[int, str]]:
         if missing := set(numbers) - names.keys():
             raise KeyError(f"class {min(missing)}")
     except (tarfile.TarError, EOFError, KeyError, ValueError) as error:
-        raise SourceError(f"{path} is not a sound development kit: {error}") from None
+        raise SourceError(f"{path} is not a valid development kit: {error}") from None
     return numbers, names

@@ -1,7 +1,7 @@
-"""Parquet files as on the Hugging Face hub: `image` with `bytes` and `path`, and `label`.
+"""Parquet files of the Hugging Face hub: columns `image` (with `bytes` and `path`) and `label`.
 
-The names of the classes come with the schema; labels keep the numbers they have. Labels that are
-text are numbered in sorted order. One row group at a time is in memory.
+The schema contains the class names, and labels keep their numbers; labels that are text are
+numbered in sorted order. One row group at a time is in memory.
 """
 
 import json
@@ -11,14 +11,14 @@ from collections.abc import Iterator
 from itertools import accumulate, groupby
 from pathlib import Path
 
-from pipelines.convert.manifest import Image, Place, SourceError, Split, number_names
+from pipelines.convert.manifest import Location, SourceError, SourceImage, Split, numbered_names
 from pipelines.convert.sources.by_split import by_split
 
 BATCH = 4096  # rows of labels read at a time
 
 
 def find_splits(source: Path) -> dict[str, Split]:
-    """Train and validation files by their names, below a folder; or the one file given."""
+    """The training and validation files below a folder, by their names; or the given file."""
     files = by_split(list(source.rglob("*.parquet"))) if source.is_dir() else {"train": [source]}
     root = source if source.is_dir() else source.parent
     class_names = _class_names(files["train"])
@@ -44,7 +44,7 @@ def _open(path: Path):
     try:
         from pyarrow import ArrowException, parquet
     except ImportError:
-        raise SourceError("reading parquet files takes PyArrow: pip install pyarrow") from None
+        raise SourceError("reading parquet files requires PyArrow: pip install pyarrow") from None
     try:
         return parquet.ParquetFile(path)
     except ArrowException as error:
@@ -52,12 +52,12 @@ def _open(path: Path):
 
 
 def _class_names(files: list[Path]) -> list[str]:
-    """Those the hub notes in the schema, else as many as labels need; none without labels."""
+    """The names in the schema, else those of the labels; none without labels."""
     schema = _open(files[0]).schema_arrow
     if "label" not in schema.names:
         return []
-    noted = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
-    label = noted.get("info", {}).get("features", {}).get("label", {})
+    metadata = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
+    label = metadata.get("info", {}).get("features", {}).get("label", {})
     if label.get("names"):
         return label["names"]
     values = {value for path in files for _, value, _ in _rows(path, None)}
@@ -65,49 +65,52 @@ def _class_names(files: list[Path]) -> list[str]:
         return sorted(names)
     if not all(isinstance(value, int) for value in values):
         raise SourceError(f"{files[0]}: its labels are neither numbers nor names")
-    return number_names(max(map(int, values), default=-1) + 1)
+    return numbered_names(max(map(int, values), default=-1) + 1)
 
 
-def _images(root: Path, files: list[Path], image: str, class_names: list[str]) -> Iterator[Image]:
+def _images(
+    root: Path, files: list[Path], image: str, class_names: list[str]
+) -> Iterator[SourceImage]:
     label_of = {name: label for label, name in enumerate(class_names)}
     for path in files:
         for row, label, name in _rows(path, image):
             label = max(label, -1) if isinstance(label, int) else label_of.get(label, -1)
             name = name or f"{path.relative_to(root).with_suffix('')}/{row}"
-            # The place of a row: which one it is, and that it takes no bytes of a file by itself.
-            yield Image(name, label, Place(str(path), row, 0))
+            # The offset is a row number, for `_load`; a size of 0 marks bytes inside an archive.
+            yield SourceImage(name, label, Location(str(path), offset=row, size=0))
 
 
 def _rows(path: Path, image: str | None) -> Iterator[tuple[int, int | str, str | None]]:
-    """(number, label, the image's own path) of every row, without reading the images."""
+    """Yield (row number, label, path of the image) of every row, without reading the images."""
     file = _open(path)
-    leaves = {column.path for column in file.schema}
-    named = image is not None and f"{image}.path" in leaves
-    columns = [c for c in ("label", f"{image}.path" if named else "") if c in leaves]
+    available = {column.path for column in file.schema}
+    has_paths = image is not None and f"{image}.path" in available
+    columns = [c for c in ("label", f"{image}.path" if has_paths else "") if c in available]
     row = 0
-    for batch in file.iter_batches(BATCH, columns=columns or [next(iter(leaves))]):
+    for batch in file.iter_batches(BATCH, columns=columns or [next(iter(available))]):
         labels = batch["label"].to_pylist() if "label" in columns else [-1] * len(batch)
-        paths = (
-            [i and i["path"] for i in batch[image].to_pylist()] if named else [None] * len(batch)
-        )
+        paths = [None] * len(batch)
+        if has_paths:
+            paths = [value and value["path"] for value in batch[image].to_pylist()]
         for label, name in zip(labels, paths, strict=True):
             yield row, -1 if label is None else label, name
             row += 1
 
 
-def _load(images: Iterator[Image], column: str) -> Iterator[Image]:
-    """Put the bytes for the places; each row group is read once."""
+def _load(images: Iterator[SourceImage], column: str) -> Iterator[SourceImage]:
+    """Replace locations by bytes, reading each row group once."""
     from pyarrow import ArrowException
 
-    for path, rows in groupby(images, key=lambda image: image.data.path):  # type: ignore[union-attr]
+    for path, rows in groupby(images, lambda image: image.data.path):  # type: ignore[union-attr]
         file = _open(Path(path))
         counts = [file.metadata.row_group(g).num_rows for g in range(file.num_row_groups)]
         starts = [0, *accumulate(counts)]
         group, values = -1, None
         for image in rows:
-            assert isinstance(image.data, Place)
-            row = image.data.start
-            if group != (group := bisect_right(starts, row) - 1):
+            assert isinstance(image.data, Location)
+            row = image.data.offset
+            if group < 0 or row >= starts[group + 1]:  # rows are in increasing order
+                group = bisect_right(starts, row) - 1
                 try:
                     values = file.read_row_group(group, columns=[column])[column]
                 except (OSError, ArrowException) as error:

@@ -1,12 +1,13 @@
-"""The parts of one conversion, made with `--shard 1/4` to `--shard 4/4` and put into one folder.
+"""The parts of one conversion, written with `--shard 1/4` to `--shard 4/4` and put into one folder.
 
-Either `.beton` files with their reports, or folders of web shards. They are taken in their order
-if they are all there, once each, and were made from the same list with the same settings: then
-what comes of them is what one machine alone would have written.
+Parts are `.beton` files with their reports, or folders of web shards. They are joined in order if
+each exists once and all were converted from the same images with the same settings: the result is
+what a single machine would have written.
 """
 
 import json
 import os
+from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
 
@@ -14,35 +15,35 @@ from pipelines.convert.manifest import SourceError, Split
 from pipelines.convert.sources import beton_file, shards
 from pipelines.convert.sources.folder import is_folder
 
-SAME = ("listing", "max_side", "subset")  # what the reports of all parts must agree in
-KEYS = {*SAME, "part", "split", "checksum"}
+COMMON_KEYS = ("listing", "max_side", "subset")  # equal in the reports of all parts
+REQUIRED_KEYS = {*COMMON_KEYS, "part", "split", "checksum"}
 
 
-def is_here(folder: Path) -> bool:
-    """Does the folder hold parts?"""
+def has_parts(folder: Path) -> bool:
+    """Whether the folder contains parts."""
     return any(True for _ in _reports(folder))
 
 
 def find_splits(source: Path) -> dict[str, Split]:
-    """The splits put together. Raises SourceError, which names what is missing or different."""
+    """The joined splits. Raises SourceError, which names what is missing or different."""
     parts: dict[str, list[tuple[dict, Split]]] = {"train": [], "val": []}
     for report, split in _parts(source):
         parts[report["split"]].append((report, split))
-    return {name: _joined(source, found) for name, found in parts.items() if found}
+    return {name: _join(source, found) for name, found in parts.items() if found}
 
 
-def _reports(folder: Path):
-    """(path, report of each split) of every part in the folder."""
-    with os.scandir(folder) as entries:  # not iterdir: there may be millions of images
+def _reports(folder: Path) -> Iterator[tuple[Path, list[dict]]]:
+    """Yield (path, report of each split) of every part in the folder."""
+    with os.scandir(folder) as entries:  # iterdir would list millions of images in memory
         names = sorted(e.name for e in entries if e.name.endswith(".beton") or is_folder(e))
     for path in map(folder.joinpath, names):
         if path.suffix == ".beton" and (report := path.with_name(f"{path.name}.json")).exists():
             reports = [_read_report(report)]
-        elif path.is_dir() and shards.is_ours(path):
+        elif path.is_dir() and shards.has_dataset(path):
             reports = list(shards.read_dataset(path)["splits"].values())
         else:
             continue
-        if all(report.keys() >= KEYS and report["part"][1] > 1 for report in reports):
+        if all(report.keys() >= REQUIRED_KEYS and report["part"][1] > 1 for report in reports):
             yield path, reports
 
 
@@ -54,23 +55,23 @@ def _read_report(path: Path) -> dict:
     return report if isinstance(report, dict) else {}
 
 
-def _parts(folder: Path):
+def _parts(folder: Path) -> Iterator[tuple[dict, Split]]:
     for path, reports in _reports(folder):
         if path.is_dir():
-            splits = shards.our_splits(path, shards.read_dataset(path))
+            splits = shards.dataset_splits(path, shards.read_dataset(path))
             yield from ((report, splits[report["split"]]) for report in reports)
         else:
             reader = beton_file.open_beton(path)
             if reports[0]["checksum"] != f"sha256:{reader.sha256()}":
-                raise SourceError(f"{path} is not the file of which {path.name}.json reports")
-            yield reports[0], beton_file.split_of(reader)
+                raise SourceError(f"{path} is not the file that {path.name}.json describes")
+            yield reports[0], beton_file.read_split(reader)
 
 
-def _joined(folder: Path, parts: list[tuple[dict, Split]]) -> Split:
+def _join(folder: Path, parts: list[tuple[dict, Split]]) -> Split:
     parts.sort(key=lambda part: part[0]["part"][0])
     report, split = parts[0]
     for other, other_split in parts[1:]:
-        different = [key for key in SAME if other[key] != report[key]]
+        different = [key for key in COMMON_KEYS if other[key] != report[key]]
         if different or other_split.class_names != split.class_names:
             raise SourceError(
                 f"{split.root} and {other_split.root} are not parts of one conversion: they differ "

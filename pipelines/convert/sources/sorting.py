@@ -1,4 +1,4 @@
-"""Sorts more names than memory should hold: sorted runs in a file without a name, then merged."""
+"""External merge sort of file names: sorted runs in an unnamed temporary file, then merged."""
 
 import heapq
 import os
@@ -8,16 +8,16 @@ from collections.abc import Iterable, Iterator
 from itertools import islice, pairwise
 from typing import BinaryIO
 
-RUN = 50_000  # names in memory at a time
-READ = 1 << 16  # bytes of each run in memory while merging
+RUN_LENGTH = 50_000  # names in memory at a time
+READ_SIZE = 1 << 16  # bytes of each run in memory while merging
 _LENGTH = struct.Struct("<I")
 
 
 def sorted_names(names: Iterable[str]) -> Iterator[str]:
-    """`sorted(names)`, for paths as `os` gives them. Few names never touch the disk."""
+    """`sorted(names)` for paths as returned by `os`. Writes no file for fewer than RUN_LENGTH."""
     names = iter(names)
-    run = sorted(islice(names, RUN))
-    if len(run) < RUN:
+    run = sorted(islice(names, RUN_LENGTH))
+    if len(run) < RUN_LENGTH:
         yield from run
         return
     with tempfile.TemporaryFile() as file:
@@ -27,16 +27,16 @@ def sorted_names(names: Iterable[str]) -> Iterator[str]:
                 encoded = os.fsencode(name)
                 file.write(_LENGTH.pack(len(encoded)) + encoded)
             starts.append(file.tell())
-            run = sorted(islice(names, RUN))
+            run = sorted(islice(names, RUN_LENGTH))
         file.flush()
         yield from heapq.merge(*(_read_run(file, *ends) for ends in pairwise(starts)))
 
 
 def _read_run(file: BinaryIO, start: int, end: int) -> Iterator[str]:
-    """The names between two positions of the file, whoever else reads it meanwhile."""
+    """The names between two offsets; independent of the file's position, which runs share."""
     rest = b""
     while start < end:
-        piece = os.pread(file.fileno(), min(READ, end - start), start)
+        piece = os.pread(file.fileno(), min(READ_SIZE, end - start), start)
         start += len(piece)
         rest += piece
         position = 0

@@ -1,4 +1,4 @@
-"""What a tar archive holds, without unpacking it: where the bytes of each member lie."""
+"""Locates the members of a tar archive without unpacking it."""
 
 import tarfile
 from collections.abc import Iterator
@@ -8,10 +8,10 @@ from pipelines.convert.manifest import SourceError
 
 
 def members(path: Path, start: int = 0, end: int | None = None) -> Iterator[tarfile.TarInfo]:
-    """The regular files in the archive at `path`, or in the one at its bytes [start, end).
+    """Yield the regular files in the archive `path`, or in the archive at its bytes [start, end).
 
-    `offset_data` counts from the beginning of `path`. Memory does not grow with their number.
-    Raises SourceError where the archive is damaged or cut off.
+    `offset_data` is relative to the beginning of `path`. Memory does not grow with their number.
+    Raises SourceError if the archive is damaged or truncated.
     """
     try:
         with open(path, "rb") as file:
@@ -24,4 +24,4 @@ def members(path: Path, start: int = 0, end: int | None = None) -> Iterator[tarf
                     if member.isreg():
                         yield member
     except tarfile.TarError as error:
-        raise SourceError(f"{path} is not a whole tar archive: {error}; get it again") from None
+        raise SourceError(f"{path} is not a complete tar archive: {error}; get it again") from None

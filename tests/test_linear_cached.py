@@ -1,16 +1,16 @@
-"""Many classifiers at once equal as many trained one by one by torch."""
+"""A grid of classifiers trained at once equals classifiers that torch trains one by one."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from bt_fast.evaluate.eval_directory import EvalFolder
+from bt_fast.evaluate.eval_directory import EvalDirectory
 from bt_fast.evaluate.linear_cached import (
     Grid,
     choose_and_fit,
     cross_entropy_gradient,
     top_1_and_5,
-    train_heads,
+    train_classifiers,
 )
 from pipelines.order import epoch_order
 
@@ -19,7 +19,7 @@ GRID = Grid(rates=(0.1, 1.0), decays=(0.0, 1e-2), epochs=5, batch_size=16, seed=
 
 @pytest.fixture
 def folder(tmp_path):
-    with EvalFolder(tmp_path, "heads", {}) as opened:
+    with EvalDirectory(tmp_path, "grid", {}) as opened:
         yield opened
 
 
@@ -32,7 +32,7 @@ def clusters(count: int, seed: int, spread: float = 1.0):
     return centres[labels] + spread * noise, labels
 
 
-def test_the_gradient_is_autograds():
+def test_the_gradient_equals_autograd():
     views, labels = clusters(10, 1)
     heads = torch.randn(3, 6, 13, requires_grad=True)
     inputs = F.pad(views[0], (0, 1), value=1.0)
@@ -43,9 +43,9 @@ def test_the_gradient_is_autograds():
     )
 
 
-def test_each_classifier_trains_as_if_alone(folder):
+def test_each_classifier_equals_one_trained_alone(folder):
     views, labels = clusters(50, 1)
-    heads = train_heads(folder, "test", views, labels, GRID.pairs, 6, GRID, {})
+    heads = train_classifiers(folder, "test", views, labels, GRID.pairs, 6, GRID, {})
     for (rate, decay), ours in zip(GRID.pairs, heads, strict=True):
         head = torch.nn.Linear(12, 6)
         start = 0.01 * torch.randn(6, 13, generator=torch.Generator().manual_seed(4))
@@ -64,7 +64,7 @@ def test_each_classifier_trains_as_if_alone(folder):
         assert torch.allclose(ours[:, 12], head.bias, atol=1e-5)
 
 
-def test_accuracies_are_counts():
+def test_accuracies_equal_counts():
     views, labels = clusters(30, 2)
     heads = torch.randn(2, 6, 13, generator=torch.Generator().manual_seed(1))
     for head, (top1, top5) in zip(

@@ -1,4 +1,4 @@
-"""What `fuzz.py` mutates: whole inputs of each kind, and what becomes of a mutated one."""
+"""Targets of `fuzz.py`: valid inputs of each file type and the verdict on a mutated one."""
 
 import hashlib
 import io
@@ -21,17 +21,17 @@ from pipelines.beton import BetonReader
 from pipelines.beton.layout import EXTRAS, FIELD, HEADER, metadata_dtype, tables_crc
 from pipelines.beton.writer import TYPE_IDS, BetonWriter
 from pipelines.convert.jpeg import prepare
-from pipelines.loading.native import CropCutter
+from pipelines.loading.native import RecordDecoder
 
 Verdict = Literal["refused", "unharmed", "other", "SILENT", "CRASH"]
 Judged = tuple[Verdict, str]
 
 NUM_IMAGES = 9
-MAX_SIDE = 64  # smaller than some of the pictures, so that they are resized
+MAX_SIDE = 64  # smaller than some of the images, so that they are resized
 
 
-def picture(seed: int, width: int, height: int) -> Image.Image:
-    """Smooth colours with noise."""
+def random_image(seed: int, width: int, height: int) -> Image.Image:
+    """An image of smooth colours with noise."""
     generator = np.random.default_rng(seed)
     coarse = Image.fromarray(generator.integers(0, 256, (5, 6, 3), dtype=np.uint8))
     pixels = np.array(coarse.resize((width, height), Image.Resampling.BICUBIC), np.float64)
@@ -40,14 +40,14 @@ def picture(seed: int, width: int, height: int) -> Image.Image:
     )
 
 
-def saved(image: Image.Image, kind: str, **options) -> bytes:
+def saved(image: Image.Image, file_format: str, **options) -> bytes:
     buffer = io.BytesIO()
-    image.save(buffer, kind, **options)
+    image.save(buffer, file_format, **options)
     return buffer.getvalue()
 
 
 class Beton:
-    """Read as training does: opened, every record's checksum compared, decoded."""
+    """A .beton, read as in training: every record is checked and decoded."""
 
     name = "beton"
 
@@ -58,39 +58,36 @@ class Beton:
         ) as writer:
             for index in range(NUM_IMAGES):
                 width, height = 40 + 3 * index, 60 - 2 * index
-                jpeg = saved(picture(index, width, height), "JPEG")
+                jpeg = saved(random_image(index, width, height), "JPEG")
                 writer.add(jpeg, height, width, index % 3, f"{index % 3}/{index}.jpg")
         self.originals = [self.path.read_bytes()]
-        self.whole = list(self.records())
+        self.expected = list(self.records())
 
     def records(self):
-        """Everything training sees of each record. Raises ValueError."""
+        """Pixels, label, size and name of each record. Raises ValueError."""
         reader = BetonReader(self.path)
-        cutter = CropCutter(reader, num_threads=1)
-        try:
-            for index in range(len(reader)):
-                pixels = cutter.decode(index).numpy().tobytes()
-                yield pixels, reader.label(index), reader.size(index), reader.name(index)
-        finally:
-            cutter.pool.shutdown()
+        decoder = RecordDecoder(reader)
+        for index in range(len(reader)):
+            pixels = decoder.decode(index).numpy().tobytes()
+            yield pixels, reader.label(index), reader.size(index), reader.name(index)
 
     def judge(self, original: int, data: bytes, is_cut: bool) -> Judged:
         self.path.write_bytes(data)
-        return ("unharmed" if list(self.records()) == self.whole else "SILENT"), ""
+        return ("unharmed" if list(self.records()) == self.expected else "SILENT"), ""
 
 
 class ForgedBeton(Beton):
-    """Checksums of images and tables made right again, as whoever means harm would."""
+    """A .beton with recomputed checksums, as an attacker would write it."""
 
     name = "forged beton"
 
     def judge(self, original: int, data: bytes, is_cut: bool) -> Judged:
         self.path.write_bytes(forged(data))
-        return ("unharmed" if list(self.records()) == self.whole else "other"), ""
+        return ("unharmed" if list(self.records()) == self.expected else "other"), ""
 
 
 def forged(data: bytes) -> bytes:
-    """The file with checksums that fit what it holds, as far as it is still a file."""
+    """The file with recomputed checksums, as far as its structure can be read."""
     changed = bytearray(data)
     arguments = HEADER.itemsize + 17
     try:
@@ -114,7 +111,7 @@ def forged(data: bytes) -> bytes:
 
 
 class Checkpoints:
-    """Two checkpoints of a small model, a file of the newer one damaged."""
+    """Two checkpoints of a small model; one file of the newer is damaged."""
 
     name = "checkpoint"
     files = ("model.safetensors", "optimizer.safetensors", "state.json")
@@ -122,11 +119,11 @@ class Checkpoints:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         for step in (1, 2):
-            tensors = checkpoint.Snapshot().take(*made(step))
+            tensors = checkpoint.Snapshot().take(*trained(step))
             checkpoint.write(folder, step, tensors, {"data": {"images": 9}}, keep=2)
         self.newest = folder / "checkpoints" / "step-00000002"
         self.originals = [(self.newest / name).read_bytes() for name in self.files]
-        self.whole = {step: state(*made(step)) for step in (1, 2)}
+        self.expected = {step: state(*trained(step)) for step in (1, 2)}
 
     def write(self, original: int, data: bytes) -> None:
         for name, content in zip(self.files, self.originals, strict=True):
@@ -136,20 +133,20 @@ class Checkpoints:
     def read(self) -> tuple[int, list, dict]:
         found, _ = checkpoint.newest(self.folder)
         assert found is not None
-        model, optimizer = made(3)
+        model, optimizer = trained(3)
         found.restore(model, optimizer)
         return found.step, state(model, optimizer), found.facts
 
     def judge(self, original: int, data: bytes, is_cut: bool) -> Judged:
         self.write(original, data)
         step, tensors, facts = self.read()
-        if facts != {"data": {"images": 9}} or tensors != self.whole.get(step):
+        if facts != {"data": {"images": 9}} or tensors != self.expected.get(step):
             return "SILENT", f"step {step}, {facts}"
         return ("refused" if step == 1 else "unharmed"), ""
 
 
 class ForgedCheckpoints(Checkpoints):
-    """state.json made to fit the files: it must not do more than fail."""
+    """A checkpoint whose state.json matches a damaged file: reading it may only fail."""
 
     name = "forged checkpoint"
     files = ("model.safetensors", "optimizer.safetensors")
@@ -168,11 +165,11 @@ class ForgedCheckpoints(Checkpoints):
         content["sha256"] = hashlib.sha256(text.encode()).hexdigest()
         (self.newest / "state.json").write_text(json.dumps(content))
         step, tensors, _ = self.read()
-        assert step == 2, "the forgery is not recognised as a checkpoint"
-        return ("unharmed" if tensors == self.whole[2] else "other"), ""
+        assert step == 2, "the forged checkpoint was not read"
+        return ("unharmed" if tensors == self.expected[2] else "other"), ""
 
 
-def made(seed: int) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+def trained(seed: int) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
     """A model and an optimizer after a step."""
     torch.manual_seed(seed)
     model = torch.nn.Sequential(torch.nn.Linear(5, 4), torch.nn.BatchNorm1d(4))
@@ -188,7 +185,7 @@ def state(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> list:
 
 
 class Weights:
-    """Files of weights in the three forms that are read; too small to be a ResNet."""
+    """Files of weights in the three supported formats, too small for a ResNet."""
 
     name = "weights"
 
@@ -205,16 +202,16 @@ class Weights:
         file = self.folder / f"weights.{self.suffixes[original]}"
         file.write_bytes(data)
         load_encoder(file)
-        return "CRASH", "one layer was taken for a ResNet"
+        return "CRASH", "one layer was read as a ResNet"
 
 
 class Images:
-    """Image files through the converter, full check."""
+    """Image files, converted with the full check."""
 
     name = "image"
 
     def __init__(self, folder: Path) -> None:
-        large, small = picture(0, 96, 70), picture(1, 60, 48)
+        large, small = random_image(0, 96, 70), random_image(1, 60, 48)
         sixteen = np.linspace(0, 65535, 40 * 40).reshape(40, 40).astype(np.uint16)
         self.originals = [
             saved(large, "JPEG"),
@@ -232,22 +229,22 @@ class Images:
             saved(small, "WEBP"),
             saved(small, "PPM"),
         ]
-        self.whole = [prepare(data, MAX_SIDE).jpeg for data in self.originals]
+        self.expected = [prepare(data, MAX_SIDE).jpeg for data in self.originals]
 
     def judge(self, original: int, data: bytes, is_cut: bool) -> Judged:
         result = prepare(data, MAX_SIDE)
         pixels = simplejpeg.decode_jpeg(result.jpeg, "RGB", strict=False)
         if pixels.shape != (result.height, result.width, 3):
-            return "SILENT", f"{pixels.shape} was said to be {result.height} x {result.width}"
+            return "SILENT", f"{pixels.shape} is stated as {result.height} x {result.width}"
         try:
             simplejpeg.decode_jpeg(result.jpeg, "RGB", strict=True)
         except ValueError as error:
             return "SILENT", f"the result is damaged: {error}"
-        same = simplejpeg.decode_jpeg(self.whole[original], "RGB")
-        if pixels.shape == same.shape and (pixels == same).all():
+        expected = simplejpeg.decode_jpeg(self.expected[original], "RGB")
+        if pixels.shape == expected.shape and (pixels == expected).all():
             return "unharmed", ""
         is_png = data.startswith(b"\x89PNG")
         return ("SILENT" if is_cut or is_png else "other"), result.action
 
 
-KINDS = {k.name: k for k in (Beton, ForgedBeton, Checkpoints, ForgedCheckpoints, Weights, Images)}
+TARGETS = {t.name: t for t in (Beton, ForgedBeton, Checkpoints, ForgedCheckpoints, Weights, Images)}

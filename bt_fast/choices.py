@@ -1,0 +1,21 @@
+"""Values of flags: torch-free, so that --help needs no torch."""
+
+from typing import Literal
+
+from pipelines.loading import LoaderName as LoaderName
+
+RecipeName = Literal["imagenet", "imagenet-8gpu", "cifar10", "cifar10-cpu", "demo"]
+Device = Literal["auto", "cpu", "cuda"]
+Precision = Literal["auto", "bf16", "fp32"]
+Compile = Literal["auto", "off", "default", "reduce-overhead", "max-autotune"]
+Norm = Literal["auto", "compiled", "fused"]
+Encoder = Literal["resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "wide_resnet50_2"]
+Objective = Literal[
+    "barlow-twins",
+    "redundancy-only",
+    "feature-norm",
+    "covariance",
+    "cross-entropy",
+    "auto-correlation",
+    "imax",
+]
