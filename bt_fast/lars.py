@@ -14,7 +14,7 @@ The trust ratio's norm includes weight decay; there is no epsilon and no clippin
 three kernel launches for all parameters together (`lars_triton`).
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -70,17 +70,27 @@ class LARS(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(  # type: ignore[override]
-        self, *, guard: torch.Tensor | None = None
+        self,
+        closure: Callable[[], torch.Tensor] | None = None,
+        *,
+        guard: torch.Tensor | None = None,
     ) -> torch.Tensor | None:
         """Update every parameter that has a gradient.
 
         Args:
+            closure: computes the gradients and returns the loss; called before the update.
             guard: a scalar on the parameters' device, such as the loss. If it or any gradient is
                 not finite, parameters and momentum are unchanged. None: no check.
         Returns:
-            with a guard, a bool scalar on the same device: whether the update was applied. The
-            fused update does not synchronise with the device; the definition does.
+            with a closure, its loss; else with a guard, a bool scalar on the same device: whether
+            the update was applied. The fused update does not synchronise with the device; the
+            definition does.
         """
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+            self.step(guard=guard)
+            return loss
         groups = [
             ([p for p in group["params"] if p.grad is not None], group)
             for group in self.param_groups

@@ -44,9 +44,11 @@ Everything is computed in float32 or float64, outside autocast. (On a GPU `runti
 lets float32 products use TF32; the released code computes C in float16.)
 """
 
+import warnings
 from typing import Literal, TypeVar
 
 import torch
+import torch.distributed as dist
 
 from bt_fast.distributed.collectives import (
     Group,
@@ -74,9 +76,41 @@ def barlow_twins_loss(
     lambd: float = 5e-3,
     group: Group = None,
     method: Method = "auto",
+    ddp: bool = False,
 ) -> torch.Tensor:
-    """The loss, a scalar; see `correlation_terms` for the arguments."""
-    return weighted_sum(*correlation_terms(z_a, z_b, group=group, method=method), lambd)
+    """The Barlow Twins loss of a batch, which may be spread over ranks (eqs. 1 and 2 of the paper).
+
+    Args:
+        z_a, z_b: [n, D], this rank's embeddings of the two views, row i of both from image i; the
+            same number of rows on every rank. No normalisation is needed before.
+        lambd: weight of the off-diagonal term.
+        group: the process group over which the batch is spread; None: this process alone.
+        method: "dense" (one process), "gram", "columns", or "auto" for the cheapest.
+        ddp: whether `DistributedDataParallel` averages the gradients: multiplies the gradient, not
+            the loss, by the number of ranks, which DDP divides it by.
+    Returns:
+        the loss of the global batch, a scalar on every rank, in float32 or float64. Its gradient is
+        the true one with respect to this rank's embeddings.
+    Raises:
+        ValueError: shapes that differ, fewer than two samples, an unknown method.
+    Warns:
+        UserWarning: without a group, where several ranks exist: each would minimise its own loss.
+    """
+    if (
+        group is None
+        and dist.is_available()
+        and dist.is_initialized()
+        and dist.get_world_size() > 1
+    ):
+        warnings.warn(
+            "barlow_twins_loss without a group is the loss of this rank's batch alone; pass"
+            " group=torch.distributed.group.WORLD, and ddp=True under DistributedDataParallel",
+            stacklevel=2,
+        )
+    loss = weighted_sum(*correlation_terms(z_a, z_b, group=group, method=method), lambd)
+    if ddp and loss.requires_grad:
+        loss.register_hook(lambda gradient: gradient * group_size(group))
+    return loss
 
 
 def weighted_sum(on_diagonal: Term, off_diagonal: Term, lambd: float) -> Term:

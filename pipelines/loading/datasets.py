@@ -30,8 +30,12 @@ class ImageDataset(Protocol):
     def sha256(self) -> str | None: ...
 
 
-def open_data(path: Path, flag: str) -> BetonReader | ShardReader:
-    """A `.beton`, or the training images of a folder of web shards. Raises ValueError."""
+def open_data(path: str | Path, flag: str = "--data") -> BetonReader | ShardReader:
+    """A `.beton`, or the training images of a folder of web shards, read by sample index.
+
+    flag: named in the messages of a ValueError, if the data set is missing or damaged.
+    """
+    path = Path(path)
     if not path.exists():
         raise ValueError(
             f"{flag} {path} does not exist; pass its path, or create it:"

@@ -1,0 +1,68 @@
+"""Pretraining from Python: a script, a notebook or a thread."""
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from bt_fast.config import Config
+from bt_fast.distributed.signals import StopFlag
+from bt_fast.export.encoder_files import load_encoder
+from bt_fast.recipes import RECIPES
+from bt_fast.run.directory import make_folder, read_metrics
+from bt_fast.train import pretrain as train_pretrain
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """A finished run."""
+
+    path: Path  # the run directory
+
+    @property
+    def encoder(self) -> nn.Module:
+        """The trained encoder, on the CPU, in evaluation mode; see `load_encoder`."""
+        return load_encoder(self.path)
+
+    @property
+    def metrics(self) -> list[dict[str, Any]]:
+        """The records of metrics.jsonl: log lines ("kind": "train") and probes ("probe")."""
+        return [record for _, record in read_metrics(self.path / "metrics.jsonl")]
+
+
+def pretrain(config: Config | None = None, *, recipe: str = "imagenet", **fields: Any) -> Run:
+    """Pretrain an encoder in this process, on one device.
+
+    Installs no signal handlers, so it works in a notebook, where progress appears in the cell, and
+    in a thread. Several GPUs need the command `bt-fast pretrain --gpus N`.
+
+    Args:
+        config: the configuration; default: the recipe's.
+        recipe: name of a recipe, if there is no config.
+        fields: fields of `Config` to change, such as data="out.beton", epochs=10, resume="runs/x".
+    Returns:
+        the run: `path`, `encoder`, `metrics`.
+    Raises:
+        ValueError: an unknown recipe or field, an invalid value, data that cannot be trained on, or
+            a run whose loss is not finite.
+        OSError: the last checkpoint or the encoder could not be written.
+    """
+    if config is None and recipe not in RECIPES:
+        raise ValueError(f"recipe {recipe!r} is not one of {', '.join(RECIPES)}")
+    for name in ("data", "val_data", "run_dir", "resume"):
+        if isinstance(fields.get(name), str):
+            fields[name] = Path(fields[name])
+    unknown = sorted(fields.keys() - {field.name for field in dataclasses.fields(Config)})
+    if unknown:
+        raise ValueError(f"{', '.join(unknown)}: no such field of bt_fast.Config")
+    config = dataclasses.replace(config or RECIPES[recipe](), **fields)
+    if config.dry_run or config.slurm is not None or config.gpus not in (None, 1):
+        raise ValueError("dry_run, slurm and several gpus need the command bt-fast pretrain")
+    path = make_folder(config)
+    if config.resume is None:
+        config = dataclasses.replace(config, run_dir=path)
+    if train_pretrain(config, StopFlag()):
+        raise OSError(f"{path}: not everything was saved; free disk space and resume it")
+    return Run(path)

@@ -1,0 +1,84 @@
+"""The paper's two augmentations as a module, for other training loops."""
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import nn
+
+from pipelines import augment
+from pipelines.branches import VIEW_A, VIEW_B, Branch
+
+
+class TwoViewAugment(nn.Module):
+    """Both views of a batch of crops, augmented and normalised with ImageNet's statistics.
+
+    Cropping belongs to the loader. Fused Triton kernels on an NVIDIA GPU, one thread per core on a
+    CPU; `pipelines.augment` is the definition and names the differences from Pillow. Also random in
+    evaluation mode.
+
+    Args:
+        view_a, view_b: augmentations of the two views; default: the paper's.
+        dtype: of the views.
+        channels_first: whether crops are [2, n, 3, h, w] instead of [2, n, h, w, 3].
+    """
+
+    def __init__(
+        self,
+        view_a: Branch = VIEW_A,
+        view_b: Branch = VIEW_B,
+        *,
+        dtype: torch.dtype = torch.float32,
+        channels_first: bool = False,
+    ) -> None:
+        super().__init__()
+        self.branches = view_a, view_b
+        self.dtype = dtype
+        self.channels_first = channels_first
+
+    def forward(
+        self,
+        crops: torch.Tensor,
+        *,
+        keys: np.ndarray | None = None,
+        generator: torch.Generator | None = None,
+    ) -> torch.Tensor:
+        """Augment the crops of both views.
+
+        Args:
+            crops: uint8 [2, n, h, w, 3], crops of view A first, on any device.
+            keys: uint64 [2, n], the random key of every view (`pipelines.order.view_keys`): the
+                same keys give the same views. Default: drawn from the generator.
+            generator: on the CPU; default: torch's.
+        Returns:
+            `dtype` [2 n, 3, h, w], view A first, channels-last, on the device of the crops.
+        Raises:
+            ValueError: another dtype or shape.
+        """
+        expected = "[2, n, 3, h, w]" if self.channels_first else "[2, n, h, w, 3]"
+        channels = 2 if self.channels_first else 4
+        valid = crops.dtype == torch.uint8 and crops.ndim == 5
+        if not valid or (crops.shape[0], crops.shape[channels]) != (2, 3):
+            raise ValueError(
+                f"crops must be uint8 {expected}, got {crops.dtype} {list(crops.shape)}; see"
+                " channels_first for the other memory layout"
+            )
+        if self.channels_first:
+            crops = crops.movedim(2, 4)
+        if keys is None:
+            high = torch.iinfo(torch.int64).max
+            drawn = torch.randint(high, (2, crops.shape[1]), generator=generator)
+            keys = drawn.numpy().astype(np.uint64)
+        if keys.shape != crops.shape[:2]:
+            raise ValueError(f"keys must be uint64 {list(crops.shape[:2])}, got {list(keys.shape)}")
+        draws = [augment.draw(branch, key) for branch, key in zip(self.branches, keys, strict=True)]
+        parameters = augment.concatenate(*draws)
+        return _function_for(crops.device)(crops.flatten(0, 1), parameters, dtype=self.dtype)
+
+
+def _function_for(device: torch.device) -> Callable[..., torch.Tensor]:
+    if device.type == "cuda":
+        from pipelines.augment import triton as augment_triton  # only with torch's CUDA builds
+
+        return augment_triton.apply
+    return augment.apply_in_threads if device.type == "cpu" else augment.apply
