@@ -6,7 +6,6 @@
 #         bt-fast pretrain --data out.beton
 #
 # `docker stop --time 120` gives a run the time to save; it exits with 75 and can be resumed.
-# `python tools/check_dockerfile.py` runs these steps without Docker.
 
 # Everything from PyPI, in one layer that changes with the versions and not with the code.
 FROM debian:bookworm-slim AS environment
