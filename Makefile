@@ -9,15 +9,17 @@ DALI := .venv/.dali
 OLDEST := .venv-oldest/bin
 OLDEST_READY := .venv-oldest/.ready
 # What depends on torch and triton and on no optional package.
-OLDEST_TESTS := norm norm_triton resnet casts launches kernel_report plan model loss dist update \
-	optim augment augment_triton ablations linear_cached feed log deferred train checkpoint resume export \
-	profile gpu_suite compiled_traffic cli knn collapse supervised eval_ranks parts breakdown
+OLDEST_TESTS := tests/bt_fast $(wildcard tests/pipelines/augment/*.py) \
+	$(addprefix tests/pipelines/convert/test_,parts.py) $(addprefix tests/tools/test_, \
+	launches.py kernel_report.py profile.py gpu_suite.py compiled_traffic.py breakdown.py)
 
-.PHONY: help demo test test-oldest lint coverage bench dist clean
+.PHONY: help demo test test-slow test-all test-oldest lint coverage bench dist clean
 
 help:
 	@echo "make demo      convert drawn pictures, pretrain on them, probe the result (minutes, CPU)"
-	@echo "make test      run the tests"
+	@echo "make test      run the fast tests (minutes)"
+	@echo "make test-slow run the other tests"
+	@echo "make test-all  run all tests"
 	@echo "make test-oldest   run those that depend on torch with the GPU machines' 2.11, in .venv-oldest/"
 	@echo "make lint      ruff and mypy"
 	@echo "make coverage  run the tests and report the lines they do not reach"
@@ -28,13 +30,18 @@ help:
 demo: demo/out.beton
 	$(BIN)/bt-fast pretrain --recipe demo --data demo/out.beton
 
-# Two files of tests at a time: most wait for processes they have started.
+# Two files of tests at a time. The markers are described in pyproject.toml.
 test: $(FFCV) $(DALI)
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not cluster"
+
+test-slow: $(FFCV) $(DALI)
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "slow or cluster"
+
+test-all: test test-slow
 
 # The GPU machines' torch 2.11; no optional package, whose tests skip.
 test-oldest: $(OLDEST_READY)
-	$(OLDEST)/python -m pytest -n 2 --dist loadfile $(OLDEST_TESTS:%=tests/test_%.py)
+	$(OLDEST)/python -m pytest -n 2 --dist loadfile $(OLDEST_TESTS)
 
 lint: $(READY)
 	$(BIN)/ruff check .

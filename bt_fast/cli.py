@@ -10,8 +10,8 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
-from bt_fast import __version__
 from bt_fast.config import RENAMED, Config, immutable_changes, load_config
+from pipelines import __version__
 
 _USAGE = """bt-fast COMMAND [OPTIONS]
 

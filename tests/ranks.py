@@ -11,6 +11,21 @@ import torch.multiprocessing
 
 from bt_fast.distributed import collectives, rendezvous
 
+TINY = [
+    "--recipe=demo", "--device=cpu", "--precision=fp32", "--encoder=resnet18", "--size=32",
+    "--batch-size=16", "--projector", "32", "32", "--epochs=3", "--warmup-epochs=1",
+    "--workers=1", "--probe-every=0", "--log-every=1", "--lr-weights=0.5",
+    "--seed=1",
+]  # fmt: skip
+
+
+def embeddings(n: int, d: int) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(n * d)
+    scale = torch.logspace(-1, 1, d, dtype=torch.float64)
+    shared = torch.randn(n, d, dtype=torch.float64, generator=generator)
+    noise = [torch.randn(n, d, dtype=torch.float64, generator=generator) for _ in range(2)]
+    return [((shared + 0.7 * part) * scale + 2).requires_grad_() for part in noise]
+
 
 def run_ranks(size: int, function, *arguments) -> list:
     """[function(world, *arguments) of rank 0, of rank 1, ...]; results are saved tensors or plain.

@@ -126,7 +126,7 @@ def test_the_language_is_that_of_the_field():
     """No word of the list in code, messages and documents, but for the hidden alias."""
     names = ("README.md", "CONTRIBUTING.md", "Makefile", "Dockerfile", "pyproject.toml", ".ci/run")
     documents = [*(ROOT / "docs").glob("*.md"), *(ROOT / name for name in names)]
-    tools = [*(ROOT / "tools").glob("*"), *(ROOT / "tests").glob("*.py")]
+    tools = [*(ROOT / "tools").glob("*"), *(ROOT / "tests").rglob("*.py")]
     for path in [*FILES, *documents, *(p for p in tools if p.is_file())]:
         if path == Path(__file__):
             continue

@@ -124,6 +124,7 @@ def sandbox(stand_ins, tmp_path, monkeypatch) -> Path:
     return tmp_path / "sandbox"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("block", [b for b in BLOCKS if b.language == "console"], ids=str)
 def test_the_commands_run(block, sandbox, capsys):
     if block.not_run:

@@ -61,7 +61,7 @@ def test_the_source_archive_can_be_worked_on(release):
         names = {name.partition("/")[2] for name in opened.getnames()}
     for name in ("Makefile", "constraints.txt", "CHANGELOG.md", "Dockerfile", "LICENSE"):
         assert name in names
-    assert {f"tests/{path.name}" for path in (ROOT / "tests").glob("*.py")} <= names
+    assert {str(path.relative_to(ROOT)) for path in (ROOT / "tests").rglob("*.py")} <= names
     assert "tools/make_demo_images.py" in names
     assert not [name for name in names if name.endswith(".pyc")]
 

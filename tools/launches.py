@@ -9,7 +9,7 @@ launches its kernels and one copy per activation that is not channels-last; a mu
 launches one kernel per chunk of torch's `multi_tensor_apply` with CUDA 12; any other operator
 launches one. Additional launches by libraries within an operator (split products, workspace
 initialisation) are not counted. The optimizer's three kernels and the copies of its two tables to
-the GPU are added as a constant, which `tests/test_optim.py` checks.
+the GPU are added as a constant, which `tests/bt_fast/test_lars.py` checks.
 
 The tensors are on the CPU, whose autocast treats every operator of a step as on a GPU. Across
 ranks, collectives are counted, but not the copies of gradients into DDP's buckets.

@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bt_fast import __version__
+from pipelines import __version__
 from pipelines.common.atomic import atomic_file
 
 if TYPE_CHECKING:

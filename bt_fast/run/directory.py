@@ -28,10 +28,10 @@ from typing import Self
 import numpy
 import torch
 
-from bt_fast import __version__
 from bt_fast.config import Config, to_json
 from bt_fast.doctor.requirements import version
 from bt_fast.runtime import Runtime
+from pipelines import __version__
 from pipelines.common.atomic import atomic_file
 from pipelines.common.cpu import usable_cores
 

@@ -19,7 +19,7 @@ Differences from the reference (Pillow through torchvision): pixels are floats i
 after each op as in Pillow but not rounded to integers, and hue is not quantised to 1/256 of a turn.
 The blur is Pillow's approximation of the Gaussian, three box filters; it differs within 6 pixels of
 the edge, where Pillow replicates the edge before each filter and this code before all three.
-`tests/test_augment.py` compares every op with Pillow.
+`tests/pipelines/augment/test_augment.py` compares every op with Pillow.
 """
 
 import dataclasses

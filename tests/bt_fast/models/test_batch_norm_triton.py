@@ -1,0 +1,403 @@
+"""The fused kernels of batch norm against the definition, in Triton's interpreter."""
+
+import itertools
+import os
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from conftest import INTERPRETER_FAILS
+from norm_forms import (
+    FORMS,
+    assert_equal_steps,
+    assert_equals_definition,
+    assert_repeats_bitwise,
+    assert_sums_complete,
+    batches_of_views,
+    definition,
+    fused,
+    gradients,
+    inputs,
+    leaves,
+    make_step,
+    output_gradients,
+    relative_error,
+    torch_reference,
+)
+from ranks import run_ranks
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from triton.runtime import interpreter
+
+from bt_fast.distributed.collectives import World
+from bt_fast.models import batch_norm
+from bt_fast.models.networks import BarlowTwins
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    from bt_fast.models import batch_norm_triton
+
+pytestmark = [
+    pytest.mark.skipif(INTERPRETER_FAILS is not None, reason=str(INTERPRETER_FAILS)),
+    pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs the interpreter"),
+]
+
+
+SMALL = [(4, 64, 14, 14), (6, 67, 7, 5), (2, 24, 9, 8), (4, 130, 4, 4)]
+OF_MODELS = [  # shapes in models for views of 224 px and of 32 px
+    *[("pool", (2, 64, 112, 112)), ("residual", (2, 64, 56, 56)), ("two norms", (2, 128, 28, 28))],
+    *[("two consumers", (2, 64, 32, 32)), ("relu", (2, 64, 32, 32)), ("norm", (2, 512, 7, 7))],
+]
+
+
+@pytest.mark.parametrize(
+    "form,shape,offset",
+    [
+        *itertools.product(FORMS, SMALL, (0.5, 8.0)),
+        *((form, shape, 0.5) for form, shape in OF_MODELS),
+    ],
+)
+def test_results_and_gradients_are_at_least_as_accurate_as_torchs(form, shape, offset, monkeypatch):
+    if (form, shape) in OF_MODELS:
+        # With many small programs the interpreter takes minutes.
+        monkeypatch.setattr(batch_norm_triton, "MIN_PROGRAMS", 8)
+        monkeypatch.setattr(batch_norm_triton, "BLOCK_ROWS", 256)
+        monkeypatch.setitem(batch_norm_triton.BLOCKS, "BLOCK_ROWS", 256)
+        monkeypatch.setattr(batch_norm_triton, "POOL_BLOCK", 64)
+        monkeypatch.setattr(batch_norm_triton, "POOL_ROWS", 56)
+    tensors, g = inputs(form, shape, offset=offset), output_gradients(form, shape)
+    exact = leaves(tensors, torch.float64)
+    true = definition(form, *exact)
+    true_gradients = gradients(true, true, exact, [t.double() for t in g])
+    theirs = leaves(tensors)
+    y = torch_reference(form, *theirs)
+    their_errors = [relative_error(y, true)]
+    their_errors += map(relative_error, gradients(y, y, theirs, g), true_gradients)
+    ours = leaves(tensors)
+    y, alias, moments = fused(form, *ours)
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(y, alias)
+    our_errors = [relative_error(y, true)] + list(
+        map(relative_error, gradients(y, alias, ours, g), true_gradients)
+    )
+    for our_value, their_value in zip(our_errors, their_errors, strict=True):
+        assert our_value <= max(their_value, 4e-7), (our_errors, their_errors)
+
+    normed = exact[::3] if form == "two norms" else exact[:1]
+    for x, (mean, variance) in zip(normed, moments, strict=True):
+        views = x.detach().unflatten(0, (2, -1))
+        torch.testing.assert_close(mean.double(), views.mean((1, 3, 4)), rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(variance.double(), views.var((1, 3, 4)), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_bf16_activations_are_rounded_once(form):
+    """Within one bf16 step, because the interpreter truncates where a GPU rounds."""
+    assert_equals_definition(form, (4, 64, 14, 14), torch.bfloat16, bf16_error=2**-7)
+
+
+def test_assertions_of_the_gpu_tests():
+    """The assertions of test_cuda.py at small sizes."""
+    assert_equals_definition("two norms", (4, 8, 3, 3), torch.float32)
+    for dtype in (torch.float32, torch.bfloat16):
+        assert_sums_complete(10, 3 * batch_norm_triton.BLOCK_ROWS + 1, dtype, launches=3)
+    assert_repeats_bitwise("residual", (4, 8, 5, 5), torch.float32, repetitions=2)
+
+
+def test_a_compiled_step_equals_the_eager_one():
+    """The backend traces the operators and their shapes, and generates no code."""
+    dtype = torch.float32
+    step = make_step(
+        is_fused=True,
+        dtype=dtype,
+        wrap=lambda model: torch.compile(model, backend="aot_eager", dynamic=False),
+    )
+    assert_equal_steps(step, batches_of_views(1, 8, 12), dtype)
+
+
+@pytest.mark.parametrize("form", ["norm", "relu"])
+def test_inputs_of_two_dimensions(form):
+    x, weight, bias = (t.requires_grad_() for t in inputs(form, (10, 70)))
+    y, alias, _ = fused(form, x, weight, bias)
+    true = definition(form, *(t.double() for t in (x, weight, bias)))
+    torch.testing.assert_close(y.double(), true, rtol=1e-5, atol=1e-5)
+    assert all(g.isfinite().all() for g in gradients(y, alias, [x, weight, bias], [y, 0 * y]))
+
+
+def test_another_memory_layout_gives_the_same_result():
+    tensors, g = inputs("residual", (4, 16, 5, 5)), output_gradients("residual", (4, 16, 5, 5))
+    found = []
+    for layout in (torch.channels_last, torch.contiguous_format):
+        leaf_tensors = leaves(tensors, layout=layout)
+        y, alias, _ = fused("residual", *leaf_tensors)
+        found.append([y, *gradients(y, alias, leaf_tensors, g)])
+    assert all(map(torch.equal, *found))
+
+
+def test_a_constant_channel_has_no_variance():
+    x, weight, bias = inputs("relu", (4, 8, 3, 3))
+    x[:, 3] = 4097.0
+    leaf_tensors = leaves((x, weight, bias))
+    y, _, moments = fused("relu", *leaf_tensors)
+    assert (moments[0, 1, :, 3] == 0).all() and (moments[0, 0, :, 3] == 4097).all()
+    assert torch.equal(y[:, 3], bias[3].clamp(min=0).expand(4, 3, 3))
+    (grad_x,) = torch.autograd.grad(y.sum(), leaf_tensors[:1])
+    assert grad_x.isfinite().all()
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_nan_spreads_to_its_view_and_channel_only(form):
+    tensors = inputs(form, (4, 16, 6, 6))
+    tensors[0][3, 5, 2, 2] = torch.nan  # in view B
+    leaf_tensors = leaves(tensors)
+    y, alias, _ = fused(form, *leaf_tensors)
+    expected = torch.zeros(y.shape, dtype=torch.bool)
+    expected[2:, 5] = True
+    assert torch.equal(y.isnan(), expected)
+    (grad_x,) = gradients(y, alias, leaf_tensors[:1], [torch.ones_like(y)] * 2)
+    nan = grad_x.isnan()
+    assert nan[2:, 5].all() and nan.sum() == nan[2:, 5].sum()
+
+
+def test_the_pools_gradient_goes_to_the_first_of_equal_values():
+    x = torch.zeros(2, 4, 6, 6)
+    x[:, :, 2:4, 2:4] = 1.0  # four equal maxima
+    leaf_tensors = leaves((x, torch.ones(4), torch.ones(4)))
+    y, alias, _ = fused("pool", *leaf_tensors)
+    (ours,) = gradients(y, alias, leaf_tensors[:1], [torch.ones_like(y), torch.zeros_like(y)])
+    theirs = leaves((x, torch.ones(4), torch.ones(4)))
+    (true,) = torch.autograd.grad(torch_reference("pool", *theirs).sum(), theirs[:1])
+    torch.testing.assert_close(ours, true, rtol=0, atol=1e-5)
+
+
+def test_an_odd_batch_is_refused():
+    layer = batch_norm.BatchNorm2d(4)
+    batch_norm.fuse(layer)
+    with pytest.raises(ValueError, match="two views of every image, got 3 rows"):
+        batch_norm.norm_act(layer, torch.randn(3, 4, 2, 2))
+
+
+def test_no_gradient_of_the_results_gives_no_gradient_of_the_input():
+    x, weight, bias = leaves(inputs("two consumers", (4, 8, 3, 3)))
+    y, alias, _ = fused("two consumers", x, weight, bias)
+    assert torch.autograd.grad(
+        Stop.apply(y).sum() + Stop.apply(alias).sum(), [x], allow_unused=True
+    ) == (None,)
+
+
+class Stop(torch.autograd.Function):
+    """Returns None as its gradient."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, g):
+        return None
+
+
+def test_a_single_value_per_channel_is_refused():
+    with pytest.raises(ValueError, match="more than one value"):
+        fused("norm", *inputs("norm", (2, 3, 1, 1)))
+
+
+# On several ranks.
+
+
+def slice_of_rank(world: World, tensors, g):
+    """This rank's slice of every view; weights and biases are complete on every rank."""
+
+    def part(t):
+        return t.unflatten(0, (2, world.size, -1))[:, world.rank].flatten(0, 1) if t.ndim > 1 else t
+
+    return [part(t) for t in tensors], [part(t) for t in g]
+
+
+def results_of_rank(world: World, form: str, shape) -> list[torch.Tensor]:
+    tensors, g = slice_of_rank(world, inputs(form, shape), output_gradients(form, shape))
+    leaf_tensors = leaves(tensors)
+    y, alias, moments = fused(form, *leaf_tensors, group=world.group)
+    return [moments, y.detach(), *gradients(y, alias, leaf_tensors, g)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_ranks", [1, 3])
+def test_statistics_are_taken_over_all_ranks(num_ranks):
+    shape = (6, 20, 3, 5)
+    for form in FORMS:
+        by_rank = run_ranks(num_ranks, results_of_rank, form, shape)
+        tensors, g = leaves(inputs(form, shape), torch.float64), output_gradients(form, shape)
+        true = definition(form, *tensors)
+        exact = [true.detach(), *gradients(true, true, tensors, [t.double() for t in g])]
+        for index, value in enumerate(exact, 1):
+            found = [results[index] for results in by_rank]
+            if value.ndim == 4:
+                views = [t.unflatten(0, (2, -1)) for t in found]
+                combined = torch.cat(views, 1).flatten(0, 1)
+            else:  # the gradient of a weight is the sum over ranks
+                combined = torch.stack(found).sum(0)
+            assert relative_error(combined, value) < 1e-6
+        assert all(torch.equal(by_rank[0][0], results[0]) for results in by_rank)
+
+
+# In a model.
+
+
+def train_a_step(encoder: str, size: int, small: bool, dtype: torch.dtype, fused: bool) -> dict:
+    """Embeddings, gradients and running statistics of one step, and embeddings in evaluation."""
+    views = torch.randn(8, 3, size, size, generator=torch.Generator().manual_seed(1))
+    torch.manual_seed(0)
+    model = BarlowTwins(encoder, (32, 32), small_images=small)
+    for layer in model.modules():  # zero weights would hide the residual branches
+        if isinstance(layer, nn.BatchNorm2d):
+            nn.init.uniform_(layer.weight, 0.5, 1.0)
+    model.to(dtype).to(memory_format=torch.channels_last)
+    views = views.to(dtype, memory_format=torch.channels_last)
+    statistics = batch_norm.RunningStatistics(model)
+    if fused:
+        batch_norm.fuse(model)
+    z = model(views)
+    (z * torch.linspace(-1, 1, z.numel(), dtype=dtype).view_as(z)).sum().backward()
+    statistics.update(torch.tensor(True))
+    found = {name: p.grad for name, p in model.named_parameters()}
+    found |= {"embeddings": z.detach(), "running": statistics.running}
+    assert (statistics.counts == 2).all()
+    with torch.no_grad():
+        return found | {"evaluated": model.eval()(views)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "encoder,size,small", [("resnet18", 12, True), ("resnet18", 40, False), ("resnet50", 32, False)]
+)
+def test_a_step_of_a_fused_model_is_as_accurate(encoder, size, small):
+    arguments = encoder, size, small
+    true = train_a_step(*arguments, torch.float64, False)
+    theirs, ours = (train_a_step(*arguments, torch.float32, fused) for fused in (False, True))
+
+    def errors(found: dict) -> torch.Tensor:
+        """Relative errors in the norm, because rounding may change the sign of a ReLU's input."""
+        return torch.stack([(found[k] - t).norm() / t.norm() for k, t in true.items()])
+
+    assert (errors(ours) < 10 * errors(theirs) + 1e-5).all()
+    assert errors(ours).median() < 2 * errors(theirs).median()
+
+
+def test_fused_norms_need_a_gpu_or_the_interpreter(monkeypatch):
+    cpu = torch.device("cpu")
+    assert batch_norm.choose_norm("fused", cpu) == "fused"
+    monkeypatch.delenv("TRITON_INTERPRET")
+    with pytest.raises(ValueError, match="--norm fused needs a GPU"):
+        batch_norm.choose_norm("fused", cpu)
+    for norm in ("auto", "compiled"):
+        assert batch_norm.choose_norm(norm, cpu) == "compiled"
+
+
+def test_the_partition_covers_all_rows_and_channels():
+    for (n, channels, side), views in itertools.product(
+        [(512, 64, 112), (512, 256, 56), (512, 2048, 7), (2, 3, 1), (64, 67, 5)], (1, 2)
+    ):
+        x = torch.empty(n, channels, side, side, device="meta")
+        partition = batch_norm_triton.make_partition(x, views)
+        assert partition.rows_per_part % batch_norm_triton.BLOCK_ROWS == 0
+        assert (partition.num_parts - 1) * partition.rows_per_part < partition.num_rows
+        assert partition.num_rows <= partition.num_parts * partition.rows_per_part
+        assert partition.num_blocks * batch_norm_triton.BLOCK_CHANNELS >= channels
+
+
+# Memory traffic.
+
+
+class CountedMemory:
+    """The interpreter's memory, with a count of the bytes loaded and stored."""
+
+    def __init__(self, memory) -> None:
+        self.memory, self.bytes = memory, 0
+
+    def __getattr__(self, name: str):
+        return getattr(self.memory, name)
+
+    def load(self, pointers, mask, other, dtype):
+        self.bytes += int(mask.sum()) * dtype.itemsize
+        return self.memory.load(pointers, mask, other, dtype)
+
+    def store(self, pointers, values, mask):
+        self.bytes += int(mask.sum()) * values.dtype.itemsize
+        return self.memory.store(pointers, values, mask)
+
+
+class Operators(TorchDispatchMode):
+    """Records (name, bytes of arguments and results) of every call of a norm operator."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[str, int]] = []
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        results = function(*arguments, **(keywords or {}))
+        if function.namespace == "bt_fast":
+            tensors = tree_leaves((arguments, results))
+            total = sum(t.nbytes for t in tensors if isinstance(t, torch.Tensor))
+            self.calls.append((function._schema.name.partition("::")[2], total))
+        return results
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_kernels_move_their_arguments_once(form, monkeypatch):
+    """Counted in the interpreter, load by load. (The pool's windows overlap; a GPU caches them.)"""
+    # Few and large programs, so that partial sums are few beside activations.
+    monkeypatch.setattr(batch_norm_triton, "MIN_PROGRAMS", 2)
+    monkeypatch.setattr(batch_norm_triton, "POOL_ROWS", 1 << 16)
+    memory = CountedMemory(interpreter._interpreter)
+    monkeypatch.setattr(interpreter, "_interpreter", memory)
+    tensors, g = inputs(form, (2, 64, 48, 48)), output_gradients(form, (2, 64, 48, 48))
+    leaf_tensors = leaves(tensors, torch.bfloat16)
+    counted = []
+    with Operators() as operators:
+        y, alias, _ = fused(form, *leaf_tensors)
+        counted.append(memory.bytes)
+        gradients(y.float(), alias.float(), leaf_tensors, g)
+        counted.append(memory.bytes - counted[0])
+    backward = ("norm_sums", "norm_backward", "norm_pool_backward")
+    expected = [
+        sum(size for name, size in operators.calls if (name in backward) == is_backward)
+        for is_backward in (False, True)
+    ]
+    overlap = {"pool": (1.5, 2.0)}.get(form, (1.02, 1.02))
+    for found, once, limit in zip(counted, expected, overlap, strict=True):
+        assert 0.99 < found / once < limit, (counted, expected)
+
+
+def bytes_of_operators(model: nn.Module, num_images: int, size: int) -> list[tuple[str, int]]:
+    """(name, bytes) of every norm operator in a training step under bf16 autocast."""
+    views = torch.empty(2 * num_images, 3, size, size, dtype=torch.bfloat16, device="meta")
+    with torch.autocast("cpu", torch.bfloat16), Operators() as operators:
+        z = model(views.to(memory_format=torch.channels_last))
+    with operators:
+        z.sum().backward()
+    return operators.calls
+
+
+def test_a_step_of_the_papers_network_moves_101_gb_in_norms():
+    with torch.device("meta"):
+        model = BarlowTwins("resnet50", (8192, 8192, 8192))
+    batch_norm.fuse(model)
+    calls = bytes_of_operators(model, 256, 224)
+    names = [name for name, _ in calls]
+    # Statistics, normalise, sums and input gradient of 53 + 2 norms. Where a block changes the
+    # shape (4 times), one call of all but the first serves two norms.
+    assert [names.count(name) for name in sorted(set(names))] == [50, 50, 51, 1, 1, 51]
+    total = sum(size for _, size in calls) / 1e9
+    assert 98 < total < 102
+
+    block = model.encoder.layer1[1]
+    x = torch.empty(512, 256, 56, 56, dtype=torch.bfloat16, device="meta")
+    x = x.to(memory_format=torch.channels_last).requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        y, alias = block((x, x))
+    with Operators() as operators:
+        (y.sum() + alias.sum()).backward()
+    assert 7.5 < sum(size for _, size in operators.calls) / 1e9 < 8.2

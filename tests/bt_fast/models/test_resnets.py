@@ -1,0 +1,70 @@
+"""The ResNets' forward pass against torchvision's."""
+
+import pytest
+import torch
+from torch import nn
+from torchvision import models
+
+from bt_fast.models import batch_norm
+from bt_fast.models.networks import ARCHITECTURES, build_encoder
+
+
+def pair(name: str, norm_layer, small_images: bool = False):
+    """Our encoder and torchvision's, with the same float64 weights; no norm's weight is zero."""
+    ours = build_encoder(name, norm_layer=norm_layer, small_images=small_images).double()
+    for layer in ours.modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            nn.init.uniform_(layer.weight, 0.5, 1.0)
+            nn.init.uniform_(layer.bias, -0.5, 0.5)
+    theirs = getattr(models, name)().double()
+    theirs.fc = nn.Identity()
+    if small_images:
+        theirs.conv1, theirs.maxpool = nn.Conv2d(3, 64, 3, padding=1, bias=False), nn.Identity()
+    theirs.double().load_state_dict(ours.state_dict())
+    ours.load_state_dict(theirs.state_dict())
+    return ours, theirs
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name,small_images", [*((name, False) for name in ARCHITECTURES), ("resnet18", True)]
+)
+def test_features_and_gradients_equal_torchvisions_for_each_view(name, small_images):
+    torch.manual_seed(0)
+    ours, theirs = pair(name, batch_norm.BatchNorm2d, small_images)
+    views = torch.randn(6, 3, 40, 40, dtype=torch.float64)
+    weights = torch.randn(6, 1, dtype=torch.float64)
+    features = ours(views)
+    (features * weights).sum().backward()
+    expected = torch.cat([theirs(view) for view in views.chunk(2)])
+    (expected * weights).sum().backward()
+    torch.testing.assert_close(features, expected, rtol=1e-10, atol=1e-10)
+    gradients = dict(theirs.named_parameters())
+    for key, parameter in ours.named_parameters():
+        scale = gradients[key].grad.abs().max()
+        difference = (parameter.grad - gradients[key].grad).abs().max()
+        assert difference <= 1e-10 * scale, key
+    for (key, value), expected in zip(
+        ours.state_dict().items(), theirs.state_dict().values(), strict=True
+    ):
+        torch.testing.assert_close(value, expected, rtol=1e-10, atol=1e-10, msg=key)
+    with torch.no_grad():
+        features = ours.eval()(views)
+        torch.testing.assert_close(features, theirs.eval()(views), rtol=1e-10, atol=1e-10)
+
+
+def test_with_torchs_batch_norm_features_equal_torchvisions_bit_for_bit():
+    ours, theirs = pair("resnet18", nn.BatchNorm2d)
+    images = torch.randn(4, 3, 40, 40, dtype=torch.float64)
+    assert torch.equal(ours(images), theirs(images))
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_initialisation_equals_torchvisions(name):
+    torch.manual_seed(3)
+    ours = build_encoder(name).state_dict()
+    torch.manual_seed(3)
+    theirs = getattr(models, name)(zero_init_residual=True)
+    theirs.fc = nn.Identity()
+    assert list(ours) == list(theirs.state_dict())
+    assert all(map(torch.equal, ours.values(), theirs.state_dict().values()))

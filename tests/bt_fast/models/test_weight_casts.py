@@ -1,0 +1,135 @@
+"""A step with a stage's weights cast together equals a step with autocast's casts, bit for bit."""
+
+import copy
+
+import pytest
+import torch
+from ranks import run_ranks
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from bt_fast.distributed.collectives import ALONE, World
+from bt_fast.loss import barlow_twins_loss
+from bt_fast.models import networks
+from bt_fast.models.networks import BarlowTwins
+
+
+def forward_with_autocast(stage: nn.Module, x):
+    return stage(x)
+
+
+def train_a_step(world: World, encoder: str, together: bool) -> dict[str, torch.Tensor]:
+    """Loss, gradients and running statistics under bf16 autocast, with DDP on several ranks.
+    Convolutions are 1 x 1 and 3 x 3, channels-last."""
+    torch.manual_seed(0)
+    model = BarlowTwins(encoder, (32, 32), small_images=True)
+    for layer in model.modules():  # zero weights would hide the residual branches
+        if isinstance(layer, nn.BatchNorm2d):
+            nn.init.uniform_(layer.weight, 0.5, 1.0)
+    model.to(memory_format=torch.channels_last)
+    views = torch.randn(16, 3, 16, 16, generator=torch.Generator().manual_seed(world.rank))
+    views = views.to(torch.bfloat16, memory_format=torch.channels_last)
+    embed = model if world.group is None else DistributedDataParallel(model)
+    with pytest.MonkeyPatch.context() as patch:
+        if not together:
+            patch.setattr(networks, "_forward_cast", forward_with_autocast)
+        with torch.autocast("cpu", torch.bfloat16):
+            z_a, z_b = embed(views).chunk(2)
+        loss = barlow_twins_loss(z_a, z_b, group=world.group)
+        loss.backward()
+    found = {name: p.grad for name, p in model.named_parameters()}
+    for name, p in model.named_parameters():
+        assert p.grad.dtype == torch.float32 and p.grad.stride() == p.stride(), name
+    return found | dict(model.named_buffers()) | {"loss": loss.detach(), "z": z_a.detach()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_ranks", [1, 2])
+@pytest.mark.parametrize("encoder", ["resnet18", "resnet50"])
+def test_a_step_equals_autocasts(encoder, num_ranks):
+    if num_ranks == 1:
+        found = [[train_a_step(ALONE, encoder, together)] for together in (True, False)]
+    else:
+        found = [run_ranks(2, train_a_step, encoder, together) for together in (True, False)]
+    for ours, theirs in zip(*found, strict=True):
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+class Casts(torch.utils._python_dispatch.TorchDispatchMode):
+    """Counts casts of single tensors with more than one dimension, and of lists."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.single, self.lists = 0, []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten._to_copy.default:
+            self.single += args[0].ndim > 1
+        if func is torch.ops.aten._foreach_copy_.default:
+            self.lists.append([source.dtype for source in args[1]])
+        return func(*args, **(kwargs or {}))
+
+
+def build_stage() -> nn.Module:
+    return networks.build_encoder("resnet18").layer2  # five convolutions
+
+
+def test_a_stages_weights_are_cast_once_in_each_pass():
+    stage, x = build_stage(), torch.randn(4, 64, 8, 8).bfloat16()
+    names = list(stage.state_dict())
+    with Casts() as casts, torch.autocast("cpu", torch.bfloat16):
+        networks._forward_cast(stage, x)[0].sum().backward()
+    assert casts.lists == [[torch.float32] * 5, [torch.bfloat16] * 5]
+    assert casts.single == 0
+    assert list(stage.state_dict()) == names
+    assert all(type(p) is nn.Parameter and p.dtype == torch.float32 for p in stage.parameters())
+
+
+@pytest.mark.parametrize("case", ["evaluation", "no autocast", "bf16 weights", "frozen"])
+def test_no_weights_are_cast_together_outside_mixed_precision_training(case):
+    stage, x = build_stage(), torch.randn(4, 64, 8, 8)
+    if case == "evaluation":
+        stage.eval()
+    if case == "bf16 weights":
+        stage, x = stage.bfloat16(), x.bfloat16()
+    stage.requires_grad_(case != "frozen")
+    reference = copy.deepcopy(stage)
+    with Casts() as casts, torch.autocast("cpu", torch.bfloat16, enabled=case != "no autocast"):
+        y = networks._forward_cast(stage, x)
+        assert not casts.lists
+        assert torch.equal(y, reference(x))
+
+
+def test_frozen_weights_are_left_to_autocast():
+    stage, x = build_stage(), torch.randn(4, 64, 8, 8).bfloat16()
+    stage[0].requires_grad_(False)
+    with Casts() as casts, torch.autocast("cpu", torch.bfloat16):
+        networks._forward_cast(stage, x).sum().backward()
+    assert casts.lists == [[torch.float32] * 2, [torch.bfloat16] * 2]
+    assert all((p.grad is None) != p.requires_grad for p in stage.parameters())
+
+
+def test_a_failure_leaves_the_weights_in_place():
+    stage = build_stage()
+    before = dict(stage.named_parameters())
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(RuntimeError):
+        networks._forward_cast(stage, torch.randn(4, 63, 8, 8))
+    assert all(p is before[name] for name, p in stage.named_parameters())
+
+
+def test_a_compiled_stage_is_left_to_the_compiler():
+    """It is one graph, without casts of lists."""
+    graphs = []
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    stage, x = build_stage(), torch.randn(4, 64, 8, 8).bfloat16()
+    compiled = torch.compile(
+        lambda x: networks._forward_cast(stage, x), backend=backend, fullgraph=True
+    )
+    with torch.autocast("cpu", torch.bfloat16):
+        compiled(x)
+    assert len(graphs) == 1 and "_foreach_copy_" not in graphs[0].code

@@ -1,0 +1,276 @@
+"""LARS, its definition and fused, and the schedule against the reference over a trajectory."""
+
+import math
+
+import pytest
+import torch
+from conftest import require_interpreter
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+
+from bt_fast.lars import LARS, parameter_groups
+from bt_fast.models.networks import BarlowTwins
+from bt_fast.schedule import FINAL_FRACTION, learning_rate
+from tools import reference
+
+
+def reference_rate(step: int, steps_per_epoch: int, epochs: int, batch_size: int) -> float:
+    """The released code's schedule without its two factors 0.2 and 0.0048."""
+    num_steps, warmup = epochs * steps_per_epoch, 10 * steps_per_epoch
+    base = batch_size / 256
+    if step < warmup:
+        return base * step / warmup
+    q = 0.5 * (1 + math.cos(math.pi * (step - warmup) / (num_steps - warmup)))
+    return base * q + base * 0.001 * (1 - q)
+
+
+def reference_update(p, g, momentum, lr, *, weight_decay, eta=1e-3, mu=0.9):
+    """The reference's update of one parameter, in Python floats."""
+    flat_p, flat_g, flat_m = (t.flatten().tolist() for t in (p, g, momentum))
+    if p.ndim != 1:
+        flat_g = [gi + weight_decay * pi for gi, pi in zip(flat_g, flat_p, strict=True)]
+        p_norm = math.sqrt(math.fsum(x * x for x in flat_p))
+        g_norm = math.sqrt(math.fsum(x * x for x in flat_g))
+        q = eta * p_norm / g_norm if p_norm > 0 and g_norm > 0 else 1.0
+        flat_g = [gi * q for gi in flat_g]
+    flat_m = [mu * mi + gi for mi, gi in zip(flat_m, flat_g, strict=True)]
+    flat_p = [pi - lr * mi for pi, mi in zip(flat_p, flat_m, strict=True)]
+    return (torch.tensor(x, dtype=torch.float64).view_as(p) for x in (flat_p, flat_m))
+
+
+def test_lars_and_schedule_follow_the_reference_for_100_steps():
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(8, 3, 3, 3), (8,), (8,), (5, 8), (1, 7), (4, 4)]
+    ours = [torch.randn(s, dtype=torch.float64, generator=generator) for s in shapes]
+    ours[-1].zero_()  # a parameter of norm 0 has trust ratio 1
+    theirs = [p.clone() for p in ours]
+    buffers = [torch.zeros_like(p) for p in ours]
+    for p in ours:
+        p.requires_grad_()
+    weights = [p for p in ours if p.ndim > 1]
+    biases = [p for p in ours if p.ndim <= 1]
+    optimizer = LARS([{"params": weights}, {"params": biases}], 0.0, weight_decay=1.5e-6)
+
+    run = {"steps_per_epoch": 5, "epochs": 20, "batch_size": 512}
+    for step in range(100):
+        for p in ours:
+            p.grad = torch.randn(p.shape, dtype=torch.float64, generator=generator)
+            p.grad *= 0.0 if step == 3 else 10.0 ** (step % 5 - 2)
+        for group, base_lr in zip(optimizer.param_groups, (0.2, 0.0048), strict=True):
+            group["lr"] = learning_rate(step, base_lr=base_lr, **run)
+        optimizer.step()
+        rate = reference_rate(step, **run)
+        for i, p in enumerate(ours):
+            lr = rate * (0.2 if p.ndim > 1 else 0.0048)
+            theirs[i], buffers[i] = reference_update(
+                theirs[i], p.grad, buffers[i], lr, weight_decay=1.5e-6
+            )
+            assert (p - theirs[i]).abs().max() <= 1e-12
+            assert (optimizer.state[p]["momentum"] - buffers[i]).abs().max() <= 1e-12
+
+
+@pytest.mark.parametrize("batch_size,epochs", [(2048, 1000), (256, 100), (4096, 300)])
+def test_schedule_equals_the_reference_at_every_step(batch_size, epochs):
+    steps_per_epoch = 1_281_167 // batch_size
+    num_steps = epochs * steps_per_epoch
+    for step in [0, 1, 10 * steps_per_epoch - 1, 10 * steps_per_epoch, *range(0, num_steps, 997)]:
+        ours = learning_rate(
+            step, steps_per_epoch=steps_per_epoch, epochs=epochs, batch_size=batch_size, base_lr=0.2
+        )
+        expected = 0.2 * reference_rate(step, steps_per_epoch, epochs, batch_size)
+        assert abs(ours - expected) <= 1e-12
+
+
+def test_schedule_has_the_papers_peak_and_final_rate():
+    run = {"steps_per_epoch": 625, "epochs": 1000, "batch_size": 2048}
+    assert learning_rate(0, base_lr=0.2, **run) == 0
+    assert learning_rate(6250, base_lr=0.2, **run) == pytest.approx(1.6)
+    assert learning_rate(6250, base_lr=0.0048, **run) == pytest.approx(0.0384)
+    assert learning_rate(625_000, base_lr=0.2, **run) == pytest.approx(0.0016)
+
+
+def test_a_warmup_as_long_as_the_run_does_not_divide_by_zero():
+    run = {"steps_per_epoch": 3, "epochs": 10, "batch_size": 256, "base_lr": 1.0}
+    assert learning_rate(29, **run) == pytest.approx(29 / 30)
+    assert math.isfinite(learning_rate(30, **run))
+
+
+ALIGNED = [(64, 3, 7, 7), (64,), (130, 332), (8,), (40_000,), (1, 8), (4, 4)]
+UNALIGNED = [(64, 3, 7, 7), (64,), (130, 333), (5,), (40_001,), (1, 7), (3, 3)]
+
+
+def mixed_parameters(shapes=UNALIGNED) -> list[torch.Tensor]:
+    """Tensors like a model's: channels-last, one row, large, small, all zeros."""
+    generator = torch.Generator().manual_seed(0)
+    parameters = [torch.randn(shape, generator=generator) for shape in shapes]
+    parameters[0] = parameters[0].to(memory_format=torch.channels_last)
+    parameters[-1].zero_()
+    return [p.requires_grad_() for p in parameters]
+
+
+def build_optimizer(parameters: list[torch.Tensor], fused: bool) -> LARS:
+    if fused:
+        require_interpreter()
+    groups = [
+        {"params": [p for p in parameters if p.ndim > 1], "momentum": 0.8},
+        {"params": [p for p in parameters if p.ndim <= 1], "lr": 0.3},
+    ]
+    return LARS(groups, 0.1, weight_decay=1e-2, fused=fused)
+
+
+@pytest.mark.parametrize("shapes", [ALIGNED, UNALIGNED])
+def test_the_fused_update_equals_the_definition(shapes):
+    """In Triton's interpreter; some gradients have other strides or are absent."""
+    unfused, fused = mixed_parameters(shapes), mixed_parameters(shapes)
+    optimizers = build_optimizer(unfused, False), build_optimizer(fused, True)
+    for step in range(4):
+        for i, (p, q) in enumerate(zip(unfused, fused, strict=True)):
+            p.grad = torch.randn(p.shape) * 10.0 ** (step - 2)
+            q.grad = p.grad.clone()
+            if (step, i) == (2, 3):
+                p.grad = q.grad = None
+        for optimizer in optimizers:
+            optimizer.step()
+        for p, q in zip(unfused, fused, strict=True):
+            assert (p - q).norm() <= 1e-6 * p.norm()
+
+
+def test_the_fused_update_of_unaligned_memory():
+    storage = torch.randn(41)
+    parameters = [storage[1:25].view(4, 6).requires_grad_(), storage[25:41].requires_grad_()]
+    expected = [p.detach().clone().requires_grad_() for p in parameters]
+    for params, fused in ((parameters, True), (expected, False)):
+        for p in params:
+            p.grad = torch.ones_like(p)
+        build_optimizer(params, fused).step()
+    assert all(torch.allclose(p, q) for p, q in zip(parameters, expected, strict=True))
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_guarded_step_that_is_not_finite_changes_nothing(fused):
+    parameters = mixed_parameters()
+    optimizer = build_optimizer(parameters, fused)
+
+    def step(guard: float, addend: float = 0.0, index: int = 0) -> list[torch.Tensor]:
+        """One step with `addend` in the last element of one gradient -> parameters and buffers."""
+        for p in parameters:
+            p.grad = torch.ones_like(p)
+        parameters[index].grad[(-1,) * parameters[index].ndim] += addend
+        applied = optimizer.step(guard=torch.tensor(guard))
+        assert applied.item() == (math.isfinite(guard) and math.isfinite(addend))
+        state = [optimizer.state[p]["momentum"] for p in parameters]
+        return [t.detach().clone() for t in (*parameters, *state)]
+
+    first = step(1.0)
+    for value in (math.nan, math.inf, -math.inf):
+        assert all(map(torch.equal, step(value), first))
+        for index in range(len(parameters)):
+            assert all(map(torch.equal, step(1.0, value, index), first))
+    assert not any(map(torch.equal, step(1.0), first))
+
+
+class Launches(TorchDispatchMode):
+    """Counts the operations that a GPU would launch: no views or allocations."""
+
+    NO_LAUNCH = frozenset({"empty", "empty_like", "_to_copy", "detach", "unbind", "zeros_like"})
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        self.count += not (func.is_view or name in self.NO_LAUNCH or name.startswith("_record"))
+        return func(*args, **(kwargs or {}))
+
+
+class CountedKernel:
+    """A Triton kernel whose launches are counted, without the operations of the interpreter."""
+
+    def __init__(self, kernel, launches: Launches) -> None:
+        self.kernel, self.launches = kernel, launches
+
+    def __getitem__(self, grid):
+        def launch(*arguments, **options):
+            self.launches.count += 1
+            with _disable_current_modes():
+                return self.kernel[grid](*arguments, **options)
+
+        return launch
+
+
+@pytest.mark.slow
+def test_launches_of_the_papers_model(monkeypatch):
+    """One step of ResNet-50 and its projector: the released code's loop, foreach, fused kernels.
+    The tensors are small, because launches depend only on the number of tensors."""
+    require_interpreter()
+    from bt_fast import lars_triton
+
+    with torch.device("meta"):
+        model = BarlowTwins("resnet50", (8192, 8192, 8192))
+    shapes = [tuple(min(side, 4) for side in p.shape) for p in model.parameters()]
+    parameters = [torch.ones(shape, requires_grad=True) for shape in shapes]
+    for p in parameters:
+        p.grad = torch.ones_like(p)
+    optimizers = [
+        reference.Lars(parameter_groups(parameters), 0.1, weight_decay=1e-6),
+        LARS(parameter_groups(parameters), 0.1, weight_decay=1e-6, fused=False),
+        LARS(parameter_groups(parameters), 0.1, weight_decay=1e-6, fused=True),
+    ]
+    counts = []
+    for optimizer in optimizers:
+        optimizer.step()  # allocates the state
+        with monkeypatch.context() as patch, Launches() as launches:
+            for name in ("_sums", "_ratios", "_apply"):
+                patch.setattr(
+                    lars_triton, name, CountedKernel(getattr(lars_triton, name), launches)
+                )
+            optimizer.step()
+        counts.append(launches.count)
+    assert (len(parameters), *counts) == (166, 1114, 19, 3)
+
+
+def test_parameters_without_gradient_are_unchanged():
+    used, unused = torch.randn(3, 3, requires_grad=True), torch.randn(3, 3, requires_grad=True)
+    before = unused.detach().clone()
+    used.grad = torch.randn(3, 3)
+    LARS([used, unused], 0.1).step()
+    assert torch.equal(unused, before)
+
+
+@pytest.mark.parametrize("name", ["momentum", "weight_decay", "trust_coefficient"])
+def test_negative_hyper_parameters_are_refused(name):
+    with pytest.raises(ValueError, match=name):
+        LARS([torch.zeros(2, 2)], 0.1, **{name: -1.0})
+
+
+@given(
+    steps_per_epoch=st.integers(1, 40),
+    epochs=st.integers(1, 60),
+    warmup_epochs=st.one_of(st.integers(0, 59), st.floats(0, 59)),
+    batch_size=st.integers(2, 8192),
+    base_lr=st.floats(1e-6, 10),
+)
+def test_any_schedule_rises_linearly_to_its_peak_then_falls_to_a_thousandth(
+    steps_per_epoch, epochs, warmup_epochs, batch_size, base_lr
+):
+    warmup_epochs = min(warmup_epochs, epochs - 1)  # the configuration requires it
+    run = {
+        "steps_per_epoch": steps_per_epoch,
+        "epochs": epochs,
+        "batch_size": batch_size,
+        "base_lr": base_lr,
+        "warmup_epochs": warmup_epochs,
+    }
+    peak, warmup = base_lr * batch_size / 256, warmup_epochs * steps_per_epoch
+    steps = epochs * steps_per_epoch
+    rates = [learning_rate(step, **run) for step in range(steps + 3)]
+    rising = rates[: math.ceil(warmup)]
+    assert rising == pytest.approx([peak * step / warmup for step in range(len(rising))])
+    falling = rates[math.ceil(warmup) :]
+    assert falling == sorted(falling, reverse=True)
+    assert min(rates) >= 0 and max(rates) <= peak * (1 + 1e-12)
+    if warmup == int(warmup):
+        assert falling[0] == pytest.approx(peak)
+    assert rates[steps:] == pytest.approx([peak * FINAL_FRACTION] * 3)  # also after the end

@@ -1,0 +1,179 @@
+"""bt-fast as a library: what `bt_fast` exports, and the examples of docs/library.md."""
+
+import copy
+import os
+import pydoc
+import re
+import subprocess
+import sys
+import threading
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import write_beton
+from ranks import run_ranks
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+import bt_fast
+from pipelines import augment
+from pipelines.order import view_keys
+
+ROOT = Path(__file__).parents[2]
+TINY = {"recipe": "demo", "size": 32, "batch_size": 16, "projector": (32, 16), "epochs": 1}
+TINY |= {"device": "cpu", "workers": 1, "probe_every": 0, "max_steps": 2}
+
+
+def test_everything_exported_is_documented():
+    assert set(bt_fast.__all__) <= set(dir(bt_fast))
+    text = pydoc.plain(pydoc.render_doc(bt_fast))
+    for phrase in ("[n, D]", "uint8 [2, n, h, w, 3]", "DistributedDataParallel", "class LARS"):
+        assert phrase in text
+    for name in bt_fast.__all__:
+        exported = getattr(bt_fast, name)
+        assert isinstance(exported, (str, bt_fast.Branch)) or exported.__doc__, name
+
+
+def test_importing_needs_no_torch():
+    code = "import sys, bt_fast; print('torch' in sys.modules)"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True)
+    assert done.stdout == b"False\n"
+
+
+def examples() -> list[str]:
+    return re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "library.md").read_text(), re.DOTALL)
+
+
+def test_the_examples_of_the_documentation_run(tmp_path, monkeypatch):
+    (tmp_path / "demo").mkdir()
+    write_beton(tmp_path / "demo" / "out.beton", 160)
+    monkeypatch.chdir(tmp_path)
+    whole_run, plain_loop, lightning, _, loader = examples()
+    exec(whole_run, {})
+    names: dict = {}
+    exec(plain_loop, names)
+    assert torch.isfinite(names["loss"])
+    found: dict = {}
+    exec(loader, found)
+    views = bt_fast.TwoViewAugment()(found["crops"], keys=np.stack(found["keys"]))
+    assert views.shape == (256, 3, 48, 48)
+    pytest.importorskip("lightning", reason="lightning is not installed")
+    exec(lightning, names)
+
+
+def test_two_runs_in_one_process_and_one_in_a_thread(small_beton, tmp_path):
+    runs = [bt_fast.pretrain(**TINY, data=small_beton, run_dir=tmp_path / name) for name in "ab"]
+    thread = threading.Thread(
+        target=lambda: runs.append(
+            bt_fast.pretrain(**TINY, data=str(small_beton), run_dir=str(tmp_path / "c"))
+        )
+    )
+    thread.start()
+    thread.join()
+    first, *others = (run.encoder.state_dict() for run in runs)
+    assert len(runs) == 3
+    for other in others:
+        assert all(torch.equal(first[name], other[name]) for name in first)
+    assert [record["step"] for record in runs[2].metrics] == [1, 2]
+
+
+@pytest.mark.parametrize(
+    "fields,message",
+    [
+        ({"recipe": "no-such"}, "is not one of imagenet"),
+        ({"epocs": 3}, "epocs: no such field"),
+        ({"gpus": 2}, "need the command"),
+        ({"batch_size": 1}, "--batch-size must be at least 2"),
+    ],
+)
+def test_wrong_fields_are_refused(fields, message, small_beton, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        bt_fast.pretrain(**{**TINY, "data": small_beton, "run_dir": tmp_path / "run", **fields})
+
+
+def test_two_view_augment_is_the_definition():
+    crops = torch.randint(256, (2, 6, 40, 40, 3), dtype=torch.uint8)
+    keys = np.stack([view_keys(np.arange(6), seed=0, epoch=0, view=view) for view in (0, 1)])
+    views = bt_fast.TwoViewAugment()(crops, keys=keys)
+    for ours, branch, pixels, key in zip(
+        views.chunk(2), (bt_fast.VIEW_A, bt_fast.VIEW_B), crops, keys, strict=True
+    ):
+        expected = augment.apply(pixels, augment.draw(branch, key), dtype=torch.float32)
+        assert torch.equal(ours, expected)
+    first_layout = bt_fast.TwoViewAugment(channels_first=True)
+    assert torch.equal(first_layout(crops.movedim(4, 2), keys=keys), views)
+
+
+def test_two_view_augment_draws_from_a_generator():
+    crops = torch.randint(256, (2, 6, 40, 40, 3), dtype=torch.uint8)
+    module = bt_fast.TwoViewAugment(dtype=torch.bfloat16)
+    first, again = (module(crops, generator=torch.Generator().manual_seed(3)) for _ in range(2))
+    assert torch.equal(first, again) and first.dtype == torch.bfloat16
+    assert not torch.equal(first, module(crops, generator=torch.Generator().manual_seed(4)))
+
+
+@pytest.mark.parametrize(
+    "shape,dtype,channels_first",
+    [
+        ((2, 4, 3, 8, 8), torch.uint8, False),
+        ((2, 4, 8, 8, 3), torch.uint8, True),
+        ((3, 4, 8, 8, 3), torch.uint8, False),
+        ((2, 4, 8, 8, 3), torch.float32, False),
+    ],
+)
+def test_another_layout_is_never_guessed(shape, dtype, channels_first):
+    module = bt_fast.TwoViewAugment(channels_first=channels_first)
+    with pytest.raises(ValueError, match="crops must be uint8"):
+        module(torch.zeros(shape, dtype=dtype))
+
+
+def test_lars_takes_a_closure_and_restores_its_state():
+    torch.manual_seed(0)
+    model = nn.Linear(4, 3)
+    x = torch.randn(8, 4)
+
+    def closure_of(optimizer, model):
+        def closure():
+            optimizer.zero_grad()
+            loss = model(x).square().sum()
+            loss.backward()
+            return loss
+
+        return closure
+
+    optimizer = bt_fast.LARS(model.parameters(), lr=0.1)
+    before = model(x).square().sum()
+    assert torch.equal(optimizer.step(closure_of(optimizer, model)), before)
+    twin = copy.deepcopy(model)
+    restored = bt_fast.LARS(twin.parameters(), lr=9.0)
+    restored.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for ours, theirs in ((optimizer, model), (restored, twin)):
+        ours.step(closure_of(ours, theirs))
+    assert all(map(torch.equal, model.parameters(), twin.parameters()))
+
+
+def gradient_under_ddp(world, warned: bool) -> dict[str, torch.Tensor]:
+    torch.manual_seed(0)
+    model = nn.Linear(5, 4, bias=False).double()
+    views = torch.randn(2, 8, 5, generator=torch.Generator().manual_seed(1)).double()
+    local = views if world.group is None else views.chunk(world.size, 1)[world.rank]
+    parallel = model if world.group is None else DistributedDataParallel(model)
+    z_a, z_b = parallel(local.flatten(0, 1)).chunk(2)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        bt_fast.barlow_twins_loss(z_a, z_b)
+    assert any("of this rank's batch alone" in str(w.message) for w in caught) == warned
+    loss = bt_fast.barlow_twins_loss(z_a, z_b, group=world.group, ddp=world.group is not None)
+    loss.backward()
+    return {"loss": loss.detach(), "gradient": model.weight.grad}
+
+
+def test_under_ddp_the_gradient_is_that_of_one_process():
+    (alone,) = run_ranks(1, gradient_under_ddp, False)
+    for found in run_ranks(2, gradient_under_ddp, True):
+        assert torch.allclose(found["loss"], alone["loss"], rtol=1e-12)
+        assert torch.allclose(found["gradient"], alone["gradient"], rtol=1e-10)

@@ -1,0 +1,148 @@
+"""Runs that are killed, stopped or damaged resume and equal an uninterrupted run."""
+
+import os
+import pty
+import random
+import select
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+from conftest import write_beton
+from tiny_runs import TINY, comparable, learned, metrics, pretrain, same, start, wait_for_step
+
+from bt_fast import train
+from bt_fast.cli import main
+from bt_fast.distributed.signals import EXIT_STOPPED
+from bt_fast.run.directory import RunDirectory
+
+
+@pytest.mark.slow
+def test_killed_at_a_random_step_and_resumed_equals_uninterrupted(small_beton, finished, tmp_path):
+    folder = tmp_path / "killed"
+    step = random.randint(1, 9)
+    process = start("--data", small_beton, "--run-dir", folder, "--save-every", 1)
+    wait_for_step(process, folder, step)
+    time.sleep(random.random() * 0.1)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    with open(folder / "metrics.jsonl", "a") as file:
+        file.write('{"kind": "train", "step": 1')  # a line the kill tore
+
+    assert main(["pretrain", "--resume", str(folder)]) == 0
+    assert same(learned(finished), learned(folder)), f"killed at {step}"
+
+    assert comparable(metrics(folder)) == comparable(metrics(finished))
+
+
+def test_a_probe_lost_to_a_kill_is_repeated(small_beton, finished, tmp_path, monkeypatch):
+    real, folder = train.probe, tmp_path / "run"
+
+    def killed(job, log, step):
+        if step == 8:
+            raise RuntimeError("killed between checkpoint and probe")
+        real(job, log, step)
+
+    monkeypatch.setattr(train, "probe", killed)
+    with pytest.raises(RuntimeError, match="killed"):
+        pretrain("--data", small_beton, "--run-dir", folder)
+    monkeypatch.setattr(train, "probe", real)
+    assert main(["pretrain", "--resume", str(folder)]) == 0
+    assert comparable(metrics(folder)) == comparable(metrics(finished))
+
+
+def test_damaged_checkpoints_do_not_count_as_kept(small_beton, tmp_path):
+    folder = tmp_path / "run"
+    flags = ("--data", small_beton, "--run-dir", folder, "--save-every", 1, "--probe-every", 0)
+    assert pretrain(*flags, "--max-steps", 6) == 0
+    for path in (folder / "checkpoints").iterdir():
+        (path / "model.safetensors").write_bytes(b"torn")
+    assert main(["pretrain", "--resume", str(folder), "--max-steps", "2"]) == 0
+    names = {path.name for path in (folder / "checkpoints").iterdir()}
+    assert {"step-00000001", "step-00000002", "step-00000005.damaged"} <= names
+
+
+@pytest.mark.slow
+def test_a_signal_saves_and_prints_how_to_resume(small_beton, finished, tmp_path):
+    folder = tmp_path / "stopped"
+    process = start("--data", small_beton, "--run-dir", folder, "--save-every", 1)
+    wait_for_step(process, folder, 2)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == EXIT_STOPPED
+    assert f"bt-fast pretrain --resume {folder}" in output
+    assert main(["pretrain", "--resume", str(folder)]) == 0
+    assert same(learned(folder), learned(finished))
+
+
+@pytest.mark.slow
+def test_a_run_whose_terminal_closes_can_be_resumed(small_beton, finished, hang_up, tmp_path):
+    """SIGHUP is a stop request, and output fails."""
+    folder, (ours, theirs) = tmp_path / "stopped", pty.openpty()
+    command = [sys.executable, "-m", "bt_fast.cli", "pretrain", *TINY, "--save-every", "1"]
+    command += ["--data", str(small_beton), "--run-dir", str(folder)]
+    process = subprocess.Popen(
+        ["setsid", "--ctty", "--wait", *command], stdin=theirs, stdout=theirs, stderr=theirs
+    )
+    os.close(theirs)
+    closing = threading.Event()
+    reader = threading.Thread(target=_read, args=(ours, closing))
+    reader.start()
+    try:
+        wait_for_step(process, folder, 2)
+    finally:
+        closing.set()
+        reader.join()
+        os.close(ours)
+    assert process.wait(timeout=300) == EXIT_STOPPED
+    assert main(["pretrain", "--resume", str(folder)]) == 0
+    assert same(learned(folder), learned(finished))
+
+
+def _read(terminal: int, closing: threading.Event) -> None:
+    while not closing.is_set():
+        if select.select([terminal], [], [], 0.1)[0]:
+            os.read(terminal, 1 << 16)
+
+
+def test_a_damaged_newest_checkpoint_is_skipped(
+    small_beton, finished, tmp_path, capsys, monkeypatch
+):
+    folder = tmp_path / "torn"
+    flags = ("--data", small_beton, "--run-dir", folder, "--save-every", 1, "--max-steps", 6)
+    assert pretrain(*flags) == 0
+    (folder / "checkpoints" / "step-00000006" / "model.safetensors").write_bytes(b"torn")
+    monkeypatch.chdir(tmp_path)  # a run can be continued from any folder
+    assert main(["pretrain", "--resume", str(folder), "--max-steps", "12"]) == 0
+    output = capsys.readouterr().out
+    assert "skipped a damaged checkpoint: step-00000006" in output and "at step 5 of 12" in output
+    assert same(learned(folder), learned(finished))
+
+
+def test_resuming_with_other_data_is_refused(small_beton, finished, tmp_path, capsys):
+    other = write_beton(tmp_path / "other.beton", 32)
+    assert main(["pretrain", "--resume", str(finished), "--data", str(other)]) == 2
+    assert "is not what this run was trained on" in capsys.readouterr().err
+
+
+def test_two_processes_cannot_share_a_run(small_beton, finished, capsys):
+    for gpus in (1, 2):
+        with RunDirectory(finished):
+            assert main(["pretrain", "--resume", str(finished), "--gpus", str(gpus)]) == 2
+        error = capsys.readouterr().err
+        assert f"in use by process {os.getpid()} on {socket.gethostname()}" in error
+        assert error.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_views_that_grow_train_and_resume(small_beton, tmp_path):
+    folder = tmp_path / "run"
+    flags = ("--data", small_beton, "--run-dir", folder, "--resolution", "32:64")
+    assert pretrain(*flags, "--max-steps", 6) == 0
+    assert main(["pretrain", "--resume", str(folder), "--max-steps", "12"]) == 0
+    assert pretrain(*flags[:-4], "--run-dir", tmp_path / "whole", "--resolution", "32:64") == 0
+    assert same(learned(folder), learned(tmp_path / "whole"))

@@ -1,0 +1,110 @@
+"""Runs end to end on a CPU, and the files they write."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import write_beton
+from PIL import Image
+from safetensors.torch import load_file
+from tiny_runs import learned, metrics, pretrain, same
+
+from bt_fast import train
+from bt_fast.cli import main
+
+
+def test_a_run_leaves_everything_in_its_directory(finished):
+    records = metrics(finished)
+    train_steps = [record["step"] for record in records if record["kind"] == "train"]
+    assert train_steps == [1, 2, 4, 6, 8, 10, 12]
+    for record in records:
+        if record["kind"] == "train":
+            expected = record["on_diagonal"] + 5e-3 * record["off_diagonal"]
+            assert record["loss"] == pytest.approx(expected)
+            assert record["images_per_s"] > 0 and record["skipped"] == 0
+    probes = [record for record in records if record["kind"] == "probe"]
+    assert [record["step"] for record in probes] == [0, 8, 12]
+    assert all(0 <= record["knn_20"] <= 1 and 0 <= record["knn_200"] <= 1 for record in probes)
+    for name in ("views.png", "curves.png"):
+        with Image.open(finished / name) as picture:
+            assert picture.width > 300 and len(np.unique(np.array(picture))) > 20
+    assert json.loads((finished / "config.json").read_text())["projector"] == [32, 32]
+    assert json.loads((finished / "environment.json").read_text())[0]["torch"]
+    assert any((finished / "tensorboard").iterdir())
+    assert len(list((finished / "checkpoints").iterdir())) == 2
+
+
+def test_the_exported_encoder_has_torchvisions_names(finished):
+    from torchvision.models import resnet18
+
+    missing, unexpected = resnet18().load_state_dict(
+        load_file(finished / "encoder.safetensors"), strict=False
+    )
+    assert not unexpected and set(missing) == {"fc.weight", "fc.bias"}
+
+
+def test_the_same_seed_gives_the_same_run(small_beton, finished, tmp_path):
+    assert pretrain("--data", small_beton, "--run-dir", tmp_path / "again", "--keep", 1) == 0
+    assert same(learned(finished), learned(tmp_path / "again"))
+
+
+def test_another_seed_gives_another_run(small_beton, finished, tmp_path):
+    assert pretrain("--data", small_beton, "--run-dir", tmp_path / "b", "--seed", 1) == 0
+    name = "model/encoder.conv1.weight"
+    assert not torch.equal(learned(finished)[name], learned(tmp_path / "b")[name])
+
+
+def test_a_run_of_nothing_but_skipped_steps_ends(small_beton, tmp_path, monkeypatch, capsys):
+    real = train.prefetch
+
+    def poisoned(*arguments):
+        return (views * float("nan") for views in real(*arguments))
+
+    monkeypatch.setattr(train, "prefetch", poisoned)
+    flags = ("--data", small_beton, "--run-dir", tmp_path / "nan", "--probe-every", 0)
+    assert pretrain(*flags) == 2
+    captured = capsys.readouterr()
+    assert "updates skipped" in captured.out
+    assert "not finite" in captured.err and captured.err.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_learning_happens(tmp_path):
+    """Coloured squares: the loss falls."""
+    data = write_beton(tmp_path / "data.beton", 96)
+    flags = ("--data", data, "--run-dir", tmp_path / "run", "--epochs", 10, "--probe-every", 0)
+    assert pretrain(*flags) == 0
+    losses = [record["loss"] for record in metrics(tmp_path / "run")]
+    assert np.mean(losses[len(losses) // 2 :]) < 0.8 * losses[0]
+
+
+def test_images_without_classes_train_without_probe(tmp_path):
+    data = write_beton(tmp_path / "data.beton", 20, num_classes=1)
+    flags = ("--data", data, "--run-dir", tmp_path / "run", "--epochs", 1)
+    assert pretrain(*flags) == 0
+    assert all(record["kind"] == "train" for record in metrics(tmp_path / "run"))
+
+
+def test_eval_knn_equals_the_last_probe(finished, capsys):
+    assert main(["eval", "knn", str(finished), "--device", "cpu"]) == 0
+    last = [record for record in metrics(finished) if record["kind"] == "probe"][-1]
+    assert f"{100 * last['knn_20']:.2f} %" in capsys.readouterr().out
+
+
+def test_eval_knn_knows_the_starting_point(finished, capsys):
+    assert main(["eval", "knn", str(finished), "--random", "--device", "cpu"]) == 0
+    first = next(record for record in metrics(finished) if record["kind"] == "probe")
+    output = capsys.readouterr().out
+    assert "random initialisation" in output and f"{100 * first['knn_200']:.2f} %" in output
+
+
+@pytest.mark.slow
+def test_the_papers_model_runs_on_a_cpu(tmp_path):
+    """ResNet-50, 224 px, projector 8192 x 3: two steps of batch 8."""
+    data = write_beton(tmp_path / "data.beton", 16, sizes=((300, 400),))
+    flags = ["--data", data, "--run-dir", tmp_path / "run", "--batch-size=8", "--max-steps=2"]
+    flags += ["--device=cpu", "--probe-every=0"]
+    assert main(["pretrain", *map(str, flags)]) == 0
+    losses = [record["loss"] for record in metrics(tmp_path / "run")]
+    assert len(losses) == 2 and all(np.isfinite(losses))

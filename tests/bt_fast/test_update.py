@@ -1,0 +1,140 @@
+"""One training step: the paper's update, or none."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import with_torchs_batch_norm
+from tiny_runs import TINY
+
+from bt_fast import train
+from bt_fast.build import build, measure_step_seconds
+from bt_fast.cli import parse_pretrain
+from bt_fast.evaluate.features import extract_features
+from bt_fast.evaluate.views import Views
+from bt_fast.prefetch import augment_batch
+from pipelines import augment
+
+
+def test_a_step_that_is_not_finite_changes_nothing(small_beton, tmp_path):
+    setup = build(parse_pretrain([*TINY, "--data", str(small_beton)]))
+    train.set_learning_rates(setup, 5)
+    views = torch.randn(32, 3, 32, 32)
+    assert train.update(setup, views)[2]
+
+    def state():
+        momenta = [setup.optimizer.state[p]["momentum"] for p in setup.model.parameters()]
+        tensors = [
+            *setup.model.parameters(),
+            *momenta,
+            setup.statistics.running,
+            setup.statistics.counts,
+        ]
+        return [tensor.detach().clone() for tensor in tensors]
+
+    before = state()
+    views[19, 0, 0, 0] = float("nan")
+    assert not train.update(setup, views)[2]
+    assert all(map(torch.equal, state(), before))
+    views[19, 0, 0, 0] = 0.0
+    assert train.update(setup, views)[2]
+    assert not any(map(torch.equal, state(), before))
+
+
+def test_rehearsal_leaves_no_trace(small_beton):
+    arguments = [*TINY, "--data", str(small_beton)]
+    setup, untouched = (build(parse_pretrain(arguments)) for _ in range(2))
+    assert measure_step_seconds(setup)[32] > 0
+    ours, theirs = setup.model.state_dict(), untouched.model.state_dict()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert all(p.grad is None for p in setup.model.parameters())
+
+
+@pytest.mark.slow
+def test_a_compiled_update_equals_an_eager_one(small_beton):
+    """Both through one step and a skipped one: weights, momentum and statistics."""
+    states = []
+    for mode in ("off", "default"):
+        flags = [*TINY, "--data", str(small_beton), "--precision=fp32", f"--compile={mode}"]
+        setup = build(parse_pretrain(flags))
+        train.set_learning_rates(setup, 8)
+        torch.manual_seed(0)
+        views = torch.randn(32, 3, 32, 32).to(memory_format=torch.channels_last)
+        terms = [train.update(setup, views)[:2]]
+        views[3, 0, 0, 0] = float("nan")
+        assert not train.update(setup, views)[2]
+        momenta = [setup.optimizer.state[p]["momentum"] for p in setup.model.parameters()]
+        states.append([*terms[0], setup.statistics.running, *momenta, *setup.model.parameters()])
+    for eager, compiled in zip(*states, strict=True):
+        assert (compiled - eager).norm() <= 2e-3 * eager.norm() + 1e-6
+
+
+def reference_step(model, views, momenta, rates, *, lambd, weight_decay, grad_scale) -> None:
+    """One update as the paper and the released code describe it, from scratch."""
+    z_a, z_b = (model(view) for view in views)
+    norm_a, norm_b = (
+        (z - z.mean(0)) / (z.var(0, unbiased=False) + 1e-5).sqrt() for z in (z_a, z_b)
+    )
+    correlation = norm_a.T @ norm_b / len(z_a)
+    off_diagonal = correlation - torch.diag(correlation.diagonal())
+    loss = ((1 - correlation.diagonal()) ** 2).sum() + lambd * (off_diagonal**2).sum()
+    parameters = list(model.parameters())
+    gradients = torch.autograd.grad(loss, parameters)
+    with torch.no_grad():
+        for parameter, gradient, momentum in zip(parameters, gradients, momenta, strict=True):
+            update = gradient * grad_scale
+            if parameter.ndim > 1:
+                update = update + weight_decay * parameter
+                norms = parameter.norm(), update.norm()
+                if norms[0] > 0 and norms[1] > 0:
+                    update = update * (1e-3 * norms[0] / norms[1])
+            momentum.mul_(0.9).add_(update)
+            parameter.sub_(rates[parameter.ndim > 1] * momentum)
+
+
+def test_the_loop_trains_as_the_paper_says(small_beton):
+    """Everything between the modules: views, loss, scale, rates, decay, momentum, statistics."""
+    flags = ["--encoder=resnet18", "--size=32", "--batch-size=16", "--projector", "24", "24"]
+    flags += ["--epochs=12", "--precision=fp32", "--device=cpu", "--weight-decay=0.02"]
+    flags += ["--lr-weights=3", "--lr-biases=0.5", "--lambd=0.02"]
+    setup = build(parse_pretrain(["--data", str(small_beton), *flags]))
+    model = with_torchs_batch_norm(setup.model)
+    start = [p.detach().clone() for p in model.parameters()]
+    momenta = [torch.zeros_like(p) for p in model.parameters()]
+    for batch in setup.loader.batches(0, 4):
+        rate = 16 / 256 * batch.request.step / 40  # linear warm-up: 10 epochs of 4 steps
+        views = [
+            augment.apply(images, augment.draw(branch, keys), dtype=torch.float32)
+            for images, branch, keys in zip(
+                batch.views, (augment.VIEW_A, augment.VIEW_B), batch.request.keys, strict=True
+            )
+        ]
+        reference_step(
+            model, views, momenta, {True: 3 * rate, False: 0.5 * rate},
+            lambd=0.02, weight_decay=0.02, grad_scale=1 / 16,
+        )  # fmt: skip
+        rates = train.set_learning_rates(setup, batch.request.step)
+        assert rates == pytest.approx({"lr_weights": 3 * rate, "lr_biases": 0.5 * rate})
+        branches = setup.config.view_a, setup.config.view_b
+        assert train.update(setup, augment_batch(batch, branches, setup.runtime))[2]
+    for before, ours, theirs in zip(
+        start, setup.model.parameters(), model.parameters(), strict=True
+    ):
+        moved = (theirs - before).norm()
+        assert (ours - theirs).norm() <= 2e-3 * moved + 1e-9
+    for name, buffer in model.named_buffers():
+        assert torch.allclose(setup.model.get_buffer(name), buffer, rtol=1e-3, atol=1e-5)
+
+
+def test_a_probe_sees_single_images_and_leaves_no_trace(small_beton):
+    setup = build(parse_pretrain([*TINY, "--data", str(small_beton)]))
+    before = {name: value.clone() for name, value in setup.model.state_dict().items()}
+    samples = np.arange(12)
+    views = Views(setup.dataset, setup.runtime, size=32, num_threads=2)
+    encoder = setup.model.encoder
+    whole = extract_features(encoder, views, samples, crop=1.0)
+    part = extract_features(encoder, views, samples[3:5], crop=1.0)
+    closer = extract_features(encoder, views, samples, crop=0.5)
+    assert torch.allclose(whole[3:5], part, atol=1e-2)  # bf16
+    assert not torch.allclose(whole, closer, atol=1e-2)
+    assert encoder.training
+    assert all(torch.equal(value, before[name]) for name, value in setup.model.state_dict().items())

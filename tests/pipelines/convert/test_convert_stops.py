@@ -1,0 +1,118 @@
+"""A conversion that is stopped leaves no partial output, and no process waits forever."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+import types
+from pathlib import Path
+
+import pytest
+from conftest import drawn_picture, jpeg_bytes
+from hostile import make_folder
+
+from pipelines.__main__ import main as bt_convert
+from pipelines.convert.command import main
+
+ROOT = Path(__file__).parents[3]
+COMMAND = [sys.executable, "-m", "pipelines.convert.command"]
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory) -> Path:
+    """4,000 links to a large image: a minute of work."""
+    root = tmp_path_factory.mktemp("many")
+    (root / "cat").mkdir()
+    (root / "large.bin").write_bytes(jpeg_bytes(drawn_picture(0, 1600, 1200)))
+    for index in range(4000):
+        (root / "cat" / f"{index}.jpg").symlink_to(root / "large.bin")
+    return root
+
+
+def start_conversion(folder: Path, out: Path, *flags: str) -> subprocess.Popen:
+    """Start a conversion with two workers; returns when it has stored the first image."""
+    command = [*COMMAND, str(folder), str(out), "--workers", "2", *flags]
+    child = subprocess.Popen(
+        command, cwd=ROOT, text=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    )
+    deadline = time.monotonic() + 300
+    stored = out.with_name(f"{out.name}.partial") / "train.beton"
+    while not (stored.exists() and stored.stat().st_size > 8 << 20):
+        assert child.poll() is None and time.monotonic() < deadline
+        time.sleep(0.005)
+    return child
+
+
+def names_in(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def status(pid: int) -> list[str]:
+    """[state, parent, ...] of /proc/pid/stat; empty when the process is gone."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return []
+
+
+def descendants(pid: int) -> list[int]:
+    processes = [int(path.name) for path in Path("/proc").iterdir() if path.name.isdecimal()]
+    children = [other for other in processes if status(other)[1:2] == [str(pid)]]
+    return children + [other for child in children for other in descendants(child)]
+
+
+def test_a_killed_conversion(many, tmp_path, capsys):
+    """No output, no orphans; the work folder is locked meanwhile, and reused afterwards."""
+    out = tmp_path / "out.beton"
+    small = make_folder(tmp_path / "small", {"cat": 2})
+    child = start_conversion(many, out)
+    family = descendants(child.pid)
+    assert len(family) >= 3  # the fork server and two workers
+    assert main([str(small), str(out)]) == 2
+    assert "by another bt-convert" in capsys.readouterr().err
+
+    child.kill()
+    child.wait()
+    assert names_in(tmp_path) == ["out.beton.partial", "small"]
+    deadline = time.monotonic() + 120
+    while any(status(pid)[:1] not in ([], ["Z"]) for pid in family):
+        assert time.monotonic() < deadline, "workers outlive their parent"
+        time.sleep(0.05)
+
+    assert main([str(small), str(out)]) == 0
+    assert "left by a conversion that was killed" in capsys.readouterr().out
+    assert names_in(tmp_path) == ["out.beton", "out.beton.json", "small"]
+
+
+@pytest.mark.parametrize("number,code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal(many, tmp_path, number, code):
+    child = start_conversion(many, tmp_path / "out.beton")
+    child.send_signal(number)
+    _, errors = child.communicate(timeout=300)
+    assert child.returncode == code
+    assert f"stopped by {number.name}" in errors and "Traceback" not in errors
+    assert names_in(tmp_path) == []
+
+
+def test_ctrl_c_while_modules_are_imported(monkeypatch, capsys):
+    class Interrupted(types.ModuleType):
+        def __getattr__(self, name):
+            raise KeyboardInterrupt
+
+    monkeypatch.setitem(
+        sys.modules, "pipelines.convert.command", Interrupted("pipelines.convert.command")
+    )
+    assert bt_convert() == 128 + signal.SIGINT
+    assert capsys.readouterr().err == "bt-convert: stopped by SIGINT; nothing was written\n"
+
+
+def test_a_dead_worker(many, tmp_path):
+    child = start_conversion(many, tmp_path / "out.beton")
+    server_and_workers = descendants(child.pid)
+    (worker, *_) = [pid for pid in server_and_workers if int(status(pid)[1]) != child.pid]
+    os.kill(worker, signal.SIGKILL)
+    _, errors = child.communicate(timeout=300)
+    assert child.returncode == 1
+    assert "a worker process died" in errors and "Traceback" not in errors
+    assert names_in(tmp_path) == []
