@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from conftest import write_beton
 
 ROOT = Path(__file__).parents[1]
@@ -67,6 +68,7 @@ CACHES = (
 )
 
 
+@pytest.mark.slow
 def test_training_and_evaluation_need_no_network_and_write_into_the_given_folder(tmp_path):
     data = write_beton(tmp_path / "data.beton", 40)
     for folder in ("home", "tmp", "elsewhere"):

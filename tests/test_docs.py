@@ -186,7 +186,11 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-@pytest.mark.parametrize("block", [b for b in BLOCKS if b.language == "python"], ids=str)
+ALONE = "library.md"  # its programs are run by tests/bt_fast/test_library.py
+PROGRAMS = [block for block in BLOCKS if block.language == "python" and block.page != ALONE]
+
+
+@pytest.mark.parametrize("block", PROGRAMS, ids=str)
 def test_the_programs_run(block, sandbox):
     source = re.sub(r'"runs/[^"]*"', '"RUN"', "\n".join(block.lines))
     exec(compile(source, str(block), "exec"), {"images": torch.randn(2, 3, 64, 64)})

@@ -50,7 +50,7 @@ def test_the_wheel_holds_the_packages_and_nothing_else(release):
         str(path.relative_to(ROOT))
         for package in ("bt_fast", "pipelines")
         for path in (ROOT / package).rglob("*")
-        if path.suffix in (".py", ".yaml")
+        if path.suffix in (".py", ".yaml", ".typed")
     }
     assert {name for name in names if not name.startswith(meta)} == kept
 

@@ -37,7 +37,8 @@ from pipelines.beton import BetonReader
 from pipelines.common.cpu import usable_cores
 from pipelines.convert.command import Convert, convert
 from pipelines.crop import RandomResizedCrop, random_boxes
-from pipelines.loading import BackendName, open_loader
+from pipelines.loading import BackendName
+from pipelines.loading.choose import open_loader
 from tools import reference
 
 

@@ -39,6 +39,7 @@ def test_killed_at_a_random_step_and_resumed_equals_uninterrupted(small_beton, f
     assert comparable(metrics(folder)) == comparable(metrics(finished))
 
 
+@pytest.mark.slow
 def test_a_probe_lost_to_a_kill_is_repeated(small_beton, finished, tmp_path, monkeypatch):
     real, folder = train.probe, tmp_path / "run"
 
@@ -55,6 +56,7 @@ def test_a_probe_lost_to_a_kill_is_repeated(small_beton, finished, tmp_path, mon
     assert comparable(metrics(folder)) == comparable(metrics(finished))
 
 
+@pytest.mark.slow
 def test_damaged_checkpoints_do_not_count_as_kept(small_beton, tmp_path):
     folder = tmp_path / "run"
     flags = ("--data", small_beton, "--run-dir", folder, "--save-every", 1, "--probe-every", 0)
@@ -109,6 +111,7 @@ def _read(terminal: int, closing: threading.Event) -> None:
             os.read(terminal, 1 << 16)
 
 
+@pytest.mark.slow
 def test_a_damaged_newest_checkpoint_is_skipped(
     small_beton, finished, tmp_path, capsys, monkeypatch
 ):

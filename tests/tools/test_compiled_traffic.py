@@ -184,6 +184,7 @@ def test_fused_norms_pass_through_the_compiler_whole(workers, num_ranks, blocks)
     assert len(traffic.of("collective")) == (2 * passes if num_ranks > 1 else 0)
 
 
+@pytest.mark.slow
 def test_a_tensor_counts_in_every_loop_that_reads_it(workers):
     traffic = result(workers.submit(small, Centred, (4096, 16384)))
     (kernel,) = traffic.of(backward=False)
@@ -216,6 +217,7 @@ def test_own_kernels_count(workers):
     assert traffic.gigabytes("custom") == pytest.approx(sum(expected.values()) / 1e9)
 
 
+@pytest.mark.slow
 def test_a_wrong_model_fails_and_a_version_that_differs_says_so(workers):
     tested = (f"{VERSION}.",)
     wrong = workers.submit(error, tested=(), moved=False)

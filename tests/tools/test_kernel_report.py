@@ -25,6 +25,7 @@ def report(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
 
 
+@pytest.mark.slow
 @compiles
 @pytest.mark.parametrize("capability", [80, 89, 90])
 def test_no_kernel_spills_or_wastes_bandwidth(capability):

@@ -17,6 +17,7 @@ from bt_fast.models import batch_norm
 from bt_fast.models.networks import BarlowTwins
 from bt_fast.prefetch import prefetch
 
+SLOW = pytest.mark.slow
 SHAPES = [(16, 40), (64, 12), (8, 8), (16, 10), (8, 3)]  # the last two do not divide by ranks
 
 
@@ -34,7 +35,7 @@ def sharded_losses(world: World, dtype: torch.dtype) -> list:
     return results
 
 
-@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("size", [2, pytest.param(4, marks=SLOW)])
 def test_every_sharded_form_equals_the_dense_one(size):
     ranks = run_ranks(size, sharded_losses, torch.float64)
     for case, (n, d) in enumerate((n, d) for n, d in SHAPES for _ in range(3)):
@@ -74,6 +75,7 @@ def loss_in_bf16(world: World, num_samples: int, num_dimensions: int) -> tuple[d
     return dict(traffic.bytes), (after - before) * 1024
 
 
+@pytest.mark.slow
 def test_bytes_and_memory_of_the_loss_on_four_ranks():
     """Against the minimum of the dense form, which all-reduces C.
 
@@ -105,7 +107,7 @@ def sharded_norm(world: World, x: torch.Tensor, grad: torch.Tensor, group_size: 
 
 
 @pytest.mark.parametrize("dtype,tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-5)])
-@pytest.mark.parametrize("size,group_size", [(2, 0), (3, 0), (4, 2)])
+@pytest.mark.parametrize("size,group_size", [(2, 0), (3, 0), pytest.param(4, 2, marks=SLOW)])
 def test_batch_norm_over_ranks_equals_one_over_the_whole_batch(size, group_size, dtype, tolerance):
     """Also of batch norm in groups: as many processes as there are groups. Relative to the largest
     value of each tensor."""
@@ -276,6 +278,7 @@ def weights_that_differ(world: World, differ: bool) -> str:
     return ""
 
 
+@pytest.mark.slow
 def test_a_rank_whose_weights_differ_is_named():
     assert run_ranks(2, weights_that_differ, False) == ["", ""]
     for message in run_ranks(2, weights_that_differ, True):

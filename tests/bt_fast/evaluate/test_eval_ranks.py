@@ -40,6 +40,7 @@ def result(out) -> dict:
     return json.loads(file.read_text())
 
 
+@pytest.mark.slow
 def test_a_frozen_encoder_has_the_result_of_one_process(labelled_run, tmp_path, capfd):
     for ranks in RANKS:
         assert evaluate(labelled_run, tmp_path / f"{ranks}", ranks, *LINEAR) == 0
@@ -104,6 +105,7 @@ def test_knn_has_the_result_of_one_process(labelled_run, tmp_path, capfd):
     assert "kNN, k = 20" in tables[0] and tables[1] == tables[0]
 
 
+@pytest.mark.slow
 def test_more_ranks_than_images_of_a_batch(labelled_run, tmp_path, capfd):
     assert evaluate(labelled_run, tmp_path, 5, "linear", "--batch-size=4") == 2
     assert capfd.readouterr().err == (
@@ -149,6 +151,7 @@ def shares(world, counts: tuple[int, ...]) -> list[torch.Tensor]:
     ]
 
 
+@pytest.mark.slow
 def test_gathered_slices_are_in_order():
     counts = (1, 2, 3, 4, 7)
     for results in run_ranks(3, shares, counts):
@@ -156,6 +159,7 @@ def test_gathered_slices_are_in_order():
             assert torch.equal(rows, torch.arange(2 * n).view(n, 2))
 
 
+@pytest.mark.slow
 def test_the_probe_of_a_run_finds_the_same_on_any_number_of_ranks(labelled_run, tmp_path):
     data = labelled_run.parent / "train.beton"
     flags = ["--recipe=demo", "--size=32", "--batch-size=16", "--max-steps=1", *COMMON]

@@ -106,6 +106,7 @@ def test_assertions_of_the_gpu_tests():
     assert_repeats_bitwise("residual", (4, 8, 5, 5), torch.float32, repetitions=2)
 
 
+@pytest.mark.slow
 def test_a_compiled_step_equals_the_eager_one():
     """The backend traces the operators and their shapes, and generates no code."""
     dtype = torch.float32

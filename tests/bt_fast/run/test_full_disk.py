@@ -40,6 +40,7 @@ def saved_steps(folder: Path) -> list[str]:
     return sorted(path.name for path in (folder / "checkpoints").iterdir())
 
 
+@pytest.mark.slow
 def test_a_full_disk_keeps_the_last_checkpoint_and_the_run_continues(
     small_beton, finished, tmp_path, capsys
 ):
@@ -63,6 +64,7 @@ def test_a_full_disk_keeps_the_last_checkpoint_and_the_run_continues(
         assert comparable(metrics(folder)) == comparable(metrics(finished))
 
 
+@pytest.mark.slow
 def test_a_full_disk_ends_a_run_that_is_to_stop(small_beton, tmp_path, capsys):
     with mounted(tmp_path / "disk", "size=150m") as disk:
         flags = ("--data", small_beton, "--run-dir", disk / "run", "--save-every", 4)
@@ -82,6 +84,7 @@ def test_a_full_disk_stops_all_ranks(small_beton, tmp_path):
         assert saved_steps(disk / "run") == ["step-00000004"]
 
 
+@pytest.mark.slow
 def test_a_folder_that_turns_read_only_keeps_its_checkpoints(
     small_beton, finished, tmp_path, monkeypatch, capsys
 ):
@@ -111,6 +114,7 @@ def test_a_folder_that_turns_read_only_keeps_its_checkpoints(
     assert same(learned(folder), learned(finished))
 
 
+@pytest.mark.slow
 def test_the_next_save_follows_one_that_failed(
     small_beton, finished, tmp_path, monkeypatch, capsys
 ):
@@ -128,6 +132,7 @@ def test_the_next_save_follows_one_that_failed(
     assert same(learned(tmp_path / "run"), learned(finished))
 
 
+@pytest.mark.slow
 def test_training_continues_while_a_checkpoint_is_written(
     small_beton, finished, tmp_path, monkeypatch
 ):
@@ -225,6 +230,7 @@ def test_closing_with_pending_records_raises(tmp_path, monkeypatch):
             act()
 
 
+@pytest.mark.slow
 def test_a_closed_output_pipe_does_not_end_a_run(small_beton, tmp_path):
     folder = tmp_path / "run"
     process = start("--data", small_beton, "--run-dir", folder, "--save-every", 1)
@@ -234,6 +240,7 @@ def test_a_closed_output_pipe_does_not_end_a_run(small_beton, tmp_path):
     assert (folder / "encoder.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_output_on_a_full_disk_does_not_end_a_run(small_beton, tmp_path):
     flags = ["--data", small_beton, "--run-dir", tmp_path / "run"]
     code = (  # the disk fills up when training begins
