@@ -60,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0 if arguments else 2
     known = ", ".join(" ".join(name) for name in commands)
     print(
-        f"bt-fast: there is no command {' '.join(arguments[:2])!r}; there is {known}",
+        f"bt-fast: there is no command {' '.join(arguments[:2])!r}; the commands are {known}",
         file=sys.stderr,
     )
     return 2

@@ -20,6 +20,7 @@ from safetensors.torch import save
 
 from bt_fast.distributed.collectives import World
 from pipelines.beton import BetonReader
+from pipelines.convert.workers import prepare_all
 
 ROOT = Path(__file__).parents[1]
 ERRORS = {
@@ -150,6 +151,18 @@ def ilsvrc_without_labels(box: Sandbox) -> None:
         archive.add(box.write("v_1.JPEG", JPEG), "v_1.JPEG")
 
 
+def archive_cut_while_converted(box: Sandbox) -> None:
+    with tarfile.open("x.tar", "w") as archive:
+        archive.add(box.write("a.jpg", JPEG), "a.jpg")
+        archive.add(box.write("a.cls", b"1"), "a.cls")
+
+    def cut_and_decode(*arguments, **options):
+        os.truncate("x.tar", 600)
+        return prepare_all(*arguments, **options)
+
+    box.patch("pipelines.convert.write_split.prepare_all", cut_and_decode)
+
+
 def wide_image(box: Sandbox) -> None:
     Image.fromarray(np.zeros((2, 70_000), np.uint8)).save(box.images() / "a" / "wide.png")
 
@@ -205,6 +218,12 @@ CASES = [
     Case("--to onnx needs more", "export {run} --to onnx --out x.onnx", without("onnxscript")),
     Case("--json … exists", "doctor --json x.json", writes("x.json")),
     # bt-convert
+    Case(
+        "OUT … exists",
+        "bt-convert images x.beton",
+        lambda box: (box.images(), box.write("x.beton")),
+    ),
+    Case("… has become shorter", "bt-convert x.tar x.beton", archive_cut_while_converted),
     Case(
         "OUT … has no …",
         "bt-convert images x --format webdataset --overwrite",

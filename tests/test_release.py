@@ -112,7 +112,7 @@ def test_the_wheel_is_what_runs(installed, tmp_path):
         ("bt-convert --help", "--max-side"),
         ("bt-fast pretrain --help", "--if-save-fails"),
         ("bt-fast doctor", "bt-fast can run here"),
-        ("bt-fast pretrain --dry-run --gpus 32", "32, each 64 of 2048 images"),
+        ("bt-fast pretrain --dry-run --gpus 32", "32, with 64 of 2048 images each"),
     ],
 )
 def test_commands_run_outside_the_checkout(installed, tmp_path, command, wanted):

@@ -45,7 +45,7 @@ SECONDS_BETWEEN_LINES = 5.0
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Fuzz:
-    """Read mutated inputs and report what is read."""
+    """Feed mutated files to every reader; count refusals, silent acceptances and crashes."""
 
     count: int = 10_000
     """Number of inputs per target."""

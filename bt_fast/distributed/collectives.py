@@ -1,7 +1,8 @@
 """Ranks and collectives.
 
-A rank is one process with one GPU, or one CPU process. All communication between ranks is by the
-functions below, which `Traffic` counts. They call torch.distributed's public functions, which the
+A rank is one process with one GPU, or one CPU process. Ranks communicate through the
+functions below and DistributedDataParallel; `Traffic` counts all_gather, all_reduce and
+all_to_all. The functions call torch.distributed's public functions, which the
 compiler can trace. A group of None means this process alone.
 """
 

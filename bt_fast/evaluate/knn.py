@@ -21,6 +21,11 @@ _MAX_RANK_IMAGES = 25_600  # RankMe's number of images
 def run_knn(options: EvalKnn, world: World = ALONE) -> int:
     """Print the accuracies; returns the exit status."""
     setup = build_setup(options, projector=options.collapse, world=world)
+    if options.collapse and setup.projector is None:
+        raise ValueError(
+            "--collapse needs the trained projector: give a run with checkpoints, or a full"
+            " checkpoint, without --random"
+        )
     train, val = open_splits(options, setup.config)
     data = choose_data(train, val, setup.seed)
     if data is None:
@@ -62,10 +67,7 @@ def measure_knn(
 
 def measure_collapse(setup: EvalSetup, data: KnnData) -> dict[str, str]:
     """Rows on the embeddings of the held-out images' two views, in evaluation mode."""
-    if setup.projector is None:
-        raise ValueError(
-            "--collapse needs the projector: give a run with checkpoints, or a full checkpoint"
-        )
+    assert setup.projector is not None
     model = torch.nn.Sequential(setup.encoder, setup.projector)
     z_a, z_b = (augmented_outputs(setup, model, data, view) for view in (0, 1))
     return {"rank of the embeddings": _ranks(z_a), **collapse_report(z_a, z_b).rows}

@@ -28,11 +28,11 @@ class EvalOptions:
     crop: float | None = None
     """Central crop, fraction of the short side. Default: the run's; 0.875 for a file."""
     device: Device = "auto"
-    """Device of the encoder; auto is the GPU where there is one."""
+    """Device of the encoder; auto selects the GPU if there is one."""
     gpus: int | None = None
     """Number of ranks, processes with --device cpu. Default: all GPUs, or one CPU process."""
     precision: Precision = "auto"
-    """Precision of the encoder; auto is bf16 where the hardware multiplies it."""
+    """Precision of the encoder; auto selects bf16 where the hardware supports it."""
     workers: int | None = None
     """Decoding threads per rank. Default: the usable cores divided by the ranks of this machine."""
     cache_gb: float = 0.0
@@ -62,9 +62,20 @@ class EvalAll(EvalOptions):
     semi_epochs: int = 20
     """Epochs of fine-tuning."""
     semi_batch_size: int = 256
-    """ImageDataset per step of fine-tuning."""
+    """Number of images per step of fine-tuning."""
     seed: int = 0
     """Seed of the labelled subset, the classifiers, the order and the crops."""
+
+    def __post_init__(self) -> None:
+        EvalOptions.__post_init__(self)
+        if not 0 < self.percent <= 100:
+            raise ValueError(f"--percent must be in (0, 100], got {self.percent}")
+        for name, value in (
+            ("semi-epochs", self.semi_epochs),
+            ("semi-batch-size", self.semi_batch_size),
+        ):
+            if value < 1:
+                raise ValueError(f"--{name} must be at least 1, got {value}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -72,9 +83,9 @@ class EvalKnn(EvalOptions):
     """Measure the weighted kNN accuracy of an encoder and the rank of its features."""
 
     augmented: bool = False
-    """Also the accuracy on held-out images under pretraining's augmentation, once per branch."""
+    """Additional accuracy on augmented held-out images, once per branch."""
     collapse: bool = False
-    """Also a collapse report on the projector's embeddings; only checkpoints hold the projector."""
+    """Collapse report on the projector's embeddings; needs a checkpoint."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -69,7 +69,7 @@ def plan(config: Config, world_size: int) -> dict[str, str]:
     )
     norm_ranks = config.bn_group or world_size
     rows = {
-        "ranks": f"{world_size}, each {local_batch} of {config.batch_size} images a step",
+        "ranks": f"{world_size}, with {local_batch} of {config.batch_size} images each per step",
         "data": f"{num_images} images ({data})",
         "batch norm": f"over the samples of {norm_ranks} ranks"
         + ("" if norm_ranks == world_size else ", not of all as in the paper"),

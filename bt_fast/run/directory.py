@@ -177,7 +177,7 @@ def _cpu_name() -> str:
 
 
 def choose_path(config: Config) -> Path:
-    """The run's folder. Raises ValueError if the folder of a new run is in use."""
+    """The run's folder. Raises ValueError if the folder of a new run is not empty."""
     if config.resume is not None:
         return config.resume
     path = config.run_dir or _unused(f"{config.recipe}-{time.strftime('%Y%m%d-%H%M%S')}")
@@ -188,7 +188,8 @@ def choose_path(config: Config) -> Path:
         raise ValueError(f"--run-dir {path}: no permission to write into {nearest}")
     if path.exists() and not _is_unused(path):
         raise ValueError(
-            f"--run-dir {path} is in use; continue it with --resume {path} or choose another folder"
+            f"--run-dir {path} is not empty; continue its run with --resume {path} or choose"
+            " another folder"
         )
     return path
 

@@ -47,8 +47,8 @@ class Convert:
     """Convert images into training files, after checking every image; all or nothing."""
 
     source: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="SOURCE")]
-    """Source of the images: a folder of class folders, of images, or with such train/ and val/; the
-    ILSVRC2012 archives or their folder; .parquet files of the Hugging Face hub or their folder;
+    """Source of the images: a folder of class folders, of images, or containing train/ and val/;
+    the ILSVRC2012 archives or their folder; .parquet files of the Hugging Face hub or their folder;
     .tar web shards or their folder; a .beton; a .txt with a path and a label per line; a folder
     with all parts written with --shard."""
 
@@ -88,7 +88,7 @@ class Convert:
     with a class, or an image and its class, per line. Default: the former, beside the archive."""
 
     skip_broken: bool = False
-    """Omission of broken images, which are listed."""
+    """Conversion without the broken images, which are listed."""
 
     continue_: Annotated[bool, tyro.conf.arg(name="continue")] = False
     """Continuation of an interrupted conversion, after a check of its partial output, which is kept

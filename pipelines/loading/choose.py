@@ -18,10 +18,10 @@ from pipelines.loading.loader import CropBackend, Loader, Sampler
 from pipelines.loading.native import NativeBackend
 from pipelines.webdataset.reader import ShardReader
 
-MIN_IMAGES_TO_MEASURE = 1_000_000  # of a run, below which auto chooses native without measuring
+MIN_IMAGES_TO_MEASURE = 1_000_000  # auto measures only runs of at least this many
 MIN_SPEEDUP = 1.1  # native's pixels are nearest to the reference's: keep it for less than this
-MEASURE_SECONDS = 2.0  # for which each is measured
-MAX_MEASURED_BATCH = 256  # images at most in the measurement's batches
+MEASURE_SECONDS = 2.0  # per measured loader
+MAX_MEASURED_BATCH = 256  # largest batch used in the measurement
 
 
 def open_loader(
@@ -41,7 +41,7 @@ def open_loader(
 ) -> Loader:
     """The loader of that name. Arguments are `Sampler`'s and `NativeBackend`'s.
 
-    device: on which the batches are trained on.
+    device: training device.
     Raises ValueError if the loader is not installed or cannot read the data, with the way out.
     """
     if isinstance(dataset, ShardReader) and (name != "dali" or not dali.is_installed()):

@@ -35,7 +35,7 @@ from pipelines.webdataset.reader import ShardReader
 SHUFFLE_BUFFER_SIZE = 16_384  # images in a rank's buffer
 MAX_BLOCKS = 8_192  # per data set: DALI maps each into memory, and a process has 65,530 maps
 MIN_BLOCK = 64  # images: 7 MB of ImageNet in one read
-NUM_BATCHES_AHEAD = 3  # batches
+NUM_BATCHES_AHEAD = 3
 KEPT_STATES = 64  # of the last steps; more than the batches that are loaded ahead of the encoder
 _READER_VIEW = 3  # in place of a view's number: 0 and 1 are pretraining's, 2 is evaluation's
 

@@ -184,15 +184,16 @@ def test_the_plan_of_any_number_of_ranks(tmp_path, monkeypatch, capsys, small_be
     assert main(["pretrain", "--gpus", "32", "--dry-run"]) == 0
     output = capsys.readouterr().out
     for part in (
-        "32, each 64 of 2048 images", "assuming ImageNet-1k", "1281167 images", "1000 epochs x 625",
-        "gram form over 2048 x 8192", "gradients 1,353 MB, embeddings 65.0 MB", "not measured",
+        "32, with 64 of 2048 images each", "assuming ImageNet-1k", "1281167 images",
+        "1000 epochs x 625",
+        "gram method over 2048 x 8192", "gradients 1,353 MB, embeddings 65.0 MB", "not measured",
         "activations 5.6", "GPUs of 24 GB up to 176 images per GPU",
         "RTX 4090", "A100 40 GB", "H100",
     ):  # fmt: skip
         assert part in " ".join(output.replace("│", " ").split()), part
     flags = ["--recipe", "demo", "--data", str(small_beton), "--batch-size", "16", "--gpus", "4"]
     assert main(["pretrain", "--dry-run", *flags]) == 0
-    assert "4, each 4 of 16 images" in capsys.readouterr().out
+    assert "4, with 4 of 16 images each" in capsys.readouterr().out
     assert main(["pretrain", "--dry-run", "--gpus", "7"]) == 2
     assert "does not divide by 7 ranks" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())

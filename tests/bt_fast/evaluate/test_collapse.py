@@ -78,6 +78,6 @@ def test_without_a_projector_there_is_no_collapse_report(labelled_run, capsys):
     data = ["--data", str(labelled_run.parent / "train.beton"), "--device=cpu", "--size=32"]
     file = str(labelled_run / "encoder.safetensors")
     assert main(["eval", "knn", file, *data, "--collapse"]) == 2
-    assert "--collapse needs the projector" in capsys.readouterr().err
+    assert "--collapse needs the trained projector" in capsys.readouterr().err
     assert main(["eval", "knn", file, *data]) == 0
     assert main(["eval", "knn", str(labelled_run), "--random", "--collapse", "--device=cpu"]) == 2
