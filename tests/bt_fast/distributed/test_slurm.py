@@ -193,7 +193,7 @@ def test_a_requeued_run_ends_as_an_undisturbed_one(
     assert main([*flags, *JOB, "--run-dir", str(folder)]) == 0
     job = re.search(r"submitted as job (\d+)", capsys.readouterr().out)[1]
     assert main([*flags, *JOB, "--run-dir", str(folder)]) == 2
-    assert "is in use" in capsys.readouterr().err
+    assert "is not empty" in capsys.readouterr().err
 
     def steps() -> int:
         return len(metrics.read_text().splitlines()) if metrics.exists() else 0

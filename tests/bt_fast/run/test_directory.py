@@ -75,5 +75,5 @@ def test_the_folder_of_a_killed_start_can_be_used(tmp_path):
         (tmp_path / name).touch()
     assert directory.choose_path(Config(run_dir=tmp_path)) == tmp_path
     (tmp_path / "config.json").touch()
-    with pytest.raises(ValueError, match="in use; continue it with --resume"):
+    with pytest.raises(ValueError, match="is not empty; continue its run with --resume"):
         directory.choose_path(Config(run_dir=tmp_path))
