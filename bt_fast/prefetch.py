@@ -72,6 +72,4 @@ def _augmented(
     augment_views: Callable[[torch.Tensor, augment.Draw], torch.Tensor],
 ) -> torch.Tensor:
     crops = batch.views.to(device, non_blocking=True)  # uint8 [2, n, H, W, 3]
-    pairs = zip(branches, batch.request.keys, strict=True)
-    draws = [augment.draw(branch, keys) for branch, keys in pairs]
-    return augment_views(crops.flatten(0, 1), augment.concatenate(*draws))
+    return augment_views(crops.flatten(0, 1), augment.draw_views(branches, batch.request.keys))

@@ -15,6 +15,15 @@ from bt_fast.choices import Compile, Device, Precision
 from pipelines import augment
 
 
+def augmentation_on(device: torch.device) -> Callable[..., torch.Tensor]:
+    """The fastest form of `augment.apply` for crops on a device; same arguments."""
+    if device.type == "cuda":
+        from pipelines.augment import triton as augment_triton  # only with torch's CUDA builds
+
+        return augment_triton.apply
+    return augment.apply_in_threads if device.type == "cpu" else augment.apply
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Runtime:
     """How this process computes; the recipe decides what it computes."""
@@ -30,11 +39,7 @@ class Runtime:
 
     def augmentation(self) -> Callable[[torch.Tensor, augment.Draw], torch.Tensor]:
         """`augment.apply` into `view_dtype`: by fused kernels on a GPU, by threads on a CPU."""
-        if self.device.type == "cuda":
-            from pipelines.augment import triton as augment_triton  # only with torch's CUDA builds
-
-            return functools.partial(augment_triton.apply, dtype=self.view_dtype)
-        return functools.partial(augment.apply_in_threads, dtype=self.view_dtype)
+        return functools.partial(augmentation_on(self.device), dtype=self.view_dtype)
 
     def autocast(self) -> torch.autocast:
         """The context of every forward pass."""

@@ -1,11 +1,10 @@
 """The paper's two augmentations as a module, for other training loops."""
 
-from collections.abc import Callable
-
 import numpy as np
 import torch
 from torch import nn
 
+from bt_fast.runtime import augmentation_on
 from pipelines import augment
 from pipelines.branches import VIEW_A, VIEW_B, Branch
 
@@ -71,14 +70,5 @@ class TwoViewAugment(nn.Module):
             keys = drawn.numpy().astype(np.uint64)
         if keys.shape != crops.shape[:2]:
             raise ValueError(f"keys must be uint64 {list(crops.shape[:2])}, got {list(keys.shape)}")
-        draws = [augment.draw(branch, key) for branch, key in zip(self.branches, keys, strict=True)]
-        parameters = augment.concatenate(*draws)
-        return _function_for(crops.device)(crops.flatten(0, 1), parameters, dtype=self.dtype)
-
-
-def _function_for(device: torch.device) -> Callable[..., torch.Tensor]:
-    if device.type == "cuda":
-        from pipelines.augment import triton as augment_triton  # only with torch's CUDA builds
-
-        return augment_triton.apply
-    return augment.apply_in_threads if device.type == "cpu" else augment.apply
+        parameters = augment.draw_views(self.branches, keys)
+        return augmentation_on(crops.device)(crops.flatten(0, 1), parameters, dtype=self.dtype)

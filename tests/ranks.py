@@ -6,17 +6,16 @@ import tempfile
 import traceback
 from pathlib import Path
 
+import tiny_runs
 import torch
 import torch.multiprocessing
 
 from bt_fast.distributed import collectives, rendezvous
 
 TINY = [
-    "--recipe=demo", "--device=cpu", "--precision=fp32", "--encoder=resnet18", "--size=32",
-    "--batch-size=16", "--projector", "32", "32", "--epochs=3", "--warmup-epochs=1",
-    "--workers=1", "--probe-every=0", "--log-every=1", "--lr-weights=0.5",
-    "--seed=1",
-]  # fmt: skip
+    *tiny_runs.TINY,
+    *("--workers=1", "--probe-every=0", "--log-every=1", "--lr-weights=0.5", "--seed=1"),
+]
 
 
 def embeddings(n: int, d: int) -> list[torch.Tensor]:

@@ -96,8 +96,8 @@ def batch_of_views() -> tuple[torch.Tensor, augment.Draw, int]:
     images = torch.randint(0, 256, (n, size // 8, size // 8, 3), dtype=torch.uint8)
     images = images.repeat_interleave(8, 1).repeat_interleave(8, 2).contiguous()
     keys = view_keys(np.arange(n // 2), seed=0, epoch=0, view=0)
-    draws = [augment.draw(branch, keys) for branch in (augment.VIEW_A, augment.VIEW_B)]
-    return images.to(DEVICE), augment.concatenate(*draws), n
+    parameters = augment.draw_views((augment.VIEW_A, augment.VIEW_B), (keys, keys))
+    return images.to(DEVICE), parameters, n
 
 
 def augmentations(results: Results) -> None:

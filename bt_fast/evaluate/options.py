@@ -10,6 +10,9 @@ from bt_fast.choices import Device, Precision
 
 Options = TypeVar("Options", bound="EvalOptions")
 
+# Flags that are at least 1, in every command that has them.
+_COUNTS = ("workers", "size", "gpus", "epochs", "batch_size", "semi_epochs", "semi_batch_size")
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EvalOptions:
@@ -41,10 +44,13 @@ class EvalOptions:
     """Folder for states and results. Default: RUN/eval, or FILE.d/eval."""
 
     def __post_init__(self) -> None:
-        for name in ("workers", "size", "gpus"):
-            value = getattr(self, name)
+        for name in _COUNTS:
+            value = getattr(self, name, None)
             if value is not None and value < 1:
-                raise ValueError(f"--{name} must be at least 1, got {value}")
+                raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+        percent = getattr(self, "percent", 100)
+        if not 0 < percent <= 100:
+            raise ValueError(f"--percent must be in (0, 100], got {percent:g}")
         if self.crop is not None and not 0 < self.crop <= 1:
             raise ValueError(f"--crop must be in (0, 1], got {self.crop}")
         if not 0 <= self.cache_gb < 1e6:
@@ -65,17 +71,6 @@ class EvalAll(EvalOptions):
     """Number of images per step of fine-tuning."""
     seed: int = 0
     """Seed of the labelled subset, the classifiers, the order and the crops."""
-
-    def __post_init__(self) -> None:
-        EvalOptions.__post_init__(self)
-        if not 0 < self.percent <= 100:
-            raise ValueError(f"--percent must be in (0, 100], got {self.percent}")
-        for name, value in (
-            ("semi-epochs", self.semi_epochs),
-            ("semi-batch-size", self.semi_batch_size),
-        ):
-            if value < 1:
-                raise ValueError(f"--{name} must be at least 1, got {value}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

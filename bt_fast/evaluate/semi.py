@@ -61,8 +61,6 @@ def measure_semi(
 
 def class_balanced(labels: np.ndarray, percent: float, seed: int) -> np.ndarray:
     """`percent` of every class's samples, at least one, drawn from the seed: int64 [n], sorted."""
-    if not 0 < percent <= 100:
-        raise ValueError(f"--percent must be in (0, 100], got {percent:g}")
     order = epoch_order(len(labels), seed, _SUBSET_EPOCH)
     chosen = []
     for label in np.unique(labels[labels >= 0]):

@@ -53,10 +53,6 @@ class Protocol:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size"):
-            if getattr(self, name) < 1:
-                flag = f"--{name.replace('_', '-')}"
-                raise ValueError(f"{flag} must be at least 1, got {getattr(self, name)}")
         rates = (self.lr_head, self.lr_encoder, self.weight_decay)
         if not all(0 <= rate < 1e30 for rate in rates):  # as float32
             raise ValueError(f"learning rates and weight decay must lie in [0, 1e30), got {rates}")

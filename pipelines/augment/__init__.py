@@ -24,6 +24,7 @@ the edge, where Pillow replicates the edge before each filter and this code befo
 
 import dataclasses
 import functools
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -129,6 +130,11 @@ def apply(
     pixels = _apply_where(parameters.sigma > 0, pixels, blur, parameters.sigma)
     pixels = _apply_where(parameters.solarize, pixels, solarize)
     return normalise(pixels, dtype)
+
+
+def draw_views(branches: Iterable[Branch], keys: Iterable[np.ndarray]) -> Draw:
+    """`draw` for each branch with its keys, as the parameters of one batch, in order."""
+    return concatenate(*(draw(*pair) for pair in zip(branches, keys, strict=True)))
 
 
 def apply_in_threads(

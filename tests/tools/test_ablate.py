@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny_runs
 from conftest import write_beton
 from PIL import Image
 
@@ -23,12 +24,7 @@ ROOT = Path(__file__).parents[2]
 sys.path.append(str(ROOT / "tools"))  # where a script finds `_checkout`
 from tools import ablate, ablate_report  # noqa: E402
 
-TINY = [
-    "--recipe=demo", "--device=cpu", "--precision=fp32", "--encoder=resnet18", "--size=32",
-    "--batch-size=16", "--projector", "32", "32", "--epochs=2", "--warmup-epochs=1",
-    "--workers=1", "--probe-every=2", "--log-every=1", "--save-every=1",
-    "--keep=1",
-]  # fmt: skip
+TINY = [*tiny_runs.TINY, "--epochs=2", "--workers=1", "--log-every=1", "--save-every=1", "--keep=1"]
 NAMES = ("baseline", "cross-entropy")
 
 

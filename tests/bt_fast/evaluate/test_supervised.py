@@ -251,6 +251,7 @@ def test_a_published_list_names_the_images(labelled_run, tmp_path, capsys):
         (["linear", "--workers=0"], "--workers must be at least 1"),
         (["linear", "--min-scale=2"], "--min-scale must be in (0, 1]"),
         (["semi", "--percent=0"], "--percent must be in (0, 100]"),
+        (["all", "--semi-epochs=0"], "--semi-epochs must be at least 1"),
         (["semi", "--train-list=nowhere.txt"], "--train-list nowhere.txt cannot be read"),
         (["transfer"], "--data is required"),
         (["transfer", "--data=nowhere"], "--data nowhere does not exist"),
