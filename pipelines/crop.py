@@ -81,29 +81,36 @@ def center_boxes(fraction: float, heights: np.ndarray, widths: np.ndarray) -> np
     return np.stack([(heights - side) // 2, (widths - side) // 2, side, side], axis=1)
 
 
-def crop_and_resize(image: torch.Tensor, box: np.ndarray, out: torch.Tensor) -> None:
+def crop_and_resize(image: np.ndarray, box: np.ndarray, out: np.ndarray) -> None:
     """Crop a box of an image and resize it with Pillow's antialiased bicubic filter.
 
     Args:
-        image: uint8 [3, H, W], a channels-last view of the decoder's [H, W, 3].
+        image: uint8 [H, W, channels].
         box: int[4]: top, left, height, width.
-        out: uint8 [height, width, 3], contiguous; the result is written to it.
+        out: uint8 [height, width, channels], contiguous; the result is written to it.
     """
-    top, left, height, width = (int(value) for value in box)
-    resize(image[:, top : top + height, left : left + width], out.permute(2, 0, 1))
+    top, left, height, width = box.tolist()
+    resize(image[top : top + height, left : left + width], out)
 
 
-def resize(image: torch.Tensor, out: torch.Tensor) -> None:
-    """Resize with Pillow's antialiased bicubic filter into `out`: both uint8 [channels, H, W].
+def resize(image: np.ndarray, out: np.ndarray) -> None:
+    """Resize with Pillow's antialiased bicubic filter into `out`: both uint8 [H, W, channels].
 
     Within 0.5 grey levels (mean) of Pillow: torch's uint8 kernel uses the same fixed-point
     arithmetic. It is vectorised for channels-last memory; the operator behind `F.interpolate`
     writes to `out`, which avoids an allocation and a copy per view.
+
+    Arrays rather than tensors, because every operation on a tensor releases the interpreter lock:
+    with many decoding threads, waiting for it again takes longer than the operation.
     """
     if image.shape == out.shape:
-        out.copy_(image)
+        out[...] = image
         return
-    source = image.unsqueeze(0).contiguous(memory_format=torch.channels_last)
     torch.ops.aten._upsample_bicubic2d_aa.out(
-        source, out.shape[1:], align_corners=False, out=out.unsqueeze(0)
+        _as_batch(image), out.shape[:2], align_corners=False, out=_as_batch(out)
     )
+
+
+def _as_batch(pixels: np.ndarray) -> torch.Tensor:
+    """[H, W, channels] -> [1, channels, H, W], channels-last, in the same memory."""
+    return torch.from_numpy(pixels[None].transpose(0, 3, 1, 2))

@@ -68,7 +68,7 @@ class Beton:
         reader = BetonReader(self.path)
         decoder = RecordDecoder(reader)
         for index in range(len(reader)):
-            pixels = decoder.decode(index).numpy().tobytes()
+            pixels = decoder.decode(index).tobytes()
             yield pixels, reader.label(index), reader.size(index), reader.name(index)
 
     def judge(self, original: int, data: bytes, is_cut: bool) -> Judged:

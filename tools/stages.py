@@ -71,7 +71,7 @@ def loader_stages(setup: TrainingSetup, budget: float) -> Iterator[Stage]:
 
     images = threaded(backend.decoder.decode, samples)()
     side = setup.config.size
-    crops = torch.empty((2, len(samples), side, side, 3), dtype=torch.uint8)
+    crops = np.empty((2, len(samples), side, side, 3), np.uint8)
 
     def crop(row: int) -> None:
         for view in range(2):

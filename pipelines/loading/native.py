@@ -1,9 +1,10 @@
 """The native backend: threads decode each JPEG once (libjpeg-turbo) and cut all crops from it
 (torch's antialiased bicubic on uint8).
 
-The data set is memory-mapped, and both calls release the interpreter lock. Crops are written into
-the memory of the batch, which is page-locked if a GPU reads it. `prefetch` batches are in
-preparation while one is used, also across the end of an epoch.
+The data set is memory-mapped. Decoding and resizing release the interpreter lock, once each; in
+between, threads handle arrays rather than tensors, whose operations would release it as well.
+Crops are written into the memory of the batch, which is page-locked if a GPU reads it. `prefetch`
+batches are in preparation while one is used, also across the end of an epoch.
 """
 
 import threading
@@ -44,7 +45,7 @@ class NativeBackend:
         self.decoder = RecordDecoder(dataset)
         self.prefetch = max(prefetch, 1)
         self.pin_memory = pin_memory
-        self.cache: dict[int, torch.Tensor] = {}
+        self.cache: dict[int, np.ndarray] = {}
         self._free_cache_bytes = cache_bytes
         self._cache_lock = threading.Lock()
         self.pool = decoding_threads(num_threads)
@@ -73,19 +74,19 @@ class NativeBackend:
         shape = (num_views, n, request.size, request.size, 3)
         crops = torch.empty(shape, dtype=torch.uint8, pin_memory=self.pin_memory)
         tasks = [
-            self.pool.submit(self._crop_rows, request, crops, first)
+            self.pool.submit(self._crop_rows, request, crops.numpy(), first)
             for first in range(0, n, IMAGES_PER_TASK)
         ]
         return crops, tasks
 
-    def _crop_rows(self, request: Request, crops: torch.Tensor, first: int) -> None:
+    def _crop_rows(self, request: Request, crops: np.ndarray, first: int) -> None:
         for row in range(first, min(first + IMAGES_PER_TASK, len(request.samples))):
             image = self._image(int(request.samples[row]))
             for view in range(len(crops)):
                 crop_and_resize(image, request.boxes[row, view], out=crops[view, row])
 
-    def _image(self, sample: int) -> torch.Tensor:
-        """A decoded image, uint8 [3, H, W], from the cache or stored in it while there is space."""
+    def _image(self, sample: int) -> np.ndarray:
+        """A decoded image, uint8 [H, W, 3], from the cache or stored in it while there is space."""
         image = self.cache.get(sample)
         if image is None:
             image = self.decoder.decode(sample)
@@ -103,31 +104,32 @@ class RecordDecoder:
         self.dataset = dataset
         self.checked = np.zeros(len(dataset), bool)  # images whose checksum was correct once
 
-    def decode(self, sample: int) -> torch.Tensor:
-        """One image -> uint8 [3, H, W], channels-last in memory.
+    def decode(self, sample: int) -> np.ndarray:
+        """One image -> uint8 [H, W, 3].
 
         Raises ValueError if it does not decode, or differs in size or checksum.
         """
+        is_known = self.checked[sample]
         self.check(sample)
-        height, width = self.dataset.size(sample)
+        recorded = self.dataset.size(sample)
         data = self.dataset.image(sample)
         if self.dataset.is_raw(sample):
-            pixels = np.array(data).reshape(height, width, 3)
-        else:
-            try:  # the header first: it may claim an image larger than the memory
-                found = simplejpeg.decode_jpeg_header(data)[:2]
-                if found == (height, width):
-                    pixels = simplejpeg.decode_jpeg(data, "RGB", fastdct=False, fastupsample=False)
-            except ValueError as error:
-                raise ValueError(
-                    f"{self.title(sample)} does not decode ({error}); convert the data again"
-                ) from None
-            if found != (height, width):
-                raise ValueError(
-                    f"{self.title(sample)} is {found[1]}x{found[0]} but was"
-                    f" recorded as {width}x{height}; convert the data again"
-                )
-        return torch.from_numpy(pixels).permute(2, 0, 1)
+            return np.array(data).reshape(*recorded, 3)
+        try:  # the header first: it may claim an image larger than the memory
+            size = recorded if is_known else simplejpeg.decode_jpeg_header(data)[:2]
+            if size == recorded:
+                pixels = simplejpeg.decode_jpeg(data, "RGB", fastdct=False, fastupsample=False)
+                size = pixels.shape[:2]
+        except ValueError as error:
+            raise ValueError(
+                f"{self.title(sample)} does not decode ({error}); convert the data again"
+            ) from None
+        if size != recorded:
+            raise ValueError(
+                f"{self.title(sample)} is {size[1]}x{size[0]} but was"
+                f" recorded as {recorded[1]}x{recorded[0]}; convert the data again"
+            )
+        return pixels
 
     def check(self, sample: int) -> None:
         """Raise ValueError if an image that is read for the first time differs from its
