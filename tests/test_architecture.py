@@ -19,19 +19,22 @@ ROOT = Path(__file__).parents[1]
 FILES = sorted(path for root in ("bt_fast", "pipelines") for path in (ROOT / root).rglob("*.py"))
 
 
-def test_the_document_lists_all_files_and_no_others():
-    listing = (ROOT / "docs" / "architecture.md").read_text().split("```")[1]
-    folders: list[str] = []
-    listed = []
-    for line in listing.strip().splitlines():
-        name = line.split()[0]
-        depth = (len(line) - len(line.lstrip())) // 2
-        del folders[depth:]
-        if name.endswith("/"):
-            folders.append(name)
-        else:
-            listed.append("".join(folders) + name)
-    assert sorted(listed) == [str(path.relative_to(ROOT)) for path in FILES]
+def test_the_document_lists_all_folders_and_no_others():
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    rows = re.findall(r"^\| `(.+)/` \| .+ \| (.+) \|$", text, re.MULTILINE)
+    folders = {str(path.parent.relative_to(ROOT)) for path in FILES}
+    # Subfolders that the row of their package describes.
+    folders -= {"pipelines/convert/sources", "bt_fast/evaluate/detectron2"}
+    assert sorted(folder for folder, _ in rows) == sorted(folders) and len(rows) <= 15
+    for folder, files in rows:
+        for name in re.findall(r"`(.+?)`", files):
+            assert ROOT / folder / name in FILES
+
+
+def test_the_first_line_of_every_file_says_what_it_is():
+    for path in FILES:
+        if path.stat().st_size:
+            assert ast.get_docstring(ast.parse(path.read_text())), path
 
 
 def test_at_most_twenty_files_are_flat():
