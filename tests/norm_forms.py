@@ -175,7 +175,7 @@ def assert_sums_complete(
     """
     from bt_fast.models import batch_norm_triton
 
-    first = batch_norm_triton.BLOCK_ROWS
+    first = batch_norm_triton.FIRST_ROWS
     assert num_rows > first
     x, g = torch.zeros(2, 2, num_rows, channels, dtype=dtype, device=device)  # [V, rows, C] each
     inputs = [torch.full_like(x, value).flatten(0, 1) for value in (3, 5)]

@@ -150,18 +150,36 @@ _ARGMAX = {8: "one byte per value: 8 bytes for the 8 channels (16 bytes) of a th
 
 def _norm(function, variant: str, *, sums: str, narrow=None, **constants) -> Kernel:
     """A kernel of batch norm; `sums` is the dtype of its sums."""
-    shared = {"VIEWS": 2, "BLOCK_PARTS": batch_norm_triton.BLOCK_PARTS} | batch_norm_triton.BLOCKS
-    pooled = {"ROWS": batch_norm_triton.POOL_ROWS, "BLOCK": batch_norm_triton.POOL_BLOCK}
     names = function.arg_names
+    if tiling := _tiling_of_norm(function, constants.get("NORMS", 1)):
+        shared = tiling.constants | {"FIRST_ROWS": batch_norm_triton.FIRST_ROWS}
+        options = tiling.options
+    else:
+        shared = {"ROWS": batch_norm_triton.POOL_ROWS, "BLOCK": batch_norm_triton.POOL_BLOCK}
+        shared["BLOCK_CHANNELS"] = batch_norm_triton.BLOCK_CHANNELS
+        options = batch_norm_triton.POOL_OPTIONS
+    constants |= {"VIEWS": 2}
     return Kernel(
         function=function,
         types=_NORM_TYPES | {"sums": sums},
-        constants={k: v for k, v in (shared | pooled | constants).items() if k in names},
-        options=batch_norm_triton.OPTIONS,
+        constants={k: v for k, v in (shared | constants).items() if k in names},
+        options=options,
         divisible=_SIDES if "height" in names else _COUNTS,
         narrow=narrow or {},
         variant=variant,
     )
+
+
+def _tiling_of_norm(function, num_norms: int) -> batch_norm_triton.Tiling | None:
+    """None for the kernels with max-pool."""
+    if function is batch_norm_triton._norm_sums and num_norms == 2:
+        return batch_norm_triton.SUMS_OF_TWO_NORMS
+    return {
+        batch_norm_triton._norm_moments: batch_norm_triton.MOMENTS,
+        batch_norm_triton._norm_forward: batch_norm_triton.FORWARD,
+        batch_norm_triton._norm_sums: batch_norm_triton.SUMS,
+        batch_norm_triton._norm_backward: batch_norm_triton.BACKWARD,
+    }.get(function)
 
 
 _FORWARD, _BACKWARD = {"sums": "*fp64"}, {"sums": "*fp32"}

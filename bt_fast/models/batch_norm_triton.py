@@ -21,7 +21,8 @@ Each layer has four kernels, with the fewest reads and writes that statistics of
 Activations are channels-last: a matrix of rows (image, y, x) by channels. A program reduces a block
 of channels and a range of rows of one view in float32, after subtracting the mean of the view's
 first rows, and writes partial sums; the last program of a block of channels to finish adds them in
-a fixed order. The partition depends on the shape alone, so results are bitwise equal on any GPU.
+a fixed order. The partition depends on the shape alone, so results are bitwise equal on any GPU;
+`Tiling` describes it.
 
 The kernels are torch.library operators, opaque to the compiler except for their shapes, and without
 side effects, so that CUDA graphs can capture them. Triton's interpreter runs them on CPU tensors.
@@ -38,13 +39,62 @@ from torch import Tensor
 
 from bt_fast.distributed.collectives import Group, all_reduce, group_size
 
-BLOCK_ROWS = 32
 BLOCK_CHANNELS = 64
-OPTIONS = {"num_warps": 4}
-MIN_PROGRAMS = 1024  # if there are enough rows: one wave of 8 programs on each SM of an H100
-BLOCK_PARTS = 8  # partial sums added at a time
-POOL_BLOCK = 16  # pixels of a pooled image, and quads of input pixels, processed at a time
+FIRST_ROWS = 32  # of a view, whose mean is subtracted before squaring
+POOL_BLOCK = 8  # pixels of a pooled image, and quads of input pixels, processed at a time
 POOL_ROWS = 8  # rows of a pooled image per program
+POOL_OPTIONS = {"num_warps": 2}
+ROW_MULTIPLE = 32  # that the rows of a program are
+
+
+class Tiling(NamedTuple):
+    """How a kernel's programs share a matrix of rows by channels."""
+
+    num_programs: int  # at most
+    block_rows: int  # rows that a program loads at a time
+    num_warps: int
+    num_stages: int = 1  # blocks of rows under way; if more than one, through shared memory
+    max_registers: int | None = None  # per thread
+
+    @property
+    def constants(self) -> dict[str, int]:
+        # As many rows as the threads load with 16 bytes each: 8 values of bf16, 4 of float32.
+        acc_rows = min(self.block_rows, 32 * self.num_warps * 8 // BLOCK_CHANNELS)
+        return {
+            "BLOCK_ROWS": self.block_rows,
+            "BLOCK_CHANNELS": BLOCK_CHANNELS,
+            "STAGES": self.num_stages,
+            "ACC_ROWS": acc_rows,
+            "BLOCK_PARTS": 2 * acc_rows,  # four loads in flight per thread
+        }
+
+    @property
+    def options(self) -> dict[str, int]:
+        options = {"num_warps": self.num_warps}
+        return options | ({"maxnreg": self.max_registers} if self.max_registers else {})
+
+    def launch(self, kernel: triton.JITFunction, grid: tuple[int, int, int], *args, **constants):
+        """Run the kernel with those of this tiling's constants that it takes."""
+        own = {name: n for name, n in self.constants.items() if name in kernel.arg_names}
+        kernel[grid](*args, **own, **constants, **self.options)
+
+
+# Chosen for an H100, which has 132 SMs.
+#
+# The programs of a reduction are resident at the same time, because a second wave of few programs
+# takes as long as a full one; and they are few and large, because the last one adds the parts of
+# all. With at most 64 registers, two programs of 16 warps share an SM. With two norms, which take
+# more, one does; there are two full waves.
+#
+# The other kernels have so many waves that an incomplete one matters little.
+#
+# `tools/kernel_report.py` shows registers and spills. (Where BLOCK_ROWS equals BLOCK_PARTS, Triton
+# merges the layouts of their blocks, and the last program adds its parts through shared memory.)
+MOMENTS = Tiling(2 * 132, block_rows=64, num_warps=16, num_stages=4, max_registers=64)
+SUMS = Tiling(2 * 132, block_rows=64, num_warps=16, max_registers=64)
+SUMS_OF_TWO_NORMS = Tiling(2 * 132, block_rows=64, num_warps=16)
+FORWARD = Tiling(32 * 132, block_rows=32, num_warps=4)
+BACKWARD = Tiling(32 * 132, block_rows=32, num_warps=4)
 
 
 def norm_act(
@@ -167,23 +217,27 @@ class _Partition(NamedTuple):
 
     num_rows: int  # of a view
     channels: int
+    rows_per_part: int
     num_blocks: int  # blocks of channels
     num_parts: int  # ranges of rows
-    rows_per_part: int
+    num_views: int
+
+    @property
+    def grid(self) -> tuple[int, int, int]:
+        return self.num_blocks, self.num_parts, self.num_views
 
 
-def make_partition(x: Tensor, num_views: int) -> _Partition:
+def make_partition(x: Tensor, num_views: int, tiling: Tiling) -> _Partition:
     """The partition of x [V n, C, ...], a function of its shape alone."""
     channels = x.shape[1]
     num_rows = x.numel() // (num_views * channels)
     num_blocks = triton.cdiv(channels, BLOCK_CHANNELS)
-    parts = max(1, min(MIN_PROGRAMS // (num_blocks * num_views), triton.cdiv(num_rows, BLOCK_ROWS)))
-    rows_per_part = triton.cdiv(triton.cdiv(num_rows, parts), BLOCK_ROWS) * BLOCK_ROWS
+    parts = max(1, tiling.num_programs // (num_blocks * num_views))
+    rows_per_part = triton.cdiv(triton.cdiv(num_rows, parts), ROW_MULTIPLE) * ROW_MULTIPLE
     num_parts = triton.cdiv(num_rows, rows_per_part)
-    return _Partition(num_rows, channels, num_blocks, num_parts, rows_per_part)
+    return _Partition(num_rows, channels, rows_per_part, num_blocks, num_parts, num_views)
 
 
-BLOCKS = {"BLOCK_ROWS": BLOCK_ROWS, "BLOCK_CHANNELS": BLOCK_CHANNELS}
 _OPERATORS = (
     "norm_moments",
     "norm_forward",
@@ -192,7 +246,7 @@ _OPERATORS = (
     "norm_pool_forward",
     "norm_pool_backward",
 )
-# By device: the number of finished programs of each block of channels; zero between kernels.
+# By device: numbers of finished programs, for `_is_last`; zero between kernels.
 _finished: dict[torch.device, Tensor] = {}
 
 
@@ -221,10 +275,10 @@ def _finished_counters(device: torch.device) -> Tensor:
     return counters
 
 
-def _counters(x: Tensor, num_blocks: int) -> Tensor:
+def _counters(x: Tensor, partition: _Partition) -> Tensor:
     counters = _finished_counters(x.device)
-    if num_blocks > len(counters):
-        limit = BLOCK_CHANNELS * len(counters)
+    if partition.num_blocks * partition.num_views > len(counters):
+        limit = BLOCK_CHANNELS * (len(counters) // partition.num_views)
         raise ValueError(f"fused batch norm takes at most {limit} channels, got {x.shape[1]}")
     return counters
 
@@ -259,15 +313,16 @@ _operator = functools.partial(
 @_operator("bt_fast::norm_moments")
 def norm_moments(xs: list[Tensor], num_views: int) -> Tensor:
     """For each x [V n, C, ...], the sums of x and of x^2: float64 [norms, 2, V, C]."""
-    partition = make_partition(xs[0], num_views)
-    counters = _counters(xs[0], partition.num_blocks)
+    partition = make_partition(xs[0], num_views, MOMENTS)
+    counters = _counters(xs[0], partition)
     sums = xs[0].new_empty(len(xs), 2, num_views, partition.channels, dtype=torch.float64)
     for x, sums_of_x in zip(xs, sums, strict=True):
         shape = num_views, partition.num_parts, 2, partition.channels
-        _norm_moments[(partition.num_blocks, partition.num_parts, num_views)](
+        MOMENTS.launch(
+            _norm_moments, partition.grid,
             _channels_last(x), x.new_empty(shape, dtype=torch.float32), sums_of_x, counters,
             partition.num_rows, partition.channels, partition.rows_per_part,
-            VIEWS=num_views, BLOCK_PARTS=BLOCK_PARTS, **BLOCKS, **OPTIONS,
+            VIEWS=num_views, FIRST_ROWS=FIRST_ROWS,
         )  # fmt: skip
     return sums
 
@@ -295,16 +350,17 @@ def norm_forward(
     [norms, 3, V, C]: mean, 1 / deviation, unbiased variance.
     """
     num_views = sums.shape[2]
-    partition = make_partition(xs[0], num_views)
+    partition = make_partition(xs[0], num_views, FORWARD)
     xs = [_channels_last(x) for x in xs]
     added = xs[1] if len(xs) == 2 else residual
     y, bits, moments = _norm_forward_results(xs, residual, sums)
     last = len(xs) - 1
-    _norm_forward[(partition.num_blocks, partition.num_parts, num_views)](
+    FORWARD.launch(
+        _norm_forward, partition.grid,
         xs[0], _channels_last(added) if added is not None else y, y, bits,
         sums, moments, weights[0], biases[0], weights[last], biases[last],
         partition.num_rows, partition.channels, partition.rows_per_part, count, eps,
-        VIEWS=num_views, RELU=relu, RESIDUAL=added is not None, NORMS=len(xs), **BLOCKS, **OPTIONS,
+        VIEWS=num_views, RELU=relu, RESIDUAL=added is not None, NORMS=len(xs),
     )  # fmt: skip
     return y, bits, moments
 
@@ -340,18 +396,19 @@ def norm_sums(
     the weights and of the biases (the same for two norms), each [norms, C].
     """
     num_views = moments.shape[2]
-    partition = make_partition(xs[0], num_views)
+    tiling = SUMS if len(xs) == 1 else SUMS_OF_TWO_NORMS
+    partition = make_partition(xs[0], num_views, tiling)
     masked, sums, grad_weights, grad_biases = _norm_sums_results(gradients, xs, bits, moments)
     num_sums = 1 + len(xs)
     partials = sums.new_empty(num_views, partition.num_parts, num_sums, partition.channels)
     gradients = [_channels_last(g) for g in gradients]
-    _norm_sums[(partition.num_blocks, partition.num_parts, num_views)](
+    tiling.launch(
+        _norm_sums, partition.grid,
         gradients[0], gradients[-1], _channels_last(xs[0]), _channels_last(xs[-1]),
         bits if bits is not None else masked, masked, moments, weights[0], biases[0],
-        partials, sums, grad_weights, grad_biases, _counters(xs[0], partition.num_blocks),
+        partials, sums, grad_weights, grad_biases, _counters(xs[0], partition),
         partition.num_rows, partition.channels, partition.rows_per_part,
         VIEWS=num_views, RELU=relu, BITS=bits is not None, GRADIENTS=len(gradients), NORMS=len(xs),
-        BLOCK_PARTS=BLOCK_PARTS, **BLOCKS, **OPTIONS,
     )  # fmt: skip
     return masked, sums, grad_weights, grad_biases
 
@@ -388,15 +445,16 @@ def norm_backward(
     g: gradient of y; relu: whether the kernel masks it by y > 0. sums: over all ranks.
     """
     num_views = moments.shape[2]
-    partition = make_partition(xs[0], num_views)
+    partition = make_partition(xs[0], num_views, BACKWARD)
     xs = [_channels_last(x) for x in xs]
     grad_inputs = [_empty_like(x) for x in xs]
     last = len(xs) - 1
-    _norm_backward[(partition.num_blocks, partition.num_parts, num_views)](
+    BACKWARD.launch(
+        _norm_backward, partition.grid,
         _channels_last(g), xs[0], xs[last], grad_inputs[0], grad_inputs[last],
         moments, sums, weights[0], biases[0], weights[last],
         partition.num_rows, partition.channels, partition.rows_per_part, count,
-        VIEWS=num_views, RELU=relu, NORMS=len(xs), **BLOCKS, **OPTIONS,
+        VIEWS=num_views, RELU=relu, NORMS=len(xs),
     )  # fmt: skip
     return grad_inputs
 
@@ -424,7 +482,8 @@ def norm_pool_forward(
     _norm_pool_forward[(num_blocks, triton.cdiv(height, POOL_ROWS), len(x))](
         x, y, maxima, argmax, sums, moments, weight, bias,
         len(x) // num_views, *x.shape[1:], height, width, count, eps,
-        VIEWS=num_views, ROWS=POOL_ROWS, BLOCK=POOL_BLOCK, BLOCK_CHANNELS=BLOCK_CHANNELS, **OPTIONS,
+        VIEWS=num_views, ROWS=POOL_ROWS, BLOCK=POOL_BLOCK, BLOCK_CHANNELS=BLOCK_CHANNELS,
+        **POOL_OPTIONS,
     )  # fmt: skip
     return y, maxima, argmax, moments
 
@@ -462,7 +521,8 @@ def norm_pool_backward(
     _norm_pool_backward[(num_blocks, triton.cdiv(height, POOL_ROWS), len(x))](
         _channels_last(g), argmax, x, grad_x, moments, sums, weight, bias,
         len(x) // num_views, *x.shape[1:], height, width, count,
-        VIEWS=num_views, ROWS=POOL_ROWS, BLOCK=POOL_BLOCK, BLOCK_CHANNELS=BLOCK_CHANNELS, **OPTIONS,
+        VIEWS=num_views, ROWS=POOL_ROWS, BLOCK=POOL_BLOCK, BLOCK_CHANNELS=BLOCK_CHANNELS,
+        **POOL_OPTIONS,
     )  # fmt: skip
     return grad_x
 
@@ -476,9 +536,12 @@ def _(g, argmax, x, moments, sums, weight, bias, count):
 
 
 @triton.jit
-def _load(pointers, mask):
-    """Loads as float32. A bf16 is the upper half of a float32, so one shift converts it."""
-    value = tl.load(pointers, mask, other=0.0)
+def _load(pointers, mask, EVICTION: tl.constexpr = tl.constexpr("")):  # noqa: B008
+    """Loads as float32. A bf16 is the upper half of a float32, so one shift converts it.
+
+    EVICTION: "evict_first" for values that no kernel reads soon, so that the cache keeps others.
+    """
+    value = tl.load(pointers, mask, other=0.0, eviction_policy=EVICTION)
     if value.dtype == tl.bfloat16:
         bits = value.to(tl.int16, bitcast=True).to(tl.int32) << 16
         return bits.to(tl.float32, bitcast=True)
@@ -518,16 +581,16 @@ def _store_moments(
 
 
 @triton.jit
-def _is_last(finished, block, num_programs):
-    """Whether this is the last program of a block of channels; all partial sums are visible to it.
+def _is_last(finished, num_programs):
+    """Whether this is the last of the programs that share a counter, which sees all partial sums.
 
     The barriers order the other threads' stores before, and loads after, the one atomic operation.
     """
     tl.debug_barrier()
-    num_before = tl.atomic_add(finished + block, 1, sem="acq_rel")
+    num_before = tl.atomic_add(finished, 1, sem="acq_rel")
     last = num_before == num_programs - 1
     if last:
-        tl.store(finished + block, 0)
+        tl.store(finished, 0)
     tl.debug_barrier()
     return last
 
@@ -538,75 +601,79 @@ def _add_parts(
     NUM_SUMS: tl.constexpr, BLOCK_PARTS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """Sum number `index` over all parts of a view, in a fixed order: float64 [BLOCK_CHANNELS]."""
-    accumulator = tl.zeros([BLOCK_PARTS, BLOCK_CHANNELS], tl.float64)
+    ACC_ROWS: tl.constexpr = BLOCK_PARTS // 4
+    accumulator = tl.zeros([ACC_ROWS, BLOCK_CHANNELS], tl.float64)
     for start in range(0, num_parts, BLOCK_PARTS):
         part = start + tl.arange(0, BLOCK_PARTS)
         row = (view * num_parts + part) * NUM_SUMS + index
         mask = (part < num_parts)[:, None] & inside[None, :]
         pointers = partials + row[:, None] * channels + channel[None, :]
-        accumulator += tl.load(pointers, mask, other=0.0, cache_modifier=".cg").to(tl.float64)
+        value = tl.load(pointers, mask, other=0.0, cache_modifier=".cg")
+        accumulator += _fold(value.to(tl.float64), ACC_ROWS)
     return tl.sum(accumulator, 0)
 
 
 @triton.jit
-def _mean_of_first_rows(
-    x, num_rows, channels, channel, inside,
-    BLOCK_ROWS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr,
-):  # fmt: skip
+def _fold(value, ROWS: tl.constexpr):
+    """Sum of a block's groups of ROWS rows, within each thread: [n ROWS, C] -> [ROWS, C]."""
+    GROUPS: tl.constexpr = value.shape[0] // ROWS
+    if GROUPS <= 1:
+        return value
+    else:
+        return tl.sum(tl.reshape(value, [GROUPS, ROWS, value.shape[1]]), 0)
+
+
+@triton.jit
+def _mean_of_first_rows(x, num_rows, channels, channel, inside, FIRST_ROWS: tl.constexpr):
     """Estimate of a view's mean, subtracted against cancellation: float32 [BLOCK_CHANNELS]."""
-    row = tl.arange(0, BLOCK_ROWS)
+    row = tl.arange(0, FIRST_ROWS)
     mask = (row < num_rows)[:, None] & inside[None, :]
     offsets = row[:, None] * channels + channel[None, :]
     value = _load(x + offsets, mask)
-    return tl.sum(value, 0) / tl.minimum(num_rows, BLOCK_ROWS)
+    return tl.sum(value, 0) / tl.minimum(num_rows, FIRST_ROWS)
 
 
 @triton.jit
 def _norm_moments(
     x, partials, sums, finished, num_rows, channels, rows_per_part,
-    VIEWS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr,
+    VIEWS: tl.constexpr, FIRST_ROWS: tl.constexpr, BLOCK_ROWS: tl.constexpr,
+    BLOCK_CHANNELS: tl.constexpr, STAGES: tl.constexpr, ACC_ROWS: tl.constexpr,
     BLOCK_PARTS: tl.constexpr,
 ):  # fmt: skip
     block, part, view = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     num_parts = tl.num_programs(1)
     channel = block * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
     inside = channel < channels
-    view_stride = tl.cast(num_rows, tl.int64) * channels  # elements of a view
-    shift = _mean_of_first_rows(
-        x + view * view_stride, num_rows, channels, channel, inside, BLOCK_ROWS, BLOCK_CHANNELS
-    )
+    x += tl.cast(num_rows, tl.int64) * channels * view
+    shift = _mean_of_first_rows(x, num_rows, channels, channel, inside, FIRST_ROWS)
     part_start = part * rows_per_part
     part_rows = tl.minimum(rows_per_part, num_rows - part_start)
-    x_part = x + view * view_stride + tl.cast(part_start, tl.int64) * channels
-    acc_x = tl.zeros([BLOCK_ROWS, BLOCK_CHANNELS], tl.float32)
-    acc_square = tl.zeros([BLOCK_ROWS, BLOCK_CHANNELS], tl.float32)
-    for start in range(0, part_rows, BLOCK_ROWS):
+    x += tl.cast(part_start, tl.int64) * channels
+    acc_x = tl.zeros([ACC_ROWS, BLOCK_CHANNELS], tl.float32)
+    acc_square = tl.zeros([ACC_ROWS, BLOCK_CHANNELS], tl.float32)
+    for start in tl.range(0, part_rows, BLOCK_ROWS, num_stages=STAGES):
         row = start + tl.arange(0, BLOCK_ROWS)
         mask = (row < part_rows)[:, None] & inside[None, :]
-        pointers = x_part + row[:, None] * channels + channel[None, :]
-        value = _load(pointers, mask) - shift[None, :]
+        value = _load(x + row[:, None] * channels + channel[None, :], mask) - shift[None, :]
         value = tl.where(mask, value, 0.0)
-        acc_x += value
-        acc_square += value * value
+        acc_x += _fold(value, ACC_ROWS)
+        acc_square += _fold(value * value, ACC_ROWS)
     pointers = partials + (view * num_parts + part) * 2 * channels + channel
     tl.store(pointers, tl.sum(acc_x, 0), inside)
     tl.store(pointers + channels, tl.sum(acc_square, 0), inside)
-    if _is_last(finished, block, num_parts * VIEWS):
+    if _is_last(finished + block * VIEWS + view, num_parts):
+        sum_x = _add_parts(
+            partials, view, 0, channel, inside, channels, num_parts, 2, BLOCK_PARTS, BLOCK_CHANNELS
+        )
+        sum_square = _add_parts(
+            partials, view, 1, channel, inside, channels, num_parts, 2, BLOCK_PARTS, BLOCK_CHANNELS
+        )
+        result = sums + view * channels + channel
         count = tl.cast(num_rows, tl.float64)
-        for v in tl.static_range(VIEWS):
-            view_shift = _mean_of_first_rows(
-                x + v * view_stride, num_rows, channels, channel, inside, BLOCK_ROWS, BLOCK_CHANNELS
-            ).to(tl.float64)
-            sum_x = _add_parts(
-                partials, v, 0, channel, inside, channels, num_parts, 2, BLOCK_PARTS, BLOCK_CHANNELS
-            )
-            sum_square = _add_parts(
-                partials, v, 1, channel, inside, channels, num_parts, 2, BLOCK_PARTS, BLOCK_CHANNELS
-            )
-            result = sums + v * channels + channel
-            tl.store(result, sum_x + count * view_shift, inside)
-            sum_square += view_shift * (2.0 * sum_x + count * view_shift)
-            tl.store(result + VIEWS * channels, sum_square, inside)
+        exact_shift = shift.to(tl.float64)
+        tl.store(result, sum_x + count * exact_shift, inside)
+        sum_square += exact_shift * (2.0 * sum_x + count * exact_shift)
+        tl.store(result + VIEWS * channels, sum_square, inside)
 
 
 @triton.jit
@@ -631,7 +698,7 @@ def _norm_forward(
     x, residual, y, bits, sums, moments, weight, bias, residual_weight, residual_bias,
     num_rows, channels, rows_per_part, count, eps,
     VIEWS: tl.constexpr, RELU: tl.constexpr, RESIDUAL: tl.constexpr, NORMS: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     block, part, view = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     channel = block * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
@@ -662,14 +729,14 @@ def _norm_forward(
     begin = first_row * channels
     byte = block * (BLOCK_CHANNELS // 8) + tl.arange(0, BLOCK_CHANNELS // 8)
     num_bytes = tl.cdiv(channels, 8)
-    for start in range(0, part_rows, BLOCK_ROWS):
+    for start in tl.range(0, part_rows, BLOCK_ROWS, num_stages=STAGES):
         row = start + tl.arange(0, BLOCK_ROWS)
         mask = (row < part_rows)[:, None] & inside[None, :]
         offsets = row[:, None] * channels + channel[None, :]
-        value = _load(x + begin + offsets, mask)
+        value = _load(x + begin + offsets, mask, "evict_first")
         value = _affine(value, mean, scale, shift)
         if RESIDUAL:
-            addend = _load(residual + begin + offsets, mask)
+            addend = _load(residual + begin + offsets, mask, "evict_first")
             if NORMS == 2:
                 addend = (addend - residual_mean[None, :]) * residual_scale[None, :]
             value += addend
@@ -712,7 +779,7 @@ def _norm_sums(
     partials, sums, grad_weights, grad_biases, finished, num_rows, channels, rows_per_part,
     VIEWS: tl.constexpr, RELU: tl.constexpr, BITS: tl.constexpr, GRADIENTS: tl.constexpr,
     NORMS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr,
-    BLOCK_PARTS: tl.constexpr,
+    STAGES: tl.constexpr, ACC_ROWS: tl.constexpr, BLOCK_PARTS: tl.constexpr,
 ):  # fmt: skip
     block, part, view = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     num_parts = tl.num_programs(1)
@@ -731,11 +798,11 @@ def _norm_sums(
     begin = first_row * channels
     byte = block * (BLOCK_CHANNELS // 8) + tl.arange(0, BLOCK_CHANNELS // 8)
     num_bytes = tl.cdiv(channels, 8)
-    acc_g = tl.zeros([BLOCK_ROWS, BLOCK_CHANNELS], tl.float32)
-    acc_product = tl.zeros([BLOCK_ROWS, BLOCK_CHANNELS], tl.float32)
+    acc_g = tl.zeros([ACC_ROWS, BLOCK_CHANNELS], tl.float32)
+    acc_product = tl.zeros([ACC_ROWS, BLOCK_CHANNELS], tl.float32)
     if NORMS == 2:
-        acc_residual = tl.zeros([BLOCK_ROWS, BLOCK_CHANNELS], tl.float32)
-    for start in range(0, part_rows, BLOCK_ROWS):
+        acc_residual = tl.zeros([ACC_ROWS, BLOCK_CHANNELS], tl.float32)
+    for start in tl.range(0, part_rows, BLOCK_ROWS, num_stages=STAGES):
         row = start + tl.arange(0, BLOCK_ROWS)
         mask = (row < part_rows)[:, None] & inside[None, :]
         offsets = row[:, None] * channels + channel[None, :]
@@ -755,42 +822,44 @@ def _norm_sums(
             rounded = gradient.to(masked.dtype.element_ty)
             tl.store(masked + begin + offsets, rounded, mask)
             gradient = rounded.to(tl.float32)  # as `_norm_backward` will read it
-        acc_g += gradient
-        acc_product += gradient * (value - mean[None, :])
+        acc_g += _fold(gradient, ACC_ROWS)
+        acc_product += _fold(gradient * (value - mean[None, :]), ACC_ROWS)
         if NORMS == 2:
             value = _load(residual + begin + offsets, mask)
-            acc_residual += gradient * (value - residual_mean[None, :])
+            acc_residual += _fold(gradient * (value - residual_mean[None, :]), ACC_ROWS)
     NUM_SUMS: tl.constexpr = 1 + NORMS
     pointers = partials + (view * num_parts + part) * NUM_SUMS * channels + channel
     tl.store(pointers, tl.sum(acc_g, 0), inside)
     tl.store(pointers + channels, tl.sum(acc_product, 0), inside)
     if NORMS == 2:
         tl.store(pointers + 2 * channels, tl.sum(acc_residual, 0), inside)
-    if _is_last(finished, block, num_parts * VIEWS):
-        bias_gradient = tl.zeros([BLOCK_CHANNELS], tl.float64)
-        for norm in tl.static_range(NORMS):
-            weight_gradient = tl.zeros([BLOCK_CHANNELS], tl.float64)
+    if _is_last(finished + block, num_parts * VIEWS):
+        for index in tl.static_range(NUM_SUMS):  # of g; of g (x - mean) for each norm
+            gradient = tl.zeros([BLOCK_CHANNELS], tl.float64)  # of the bias; of a norm's weight
             for v in tl.static_range(VIEWS):
-                result = sums + (norm * 2 * VIEWS + v) * channels + channel
-                sum_g = _add_parts(
-                    partials, v, 0, channel, inside, channels, num_parts,
+                total = _add_parts(
+                    partials, v, index, channel, inside, channels, num_parts,
                     NUM_SUMS, BLOCK_PARTS, BLOCK_CHANNELS,
                 )  # fmt: skip
-                tl.store(result, sum_g.to(tl.float32), inside)
-                sum_product = _add_parts(
-                    partials, v, 1 + norm, channel, inside, channels, num_parts,
-                    NUM_SUMS, BLOCK_PARTS, BLOCK_CHANNELS,
-                )  # fmt: skip
-                tl.store(result + VIEWS * channels, sum_product.to(tl.float32), inside)
-                inverse = _load_channels(
-                    moments, (3 * norm + 1) * VIEWS + v, channels, channel, inside
-                )
-                weight_gradient += sum_product * inverse.to(tl.float64)
-                if norm == 0:
-                    bias_gradient += sum_g
-            norm_offset = norm * channels + channel
-            tl.store(grad_weights + norm_offset, weight_gradient.to(tl.float32), inside)
-            tl.store(grad_biases + norm_offset, bias_gradient.to(tl.float32), inside)
+                if index == 0:
+                    gradient += total
+                    for norm in tl.static_range(NORMS):
+                        result = sums + (2 * norm * VIEWS + v) * channels + channel
+                        tl.store(result, total.to(tl.float32), inside)
+                else:
+                    row = ((2 * index - 1) * VIEWS + v) * channels
+                    tl.store(sums + row + channel, total.to(tl.float32), inside)
+                    inverse = _load_channels(
+                        moments, (3 * index - 2) * VIEWS + v, channels, channel, inside
+                    )
+                    gradient += total * inverse.to(tl.float64)
+            if index == 0:
+                for norm in tl.static_range(NORMS):
+                    pointers = grad_biases + norm * channels + channel
+                    tl.store(pointers, gradient.to(tl.float32), inside)
+            else:
+                pointers = grad_weights + (index - 1) * channels + channel
+                tl.store(pointers, gradient.to(tl.float32), inside)
 
 
 @triton.jit
@@ -820,7 +889,7 @@ def _norm_backward(
     g, x, residual, grad_x, grad_residual, moments, sums, weight, bias, residual_weight,
     num_rows, channels, rows_per_part, count,
     VIEWS: tl.constexpr, RELU: tl.constexpr, NORMS: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     block, part, view = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     channel = block * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
@@ -837,18 +906,18 @@ def _norm_backward(
     part_start = part * rows_per_part
     part_rows = tl.minimum(rows_per_part, num_rows - part_start)
     begin = (tl.cast(num_rows, tl.int64) * view + part_start) * channels
-    for start in range(0, part_rows, BLOCK_ROWS):
+    for start in tl.range(0, part_rows, BLOCK_ROWS, num_stages=STAGES):
         row = start + tl.arange(0, BLOCK_ROWS)
         mask = (row < part_rows)[:, None] & inside[None, :]
         offsets = begin + row[:, None] * channels + channel[None, :]
-        gradient = _load(g + offsets, mask)
-        value = _load(x + offsets, mask)
+        gradient = _load(g + offsets, mask, "evict_first")
+        value = _load(x + offsets, mask, "evict_first")
         if RELU:
             gradient = _relu_gradient(gradient, _affine(value, mean, scale, shift))
         result = _input_gradient(gradient, value, mean, scale, mean_g, slope)
         tl.store(grad_x + offsets, result.to(grad_x.dtype.element_ty), mask)
         if NORMS == 2:
-            value = _load(residual + offsets, mask)
+            value = _load(residual + offsets, mask, "evict_first")
             result = _input_gradient(
                 gradient, value, residual_mean, residual_scale, residual_mean_g, residual_slope
             )

@@ -1,6 +1,7 @@
 """The fused kernels of batch norm against the definition, in Triton's interpreter."""
 
 import itertools
+import math
 import os
 
 import pytest
@@ -45,11 +46,18 @@ pytestmark = [
 ]
 
 
+TILINGS = ("MOMENTS", "SUMS", "SUMS_OF_TWO_NORMS", "FORWARD", "BACKWARD")
 SMALL = [(4, 64, 14, 14), (6, 67, 7, 5), (2, 24, 9, 8), (4, 130, 4, 4)]
 OF_MODELS = [  # shapes in models for views of 224 px and of 32 px
     *[("pool", (2, 64, 112, 112)), ("residual", (2, 64, 56, 56)), ("two norms", (2, 128, 28, 28))],
     *[("two consumers", (2, 64, 32, 32)), ("relu", (2, 64, 32, 32)), ("norm", (2, 512, 7, 7))],
 ]
+
+
+def replace_tilings(monkeypatch, **options: int) -> None:
+    for name in TILINGS:
+        tiling = getattr(batch_norm_triton, name)._replace(**options)
+        monkeypatch.setattr(batch_norm_triton, name, tiling)
 
 
 @pytest.mark.parametrize(
@@ -62,9 +70,7 @@ OF_MODELS = [  # shapes in models for views of 224 px and of 32 px
 def test_results_and_gradients_are_at_least_as_accurate_as_torchs(form, shape, offset, monkeypatch):
     if (form, shape) in OF_MODELS:
         # With many small programs the interpreter takes minutes.
-        monkeypatch.setattr(batch_norm_triton, "MIN_PROGRAMS", 8)
-        monkeypatch.setattr(batch_norm_triton, "BLOCK_ROWS", 256)
-        monkeypatch.setitem(batch_norm_triton.BLOCKS, "BLOCK_ROWS", 256)
+        replace_tilings(monkeypatch, num_programs=8, block_rows=256)
         monkeypatch.setattr(batch_norm_triton, "POOL_BLOCK", 64)
         monkeypatch.setattr(batch_norm_triton, "POOL_ROWS", 56)
     tensors, g = inputs(form, shape, offset=offset), output_gradients(form, shape)
@@ -102,7 +108,7 @@ def test_assertions_of_the_gpu_tests():
     """The assertions of test_cuda.py at small sizes."""
     assert_equals_definition("two norms", (4, 8, 3, 3), torch.float32)
     for dtype in (torch.float32, torch.bfloat16):
-        assert_sums_complete(10, 3 * batch_norm_triton.BLOCK_ROWS + 1, dtype, launches=3)
+        assert_sums_complete(10, 3 * batch_norm_triton.ROW_MULTIPLE + 1, dtype, launches=3)
     assert_repeats_bitwise("residual", (4, 8, 5, 5), torch.float32, repetitions=2)
 
 
@@ -298,12 +304,14 @@ def test_fused_norms_need_a_gpu_or_the_interpreter(monkeypatch):
 
 
 def test_the_partition_covers_all_rows_and_channels():
-    for (n, channels, side), views in itertools.product(
-        [(512, 64, 112), (512, 256, 56), (512, 2048, 7), (2, 3, 1), (64, 67, 5)], (1, 2)
+    for (n, channels, side), views, name in itertools.product(
+        [(512, 64, 112), (512, 256, 56), (512, 2048, 7), (2, 3, 1), (64, 67, 5)], (1, 2), TILINGS
     ):
         x = torch.empty(n, channels, side, side, device="meta")
-        partition = batch_norm_triton.make_partition(x, views)
-        assert partition.rows_per_part % batch_norm_triton.BLOCK_ROWS == 0
+        tiling = getattr(batch_norm_triton, name)
+        partition = batch_norm_triton.make_partition(x, views, tiling)
+        assert math.prod(partition.grid) <= tiling.num_programs
+        assert partition.rows_per_part % batch_norm_triton.ROW_MULTIPLE == 0
         assert (partition.num_parts - 1) * partition.rows_per_part < partition.num_rows
         assert partition.num_rows <= partition.num_parts * partition.rows_per_part
         assert partition.num_blocks * batch_norm_triton.BLOCK_CHANNELS >= channels
@@ -350,7 +358,7 @@ class Operators(TorchDispatchMode):
 def test_kernels_move_their_arguments_once(form, monkeypatch):
     """Counted in the interpreter, load by load. (The pool's windows overlap; a GPU caches them.)"""
     # Few and large programs, so that partial sums are few beside activations.
-    monkeypatch.setattr(batch_norm_triton, "MIN_PROGRAMS", 2)
+    replace_tilings(monkeypatch, num_programs=2)
     monkeypatch.setattr(batch_norm_triton, "POOL_ROWS", 1 << 16)
     memory = CountedMemory(interpreter._interpreter)
     monkeypatch.setattr(interpreter, "_interpreter", memory)
