@@ -39,7 +39,7 @@ CLASSES = (
 _NAMES = [
     ("communication", r"nccl|^gloo:|c10d"),
     ("other", r"^Memcpy|^Memset"),
-    ("augmentation", rf"^_contrast_means|^_augment|^{AUGMENT}"),
+    ("augmentation", rf"^_contrast_sums|^_augment|^{AUGMENT}"),
     ("optimizer", r"^_sums|^_ratios|^_apply|^Optimizer\.step"),
     ("norm", r"^_norm_|batch_?norm|\bbn_(fw|bw)|_Normalise"),
     ("convolutions", r"^triton_tem_\w*convolution"),

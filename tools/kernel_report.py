@@ -66,11 +66,11 @@ class Kernel:
         return f"{module}.{self.function.fn.__name__} {self.variant}".rstrip()
 
 
-def _tile(capability: int) -> int:
-    return augment_triton.tiling(divmod(capability, 10))[0]
+def _blur_tile(capability: int) -> int:
+    return augment_triton.blur_tiling(divmod(capability, 10))[0]
 
 
-_IMAGES = {"images": "*u8", "table": "*fp32", "means": "*fp32", "views": "*bf16"} | dict.fromkeys(
+_IMAGES = {"images": "*u8", "table": "*fp32", "sums": "*fp32", "views": "*bf16"} | dict.fromkeys(
     ("num_pixels", "height", "width"), "i32"
 )
 _TABLES = (
@@ -79,17 +79,26 @@ _TABLES = (
     | dict.fromkeys(("num_tensors", "num_chunks"), "i32")
 )
 _CHUNKS = {"CHUNK": lars_triton.CHUNK, "BLOCK": lars_triton.BLOCK, "ALIGNED": True}
-_HALO = augment_triton.HALO
-_TILINGS = sorted({augment_triton.tiling(capability) for capability in ((8, 0), (9, 0))})
+_AUGMENT = [("", 0, (augment_triton.TILE, augment_triton.OPTIONS), lambda capability: True)]
+for _major in (8, 9):
+    _tiling = augment_triton.blur_tiling((_major, 0))
+    _AUGMENT.append(
+        (
+            f"blur, {_tiling[0]} px",
+            augment_triton.HALO,
+            _tiling,
+            lambda capability, tile=_tiling[0]: _blur_tile(capability) == tile,
+        )
+    )
 _COLOUR = "compute-bound: the colour operations take dozens of instructions per byte of a pixel"
 _FEW = "reads two sums for every 16,384 parameters; its time is that of a launch"
 
 KERNELS = [
     Kernel(
-        function=augment_triton._contrast_means,
+        function=augment_triton._contrast_sums,
         types=_IMAGES,
-        constants={"BLOCK": augment_triton.BLOCK},
-        options={"num_warps": augment_triton.NUM_WARPS_MEANS},
+        constants={"PARTS": augment_triton.PARTS, "BLOCK": augment_triton.BLOCK},
+        options={"num_warps": augment_triton.SUM_WARPS},
         divisible=("num_pixels",),
         exempt={WIDTH: _COLOUR, INSTRUCTIONS: _COLOUR},
     ),
@@ -97,14 +106,14 @@ KERNELS = [
         Kernel(
             function=augment_triton._augment,
             types=_IMAGES,
-            constants={"TILE": tile, "HALO": _HALO, "INNER": tile - 2 * _HALO},
-            options={"num_warps": num_warps, "maxnreg": augment_triton.MAX_REGISTERS},
+            constants={"PARTS": augment_triton.PARTS, "TILE": tile, "HALO": halo},
+            options=options,
             divisible=("height", "width"),
             exempt={WIDTH: _COLOUR, INSTRUCTIONS: _COLOUR},
-            variant=f"{tile} px",
-            launched_on=lambda capability, tile=tile: _tile(capability) == tile,
+            variant=variant,
+            launched_on=launched_on,
         )
-        for tile, num_warps in _TILINGS
+        for variant, halo, (tile, options), launched_on in _AUGMENT
     ),
     Kernel(
         function=lars_triton._sums,

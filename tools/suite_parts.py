@@ -136,20 +136,19 @@ def augmentations(results: Results) -> None:
 
 
 def tiles(results: Results) -> None:
-    """The fused augmentation at other tile sizes and numbers of warps."""
+    """The fused augmentation with tiles of the blur of other sizes and numbers of warps."""
     from pipelines.augment import triton as augment_triton
 
     images, parameters, n = batch_of_views()
     apply = partial(augment_triton.apply, images, parameters, dtype=torch.bfloat16)
 
     def figures(tile: int, warps: int, registers: int | None) -> dict[str, float]:
-        augment_triton.tiling = lambda _: (tile, warps)
-        augment_triton.MAX_REGISTERS = registers
+        options = {"num_warps": warps, "maxnreg": registers}
+        augment_triton.blur_tiling = lambda _: (tile, options)
         return {"us per view": 1e6 * seconds_per_call(apply, DEVICE, BUDGET)[0] / n}
 
-    limited = (64, 8, augment_triton.MAX_REGISTERS)
     unlimited = ((64, 8), (64, 4), (64, 16), (32, 4), (32, 2))
-    for tile, warps, registers in (limited, *((*sizes, None) for sizes in unlimited)):
+    for tile, warps, registers in ((64, 8, 128), *((*sizes, None) for sizes in unlimited)):
         row = f"tile {tile}, {warps} warps" + (f", {registers} registers" if registers else "")
         case = partial(figures, tile, warps, registers)
         results.measure("Fused augmentation: tile sizes and warps", row, case)

@@ -260,9 +260,9 @@ def blur_kernels(sigma: torch.Tensor) -> torch.Tensor:
     taps = ((full + partial)[:, None] + 1 - distance).clamp(0, 1)  # [n, 5]
     box = taps / taps.sum(1, keepdim=True)
     kernel = box
-    for _ in range(2):  # tap by tap: a convolution of n groups loops over them on the host
-        terms = [F.pad(kernel * box[:, tap, None], (tap, 4 - tap)) for tap in range(5)]
-        kernel = torch.stack(terms).sum(0)  # [n, 9], then [n, 13]
+    for _ in range(2):  # products: a convolution of n groups loops over them on the host
+        windows = F.pad(kernel, (4, 4)).unfold(1, 5, 1)
+        kernel = (windows @ box[:, :, None]).squeeze(2)  # [n, 9], then [n, 13]
     return kernel.to(sigma.dtype)
 
 

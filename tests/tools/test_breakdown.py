@@ -57,7 +57,7 @@ KERNELS = [
     ("_apply", ()),
     ("multi_tensor_apply_kernel<AddFunctor>", ("Optimizer.step#LARS.step", "aten::_foreach_add_")),
     None,
-    ("_contrast_means", (AUGMENT,)),
+    ("_contrast_sums", (AUGMENT,)),
     ("_augment", ()),
     (AUGMENT, ()),
     None,
