@@ -27,8 +27,6 @@ from bt_fast.prefetch import augment_batch, prefetch
 from bt_fast.runtime import Runtime, synchronise
 from pipelines.augment import Draw
 from pipelines.crop import crop_and_resize
-from pipelines.loading.dali import DaliBackend
-from pipelines.loading.ffcv import FfcvBackend
 from pipelines.loading.native import IMAGES_PER_TASK, NativeBackend
 from tools import step_work
 from tools.breakdown import AUGMENT, LOSS, Breakdown, activities, breakdown
@@ -43,8 +41,9 @@ def loader_stages(setup: TrainingSetup, budget: float) -> Iterator[Stage]:
     read fetches the bytes from the disk or the page cache and verifies their checksum.
     """
     n, cpu = setup.config.batch_size, torch.device("cpu")
-    backend = setup.loader.backend
-    assert isinstance(backend, NativeBackend | DaliBackend | FfcvBackend)
+    backend = NativeBackend(
+        setup.dataset, num_threads=setup.config.num_threads(setup.world.local_size)
+    )
     # Enough images to divide them evenly among threads; times are scaled to a batch.
     num_batches = -(-_IMAGES_FOR_THREADS // n)
     requests = list(setup.loader.sampler.requests(0, num_batches))
@@ -96,9 +95,10 @@ def device_stages(setup: TrainingSetup, work: step_work.Work, budget: float) -> 
         return Stage(name=name, seconds=seconds_per_call(function, device, budget)[0], **counted)
 
     if device.type == "cuda":
+        on_host = batch.views.cpu().pin_memory()
         yield stage(
             "copy",
-            lambda: batch.views.to(device, non_blocking=True),
+            lambda: on_host.to(device, non_blocking=True),
             bytes=batch.views.nbytes,
             ceiling="link",
         )

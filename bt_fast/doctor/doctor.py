@@ -23,7 +23,9 @@ from pipelines.common.atomic import atomic_file
 if TYPE_CHECKING:
     from bt_fast.config import Config
 
-NUM_BATCHES = 4  # in the native loader's memory: one in use, three in preparation
+NUM_BATCHES = (
+    5  # in the native loader's memory on a GPU machine: one copied, one in use, three ahead
+)
 MIN_SHARED_MEMORY = 1 << 30  # NCCL's manual recommends it for containers
 
 

@@ -98,10 +98,8 @@ def free_memory() -> int:
 
 
 def bytes_of_batch(num_images: int, size: int) -> int:
-    """Bytes of a batch's uint8 views in the loader. On a machine with a GPU they are page-locked,
-    and torch's CachingHostAllocator rounds them up to a power of two."""
-    num_bytes = 2 * num_images * size**2 * 3
-    return 1 << (num_bytes - 1).bit_length() if torch.cuda.is_available() else num_bytes
+    """Bytes of a batch's uint8 views in the loader."""
+    return 2 * num_images * size**2 * 3
 
 
 def cpu_quota() -> float | None:

@@ -16,6 +16,7 @@ from pipelines.loading.dali_shards import ShardSampler
 from pipelines.loading.ffcv import FfcvBackend
 from pipelines.loading.loader import CropBackend, Loader, Sampler
 from pipelines.loading.native import NativeBackend
+from pipelines.loading.process import DecodeProcess
 from pipelines.webdataset.reader import ShardReader
 
 MIN_IMAGES_TO_MEASURE = 1_000_000  # auto measures only runs of at least this many
@@ -63,7 +64,6 @@ def open_loader(
         sampler: Sampler = ShardSampler(dataset, crop, **sampling)
     else:
         sampler = Sampler(dataset, crop, **sampling)
-    pin_memory = device.type == "cuda"
     backend: CropBackend
     if name == "dali":
         backend = DaliBackend(
@@ -71,9 +71,14 @@ def open_loader(
         )
     elif name == "ffcv":
         assert isinstance(dataset, BetonReader)
-        backend = FfcvBackend(dataset, pin_memory=pin_memory, **threads)
+        backend = FfcvBackend(dataset, pin_memory=device.type == "cuda", **threads)
+    elif device.type == "cuda":
+        batch_bytes = 2 * sampler.local_batch_size * max(sampler.sizes) ** 2 * 3
+        backend = DecodeProcess(
+            dataset, batch_bytes=batch_bytes, device=device, cache_bytes=cache_bytes, **threads
+        )
     else:
-        backend = NativeBackend(dataset, pin_memory=pin_memory, cache_bytes=cache_bytes, **threads)
+        backend = NativeBackend(dataset, cache_bytes=cache_bytes, **threads)
     return Loader(sampler, backend)
 
 

@@ -72,12 +72,16 @@ class NativeBackend:
     def _submit(self, request: Request) -> tuple[torch.Tensor, list[Future]]:
         n, num_views, _ = request.boxes.shape
         shape = (num_views, n, request.size, request.size, 3)
-        crops = torch.empty(shape, dtype=torch.uint8, pin_memory=self.pin_memory)
+        crops = self._empty(shape)
         tasks = [
             self.pool.submit(self._crop_rows, request, crops.numpy(), first)
             for first in range(0, n, IMAGES_PER_TASK)
         ]
         return crops, tasks
+
+    def _empty(self, shape: tuple[int, ...]) -> torch.Tensor:
+        """Memory of a batch's crops."""
+        return torch.empty(shape, dtype=torch.uint8, pin_memory=self.pin_memory)
 
     def _crop_rows(self, request: Request, crops: np.ndarray, first: int) -> None:
         for row in range(first, min(first + IMAGES_PER_TASK, len(request.samples))):

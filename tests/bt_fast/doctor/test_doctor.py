@@ -98,13 +98,6 @@ def test_an_installation_has_the_requirements_of_the_checkout(monkeypatch, tmp_p
     }
 
 
-def test_page_locked_batches_are_counted_as_torch_allocates_them(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert hardware.bytes_of_batch(2048, 224) == 2 * 2048 * 224 * 224 * 3
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert hardware.bytes_of_batch(2048, 224) == 8 * hardware.bytes_of_batch(256, 224) == 2**30
-
-
 def test_a_gpu_that_torch_cannot_use_is_broken_and_a_hidden_one_is_not(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(hardware, "nvidia_driver", lambda: "470.82")
