@@ -8,8 +8,8 @@ Parts run in order of priority, each in a new process that is killed at its time
 left minus the expected time of the later parts. Parts that do not start are listed. Writes
 suite.json (all results) and performance.md (tables for docs/performance.md) during the run,
 suite.log (output of the parts), profile.png, and a JUnit report of each part that runs tests.
-Without a GPU the same code runs at toy sizes, which finds errors before a GPU is available; fused
-norms only with TRITON_INTERPRET=1.
+Without a GPU the same code runs at toy sizes, which finds errors before a GPU is available; the
+fused kernels only with TRITON_INTERPRET=1.
 
 The suite runs from a checkout and requires only the packages that bt-fast imports.
 """
@@ -37,21 +37,21 @@ NEEDED = {"torch", "torchvision", "numpy", "PIL", "simplejpeg", "safetensors", "
 NEEDED |= {"typeguard", "docstring_parser"}  # dependencies of tyro
 OPTIONAL = ("pytest", "xdist", "matplotlib", "kornia", "nvidia.dali")
 
-# Expected seconds of each part on an H100 with empty compilation caches; not measured.
+# Seconds of each part on an H100 with empty compilation caches.
 LIMITS = {
-    "correctness": 55,
-    "step": 100,
-    "norms": 40,
-    "kernels": 40,
-    "compiled": 60,
-    "variants": 75,
-    "loss": 15,
+    "correctness": 80,
+    "step": 90,
+    "kernels": 50,
+    "variants": 60,
+    "rivals": 25,
     "loader": 15,
-    "rivals": 20,
+    "loss": 15,
+    "evaluations": 85,
+    "compiled": 150,
     "dali": 60,
 }
-QUICK = ("correctness", "step", "norms", "kernels")
-FULL = (*QUICK, "compiled", "variants", "loss", "loader", "rivals")
+QUICK = ("correctness", "step", "kernels")
+FULL = (*QUICK, "variants", "rivals", "loader", "loss", "evaluations")
 SETS = {"quick": (240, QUICK), "full": (420, FULL)}
 MIN_PART_SECONDS = 10
 
@@ -141,13 +141,12 @@ def run(options: Suite) -> int:
             limit = max(left - later, min(LIMITS[name], left))
             folder = Path(scratch, name)
             folder.mkdir()
-            command = command_of(name, data, folder)
-            if isinstance(command, str):
-                parts[name]["status"] = f"left out: {command}"
+            if reason := reason_to_skip(name):
+                parts[name]["status"] = f"left out: {reason}"
             elif limit < MIN_PART_SECONDS:
                 parts[name]["status"] = "skipped: no time"
             else:
-                run_part(parts[name], command, folder, limit, log, save)
+                run_part(parts[name], command_of(name, data, folder), folder, limit, log, save)
                 for file in (*folder.glob("*.png"), *folder.glob("junit.xml")):
                     shutil.copy(file, options.out / file.name.replace("junit", name))
             save()
@@ -197,40 +196,31 @@ def run_part(
 def collect(part: dict, folder: Path) -> bool:
     """Read the results of a part if possible; returns whether they changed."""
     before = part.get("result"), part.get("unreadable")
-    for file in (folder / "result.json", folder / "profile.json"):
+    for file in folder.glob("*.json"):  # result.json, or the profile.json of `step`
         try:
             part["result"] = json.loads(file.read_bytes())
             part.pop("unreadable", None)
-        except FileNotFoundError:
-            continue
         except ValueError as error:
             part["unreadable"] = f"{file.name} cannot be read: {error}"
     return before != (part.get("result"), part.get("unreadable"))
 
 
-def command_of(name: str, data: Path, folder: Path) -> list[str] | str:
-    """The command of a part, which writes a JSON file into `folder`, or the reason to skip it."""
+def reason_to_skip(name: str) -> str:
+    """Why a part cannot run here; empty if it can."""
     import torch
 
-    python, on_gpu, out = sys.executable, torch.cuda.is_available(), str(folder / "result.json")
     if name in ("correctness", "compiled"):
-        if not on_gpu:
+        if not torch.cuda.is_available():
             return "no GPU"
         if not is_installed("pytest"):
             return "pytest is not installed"
-    if name == "norms" and not on_gpu and os.environ.get("TRITON_INTERPRET") != "1":
-        return "no GPU and no TRITON_INTERPRET=1"
-    if name == "dali" and not is_installed("nvidia.dali"):
-        return "DALI is not installed"
-    if name == "step":
-        toy = ["--recipe=demo", "--batch-size=4", "--size=32", "--projector", "32", "32"]
-        sizes = ["--seconds=0.5"] if on_gpu else [*toy, "--seconds=0.02"]
-        return [python, "tools/profile.py", f"--data={data}", f"--out={folder}", *sizes]
-    if name == "loss":
-        toy = ["--samples=64", "--dimensions", "256", "512", "--seconds=0.02"]
-        sizes = ["--seconds=0.5"] if on_gpu else toy
-        return [python, "tools/bench_loss.py", f"--out={out}", *sizes]
-    return [python, "tools/suite_parts.py", name, out, str(data)]
+    return "DALI is not installed" if name == "dali" and not is_installed("nvidia.dali") else ""
+
+
+def command_of(name: str, data: Path, folder: Path) -> list[str]:
+    """The command of a part, which writes `folder`/result.json."""
+    out = str(folder / "result.json")
+    return [sys.executable, "tools/suite_parts.py", name, out, str(data)]
 
 
 if __name__ == "__main__":

@@ -41,9 +41,7 @@ def loader_stages(setup: TrainingSetup, budget: float) -> Iterator[Stage]:
     read fetches the bytes from the disk or the page cache and verifies their checksum.
     """
     n, cpu = setup.config.batch_size, torch.device("cpu")
-    backend = NativeBackend(
-        setup.dataset, num_threads=setup.config.num_threads(setup.world.local_size)
-    )
+    backend = NativeBackend(setup.dataset, num_threads=setup.num_threads)
     # Enough images to divide them evenly among threads; times are scaled to a batch.
     num_batches = -(-_IMAGES_FOR_THREADS // n)
     requests = list(setup.loader.sampler.requests(0, num_batches))

@@ -1,4 +1,4 @@
-"""Parts of `gpu_suite.py` that are not separate tools.
+"""Parts of `gpu_suite.py`.
 
 python tools/suite_parts.py NAME RESULT.json DATA.beton
 """
@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from bt_fast import cli
 from bt_fast.build import TrainingSetup, build, measure_step_seconds
 from bt_fast.cli import parse_pretrain
 from bt_fast.lars import LARS, parameter_groups
@@ -24,16 +25,18 @@ from bt_fast.prefetch import prefetch
 from bt_fast.runtime import apply_switches
 from pipelines import augment
 from pipelines.beton import BetonReader
+from pipelines.beton.writer import BetonWriter
 from pipelines.common.cpu import usable_cores
 from pipelines.crop import RandomResizedCrop
 from pipelines.loading.choose import open_loader
 from pipelines.order import view_keys
-from tools import bench_norm, reference, rivals, stages
+from tools import bench_loss, bench_norm, profile, reference, rivals, stages
 from tools.gpu_suite import is_installed
 from tools.results import Results
 from tools.timing import images_per_second, peak_memory, seconds_per_call
 
 ON_GPU = torch.cuda.is_available()
+INTERPRETS = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
 BUDGET = 0.5 if ON_GPU else 0.02
 TOY = ["--recipe=demo", "--size=32", "--batch-size=4", "--projector", "32", "32", "--device=cpu"]
@@ -41,7 +44,7 @@ TOY = ["--recipe=demo", "--size=32", "--batch-size=4", "--projector", "32", "32"
 
 def correctness(results: Results, data: Path) -> None:
     """Compare every CUDA implementation with its definition."""
-    run_tests(results, 50, "tests/test_cuda.py", "-m", "not compiled")
+    run_tests(results, 70, "tests/test_cuda.py", "-m", "not compiled")
 
 
 def compiled(results: Results, data: Path) -> None:
@@ -85,7 +88,7 @@ class Outcomes:
 
 def kernels(results: Results, data: Path) -> None:
     """All implementations of norms, LARS and augmentation. Compiled functions come last."""
-    if ON_GPU or os.environ.get("TRITON_INTERPRET") == "1":
+    if ON_GPU or INTERPRETS:
         bench_norm.measure(results, DEVICE, BUDGET / 20)
     optimizers(results)
     augmentations(results)
@@ -135,25 +138,6 @@ def augmentations(results: Results) -> None:
         results.measure(title, name, implementation)
 
 
-def tiles(results: Results) -> None:
-    """The fused augmentation with tiles of the blur of other sizes and numbers of warps."""
-    from pipelines.augment import triton as augment_triton
-
-    images, parameters, n = batch_of_views()
-    apply = partial(augment_triton.apply, images, parameters, dtype=torch.bfloat16)
-
-    def figures(tile: int, warps: int, registers: int | None) -> dict[str, float]:
-        options = {"num_warps": warps, "maxnreg": registers}
-        augment_triton.blur_tiling = lambda _: (tile, options)
-        return {"us per view": 1e6 * seconds_per_call(apply, DEVICE, BUDGET)[0] / n}
-
-    unlimited = ((64, 8), (64, 4), (64, 16), (32, 4), (32, 2))
-    for tile, warps, registers in ((64, 8, 128), *((*sizes, None) for sizes in unlimited)):
-        row = f"tile {tile}, {warps} warps" + (f", {registers} registers" if registers else "")
-        case = partial(figures, tile, warps, registers)
-        results.measure("Fused augmentation: tile sizes and warps", row, case)
-
-
 def optimizers(results: Results) -> None:
     """One LARS step of ResNet-50 and its projector."""
     sizes = ("resnet50", (8192, 8192, 8192)) if ON_GPU else ("resnet18", (64, 64, 64))
@@ -180,26 +164,18 @@ def optimizers(results: Results) -> None:
         results.measure("LARS, encoder and projector", name, partial(figures, make))
 
 
-def norms(results: Results, data: Path) -> None:
-    """Steps with fused norms; the default is measured by the part `step`."""
-    step(results, data, "--norm=fused", "--compile=default")
-    step(results, data, "--norm=fused", "--compile=off")
-
-
 def variants(results: Results, data: Path) -> None:
     """Steps with other flags, and the default again for a comparison in the same process."""
-    step(results, data, "--norm=compiled", "--compile=default")
-    step(results, data, "--norm=fused", "--compile=reduce-overhead")
-    step(results, data, "--norm=compiled", "--compile=reduce-overhead")
-    step(results, data, "--norm=compiled", "--compile=off")
-    step(results, data, "--deterministic")
-    if ON_GPU:
-        tiles(results)
+    step_variant(results, data, "--norm=fused", "--compile=default")
+    step_variant(results, data, "--norm=fused", "--compile=off")
+    step_variant(results, data, "--norm=fused", "--compile=reduce-overhead")
+    step_variant(results, data, "--norm=compiled", "--compile=default")
+    step_variant(results, data, "--norm=compiled", "--compile=off")
 
 
-def step(results: Results, data: Path, *flags: str) -> None:
+def step_variant(results: Results, data: Path, *flags: str) -> None:
     """Time a step on views on the device with these flags; on a CPU one step, not compiled."""
-    if not ON_GPU and flags[-1] in ("--compile=default", "--compile=reduce-overhead"):
+    if not ON_GPU and (flags[-1] != "--compile=off" or ("fused" in flags[0] and not INTERPRETS)):
         return
 
     def figures() -> dict[str, float]:
@@ -249,6 +225,21 @@ def loader(results: Results, data: Path) -> None:
         results.measure("The native loader", f"{threads} threads", partial(rate_of, threads))
 
 
+def step(results: Results, data: Path) -> None:
+    """A profile of the default step: profile.json, profile.png."""
+    assert results.path is not None
+    flags = [f"--data={data}", f"--out={results.path.parent}", f"--seconds={BUDGET}"]
+    results.num_failed += profile.main([*flags, *([] if ON_GPU else TOY)])
+
+
+def loss(results: Results, data: Path) -> None:
+    """The objective and its gradient: dense, and from Gram matrices."""
+    toy = ["--samples=64", "--dimensions", "256", "512"]
+    flags = [f"--out={results.path}", f"--seconds={BUDGET}"]
+    sys.argv = ["bench_loss.py", *flags, *([] if ON_GPU else toy)]
+    results.num_failed += bench_loss.main()
+
+
 def released_code(results: Results, data: Path) -> None:
     """The released code's stages, on the same images and device."""
     setup = setup_of(data, "--compile=off")
@@ -256,6 +247,49 @@ def released_code(results: Results, data: Path) -> None:
     for name, seconds in rivals.reference_stages(setup, BUDGET):
         figures = {"ms": 1e3 * seconds, "images/s": n / seconds}
         results.record("The same stages of the released code", name, figures)
+
+
+def evaluations(results: Results, data: Path) -> None:
+    """Training from the command line, and every evaluation of its encoder: complete commands."""
+    folder = Path(data.parent if results.path is None else results.path.parent, "evaluations")
+    folder.mkdir()
+    num_train, num_val, num_steps = (12_288, 2_048, 64) if ON_GPU else (64, 32, 2)
+    images = folder / "images.beton"
+    repeat_images(BetonReader(data), images, num_train)
+    repeat_images(BetonReader(data), images.with_suffix(".val.beton"), num_val)
+    sizes = ["--batch-size=256"] if ON_GPU else TOY
+    run = str(folder / "run")
+    training = ["pretrain", f"--data={images}", f"--run-dir={run}", "--probe-every=0"]
+    commands = {
+        "pretrain": ([*training, f"--max-steps={num_steps}", *sizes], num_steps * 256),
+        "eval knn": (["eval", "knn", run], num_train + num_val),
+        "eval linear --cached": (["eval", "linear", run, "--cached"], num_train + num_val),
+        "eval linear, one epoch": (["eval", "linear", run, "--epochs=1"], num_train + num_val),
+        "eval semi --percent 10, two epochs": (
+            ["eval", "semi", run, "--percent=10", "--epochs=2"],
+            2 * (num_train // 10 + num_val),
+        ),
+    }
+
+    def complete(arguments: list[str], num_images: int) -> dict[str, float]:
+        started = time.perf_counter()
+        if status := cli.main(arguments):
+            raise RuntimeError(f"exit status {status}")
+        seconds = time.perf_counter() - started
+        return {"s": seconds, "images/s": num_images / seconds}
+
+    for name, (arguments, num_images) in commands.items():
+        results.measure("Complete commands", name, partial(complete, arguments, num_images))
+
+
+def repeat_images(reader: BetonReader, path: Path, count: int) -> None:
+    """Write a data set of `count` images, those of the reader repeated, with ten classes."""
+    names = [str(label) for label in range(10)]
+    with BetonWriter(path, num_samples=count, class_names=names) as writer:
+        for i in range(count):
+            index = i % len(reader)
+            jpeg = bytes(reader.image(index))
+            writer.add(jpeg, *reader.size(index), index % 10, f"{i}.jpg")
 
 
 def dali(results: Results, data: Path) -> None:
@@ -289,12 +323,14 @@ def throughput(setup: TrainingSetup, batches: Iterator) -> dict[str, float]:
 
 PARTS: dict[str, Callable[[Results, Path], None]] = {
     "correctness": correctness,
-    "compiled": compiled,
-    "norms": norms,
+    "step": step,
     "kernels": kernels,
     "variants": variants,
-    "loader": loader,
     "rivals": released_code,
+    "loader": loader,
+    "loss": loss,
+    "evaluations": evaluations,
+    "compiled": compiled,
     "dali": dali,
 }
 
