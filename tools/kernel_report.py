@@ -181,8 +181,8 @@ def _norm(function, variant: str, *, sums: str, narrow=None, **constants) -> Ker
 
 def _tiling_of_norm(function, num_norms: int) -> batch_norm_triton.Tiling | None:
     """None for the kernels with max-pool."""
-    if function is batch_norm_triton._norm_sums and num_norms == 2:
-        return batch_norm_triton.SUMS_OF_TWO_NORMS
+    if num_norms == 2:
+        return batch_norm_triton.TWO_NORMS
     return {
         batch_norm_triton._norm_moments: batch_norm_triton.MOMENTS,
         batch_norm_triton._norm_forward: batch_norm_triton.FORWARD,

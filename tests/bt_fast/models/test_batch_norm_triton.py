@@ -46,7 +46,7 @@ pytestmark = [
 ]
 
 
-TILINGS = ("MOMENTS", "SUMS", "SUMS_OF_TWO_NORMS", "FORWARD", "BACKWARD")
+TILINGS = ("MOMENTS", "SUMS", "FORWARD", "BACKWARD", "TWO_NORMS")
 SMALL = [(4, 64, 14, 14), (6, 67, 7, 5), (2, 24, 9, 8), (4, 130, 4, 4)]
 OF_MODELS = [  # shapes in models for views of 224 px and of 32 px
     *[("pool", (2, 64, 112, 112)), ("residual", (2, 64, 56, 56)), ("two norms", (2, 128, 28, 28))],
