@@ -85,8 +85,9 @@ class Config:
     compile: Compile = field(default="auto", metadata=_MUTABLE)
     """Mode of torch.compile for model and loss; auto is "default" on a GPU and "off" on a CPU."""
     norm: Norm = field(default="auto", metadata=_MUTABLE)
-    """Implementation of batch norm, residual sum and ReLU on a GPU: torch's compiler, or fused
-    Triton kernels, which need a GPU and move three quarters of the bytes; auto is compiled."""
+    """Implementation of batch norm, residual sum and ReLU: torch's compiler, or fused Triton
+    kernels, which need a GPU and move three quarters of the bytes. auto is fused on a GPU of
+    compute capability 8.0 or higher, and compiled elsewhere."""
     deterministic: bool = field(default=False, metadata=_MUTABLE)
     """Deterministic kernels on a GPU, so that a run repeats bit for bit. On a CPU it always
     does."""

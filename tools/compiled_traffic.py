@@ -12,11 +12,12 @@ import _checkout  # noqa: F401  # isort: skip
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 
 from bt_fast.models import networks as models
-from bt_fast.models.batch_norm import Norm, choose_norm, fuse
+from bt_fast.models.batch_norm import choose_norm, fuse
 from pipelines.common.flags import parse_flags
 from tools.lowering import Traffic, Unsupported, build, measure
 
@@ -35,7 +36,7 @@ class Options:
     """Side of a view, pixels."""
     ranks: int = 1
     """Number of ranks with common batch statistics."""
-    norm: Norm = "auto"
+    norm: Literal["compiled", "fused"] = "compiled"
     """Implementation of batch norm, as --norm of pretrain."""
     top: int = 20
     """Number of kernels to list, the largest first."""

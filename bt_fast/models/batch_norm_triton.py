@@ -250,6 +250,8 @@ _OPERATORS = (
     "norm_pool_forward",
     "norm_pool_backward",
 )
+# For 2 million channels in two views: more than the projector of any GPU has.
+_NUM_COUNTERS = 1 << 16
 # By device: numbers of finished programs, for `_is_last`; zero between kernels.
 _finished: dict[torch.device, Tensor] = {}
 
@@ -273,7 +275,7 @@ def initialise(device: torch.device) -> None:
 def _finished_counters(device: torch.device) -> Tensor:
     if device in _finished:
         return _finished[device]
-    counters = torch.zeros(4096, dtype=torch.int32, device=device)
+    counters = torch.zeros(_NUM_COUNTERS, dtype=torch.int32, device=device)
     if type(counters) is Tensor:  # not a fake tensor of the compiler or a test
         _finished[device] = counters
     return counters

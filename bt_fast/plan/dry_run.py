@@ -29,7 +29,8 @@ LINK_GBPS = 400.0  # bandwidth of one rank's network card
 REFERENCE_BATCH = 256  # images of the single GPU that the efficiency refers to
 
 # Fractions of a GPU's published rates that a step attains: of FLOP/s by products and convolutions,
-# of bandwidth by all else. With them an A100 of 80 GB reaches ResNet-50's published 2,500 views/s.
+# of bandwidth by all else. With them an A100 of 80 GB reaches ResNet-50's published 2,500 views/s
+# with compiled norms.
 FLOP_FRACTION, BANDWIDTH_FRACTION = 0.5, 0.9
 # Bytes that encoder and projector move, forwards and backwards, per byte saved for the backward
 # pass, by implementation of batch norm: for ResNet-50 about 215 GB for 22.5 (7.7 with one block per

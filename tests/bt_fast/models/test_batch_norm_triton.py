@@ -1,5 +1,6 @@
 """The fused kernels of batch norm against the definition, in Triton's interpreter."""
 
+import importlib.util
 import itertools
 import math
 import os
@@ -301,6 +302,22 @@ def test_fused_norms_need_a_gpu_or_the_interpreter(monkeypatch):
         batch_norm.choose_norm("fused", cpu)
     for norm in ("auto", "compiled"):
         assert batch_norm.choose_norm(norm, cpu) == "compiled"
+
+
+@pytest.mark.parametrize(
+    "capability,triton,form",
+    [
+        *[((8, 0), True, "fused"), ((9, 0), True, "fused"), (None, True, "fused")],
+        *[((7, 5), True, "compiled"), ((9, 0), False, "compiled"), (None, False, "compiled")],
+    ],
+)
+def test_norms_are_fused_where_a_gpu_runs_the_kernels(capability, triton, form, monkeypatch):
+    """capability: of the installed GPU; None if there is none, as when a plan is made."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: capability is not None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda gpu: capability)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: triton or None)
+    assert batch_norm.choose_norm("auto", torch.device("cuda")) == form
+    assert batch_norm.choose_norm("compiled", torch.device("cuda")) == "compiled"
 
 
 def test_the_partition_covers_all_rows_and_channels():
