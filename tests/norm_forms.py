@@ -179,7 +179,7 @@ def assert_sums_complete(
     assert num_rows > first
     x, g = torch.zeros(2, 2, num_rows, channels, dtype=dtype, device=device)  # [V, rows, C] each
     inputs = [torch.full_like(x, value).flatten(0, 1) for value in (3, 5)]
-    moments = torch.ones(2, 3, 2, channels, device=device)  # [norms, 3, V, C]
+    moments = torch.ones(2, 3, 2 * channels, device=device)  # [norms, 3, V * C]
     moments[1] = 2  # both mean and 1 / deviation
     ones = torch.ones(channels, device=device)
     signs = torch.where(torch.arange(channels, device=device) % 2 == 0, 1, -1)
@@ -191,7 +191,7 @@ def assert_sums_complete(
         x[:, first:] = g[:] = values[:, None].to(dtype)
         sums = torch.ops.bt_fast.norm_moments([x.flatten(0, 1)], 2)
         of_x = torch.stack([values, values**2]) * (num_rows - first)  # [2, V, C]
-        num_errors += (sums != of_x).sum()
+        num_errors += (sums != of_x.flatten(1)).sum()
 
         pair = [g.flatten(0, 1)] * 2
         masked, sums, grad_weights, grad_bias = torch.ops.bt_fast.norm_sums(
@@ -199,7 +199,8 @@ def assert_sums_complete(
         )
         of_g = 2 * values * num_rows
         products = [of_g * (3 - 1), of_g * (5 - 2)]  # g (x - mean) of each norm
-        num_errors += (sums != torch.stack([torch.stack([of_g, p]) for p in products])).sum()
+        of_pairs = torch.stack([torch.stack([of_g, p]).flatten(1) for p in products])
+        num_errors += (sums != of_pairs).sum()
         of_weights = torch.stack([products[0].sum(0), 2 * products[1].sum(0)])
         num_errors += (grad_weights != of_weights).sum() + (grad_bias != of_g.sum(0)).sum()
         num_errors += (masked.view_as(g) != 2 * g).sum()

@@ -134,6 +134,7 @@ def norm_act(
     options = _Options(num_views, eps, relu, pool, two_consumers, group)
     residual_affine = residual_norm or (None, None)
     y, alias, moments = _NormAct.apply(x, weight, bias, residual, *residual_affine, options)
+    moments = moments.unflatten(2, (num_views, -1))
     return y, y if alias is None else alias, moments[:, ::2]
 
 
@@ -310,6 +311,9 @@ def _empty_bits(x: Tensor) -> Tensor:
 
 
 # Operators --------------------------------------------------------------------------------------
+#
+# Sums and moments have three dimensions, views and channels in one: a tensor of four dimensions
+# between two operators may be given the strides of a channels-last image by the compiler.
 
 _operator = functools.partial(
     torch.library.custom_op, mutates_args=(), tags=[torch.Tag.needs_fixed_stride_order]
@@ -318,10 +322,10 @@ _operator = functools.partial(
 
 @_operator("bt_fast::norm_moments")
 def norm_moments(xs: list[Tensor], num_views: int) -> Tensor:
-    """For each x [V n, C, ...], the sums of x and of x^2: float64 [norms, 2, V, C]."""
+    """For each x [V n, C, ...], the sums of x and of x^2: float64 [norms, 2, V * C]."""
     partition = make_partition(xs[0], num_views, MOMENTS)
     counters = _counters(xs[0], partition)
-    sums = xs[0].new_empty(len(xs), 2, num_views, partition.channels, dtype=torch.float64)
+    sums = _norm_moments_result(xs, num_views)
     for x, sums_of_x in zip(xs, sums, strict=True):
         shape = num_views, partition.num_parts, 2, partition.channels
         MOMENTS.launch(
@@ -333,9 +337,13 @@ def norm_moments(xs: list[Tensor], num_views: int) -> Tensor:
     return sums
 
 
+def _norm_moments_result(xs, num_views) -> Tensor:
+    return xs[0].new_empty(len(xs), 2, num_views * xs[0].shape[1], dtype=torch.float64)
+
+
 @norm_moments.register_fake
 def _(xs, num_views):
-    return xs[0].new_empty(len(xs), 2, num_views, xs[0].shape[1], dtype=torch.float64)
+    return _norm_moments_result(xs, num_views)
 
 
 @_operator("bt_fast::norm_forward")
@@ -353,9 +361,9 @@ def norm_forward(
 
     sums: over all ranks, from `norm_moments`; count: values per channel and view in them.
     Returns y; the mask y > 0, one bit per value (empty without residual); and float32
-    [norms, 3, V, C]: mean, 1 / deviation, unbiased variance.
+    [norms, 3, V * C]: mean, 1 / deviation, unbiased variance.
     """
-    num_views = sums.shape[2]
+    num_views = sums.shape[2] // xs[0].shape[1]
     tiling = FORWARD if len(xs) == 1 else TWO_NORMS
     partition = make_partition(xs[0], num_views, tiling)
     xs = [_channels_last(x) for x in xs]
@@ -399,10 +407,10 @@ def norm_sums(
     gradients: one or two gradients of y, which are added. bits: the mask y > 0, if it cannot be
     recomputed from x.
     Returns the masked gradient (empty if not needed later: one gradient and no bits); sums of the
-    masked gradient g and of g (x - mean), float32 [norms, 2, V, C]; and this rank's gradients of
+    masked gradient g and of g (x - mean), float32 [norms, 2, V * C]; and this rank's gradients of
     the weights and of the biases (the same for two norms), each [norms, C].
     """
-    num_views = moments.shape[2]
+    num_views = moments.shape[2] // xs[0].shape[1]
     tiling = SUMS if len(xs) == 1 else TWO_NORMS
     partition = make_partition(xs[0], num_views, tiling)
     masked, sums, grad_weights, grad_biases = _norm_sums_results(gradients, xs, bits, moments)
@@ -421,11 +429,12 @@ def norm_sums(
 
 
 def _norm_sums_results(gradients, xs, bits, moments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    num_norms, _, num_views, channels = moments.shape
+    num_norms, _, width = moments.shape
+    channels = xs[0].shape[1]
     is_written = bits is not None or len(gradients) == 2
     return (
         _empty_like(gradients[0]) if is_written else gradients[0].new_empty(0),
-        moments.new_empty(num_norms, 2, num_views, channels),
+        moments.new_empty(num_norms, 2, width),
         moments.new_empty(num_norms, channels),
         moments.new_empty(num_norms, channels),
     )
@@ -451,7 +460,7 @@ def norm_backward(
 
     g: gradient of y; relu: whether the kernel masks it by y > 0. sums: over all ranks.
     """
-    num_views = moments.shape[2]
+    num_views = moments.shape[2] // xs[0].shape[1]
     tiling = BACKWARD if len(xs) == 1 else TWO_NORMS
     partition = make_partition(xs[0], num_views, tiling)
     xs = [_channels_last(x) for x in xs]
@@ -482,7 +491,7 @@ def norm_pool_forward(
     Returns y; x at the maximum of each window; the maximum's index in the window, uint8 (see
     `_window_index`; the first of equals, as in torch); and moments as `norm_forward`.
     """
-    num_views = sums.shape[2]
+    num_views = sums.shape[2] // x.shape[1]
     x = _channels_last(x)
     y, maxima, argmax, moments = _norm_pool_forward_results(x, sums)
     height, width = y.shape[2:]
@@ -521,7 +530,7 @@ def norm_pool_backward(
     count: int,
 ) -> Tensor:
     """d L / d x; g: gradient of the pooled result; argmax: from `norm_pool_forward`."""
-    num_views = moments.shape[2]
+    num_views = moments.shape[2] // x.shape[1]
     x = _channels_last(x)
     grad_x = _empty_like(x)
     height, width = g.shape[2:]

@@ -61,11 +61,13 @@ class DecodeProcess:
         os.ftruncate(memory, num_slots * slot_bytes)
         self._slots = _map_slots(memory, slot_bytes)
         self._copied: list[torch.cuda.Event | None] = [None] * num_slots
-        if device.type == "cuda":  # without it, copies would be slower but right
-            torch.cuda.cudart().cudaHostRegister(self._slots.data_ptr(), self._slots.nbytes, 0)
+        if device.type == "cuda":
+            address, num_bytes = self._slots.data_ptr(), self._slots.nbytes
+            torch.cuda.check_error(int(torch.cuda.cudart().cudaHostRegister(address, num_bytes, 0)))
+            weakref.finalize(self, _unregister, self._slots, self._copied)
         self._connection, self._process = _start(memory)
         os.close(memory)
-        self._stop = weakref.finalize(self, _stop, self._connection, self._process)
+        weakref.finalize(self, _stop, self._connection, self._process)
         options = {
             "num_threads": num_threads, "prefetch": self.prefetch, "cache_bytes": cache_bytes,
         }  # fmt: skip
@@ -136,6 +138,14 @@ def _shape_of(request: Request) -> tuple[int, ...]:
 def _map_slots(memory: int, slot_bytes: int) -> torch.Tensor:
     """uint8 [slots, bytes] of a file descriptor's memory, shared between processes."""
     return torch.from_numpy(np.frombuffer(mmap.mmap(memory, 0), np.uint8)).view(-1, slot_bytes)
+
+
+def _unregister(slots: torch.Tensor, copied: list[torch.cuda.Event | None]) -> None:
+    """Release page-locked memory before it is unmapped; CUDA would keep its addresses."""
+    for event in copied:
+        if event is not None:
+            event.synchronize()
+    torch.cuda.cudart().cudaHostUnregister(slots.data_ptr())
 
 
 def _start(memory: int) -> tuple[Connection, subprocess.Popen]:
