@@ -43,9 +43,7 @@ class Profile(Config):
     seconds: float = 1.0
     """Time for each measurement, seconds."""
     out: Path | None = None
-    """Folder for profile.json, profile.png and trace.json. Default: profiles/DATE-TIME."""
-    trace: bool = False
-    """Output of the Chrome trace of three steps."""
+    """Folder for profile.json and profile.png. Default: profiles/DATE-TIME."""
 
     def __post_init__(self) -> None:
         Config.__post_init__(self)
@@ -106,7 +104,7 @@ def run(options: Profile, world) -> int:
         values = {field.name: getattr(options, field.name) for field in dataclasses.fields(Config)}
         config = Config(**values | {"gpus": None, "data": data, "probe_every": 0})
         if not world.is_first:
-            stages.together(config, world, 3 * options.seconds, Path(scratch))
+            stages.together(config, world, 3 * options.seconds)
             return 0
         if (out / "profile.json").exists():
             raise ValueError(f"--out {out} contains a profile; choose another folder")
@@ -114,7 +112,7 @@ def run(options: Profile, world) -> int:
         out.mkdir(parents=True, exist_ok=True)
         report = profile_report.Report(setup=setup, data=data_name)
         console.print(f"profiling {report.title}", markup=False)
-        for stage in measure(report, options, world, Path(scratch), out):
+        for stage in measure(report, options, world):
             if stage is not None:
                 text = f"  {stage.name}: {report.rate(stage.seconds):,.0f} images/s"
                 console.print(text, highlight=False)
@@ -128,10 +126,10 @@ def run(options: Profile, world) -> int:
     return 0
 
 
-def measure(report, options: Profile, world, scratch: Path, out: Path):
+def measure(report, options: Profile, world):
     """Fill the report in order of priority; yields a stage or None after each measurement."""
     from bt_fast.build import measure_step_seconds
-    from tools import rivals, stages, step_work, timing
+    from tools import breakdown, rivals, stages, timing
 
     setup, runtime, seconds = report.setup, report.setup.runtime, options.seconds
     report.ceilings = timing.measure_ceilings(runtime.device, runtime.view_dtype, seconds)
@@ -142,9 +140,8 @@ def measure(report, options: Profile, world, scratch: Path, out: Path):
     measure_step_seconds(setup)
     report.prepared = time.perf_counter() - started
     yield
-    report.work = step_work.count_work(setup.model, stages.views_of(setup), runtime.autocast())
-    path = (out if options.trace else scratch) / "trace.json"
-    report.breakdown = stages.trace(setup, report.work, path)
+    report.work = breakdown.count_work(setup.model, stages.views_of(setup), runtime.autocast())
+    report.breakdown = stages.trace(setup, report.work)
     yield
     for stage in stages.device_stages(setup, report.work, seconds):
         report.stages[stage.name] = stage
@@ -163,7 +160,7 @@ def measure(report, options: Profile, world, scratch: Path, out: Path):
     if world.group is not None:
         setup.embed = setup.objective = None  # frees memory of compiled functions
         alone = report.step_without_data, report.work
-        report.together = stages.together(setup.config, world, 3 * seconds, scratch, alone)
+        report.together = stages.together(setup.config, world, 3 * seconds, alone)
         yield
     for rival in options.against:
         report.rivals[rival] = {}
