@@ -102,7 +102,7 @@ def test_a_mistake_is_said_once_by_all_ranks(small_beton, tmp_path):
 @pytest.mark.parametrize(
     "flags,message",
     [
-        (["--link-gbps", "0"], "--link-gbps must be positive"),
+        (["--link-gbps", "0"], "--link-gbps and --seconds must be positive"),
         (["--resume", "runs/x"], "apply to runs, not to profiles"),
         (["--data", "nowhere.beton"], "--data nowhere.beton does not exist"),
     ],
