@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import triton
@@ -53,12 +53,11 @@ class Kernel:
     """A kernel and its launch parameters."""
 
     function: triton.JITFunction
+    variant: str
+    types: dict[str, str]
     constants: dict[str, object]
     options: dict[str, int]  # num_warps, num_stages, maxnreg
-    variant: str = ""
-    types: dict[str, str] = field(default_factory=dict)  # that differ from TYPES
-    memory_bound: bool = True
-    narrow: int = 0  # a permitted width below MIN_WIDTH
+    narrow: int | None  # a permitted width below MIN_WIDTH; None if not memory-bound
 
     @property
     def name(self) -> str:
@@ -70,72 +69,51 @@ def kernels(capability: int) -> list[Kernel]:
     """The kernels that a GPU of a compute capability (90 is sm_90) launches.
 
     Augmentation is compute-bound: the colour operations take dozens of instructions per byte. The
-    ratios of LARS read two sums for every 16,384 parameters and take the time of a launch.
+    ratios of LARS read two sums for every 16,384 parameters and take the time of a launch. A mask
+    of batch norm has one bit per value: a byte for the 8 channels (16 bytes) of a thread. The
+    argmax of a window has one byte per value: 8 bytes.
     """
     tile, num_warps = augment.tiling(divmod(capability, 10))
-    tiles = {"TILE": tile, "HALO": augment.HALO, "INNER": tile - 2 * augment.HALO}
-    chunks = {"CHUNK": lars.CHUNK, "BLOCK": lars.BLOCK, "ALIGNED": True}
-    warps = {"num_warps": lars.NUM_WARPS}
-    found = [
+    constants = {"TILE": tile, "HALO": augment.HALO, "INNER": tile - 2 * augment.HALO}
+    constants |= {"CHUNK": lars.CHUNK, "ALIGNED": True, "CHECKED": True, "TENSORS": 256}
+    constants |= {"VIEWS": 2, "RELU": True, "NORMS": 1, "RESIDUAL": False, **norm.BLOCKS}
+    constants |= {"BLOCK_PARTS": norm.BLOCK_PARTS, "ROWS": norm.POOL_ROWS, "BITS": False}
+    means = {"num_warps": augment.NUM_WARPS_MEANS}
+    views = {"num_warps": num_warps, "maxnreg": augment.MAX_REGISTERS}
+    warps, of_norm = {"num_warps": lars.NUM_WARPS}, norm.OPTIONS
+    two = {"NORMS": 2}
+    in_float64 = norm._norm_moments, norm._norm_forward, norm._norm_pool_forward
+    return [
         Kernel(
-            function=augment._contrast_means,
-            constants={"BLOCK": augment.BLOCK},
-            options={"num_warps": augment.NUM_WARPS_MEANS},
-            memory_bound=False,
-        ),
-        Kernel(
-            function=augment._augment,
-            constants=tiles,
-            options={"num_warps": num_warps, "maxnreg": augment.MAX_REGISTERS},
-            memory_bound=False,
-            variant=f"{tile} px",
-        ),
-        Kernel(function=lars._sums, constants=chunks, options=warps),
-        Kernel(
-            function=lars._ratios,
-            constants={"CHECKED": True, "BLOCK": lars.RATIO_BLOCK},
-            options={"num_warps": 4},
-            memory_bound=False,
-        ),
-        Kernel(
-            function=lars._apply,
-            constants=chunks | {"CHECKED": True, "TENSORS": 256},
-            options=warps,
-        ),
-    ]
-    sums_in_float64 = norm._norm_moments, norm._norm_forward, norm._norm_pool_forward
-    shared = {"VIEWS": 2, "BLOCK_PARTS": norm.BLOCK_PARTS, "RELU": True, **norm.BLOCKS}
-    shared |= {"ROWS": norm.POOL_ROWS, "BLOCK": norm.POOL_BLOCK}
-    # A mask has one bit per value: a byte for the 8 channels (16 bytes) of a thread. The argmax of
-    # a window has one byte per value: 8 bytes.
-    for function, variant, narrow, constants in (
-        (norm._norm_moments, "", 0, {}),
-        (norm._norm_forward, "", 0, {"RESIDUAL": False, "NORMS": 1}),
-        (norm._norm_forward, "residual", 1, {"RESIDUAL": True, "NORMS": 1}),
-        (norm._norm_forward, "two norms", 1, {"RESIDUAL": True, "NORMS": 2}),
-        (norm._norm_sums, "", 0, {"BITS": False, "GRADIENTS": 1, "NORMS": 1}),
-        (norm._norm_sums, "two gradients", 0, {"BITS": False, "GRADIENTS": 2, "NORMS": 1}),
-        (norm._norm_sums, "residual", 1, {"BITS": True, "GRADIENTS": 2, "NORMS": 1}),
-        (norm._norm_sums, "residual, last", 1, {"BITS": True, "GRADIENTS": 1, "NORMS": 1}),
-        (norm._norm_sums, "two norms", 1, {"BITS": True, "GRADIENTS": 2, "NORMS": 2}),
-        (norm._norm_backward, "", 0, {"NORMS": 1}),
-        (norm._norm_backward, "residual", 0, {"RELU": False, "NORMS": 1}),
-        (norm._norm_backward, "two norms", 0, {"RELU": False, "NORMS": 2}),
-        (norm._norm_pool_forward, "", 8, {}),
-        (norm._norm_pool_backward, "", 8, {}),
-    ):
-        names = function.arg_names
-        found.append(
-            Kernel(
-                function=function,
-                constants={k: v for k, v in (shared | constants).items() if k in names},
-                options=norm.OPTIONS,
-                variant=variant,
-                types={"sums": "*fp64"} if function in sums_in_float64 else {},
-                narrow=narrow,
-            )
+            function=function,
+            variant=variant,
+            types=TYPES | ({"sums": "*fp64"} if function in in_float64 else {}),
+            constants={k: v for k, v in (constants | own).items() if k in function.arg_names},
+            options=options,
+            narrow=narrow,
         )
-    return found
+        for function, variant, options, narrow, own in (
+            (augment._contrast_means, "", means, None, {"BLOCK": augment.BLOCK}),
+            (augment._augment, f"{tile} px", views, None, {}),
+            (lars._sums, "", warps, 0, {"BLOCK": lars.BLOCK}),
+            (lars._ratios, "", {"num_warps": 4}, None, {"BLOCK": lars.RATIO_BLOCK}),
+            (lars._apply, "", warps, 0, {"BLOCK": lars.BLOCK}),
+            (norm._norm_moments, "", of_norm, 0, {}),
+            (norm._norm_forward, "", of_norm, 0, {}),
+            (norm._norm_forward, "residual", of_norm, 1, {"RESIDUAL": True}),
+            (norm._norm_forward, "two norms", of_norm, 1, {"RESIDUAL": True} | two),
+            (norm._norm_sums, "", of_norm, 0, {"GRADIENTS": 1}),
+            (norm._norm_sums, "two gradients", of_norm, 0, {"GRADIENTS": 2}),
+            (norm._norm_sums, "residual", of_norm, 1, {"BITS": True, "GRADIENTS": 2}),
+            (norm._norm_sums, "residual, last", of_norm, 1, {"BITS": True, "GRADIENTS": 1}),
+            (norm._norm_sums, "two norms", of_norm, 1, {"BITS": True, "GRADIENTS": 2} | two),
+            (norm._norm_backward, "", of_norm, 0, {}),
+            (norm._norm_backward, "residual", of_norm, 0, {"RELU": False}),
+            (norm._norm_backward, "two norms", of_norm, 0, {"RELU": False} | two),
+            (norm._norm_pool_forward, "", of_norm, 8, {"BLOCK": norm.POOL_BLOCK}),
+            (norm._norm_pool_backward, "", of_norm, 8, {"BLOCK": norm.POOL_BLOCK}),
+        )
+    ]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,8 +145,8 @@ class Usage:
 
 def measure(kernel: Kernel, capability: int) -> Usage:
     """Compile a kernel for a compute capability and count its resources."""
-    names, types = kernel.function.arg_names, TYPES | kernel.types
-    signature = {n: "constexpr" if n in kernel.constants else types[n] for n in names}
+    names = kernel.function.arg_names
+    signature = {n: "constexpr" if n in kernel.constants else kernel.types[n] for n in names}
     attributes = {
         (index,): BaseBackend.parse_attr("D")  # divisible by 16
         for index, name in enumerate(names)
@@ -282,7 +260,7 @@ def defects(kernel: Kernel, usage: Usage) -> Iterator[str]:
         yield f"spills {usage.local + usage.stack} B"
     if usage.registers > (limit := kernel.options.get("maxnreg", 255)):
         yield f"{usage.registers} registers, more than {limit}"
-    if kernel.memory_bound:
+    if kernel.narrow is not None:
         if min((w for w in usage.widths if w != kernel.narrow), default=0) < MIN_WIDTH:
             yield f"accesses narrower than {MIN_WIDTH} B"
         if usage.per_byte > MAX_INSTRUCTIONS:
