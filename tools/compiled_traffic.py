@@ -2,24 +2,18 @@
 
     python tools/compiled_traffic.py --blocks 1 1 1 1 [--images 256] [--ranks 8] [--norm fused]
 
-Inductor lowers forward and backward pass of encoder and projector (views in bf16 and channels-last;
-no loss, augmentation and optimizer) to generated code on fake tensors; nothing is compiled or run.
-Dynamo sees CUDA tensors, so that code which tests for them takes its GPU path. Autograd needs a
-real context for CUDA tensors, so that the graph is differentiated on the CPU and then moved. The
-numbers are valid for the installed version of torch, whose internals this uses. ResNet-50, the
-default, takes minutes.
+Inductor lowers forward and backward pass of encoder and projector (no loss, augmentation and
+optimizer) to generated code on fake tensors; nothing is compiled or run. Dynamo sees CUDA tensors,
+so that code which tests for them takes its GPU path. Autograd needs a real context for CUDA
+tensors, so that the graph is differentiated on the CPU and then moved. The numbers are valid for
+the installed version of torch, whose internals this uses. ResNet-50, the default, takes minutes.
 
 In a kernel that Inductor generates, a tensor counts once for each loop that reads it and once for
-each that writes it, so that a second pass over the input of a reduction counts again. An atomic
-addition counts as a read and a write. All loads of one tensor in one loop, such as the nine of a
-max-pool's window, count their elements together, at most the complete tensor: caches serve the
-excess. A slice counts the elements that are read, a broadcast vector its size, a gather or scatter
-one element per address.
-
-Custom kernels (Triton kernels behind `torch.library.wrap_triton`, and operators outside of torch's
-namespaces) count every tensor argument and result once, because the number of reads is not known.
-The same holds for library calls (convolutions, matrix products) and for collectives, which count
-only the input of a rank.
+each that writes it; an atomic addition does both. All loads of one tensor in one loop, such as the
+nine of a max-pool's window, count their elements together, at most the complete tensor. A slice
+counts the elements that are read, a gather or scatter one element per address. Other kernels
+(custom ones, convolutions and matrix products of libraries) count every tensor argument and result
+once, collectives only the input of a rank.
 """
 
 import _checkout  # noqa: F401  # isort: skip
@@ -316,8 +310,8 @@ def _h100(traffic: Traffic) -> Iterator[None]:
 
 
 def _recording(method, direction: str):
-    """Wraps TritonKernel.load, .store or .store_reduction to record the number of elements by loop,
-    direction, buffer and index: repeated calls with the same key are one access of the kernel."""
+    """Wraps TritonKernel.load and others to record the number of elements by loop, direction,
+    buffer and index: repeated calls with the same key are one access of the kernel."""
 
     def wrapped(kernel, name, index, *arguments, **keywords):
         entries = [kernel.range_tree_nodes.get(symbol) for symbol in index.free_symbols]

@@ -12,7 +12,6 @@ runs stay in OUT.
 import _checkout  # noqa: F401  # isort: skip
 
 import json
-import math
 import random
 import signal
 import subprocess
@@ -34,7 +33,6 @@ from tools import make_demo_images
 
 ROOT = Path(__file__).parents[1]
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGUSR1)
-TIMEOUT = 300.0  # seconds for a process to end after a signal
 FLAGS = [
     "--recipe=demo", "--device=cpu", "--size=32", "--batch-size=32", "--projector", "64", "64",
     "--warmup-epochs=1", "--workers=2", "--probe-every=5", "--log-every=1",
@@ -61,41 +59,34 @@ class Soak:
     """Folder for the runs and soak.json; must not exist."""
 
 
-def attempt(
-    run: Path, flags: list[str], kill_after: float, number: signal.Signals
-) -> tuple[int | None, bool, str]:
+def attempt(run: Path, flags: list[str], kill_after: float | None, number: int) -> tuple[int, bool]:
     """Start or resume a run; send a signal after `kill_after` seconds if it has not ended.
 
-    Returns its exit status (None: it did not end after the signal), whether the signal was sent,
-    and its output.
+    Returns its exit status and whether the signal was sent.
     """
     is_started = (run / "config.json").exists()
     flags = ["--resume", str(run)] if is_started else [*flags, "--run-dir", str(run)]
     command = [sys.executable, "-m", "bt_fast.cli", "pretrain", *flags]
-    log, sent = run.with_suffix(".log"), False
-    with open(log, "w") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, cwd=ROOT)
+    with open(run.with_suffix(".log"), "w") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, cwd=ROOT)
     try:
-        status = process.wait(kill_after if math.isfinite(kill_after) else None)
+        return process.wait(kill_after), False
     except subprocess.TimeoutExpired:
         process.send_signal(number)
-        sent = True
-        try:
-            status = process.wait(TIMEOUT)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-            status = None
-    return status, sent, log.read_text()
+    try:
+        return process.wait(300), True
+    except subprocess.TimeoutExpired:
+        process.kill()
+        raise ValueError(f"{run} did not end after signal {number}") from None
 
 
 def run_with_kills(run: Path, flags: list[str], mean_seconds: float, kills: Counter[str]) -> bool:
     """Complete a run that is killed on average every `mean_seconds`. False if it fails."""
     while True:
         after, number = random.uniform(0, 2 * mean_seconds), random.choice(SIGNALS)
-        status, sent, output = attempt(run, flags, after, number)
-        if status not in ((0, EXIT_STOPPED, -number) if sent else (0,)):
-            print(f"{run.name}: exit status {status}:\n{output}", flush=True)
+        status, is_sent = attempt(run, flags, after, number)
+        if status not in ((0, EXIT_STOPPED, -number) if is_sent else (0,)):
+            print(f"{run.name}: exit status {status}: {run.with_suffix('.log').read_text()}")
             return False
         if status == 0:
             return True
@@ -120,14 +111,12 @@ def differences(run: Path, other: Path) -> list[str]:
     """Names of the contents of two runs that are not equal, bit for bit."""
 
     def equal(a, b) -> bool:
+        if isinstance(a, dict):
+            return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
         return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
 
-    pairs = zip(contents(run).items(), contents(other).values(), strict=True)
-    return [
-        name
-        for (name, one), two in pairs
-        if one.keys() != two.keys() or not all(equal(one[key], two[key]) for key in one)
-    ]
+    expected = contents(other)
+    return [name for name, found in contents(run).items() if not equal(found, expected[name])]
 
 
 def soak(config: Soak) -> int:
@@ -146,9 +135,9 @@ def soak(config: Soak) -> int:
     flags += ["--data", str(out / "out.beton")]
 
     alone, began = out / "undisturbed", time.time()
-    status, _, output = attempt(alone, flags, math.inf, signal.SIGKILL)
+    status, _ = attempt(alone, flags, None, signal.SIGKILL)
     if status:
-        raise ValueError(f"the undisturbed run failed: {output.strip()}")
+        raise ValueError(f"the undisturbed run failed: see {alone}.log")
     seconds = time.time() - began
     startup = (alone / "views.png").stat().st_mtime - began  # written before the first step
     mean = startup + (seconds - startup) / config.kills_per_run

@@ -15,66 +15,59 @@ from tools.breakdown import (
     busy,
     classify,
     count_work,
-    slices,
 )
 from tools.timing import Ceilings
 
 BACKWARD = "autograd::engine::evaluate_function: ConvolutionBackward0"
-KERNELS = [
-    # cuDNN and CUTLASS
-    ("sm90_xmma_fprop_implicit_gemm_bf16bf16_bf16f32_f32_nhwckrsc_nhwc_tilesize128x128", ()),
-    ("void cutlass__5x_cudnn::Kernel<cutlass_tensorop_bf16_s16816dgrad_optimized_relu>", ()),
-    ("sm80_xmma_wgrad_implicit_gemm_indexed_bf16bf16_bf16f32", (BACKWARD,)),
-    ("void cudnn::ops::nchwToNhwcKernel<__nv_bfloat16>", ()),
-    ("nvjet_hsh_128x256_64x4_1x2_h_bz_coopA_NTN", ("aten::cudnn_convolution",)),
-    ("cutlass_80_wmma_tensorop_bf16_s161616gemm_bf16", (BACKWARD, "aten::convolution_backward")),
-    ("triton_tem_fused_convolution_12", ()),
-    ("aten::mkldnn_convolution", ("aten::conv2d",)),
-    ("aten::empty", ("aten::conv2d", "aten::mkldnn_convolution")),
-    None,
-    ("void cudnn::bn_fw_tr_1C11_kernel_NCHW<float, float, int, 512, true, 1>", ()),
-    ("void at::native::batch_norm_backward_reduce_channels_last_kernel<8>", ()),
-    ("triton_red_fused__to_copy_add_mul_sum_threshold_backward_7", ()),
-    ("triton_poi_fused_convolution_backward_add_relu_4", ("## Call CompiledFxGraph f",)),
-    ("_norm_statistics", ()),
-    ("void at::native::vectorized_elementwise_kernel<4, launch_clamp_scalar>", ("aten::relu_",)),
-    ("vectorized_elementwise_kernel<4, at::native::CUDAFunctor_add<c10::BFloat16>>", ()),
-    ("at::native::(anonymous namespace)::max_pool_backward_nhwc<c10::BFloat16>", ()),
-    ("aten::sum", ("_NormaliseBackward",)),
-    ("## Call CompiledFxGraph f", ("Torch-Compiled Region: 0/0",)),  # a CPU's
-    None,
-    ("nvjet_hsh_192x192_64x3_2x1_v_bz_NNT", ("aten::mm",)),
-    ("void cublasLt::splitKreduce_kernel<32, 16, int>", ()),
-    ("sm90_xmma_gemm_f32f32_tf32f32_f32_tn_n_tilesize128x128x32", ("aten::mm",)),
-    ("aten::addmm", ("aten::linear",)),
-    None,
-    ("_apply", ()),
-    ("multi_tensor_apply_kernel<AddFunctor>", ("Optimizer.step#LARS.step", "aten::_foreach_add_")),
-    None,
-    ("_contrast_means", (AUGMENT,)),
-    ("_augment", ()),
-    (AUGMENT, ()),
-    None,
-    ("ncclDevKernel_AllReduce_Sum_f64_RING_LL(ncclDevKernelArgsStorage<4096ul>)", (BACKWARD,)),
-    ("gloo:all_reduce", ()),
-    ("aten::view", ("gloo:all_gather",)),
-    None,
-    ("Memcpy HtoD (Pinned -> Device)", (AUGMENT,)),
-    ("triton_poi_fused__to_copy_3", ("## Call CompiledFxGraph f",)),
-    ("void at::native::elementwise_kernel<128, 4, direct_copy_kernel_cuda>", ("aten::copy_",)),
-    ("something_new", ("## Call CompiledFxGraph f",)),
-]
+COMPILED = "## Call CompiledFxGraph f"  # on a CPU
+KERNELS = {
+    "convolutions": [
+        ("sm90_xmma_fprop_implicit_gemm_bf16bf16_bf16f32_f32_nhwckrsc_nhwc_tilesize128x128", ()),
+        ("void cutlass__5x_cudnn::Kernel<cutlass_tensorop_bf16_s16816dgrad_optimized_relu>", ()),
+        ("void cudnn::ops::nchwToNhwcKernel<__nv_bfloat16>", ()),
+        ("nvjet_hsh_128x256_64x4_1x2_h_bz_coopA_NTN", ("aten::cudnn_convolution",)),
+        ("cutlass_80_wmma_tensorop_bf16_s161616gemm_bf16", (BACKWARD,)),
+        ("triton_tem_fused_convolution_12", ()),
+        ("aten::empty", ("aten::conv2d", "aten::mkldnn_convolution")),
+    ],
+    "norm": [
+        ("void cudnn::bn_fw_tr_1C11_kernel_NCHW<float, float, int, 512, true, 1>", ()),
+        ("triton_red_fused__to_copy_add_mul_sum_threshold_backward_7", ()),
+        ("triton_poi_fused_convolution_backward_add_relu_4", (COMPILED,)),
+        ("_norm_statistics", ()),
+        ("vectorized_elementwise_kernel<4, launch_clamp_scalar>", ("aten::relu_",)),
+        ("at::native::(anonymous namespace)::max_pool_backward_nhwc<c10::BFloat16>", ()),
+        ("aten::sum", ("_NormaliseBackward",)),
+        (COMPILED, ("Torch-Compiled Region: 0/0",)),
+    ],
+    "products": [
+        ("nvjet_hsh_192x192_64x3_2x1_v_bz_NNT", ("aten::mm",)),
+        ("void cublasLt::splitKreduce_kernel<32, 16, int>", ()),
+        ("aten::addmm", ("aten::linear",)),
+    ],
+    "optimizer": [
+        ("_apply", ()),
+        ("multi_tensor_apply_kernel<AddFunctor>", ("Optimizer.step#LARS.step",)),
+    ],
+    "augmentation": [("_contrast_means", (AUGMENT,)), ("_augment", ()), (AUGMENT, ())],
+    "communication": [
+        ("ncclDevKernel_AllReduce_Sum_f64_RING_LL(ncclDevKernelArgsStorage<4096ul>)", (BACKWARD,)),
+        ("aten::view", ("gloo:all_gather",)),
+    ],
+    "other": [
+        ("Memcpy HtoD (Pinned -> Device)", (AUGMENT,)),
+        ("triton_poi_fused__to_copy_3", (COMPILED,)),
+        ("void at::native::elementwise_kernel<128, 4, direct_copy_kernel_cuda>", ("aten::copy_",)),
+        ("something_new", (COMPILED,)),
+    ],
+}
 
 
 def test_kernels_of_each_class():
-    names = iter(CLASSES)
-    expected = next(names)
-    for kernel in KERNELS:
-        if kernel is None:
-            expected = next(names)
-        else:
+    assert [*KERNELS, "gaps"] == list(CLASSES)
+    for expected, kernels in KERNELS.items():
+        for kernel in kernels:
             assert classify(*kernel) == expected, kernel
-    assert expected == "other"
 
 
 def kernel(name: str, start: float, end: float, *ranges: str) -> Activity:
@@ -111,19 +104,6 @@ def test_gaps_and_exposed_communication_of_streams_that_overlap():
     longest = found.kernels["longest"]
     assert longest[0] == {"name": CONVOLUTION, "ms": 8000, "launches": 1.5, "share": 16 / 30}
     assert breakdown(work, 2, 9, {}, {}).parts["gaps"].seconds == 0
-
-
-def test_operators_are_cut_where_they_call_others():
-    pieces = slices([(4, 6, "c"), (0, 10, "a"), (12, 13, "d"), (2, 9, "b"), (6, 7, "c")])
-    assert [(piece.start, piece.end, *piece.ranges, piece.name) for piece in pieces] == [
-        (0, 2, "a"),
-        (2, 4, "a", "b"),
-        (4, 6, "a", "b", "c"),
-        (6, 7, "a", "b", "c"),
-        (7, 9, "a", "b"),
-        (9, 10, "a"),
-        (12, 13, "d"),
-    ]
 
 
 def event(kind: str, name: str, start: float, length: float, thread: int = 1, **arguments) -> dict:

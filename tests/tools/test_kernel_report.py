@@ -79,20 +79,6 @@ def analyse(*instructions: str) -> tuple[list[str], list[int], bool]:
     return opcodes, [num_bytes(opcode) for opcode in opcodes if num_bytes(opcode)], found
 
 
-def test_a_program_without_loops_is_analysed_completely():
-    opcodes, widths, found = analyse(
-        "LDC R1, c[0x0][0x28]",
-        "@!P0 LDG.E.64 R4, desc[UR4][R2.64]",
-        "@P1 EXIT",
-        "STG.E.U16 desc[UR4][R2.64+0x10], R4",
-        "EXIT",
-        "BRA 0x50",  # to itself, as padding
-        "NOP",
-    )
-    assert opcodes == ["LDC", "LDG.E.64", "EXIT", "STG.E.U16", "EXIT"]
-    assert widths == [8, 2] and not found
-
-
 def test_the_main_loop_is_the_one_that_moves_most_bytes():
     opcodes, widths, found = analyse(
         "S2R R0, SR_TID.X",

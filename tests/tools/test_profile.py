@@ -18,7 +18,7 @@ from pipelines.beton import BetonReader
 from tools import synthetic
 from tools.breakdown import CLASSES, Breakdown
 from tools.profile_report import Report
-from tools.timing import Ceilings, Stage
+from tools.timing import Stage
 
 ROOT = Path(__file__).parents[2]
 
@@ -119,32 +119,22 @@ def report(device: str = "cuda", *, step: float, alone: float, **stages):
     seconds = dict.fromkeys((*STAGES, "copy"), 1e-4) | stages
     config = RECIPES["imagenet"]()
     runtime = Runtime(device=torch.device(device), precision="bf16", compile="default")
-    reader = types.SimpleNamespace(sizes=np.full((1000, 2), 400))
-    setup = types.SimpleNamespace(config=config, runtime=runtime, dataset=reader, num_threads=10**6)
+    setup = types.SimpleNamespace(config=config, runtime=runtime, num_threads=10**6)
     return Report(
         setup=setup,
         data="data",
-        ceilings=Ceilings(flops=1e15, memory=4e12, link=5e10),
         stages={name: Stage(name=name, seconds=value) for name, value in seconds.items()},
         step=step,
         step_without_data=alone,
         breakdown=Breakdown(
             step=alone,
             parts={
-                "convolutions": Stage(
-                    name="convolutions", seconds=0.05, flop=2.5e13, ceiling="flops"
-                ),
-                "norm": Stage(name="norm", seconds=0.04, bytes=1e11, ceiling="memory"),
+                "convolutions": Stage(name="convolutions", seconds=0.05),
+                "norm": Stage(name="norm", seconds=0.04),
             },
             kernels={"longest": []},
         ),
     )
-
-
-def test_classes_are_compared_with_their_ceilings():
-    found = report(step=0.1, alone=0.1)
-    rates = [found.achieved(part) for part in found.breakdown.parts.values()]
-    assert rates == ["500 TFLOP/s (50%)", "2.5e+03 GB/s (62%)"]
 
 
 def test_the_advice_begins_with_what_takes_longest():
@@ -162,11 +152,10 @@ def test_the_advice_begins_with_what_takes_longest():
 def test_a_profile_is_saved_before_it_is_complete(tmp_path):
     partial = report("cpu", step=0.0, alone=0.1)
     for name in (*STAGES, "copy"):
-        stage = partial.stages.pop(name)
+        del partial.stages[name]
         partial.save(tmp_path / "profile.json")
         found = json.loads((tmp_path / "profile.json").read_text())
         assert found["verdict"] is None and found["step_without_data_s"] == 0.1
-        assert name not in found["stages"] and stage.seconds > 0
 
 
 def test_synthetic_images_cost_what_imagenets_do(tmp_path):
