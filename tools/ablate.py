@@ -26,10 +26,7 @@ from bt_fast import cli
 from bt_fast.ablations import ABLATIONS, GRIDS
 from bt_fast.config import Config, immutable_changes, load_config
 from bt_fast.distributed.signals import EXIT_STOPPED, StopFlag
-from bt_fast.evaluate.eval_setup import build_setup, open_labelled_splits
-from bt_fast.evaluate.linear import measure_linear
-from bt_fast.evaluate.options import EvalLinear
-from bt_fast.run.directory import RunDirectory, read_metrics
+from bt_fast.run.directory import read_metrics
 from pipelines.common.atomic import atomic_file
 from pipelines.common.flags import parse_flags
 from pipelines.loading.datasets import open_data, open_val
@@ -70,18 +67,15 @@ class Cell:
     folder: Path
     config: Config
 
-    @property
-    def title(self) -> str:
-        return f"{self.name}, seed {self.seed}"
-
     def figures(self) -> dict[str, float]:
         """Accuracies, fractions, of the finished run; empty before it is finished."""
         if not (self.folder / "encoder.safetensors").exists():
             return {}
         probes = [r for _, r in read_metrics(self.folder / "metrics.jsonl") if r["kind"] == "probe"]
         found = {"random": probes[0]["knn_20"], "knn": probes[-1]["knn_20"]} if probes else {}
-        linear = self.folder / "linear.json"
-        return found | (json.loads(linear.read_text()) if linear.exists() else {})
+        for result in self.folder.glob("eval/linear-cached-*/result.json"):
+            found["linear"] = json.loads(result.read_text())["top1"]
+        return found
 
 
 def main() -> int:
@@ -97,21 +91,19 @@ def run(options: Options, flags: list[str]) -> int:
     """Run all cells in sequence; returns the exit status."""
     cells, failed = grid(options, flags), []
     for number, cell in enumerate(cells, 1):
-        if not (cell.folder / "encoder.safetensors").exists():
-            print(f"[{number}/{len(cells)}] {cell.title}", flush=True)
-            status = pretrain(cell, flags)
-            if status == EXIT_STOPPED:
-                print("stopped; repeat the command to continue")
-                return status
-            if status:
-                failed.append(cell.title)
-                continue
-        if options.linear and "linear" not in cell.figures():
-            measure_cell(cell)
+        print(f"[{number}/{len(cells)}] {cell.folder.name}", flush=True)
+        status = 0 if cell.figures() else pretrain(cell, flags)
+        if status == 0 and options.linear and "linear" not in cell.figures():
+            status = measure(cell)
+        if status == EXIT_STOPPED:
+            print("stopped; repeat the command to continue")
+            return status
+        if status:
+            failed.append(cell.folder.name)
         write(options.out, cells, flags)
-    print(write(options.out, cells, flags), end="")
+    print((options.out / "table.md").read_text(), end="")
     if failed:
-        print(f"not finished: {'; '.join(failed)}. Repeat the command to retry", file=sys.stderr)
+        print(f"not finished: {', '.join(failed)}. Repeat the command to retry", file=sys.stderr)
     return 1 if failed else 0
 
 
@@ -153,16 +145,13 @@ def grid(options: Options, flags: list[str]) -> list[Cell]:
 
 def check(cell: Cell) -> None:
     """Raise ValueError if the run in the cell's folder has other flags."""
-    saved = load_config(cell.folder, "--out")
-    config = dataclasses.replace(
-        cell.config,
-        run_dir=saved.run_dir,
-        data=cell.config.data.resolve(),
-        val_data=cell.config.val_data and cell.config.val_data.resolve(),
-    )
-    changed = immutable_changes(config, saved)
+    saved, config = load_config(cell.folder, "--out"), cell.config
+    changed = immutable_changes(dataclasses.replace(config, run_dir=saved.run_dir), saved)
+    absolute = {"data": config.data.resolve(), "val_data": config.val_data}
+    if config.val_data is not None:
+        absolute["val_data"] = config.val_data.resolve()
     for name in DATA_SETTINGS:
-        if getattr(config, name) != getattr(saved, name):
+        if absolute.get(name, getattr(config, name)) != getattr(saved, name):
             changed.append(f"--{name.replace('_', '-')}")
     if changed:
         raise ValueError(
@@ -172,11 +161,27 @@ def check(cell: Cell) -> None:
 
 
 def pretrain(cell: Cell, flags: list[str]) -> int:
-    """Run or resume one cell in a new process; returns its exit status."""
-    where = ["--run-dir", str(cell.folder), f"--ablation={cell.name}", f"--seed={cell.seed}"]
+    """Run or resume one cell; returns its exit status."""
     if (cell.folder / "config.json").exists():
-        where = ["--resume", str(cell.folder)]
-    command = [sys.executable, "-m", "bt_fast", "pretrain", *where, *flags]
+        return bt_fast("pretrain", "--resume", cell.folder, *flags)
+    own = ("--run-dir", cell.folder, "--ablation", cell.name, "--seed", cell.seed)
+    return bt_fast("pretrain", *own, *flags)
+
+
+def measure(cell: Cell) -> int:
+    """Run the quick linear protocol; returns its exit status."""
+    flags = [
+        word
+        for name in ("device", "precision", "workers", "cache_gb")
+        if (value := getattr(cell.config, name)) is not None
+        for word in (f"--{name.replace('_', '-')}", value)
+    ]
+    return bt_fast("eval", "linear", cell.folder, "--cached", *flags)
+
+
+def bt_fast(*words) -> int:
+    """Run bt-fast in a new process, which a signal to this one stops; returns its exit status."""
+    command = [sys.executable, "-m", "bt_fast", *map(str, words)]
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     with StopFlag() as stop:
         process = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": path})
@@ -190,26 +195,8 @@ def pretrain(cell: Cell, flags: list[str]) -> int:
                     process.wait()
 
 
-def measure_cell(cell: Cell) -> None:
-    """Run the quick linear protocol and write linear.json into the run directory."""
-    config = cell.config
-    options = EvalLinear(
-        run=cell.folder,
-        cached=True,
-        device=config.device,
-        precision=config.precision,
-        workers=config.workers,
-        cache_gb=config.cache_gb,
-    )
-    setup = build_setup(options)
-    train, val = open_labelled_splits(options, setup.config)
-    top1, _ = measure_linear(options, setup, train, val)
-    with RunDirectory(cell.folder) as folder:
-        folder.write("linear.json", json.dumps({"linear": top1}) + "\n")
-
-
-def write(out: Path, cells: list[Cell], flags: list[str]) -> str:
-    """Write table.md and results.json of the runs so far; returns the table."""
+def write(out: Path, cells: list[Cell], flags: list[str]) -> None:
+    """Write table.md and results.json of the runs so far."""
     found: dict[str, dict[int, dict[str, float]]] = {cell.name: {} for cell in cells}
     for cell in cells:
         if figures := cell.figures():
@@ -223,7 +210,6 @@ def write(out: Path, cells: list[Cell], flags: list[str]) -> str:
     for name, content in (("table.md", text), ("results.json", results)):
         with atomic_file(out / name, overwrite=True) as file:
             file.write(content.encode())
-    return text
 
 
 def table(found: dict[str, dict[int, dict[str, float]]]) -> str:

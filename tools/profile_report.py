@@ -12,8 +12,6 @@ from bt_fast.build import TrainingSetup
 from bt_fast.models.batch_norm import choose_norm
 from bt_fast.plan import step_costs
 from bt_fast.run.directory import environment
-from bt_fast.runtime import has_bf16
-from pipelines.common.cpu import usable_cores
 from tools.breakdown import Breakdown, Work
 from tools.results import write_json
 from tools.stages import Together
@@ -21,6 +19,18 @@ from tools.timing import Ceilings, Stage
 
 STAGES = ("read", "decode", "crop", "loader")
 STAGES += ("copy", "augment", "forward", "backward", "loss", "optimizer")
+REMEDIES = {
+    "waiting for data": "--workers, --cache-gb (keeps decoded images), bt-convert --max-side 400,"
+    " a faster disk if read takes longer than decode, or more cores",
+    "gaps": "--compile default, then reduce-overhead, or a larger --batch-size",
+    "convolutions": "--precision bf16, --resolution (smaller views first), or more GPUs",
+    "norm": "--norm fused",
+    "products": "a narrower --projector",
+    "optimizer": "a larger --batch-size",
+    "other": "--compile default fuses casts, copies and small kernels",
+    "communication": "--compress-gradients, a larger --batch-size, on several machines"
+    f" --bn-group {step_costs.RANKS_PER_MACHINE}",
+}
 
 
 @dataclass(kw_only=True, slots=True)
@@ -69,37 +79,21 @@ class Report:
         found = self.together.breakdown if self.together else self.breakdown
         if found is None or not self.step or "loader" not in self.stages:
             return []
-        config, runtime = self.setup.config, self.setup.runtime
-        on_gpu, off = runtime.device.type == "cuda", runtime.compile == "off"
+        config, device = self.setup.config, self.setup.runtime.device
         # On a GPU the loader overlaps with the step; on a CPU both use the same cores.
-        waiting = self.step - self.step_without_data if on_gpu else self.stages["loader"].seconds
+        on_gpu, loader = device.type == "cuda", self.stages["loader"].seconds
+        waiting = self.step - self.step_without_data if on_gpu else loader
         fractions = {name: part.seconds / found.step for name, part in found.parts.items()}
         if communication := found.parts.get("communication"):
             fractions["communication"] = communication.alone / found.step
         fractions["waiting for data"] = waiting / self.step
-        gpu_remedies = {
-            "gaps": "--compile default launches fewer kernels, or a larger --batch-size"
-            if off
-            else "--compile reduce-overhead replays CUDA graphs, or a larger --batch-size",
-            "norm": "" if choose_norm(config.norm, runtime.device) == "fused" else "--norm fused",
-            "other": "--compile default fuses casts, copies and small kernels" if off else "",
-        }
-        by_cores = f"--workers {usable_cores()}, " * (self.setup.num_threads < usable_cores())
-        remedies = (gpu_remedies if on_gpu else {}) | {
-            "waiting for data": f"{by_cores}--cache-gb keeps decoded images, bt-convert --max-side"
-            " 400, a faster disk if read takes longer than decode, or more cores",
-            "convolutions": "--precision bf16"
-            if runtime.precision == "fp32" and has_bf16(runtime.device.type)
-            else "more GPUs, or a smaller --size (--resolution increases it over the run)",
-            "products": "a narrower --projector",
-            "optimizer": "a larger --batch-size",
-            "communication": "--compress-gradients, a larger --batch-size, on several machines"
-            f" --bn-group {step_costs.RANKS_PER_MACHINE}",
-        }
+        left_out = set() if on_gpu else {"gaps", "norm", "other"}
+        if on_gpu and choose_norm(config.norm, device) == "fused":
+            left_out.add("norm")
         return [
-            f"{name}: {fraction:.0%} of the step: {remedies[name]}"
+            f"{name}: {fraction:.0%} of the step: {REMEDIES[name]}"
             for name, fraction in sorted(fractions.items(), key=lambda item: -item[1])
-            if fraction > 0.05 and remedies.get(name)
+            if fraction > 0.05 and name in REMEDIES.keys() - left_out
         ]
 
     def predict(self, world_size: int, link_gbps: float) -> None:

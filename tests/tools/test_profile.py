@@ -142,7 +142,7 @@ def test_the_advice_begins_with_what_takes_longest():
     assert [line.split(":")[0] for line in fed.advice()] == ["convolutions", "norm"]
     assert "--norm fused" in fed.advice()[1]
     slow_loader = report(step=0.4, alone=0.1, loader=0.4, decode=0.08)
-    assert slow_loader.advice()[0].startswith("waiting for data: 75% of the step: --cache-gb")
+    assert slow_loader.advice()[0].startswith("waiting for data: 75% of the step: --workers")
     # On a CPU the rest of the step is not waiting: the loader shares the cores.
     on_cpu = report("cpu", step=0.4, alone=0.1, loader=0.1)
     assert "waiting for data: 25%" in "".join(on_cpu.advice())
