@@ -33,8 +33,6 @@ from pipelines.loading.datasets import open_data, open_val
 
 ROOT = Path(__file__).parents[1]
 RESERVED_FLAGS = ("--ablation", "--seed", "--run-dir", "--resume", "--dry-run")
-# Settings that change the results although a resumed run may change them.
-DATA_SETTINGS = ("data", "val_data", "max_steps", "probe_images")
 MEASURES = {"knn": "kNN", "linear": "linear", "paper": "paper"}
 NOTE = (
     "Top-1, percent: kNN (k = 20) and the quick linear protocol on the held-out images; the paper's"
@@ -145,14 +143,12 @@ def grid(options: Options, flags: list[str]) -> list[Cell]:
 
 def check(cell: Cell) -> None:
     """Raise ValueError if the run in the cell's folder has other flags."""
-    saved, config = load_config(cell.folder, "--out"), cell.config
-    changed = immutable_changes(dataclasses.replace(config, run_dir=saved.run_dir), saved)
-    absolute = {"data": config.data.resolve(), "val_data": config.val_data}
-    if config.val_data is not None:
-        absolute["val_data"] = config.val_data.resolve()
-    for name in DATA_SETTINGS:
-        if absolute.get(name, getattr(config, name)) != getattr(saved, name):
-            changed.append(f"--{name.replace('_', '-')}")
+    saved = load_config(cell.folder, "--out")
+    changed = immutable_changes(dataclasses.replace(cell.config, run_dir=saved.run_dir), saved)
+    if cell.config.data.resolve() != saved.data:
+        changed.append("--data")
+    if cell.config.max_steps != saved.max_steps:
+        changed.append("--max-steps")
     if changed:
         raise ValueError(
             f"{cell.folder} was started with other values of {' '.join(changed)};"

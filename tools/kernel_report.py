@@ -122,8 +122,8 @@ class Usage:
 
     registers: int
     local: int  # bytes
-    stack: int  # bytes
-    shared: int  # bytes
+    stack: int
+    shared: int
     loop: bool  # instructions and widths are those of the main loop, not of the complete kernel
     instructions: int
     widths: tuple[int, ...]  # bytes of each access to global memory

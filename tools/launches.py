@@ -5,8 +5,8 @@
 Runs `train.update` with ResNet-50 and the paper's projector on tensors without memory and counts
 the operators that torch dispatches. Views and allocations launch no kernel. The backward pass of a
 convolution launches one kernel per gradient; an operator of `batch_norm_triton` launches its
-kernels and one copy per activation that is not channels-last; a multi-tensor copy launches one
-kernel per chunk of torch's `multi_tensor_apply` with CUDA 12; any other operator launches one.
+kernels and one copy per activation that is not channels-last; any other operator launches one, also
+the copies of a stage's weights, which are below the limits of torch's `multi_tensor_apply`.
 Additional launches by libraries within an operator are not counted. The optimizer's three kernels
 and the copies of its two tables to the GPU are a constant, which `tests/bt_fast/test_lars.py`
 checks. Across ranks, collectives are counted, but not the copies of gradients into DDP's buckets.
@@ -38,21 +38,12 @@ from bt_fast.runtime import Runtime
 from pipelines.common.flags import parse_flags
 from tools.compiled_traffic import build, group_of, to_fake
 
-GROUPS = {
-    "convolution": "convolutions",
-    "convolution_backward": "convolutions",
-    "mm": "products",
-    "bmm": "products",
-    "_to_copy": "casts",
-    "_foreach_copy_": "casts",
-} | dict.fromkeys(
-    ("native_batch_norm", "native_batch_norm_backward", "relu_", "threshold_backward")
-    + ("max_pool2d_with_indices", "max_pool2d_with_indices_backward"),
-    "norm",
-)
+GROUPS = {  # by the beginning of an operator's name
+    **dict.fromkeys(("native_batch_norm", "relu_", "threshold_backward", "max_pool2d"), "norm"),
+    **{"convolution": "convolutions", "mm": "products", "bmm": "products"},
+    **{"_to_copy": "casts", "_foreach_copy_": "casts"},
+}
 NO_LAUNCH = {"empty", "empty_like", "empty_strided", "new_empty", "detach", "_unsafe_view"}
-# From torch's MultiTensorApply.cuh, for two lists of tensors; 448 and 2240 with CUDA 13.
-MAX_TENSORS, MAX_CHUNKS, CHUNK = 64, 320, 65_536
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,8 +126,9 @@ class Launches(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if number := launches_of(func, args):
+            name = func.overloadpacket.__name__
+            group = next((GROUPS[start] for start in GROUPS if name.startswith(start)), "other")
             namespaces = {"bt_fast": "norm", "c10d": "collectives"}
-            group = GROUPS.get(func.overloadpacket.__name__, "other")
             self.counted[self.group or namespaces.get(func.namespace, group)] += number
         return func(*args, **(kwargs or {}))
 
@@ -147,28 +139,12 @@ def launches_of(func, args) -> int:
         return 0
     if name == "convolution_backward":
         return sum(args[-1])  # mask of the requested gradients
-    if name == "_foreach_copy_":
-        return multi_tensor_launches([t.numel() for t in args[0]])
     if func.namespace == "bt_fast":
         tensors = [t for t in pytree.tree_leaves(args) if isinstance(t, torch.Tensor)]
         images = [t for t in tensors if t.ndim == 4 and t.dtype == torch.bfloat16]
         copies = sum(not t.is_contiguous(memory_format=torch.channels_last) for t in images)
         return copies + (len(args[0]) if name == "norm_moments" else 1)
     return 1
-
-
-def multi_tensor_launches(sizes: list[int]) -> int:
-    """Number of launches, each limited to MAX_TENSORS tensors and MAX_CHUNKS chunks."""
-    launches = tensors = chunks = 0
-    for size in sizes:
-        tensors += 1
-        for _ in range(-(-size // CHUNK)):
-            chunks += 1
-            if chunks == MAX_CHUNKS:
-                launches, chunks, tensors = launches + 1, 0, 1
-        if tensors == MAX_TENSORS:
-            launches, chunks, tensors = launches + 1, 0, 0
-    return launches + (chunks > 0)
 
 
 if __name__ == "__main__":

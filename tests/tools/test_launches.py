@@ -9,7 +9,7 @@ pytest.importorskip("triton")
 
 sys.path.append(str(Path(__file__).parents[2] / "tools"))  # where a script finds `_checkout`
 
-from tools.launches import CHUNK, count, multi_tensor_launches
+from tools.launches import count
 
 # Of ResNet-50 and the paper's projector; with the kernels of --norm fused, alone and on eight
 # ranks, and with torch's.
@@ -43,19 +43,3 @@ def test_of_a_step_with_torchs_batch_norm():
     assert counted["casts"] == MOST["casts"]
     assert counted["norm"] == 2 * (2 * 55 + 51 + 1)  # both ways: norms of two views, ReLU, max-pool
     assert counted.total() <= 890
-
-
-@pytest.mark.parametrize(
-    "sizes,expected",
-    [
-        ([1], 1),
-        ([CHUNK] * 64, 1),
-        ([1] * 65, 2),
-        ([320 * CHUNK], 1),
-        ([320 * CHUNK + 1], 2),
-        ([8192 * 8192], 4),
-        ([200 * CHUNK, 200 * CHUNK], 2),
-    ],
-)
-def test_a_list_of_tensors_is_cut_as_torch_cuts_it(sizes, expected):
-    assert multi_tensor_launches(sizes) == expected
