@@ -10,10 +10,9 @@ Every input is a function of (seed, kind, number). The verdict on it is one of
     CRASH      another exception, or a message of several lines
 
 Damage can be detected everywhere in a .beton and in a checkpoint, by their checksums, but not in a
-.beton with recomputed checksums (`forged beton`: a malicious file, not a damaged one). Of a damaged
-image, the converter must detect that it is truncated or differs from its own checksums (PNG): any
-other JPEG that decodes without a warning of libjpeg is another JPEG. The converter's result must be
-a plain JPEG of the stated size.
+.beton of FFCV (`stock beton`), which has none. Of a damaged image, the converter must detect that
+it is truncated or differs from its own checksums (PNG): any other JPEG that decodes without a
+warning of libjpeg is another JPEG. The converter's result must be a plain JPEG of the stated size.
 
 The exit status is 1 after a SILENT or CRASH; such inputs are kept in fuzz-findings/. An input that
 ends the process, or takes longer than a minute, is fuzz-findings/KIND.
@@ -23,11 +22,9 @@ import _checkout  # noqa: F401  # isort: skip
 
 import io
 import signal
-import struct
 import sys
 import tempfile
 import warnings
-import zlib
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,8 +40,8 @@ from bt_fast.export.encoder_files import load_encoder
 from bt_fast.lars import LARS
 from bt_fast.run import checkpoint
 from pipelines.beton import BetonReader
-from pipelines.beton.layout import EXTRAS, FIELD, HEADER, metadata_dtype, tables_crc
-from pipelines.beton.writer import TYPE_IDS, BetonWriter
+from pipelines.beton.layout import HEADER
+from pipelines.beton.writer import BetonWriter
 from pipelines.common.flags import parse_flags
 from pipelines.convert.jpeg import prepare
 from pipelines.loading.native import RecordDecoder
@@ -103,36 +100,18 @@ class Beton:
         return "other contents" if self.records() != self.expected else ""
 
 
-class ForgedBeton(Beton):
-    """A .beton with recomputed checksums, as an attacker would write it."""
+class StockBeton(Beton):
+    """A .beton without checksums, as FFCV writes it."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        data, arguments = bytearray(self.originals[0]), HEADER.itemsize + 17
+        data[arguments : arguments + 1024] = bytes(1024)
+        self.originals = [bytes(data)]
 
     def read(self, original: int, data: bytes) -> str:
-        super().read(original, forged(data))
+        super().read(original, data)
         return ""
-
-
-def forged(data: bytes) -> bytes:
-    """The file with recomputed checksums, as far as its structure can be read."""
-    changed = bytearray(data)
-    arguments = HEADER.itemsize + 17
-    try:
-        header = np.frombuffer(changed, HEADER, 1)
-        extras = np.frombuffer(changed, EXTRAS, 1, arguments)
-        _, _, _, count, tables = header.item()
-        start, metadata = int(extras["ptr"][0]), HEADER.itemsize + 2 * FIELD.itemsize
-        size = metadata_dtype(TYPE_IDS).itemsize
-        places = np.frombuffer(changed, "<u8", (len(changed) - tables) // 8, tables).reshape(-1, 3)
-        for index, (_, ptr, length) in enumerate(places[:count].tolist()):
-            crc = zlib.crc32(changed[ptr : ptr + length])
-            struct.pack_into("<I", changed, start + 4 * index, crc)
-        length = 4 * count + int(extras["names_size"][0]) + int(extras["class_names_size"][0])
-        parts = (metadata, size * count), (start, length), (tables, len(changed) - tables)
-        views = [np.frombuffer(changed, np.uint8, n, begin) for begin, n in parts]
-        fields = np.frombuffer(changed, FIELD, 2, HEADER.itemsize)
-        struct.pack_into("<I", changed, arguments + 8, tables_crc(header, fields, 0, views))
-    except (ValueError, OverflowError, struct.error, TypeError, MemoryError):
-        return bytes(data)
-    return bytes(changed)
 
 
 class Checkpoints:
@@ -228,7 +207,7 @@ class Images:
 
 KINDS = {
     "beton": Beton,
-    "forged beton": ForgedBeton,
+    "stock beton": StockBeton,
     "checkpoint": Checkpoints,
     "weights": Weights,
     "image": Images,

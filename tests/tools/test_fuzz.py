@@ -16,7 +16,7 @@ SEED = 20260101
     "name,count,refused",
     [
         ("beton", 150, 100),
-        ("forged beton", 150, 50),
+        ("stock beton", 150, 50),
         ("checkpoint", 150, 140),
         ("weights", 150, 140),
         ("image", 300, 100),
