@@ -14,11 +14,11 @@ instructions per byte.
 
 import _checkout  # noqa: F401  # isort: skip
 
+import math
 import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -116,35 +116,8 @@ def kernels(capability: int) -> list[Kernel]:
     ]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Usage:
-    """Resources of a compiled kernel."""
-
-    registers: int
-    local: int  # bytes
-    stack: int
-    shared: int
-    loop: bool  # instructions and widths are those of the main loop, not of the complete kernel
-    instructions: int
-    widths: tuple[int, ...]  # bytes of each access to global memory
-
-    @property
-    def per_byte(self) -> float:
-        """Machine instructions per byte of global memory."""
-        return self.instructions / sum(self.widths) if self.widths else float("inf")
-
-    def __str__(self) -> str:
-        widths = f"{min(self.widths)} to {max(self.widths)} B wide" if self.widths else "none"
-        return (
-            f"{self.registers} registers, {self.local} B local, {self.stack} B stack,"
-            f" {self.shared} B shared memory;"
-            f" {'main loop' if self.loop else 'no loop'}: {self.instructions} instructions,"
-            f" {sum(self.widths)} B, {self.per_byte:.2f} per B, accesses {widths}"
-        )
-
-
-def measure(kernel: Kernel, capability: int) -> Usage:
-    """Compile a kernel for a compute capability and count its resources."""
+def measure(kernel: Kernel, capability: int) -> tuple[str, list[str]]:
+    """Compile a kernel for a compute capability; returns its resources and the rules it breaks."""
     names = kernel.function.arg_names
     signature = {n: "constexpr" if n in kernel.constants else kernel.types[n] for n in names}
     attributes = {
@@ -157,19 +130,30 @@ def measure(kernel: Kernel, capability: int) -> Usage:
         target=GPUTarget("cuda", capability, 32),
         options=kernel.options,
     )
-    cubin = compiled.asm["cubin"]
+    cubin, shared = compiled.asm["cubin"], compiled.metadata.shared
     found = re.findall(r"(REG|STACK|LOCAL):(\d+)", _cuobjdump(cubin, "--dump-resource-usage"))
     usage = {name: int(value) for name, value in found}
+    registers, local, stack = usage["REG"], usage["LOCAL"], usage["STACK"]
     opcodes, is_loop = main_loop(parse(_cuobjdump(cubin, "--dump-sass")))
-    return Usage(
-        registers=usage["REG"],
-        local=usage["LOCAL"],
-        stack=usage["STACK"],
-        shared=compiled.metadata.shared,
-        loop=is_loop,
-        instructions=len(opcodes),
-        widths=tuple(filter(None, map(num_bytes, opcodes))),
+    widths = [num_bytes(opcode) for opcode in opcodes if num_bytes(opcode)]
+    per_byte = len(opcodes) / sum(widths) if widths else math.inf
+    text = (
+        f"{registers} registers, {local} B local, {stack} B stack, {shared} B shared memory;"
+        f" {'main loop' if is_loop else 'no loop'}: {len(opcodes)} instructions,"
+        f" {sum(widths)} B, {per_byte:.2f} per B, accesses"
+        f" {f'{min(widths)} to {max(widths)} B wide' if widths else 'none'}"
     )
+    defects = []
+    if local or stack:
+        defects.append(f"spills {local + stack} B")
+    if registers > (limit := kernel.options.get("maxnreg", 255)):
+        defects.append(f"{registers} registers, more than {limit}")
+    if kernel.narrow is not None:
+        if min((w for w in widths if w != kernel.narrow), default=0) < MIN_WIDTH:
+            defects.append(f"accesses narrower than {MIN_WIDTH} B")
+        if per_byte > MAX_INSTRUCTIONS:
+            defects.append(f"more than {MAX_INSTRUCTIONS:g} instructions per B")
+    return text, defects
 
 
 def _cuobjdump(cubin: bytes, flag: str) -> str:
@@ -254,19 +238,6 @@ def _reachable(start: int, edges: dict[int, list[int]], without: int = -1) -> se
     return found
 
 
-def defects(kernel: Kernel, usage: Usage) -> Iterator[str]:
-    """Descriptions of the rules that a kernel breaks."""
-    if usage.local or usage.stack:
-        yield f"spills {usage.local + usage.stack} B"
-    if usage.registers > (limit := kernel.options.get("maxnreg", 255)):
-        yield f"{usage.registers} registers, more than {limit}"
-    if kernel.narrow is not None:
-        if min((w for w in usage.widths if w != kernel.narrow), default=0) < MIN_WIDTH:
-            yield f"accesses narrower than {MIN_WIDTH} B"
-        if usage.per_byte > MAX_INSTRUCTIONS:
-            yield f"more than {MAX_INSTRUCTIONS:g} instructions per B"
-
-
 def main(arguments: list[str]) -> int:
     if "-h" in arguments or "--help" in arguments:
         print(__doc__)
@@ -274,11 +245,10 @@ def main(arguments: list[str]) -> int:
     defective = False
     for capability in map(int, arguments or (80, 89, 90)):
         for kernel in kernels(capability):
-            usage = measure(kernel, capability)
-            print(f"sm_{capability} {kernel.name:>50}: {usage}")
-            for defect in defects(kernel, usage):
-                defective = True
-                print(f"sm_{capability} {kernel.name:>50}: DEFECT: {defect}")
+            text, defects = measure(kernel, capability)
+            for line in text, *(f"DEFECT: {defect}" for defect in defects):
+                print(f"sm_{capability} {kernel.name:>50}: {line}")
+            defective |= bool(defects)
     return int(defective)
 
 

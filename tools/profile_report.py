@@ -121,84 +121,79 @@ class Report:
         )
 
     def print(self, console: Console) -> None:
-        rows = [self.stages[name] for name in STAGES if name in self.stages]
-        rows += [Stage(name="step, views on device", seconds=self.step_without_data)]
-        rows += [Stage(name="step, with loader", seconds=self.step)]
+        stages = [self.stages[name] for name in STAGES if name in self.stages]
+        stages += [Stage(name="step, views on device", seconds=self.step_without_data)]
+        stages += [Stage(name="step, with loader", seconds=self.step)]
         _print(
             console,
             f"one step: {self.title}, peak memory {self.memory / 2**30:.2f} GiB",
-            ("stage", "images/s alone", "ms", "fraction of the step", "achieved"),
+            ("stage", "images/s alone", "ms", "% of the step", "achieved"),
             [
-                (s.name, f"{self.rate(s.seconds):,.0f}", f"{1e3 * s.seconds:.2f}",
-                 f"{s.seconds / self.step:.1%}", self.achieved(s))
-                for s in rows
+                (s.name, self.rate(s.seconds), 1e3 * s.seconds, 100 * s.seconds / self.step)
+                + (self.achieved(s),)
+                for s in stages
             ],
-        )  # fmt: skip
-        if self.breakdown is None:
-            console.print("no breakdown: the profiler recorded no kernels (is tracing permitted?)")
-        else:
-            self._print_breakdown(console, self.breakdown, "")
-            kernels = [
-                (k["name"][:70], f"{k['ms']:.3f}", f"{k['launches']:.0f}", f"{k['share']:.1%}")
-                for k in self.breakdown.kernels["longest"]
+        )
+        breakdowns = [("", self.breakdown)]
+        if self.together is not None:
+            ranks = f", one of {self.together.world_size} ranks"
+            breakdowns.append((ranks, self.together.breakdown))
+        for ranks, found in breakdowns:
+            if found is None:
+                console.print("no breakdown: the profiler recorded no kernels (is it permitted?)")
+                continue
+            _print(
+                console,
+                f"step without loader by class of work: {1e3 * found.step:.2f} ms{ranks}",
+                ("class", "ms", "ms alone", "% of the step", "launches", "achieved"),
+                [
+                    (name, 1e3 * p.seconds, 1e3 * p.alone, 100 * p.seconds / found.step)
+                    + (p.launches, self.achieved(p))
+                    for name, p in found.parts.items()
+                ],
+            )
+            longest = [
+                (k["name"][:70], k["ms"], k["launches"], 100 * k["share"])
+                for k in found.kernels["longest"][:10]
             ]
-            columns = ("name", "ms", "launches", "fraction")
-            _print(console, "longest kernels", columns, kernels)
-        if self.together is not None and self.prediction is not None:
-            self._print_ranks(console, self.together, self.prediction)
+            _print(console, "longest kernels", ("name", "ms", "launches", "% of all"), longest)
         for name, seconds_of in self.rivals.items():
-            ours = {stage: self.ours(stage) for stage in seconds_of}
             compared = [
-                (stage.replace("views", "loader and augmentation"), f"{self.rate(seconds):,.1f}",
-                 f"{self.rate(ours[stage]):,.1f}", f"{seconds / ours[stage]:.2f} x")
+                (stage.replace("views", "loader and augmentation"), self.rate(seconds))
+                + (self.rate(self.ours(stage)), seconds / self.ours(stage))
                 for stage, seconds in seconds_of.items()
-            ]  # fmt: skip
+            ]
             columns = ("stage", f"{name}, images/s", "bt-fast, images/s", "ratio")
             _print(console, f"comparison with {name} in this process", columns, compared)
-        if (found := self.prediction) is not None:
-            seconds = found.seconds | {"hidden under the backward pass": found.hidden}
-            title = (
-                f"predicted: {found.world_size} ranks of this batch: {1e3 * found.step:.2f} ms,"
-                f" {found.images_per_s:,.0f} images/s, {found.efficiency:.0%} of single devices;"
-                f" sent per rank, MB: gradients {found.gradient_bytes / 1e6:,.0f}, embeddings"
-                f" {found.embedding_bytes / 1e6:,.0f}"
-            )
-            parts = [(part, f"{1e3 * value:.2f}") for part, value in seconds.items()]
-            _print(console, title, ("part", "ms"), parts)
+        if self.prediction is not None:
+            self._print_prediction(console, self.prediction)
         for index, line in enumerate(self.advice()):
             text = f"{'also' if index else 'verdict'}: {line}"
             console.print(text, style="bold", markup=False, highlight=False)
 
-    def _print_breakdown(self, console: Console, found: Breakdown, ranks: str) -> None:
+    def _print_prediction(self, console: Console, found: step_costs.Prediction) -> None:
+        parts = found.seconds | {"step": found.step, "hidden under backward": found.hidden}
+        title = (
+            f"predicted: {found.world_size} ranks of this batch: {found.images_per_s:,.0f}"
+            f" images/s, {found.efficiency:.0%} of single devices; MB sent per rank: gradients"
+            f" {found.gradient_bytes / 1e6:,.0f}, embeddings {found.embedding_bytes / 1e6:,.0f}"
+        )
+        _print(console, title, ("part", "ms"), [(name, 1e3 * s) for name, s in parts.items()])
+        if (measured := self.together) is None:
+            return
+        communication = measured.breakdown and measured.breakdown.parts.get("communication")
+        exposed = communication.alone if communication else 0.0
+        computing = sum(found.seconds[name] for name in ("encoder", "loss", "optimizer"))
         rows = [
-            (name, f"{1e3 * part.seconds:.2f}", f"{1e3 * part.alone:.2f}",
-             f"{part.seconds / found.step:.1%}", f"{part.launches:.0f}", self.achieved(part))
-            for name, part in found.parts.items()
-        ]  # fmt: skip
-        title = f"step without loader by class of work: {1e3 * found.step:.2f} ms{ranks}"
-        columns = ("class", "ms", "ms alone", "fraction", "launches", "achieved")
-        _print(console, title, columns, rows)
-
-    def _print_ranks(
-        self, console: Console, measured: Together, predicted: step_costs.Prediction
-    ) -> None:
-        exposed = 0.0
-        if measured.breakdown is not None:
-            self._print_breakdown(console, measured.breakdown, f", {measured.world_size} ranks")
-            if communication := measured.breakdown.parts.get("communication"):
-                exposed = communication.alone
-        computing = sum(predicted.seconds[name] for name in ("encoder", "loss", "optimizer"))
-        rows = [
-            ("step, ms", 1e3 * measured.step, 1e3 * predicted.step),
-            ("efficiency, %", 100 * measured.efficiency, 100 * predicted.efficiency),
-            ("exposed communication, ms", 1e3 * exposed, 1e3 * (predicted.step - computing)),
+            ("step, ms", 1e3 * measured.step, 1e3 * found.step),
+            ("efficiency, %", 100 * measured.efficiency, 100 * found.efficiency),
+            ("exposed communication, ms", 1e3 * exposed, 1e3 * (found.step - computing)),
         ]
         title = (
             f"{measured.world_size} ranks, each with this batch, views on device;"
             f" one rank alone: {1e3 * measured.alone:.2f} ms"
         )
-        figures = [(name, f"{a:.2f}", f"{b:.2f}") for name, a, b in rows]
-        _print(console, title, ("", "measured", "predicted"), figures)
+        _print(console, title, ("", "measured", "predicted"), rows)
 
     def ours(self, stage: str) -> float:
         """Seconds of a stage, by the names of `rivals`."""
@@ -260,12 +255,13 @@ class Report:
 
 
 def _print(
-    console: Console, title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]
+    console: Console, title: str, columns: Sequence[str], rows: Iterable[Sequence[str | float]]
 ) -> None:
-    """Print a table whose first column and "achieved" are text; the other columns are numbers."""
     table = Table(title=title, title_justify="left")
-    for index, name in enumerate(columns):
-        table.add_column(name, justify="left" if index == 0 or name == "achieved" else "right")
+    for name in columns:
+        is_text = name in (columns[0], "achieved")
+        table.add_column(name, justify="left" if is_text else "right")
     for row in rows:
-        table.add_row(*row)
+        texts = [v if isinstance(v, str) else f"{v:,.0f}" if v >= 1000 else f"{v:.3g}" for v in row]
+        table.add_row(*texts)
     console.print(table)

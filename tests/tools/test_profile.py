@@ -39,7 +39,7 @@ def profile(folder, *flags, ranks: int = 0) -> subprocess.CompletedProcess:
 @pytest.mark.slow
 def test_a_compiled_step_is_profiled_and_predicted(small_beton, tmp_path):
     flags = ("--data", small_beton, "--out", tmp_path / "p", "--compile=default", "--gpus=4")
-    done = profile(tmp_path, *flags)
+    done = profile(tmp_path, *flags, "--against", "reference", "--workers", "1")
     assert done.returncode == 0, done.stdout + done.stderr
     for text in ("step, with loader", "verdict: ", "predicted: 4 ranks"):
         assert text in done.stdout
@@ -57,21 +57,13 @@ def test_a_compiled_step_is_profiled_and_predicted(small_beton, tmp_path):
         assert classes[name]["flop"] + classes[name]["bytes"] > 0, name
     alone = sum(part["alone"] for name, part in classes.items() if name != "gaps")
     assert alone + classes["gaps"]["seconds"] >= 0.99 * step
+    rivals = found["rivals_s"]["reference"]
+    names = {"decode", "augment", "views", "forward", "backward", "loss", "optimizer", "step"}
+    assert set(rivals) == names and all(seconds > 0 for seconds in rivals.values())
     with Image.open(tmp_path / "p" / "profile.png") as picture:
         assert len(np.unique(np.array(picture))) > 20
     again = profile(tmp_path, *flags)
     assert again.returncode == 2 and "contains a profile" in again.stderr
-
-
-@pytest.mark.slow
-def test_against_the_reference_without_data(tmp_path):
-    done = profile(tmp_path, "--against", "reference", "--workers", "1")
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "synthetic images" in done.stdout and "loader and augmentation" in done.stdout
-    (folder,) = (tmp_path / "profiles").iterdir()
-    rivals = json.loads((folder / "profile.json").read_text())["rivals_s"]["reference"]
-    names = {"decode", "augment", "views", "forward", "backward", "loss", "optimizer", "step"}
-    assert set(rivals) == names and all(seconds > 0 for seconds in rivals.values())
 
 
 @pytest.mark.slow
