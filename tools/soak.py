@@ -94,16 +94,15 @@ def run_with_kills(run: Path, flags: list[str], mean_seconds: float, kills: Coun
         print(f"{run.name}: {number.name} after {after:.1f} s", flush=True)
 
 
-def contents(run: Path) -> dict[str, dict]:
+def contents(run: Path) -> dict:
     """Model, optimizer, encoder, and metrics without times of a run."""
     newest = max((run / "checkpoints").glob("step-????????"))
     found = {n: load_file(newest / f"{n}.safetensors") for n in ("model", "optimizer")}
-    lines = (run / "metrics.jsonl").read_text().splitlines()
-    records = {}
-    for record in map(json.loads, lines):
-        values = {k: v for k, v in record.items() if k not in ("images_per_s", "seconds")}
-        records[f"{record['kind']} {record['step']}"] = values
-    assert len(records) == len(lines), "duplicate record"
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for record in records:
+        record.pop("images_per_s", None)
+        record.pop("seconds", None)
+    records.sort(key=lambda record: (record["step"], record["kind"]))
     return found | {"encoder": load_file(run / "encoder.safetensors"), "metrics": records}
 
 
