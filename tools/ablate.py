@@ -5,20 +5,17 @@
 
 Flags of `bt-fast pretrain` follow `--`. OUT/NAME-seedN is the run directory of each run. After an
 interruption the same command continues: finished runs are not repeated, unfinished ones are
-resumed. OUT/table.md, results.json and ablations.png are updated after every run.
+resumed. OUT/table.md and results.json are updated after every run.
 """
 
 import _checkout  # noqa: F401  # isort: skip
 
 import dataclasses
 import json
-import multiprocessing
-import multiprocessing.connection
 import os
-import signal
+import statistics
+import subprocess
 import sys
-import threading
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -29,20 +26,19 @@ from bt_fast import cli
 from bt_fast.ablations import ABLATIONS, GRIDS
 from bt_fast.config import Config, immutable_changes, load_config
 from bt_fast.distributed.signals import EXIT_STOPPED, StopFlag
-from bt_fast.evaluate.eval_setup import build_setup, open_labelled_splits
-from bt_fast.evaluate.linear import measure_linear
-from bt_fast.evaluate.options import EvalLinear
-from bt_fast.run.console import duration
-from bt_fast.run.directory import RunDirectory, read_metrics
-from pipelines.common.console import print_line
+from bt_fast.run.directory import read_metrics
+from pipelines.common.atomic import atomic_file
 from pipelines.common.flags import parse_flags
 from pipelines.loading.datasets import open_data, open_val
-from tools import ablate_report
 
-_RESERVED_FLAGS = ("--ablation", "--seed", "--run-dir", "--resume", "--dry-run")
-# Settings that change the results although a resumed run may change them.
-_DATA_SETTINGS = ("data", "val_data", "max_steps", "probe_images")
-_GRACE_PERIOD = 60  # seconds for the last step of a run after a stop request
+ROOT = Path(__file__).parents[1]
+RESERVED_FLAGS = ("--ablation", "--seed", "--run-dir", "--resume", "--dry-run")
+MEASURES = {"knn": "kNN", "linear": "linear", "paper": "paper"}
+NOTE = (
+    "Top-1, percent: kNN (k = 20) and the quick linear protocol on the held-out images; the paper's"
+    " linear figure on ImageNet, ResNet-50, 300 epochs, batch 2048. Δ is the difference to the"
+    " baseline, ± the standard deviation over seeds."
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,7 +51,7 @@ class Options:
     seeds: tuple[int, ...] = (0,)
     """Seeds; each ablation runs once with each."""
     out: Path = Path("ablations")
-    """Folder for all runs, the table and the figure."""
+    """Folder for all runs and the table."""
     linear: bool = False
     """Additional quick linear protocol (`bt-fast eval linear --cached`) on held-out images."""
 
@@ -69,18 +65,15 @@ class Cell:
     folder: Path
     config: Config
 
-    @property
-    def title(self) -> str:
-        return f"{self.name}, seed {self.seed}"
-
-    def figures(self) -> dict[str, float] | None:
-        """Accuracies, fractions, of the finished run; None before it is finished."""
+    def figures(self) -> dict[str, float]:
+        """Accuracies, fractions, of the finished run; empty before it is finished."""
         if not (self.folder / "encoder.safetensors").exists():
-            return None
+            return {}
         probes = [r for _, r in read_metrics(self.folder / "metrics.jsonl") if r["kind"] == "probe"]
         found = {"random": probes[0]["knn_20"], "knn": probes[-1]["knn_20"]} if probes else {}
-        linear = self.folder / "linear.json"
-        return found | (json.loads(linear.read_text()) if linear.exists() else {})
+        for result in self.folder.glob("eval/linear-cached-*/result.json"):
+            found["linear"] = json.loads(result.read_text())["top1"]
+        return found
 
 
 def main() -> int:
@@ -94,43 +87,30 @@ def main() -> int:
 
 def run(options: Options, flags: list[str]) -> int:
     """Run all cells in sequence; returns the exit status."""
-    cells = grid(options, flags)
-    began, num_run, failed = time.perf_counter(), 0, []
-    for number, cell in enumerate(cells):
-        figures = cell.figures()
-        if figures is None:
-            left = ""
-            if num_run:
-                seconds = (time.perf_counter() - began) / num_run * (len(cells) - number)
-                left = f", about {duration(seconds)} left"
-            print_line(f"[{number + 1}/{len(cells)}] {cell.title}{left}")
-            status = pretrain(cell, flags)
-            if status == EXIT_STOPPED:
-                print_line("stopped; repeat the command to continue")
-                return status
-            num_run += 1
-        if cell.figures() is None:
-            failed.append(cell.title)
-            continue
-        missing = options.linear and "linear" not in (figures or {})
-        if missing:
-            measure(cell)
-        if missing or figures is None:
-            report(options, cells, flags)
-    ablate_report.show(report(options, cells, flags))
+    cells, failed = grid(options, flags), []
+    for number, cell in enumerate(cells, 1):
+        print(f"[{number}/{len(cells)}] {cell.folder.name}", flush=True)
+        status = 0 if cell.figures() else pretrain(cell, flags)
+        if status == 0 and options.linear and "linear" not in cell.figures():
+            status = measure(cell)
+        if status == EXIT_STOPPED:
+            print("stopped; repeat the command to continue")
+            return status
+        if status:
+            failed.append(cell.folder.name)
+        write(options.out, cells, flags)
+    print((options.out / "table.md").read_text(), end="")
     if failed:
-        print_line(
-            f"not finished: {'; '.join(failed)}. Repeat the command to retry", file=sys.stderr
-        )
+        print(f"not finished: {', '.join(failed)}. Repeat the command to retry", file=sys.stderr)
     return 1 if failed else 0
 
 
 def grid(options: Options, flags: list[str]) -> list[Cell]:
     """Every run, ordered by seed. Raises ValueError if one cannot be run or continued."""
     for flag in flags:
-        if flag.partition("=")[0].replace("_", "-") in _RESERVED_FLAGS:
+        if flag.partition("=")[0].replace("_", "-") in RESERVED_FLAGS:
             raise ValueError(f"{flag} after -- is set by ablate.py for every run; leave it out")
-    names = []
+    names: list[str] = []
     for name in options.names:
         if name not in GRIDS and name not in ABLATIONS:
             known = ", ".join([*GRIDS, *ABLATIONS])
@@ -156,114 +136,106 @@ def grid(options: Options, flags: list[str]) -> list[Cell]:
             " --val-data after --"
         )
     for cell in cells:
-        check(cell)
+        if (cell.folder / "config.json").exists():
+            check(cell)
     return cells
 
 
 def check(cell: Cell) -> None:
-    """Raise ValueError if the cell's folder contains anything but this run."""
-    if (cell.folder / "config.json").exists():
-        saved = load_config(cell.folder, "--out")
-        config = dataclasses.replace(
-            cell.config,
-            data=cell.config.data.resolve(),
-            val_data=cell.config.val_data and cell.config.val_data.resolve(),
+    """Raise ValueError if the run in the cell's folder has other flags."""
+    saved = load_config(cell.folder, "--out")
+    changed = immutable_changes(dataclasses.replace(cell.config, run_dir=saved.run_dir), saved)
+    if cell.config.data.resolve() != saved.data:
+        changed.append("--data")
+    if cell.config.max_steps != saved.max_steps:
+        changed.append("--max-steps")
+    if changed:
+        raise ValueError(
+            f"{cell.folder} was started with other values of {' '.join(changed)};"
+            " pass the same flags or another --out"
         )
-        changed = immutable_changes(dataclasses.replace(config, run_dir=saved.run_dir), saved)
-        changed += [
-            f"--{name.replace('_', '-')}"
-            for name in _DATA_SETTINGS
-            if getattr(config, name) != getattr(saved, name)
-        ]
-        if changed:
-            raise ValueError(
-                f"{cell.folder} was started with other values of {' '.join(changed)};"
-                " pass the same flags or another --out"
-            )
-    elif cell.folder.exists() and any(
-        entry.name != ".lock" and ".tmp-" not in entry.name for entry in cell.folder.iterdir()
-    ):
-        raise ValueError(f"{cell.folder} contains other files; choose another --out")
 
 
 def pretrain(cell: Cell, flags: list[str]) -> int:
-    """Run or resume one cell in a new process; returns its exit status.
+    """Run or resume one cell; returns its exit status."""
+    if (cell.folder / "config.json").exists():
+        return bt_fast("pretrain", "--resume", cell.folder, *flags)
+    own = ("--run-dir", cell.folder, "--ablation", cell.name, "--seed", cell.seed)
+    return bt_fast("pretrain", *own, *flags)
 
-    The run directory is created first, so that the run can be resumed after a kill at any moment.
-    """
-    if not prepare_folder(cell):
-        print_line(f"{cell.folder} is in use by another process and is skipped")
-        return 1
-    arguments = ["--resume", str(cell.folder), *flags]
-    process = multiprocessing.get_context("spawn").Process(target=_pretrain, args=(arguments,))
-    is_stopped = False
+
+def measure(cell: Cell) -> int:
+    """Run the quick linear protocol; returns its exit status."""
+    flags = [
+        word
+        for name in ("device", "precision", "workers", "cache_gb")
+        if (value := getattr(cell.config, name)) is not None
+        for word in (f"--{name.replace('_', '-')}", value)
+    ]
+    return bt_fast("eval", "linear", cell.folder, "--cached", *flags)
+
+
+def bt_fast(*words) -> int:
+    """Run bt-fast in a new process, which a signal to this one stops; returns its exit status."""
+    command = [sys.executable, "-m", "bt_fast", *map(str, words)]
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     with StopFlag() as stop:
-        process.start()
-        while process.is_alive():
-            process.join(0.1)
-            if stop.requested and not is_stopped:
-                process.terminate()
-                is_stopped = True
-    return EXIT_STOPPED if is_stopped else process.exitcode or 0
+        process = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": path})
+        while True:
+            try:
+                status = process.wait(0.1)
+                return EXIT_STOPPED if stop.requested else status
+            except subprocess.TimeoutExpired:
+                if stop.requested:
+                    process.terminate()
+                    process.wait()
 
 
-def prepare_folder(cell: Cell) -> bool:
-    """Write the configuration once no process uses the folder. Returns False after a timeout."""
-    cell.folder.mkdir(parents=True, exist_ok=True)
-    deadline = time.monotonic() + _GRACE_PERIOD
-    while True:
-        try:
-            with RunDirectory(cell.folder) as folder:
-                if not (cell.folder / "config.json").exists():
-                    folder.record_config(cell.config)
-                return True
-        except ValueError:
-            if time.monotonic() > deadline:
-                return False
-            time.sleep(0.2)
-
-
-def _pretrain(arguments: list[str]) -> None:
-    """Train in the new process, which stops with a checkpoint when its parent process ends."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def stop_with_parent() -> None:
-        multiprocessing.connection.wait([parent.sentinel])
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    threading.Thread(target=stop_with_parent, daemon=True).start()
-    sys.exit(cli.main(["pretrain", *arguments]))
-
-
-def measure(cell: Cell) -> None:
-    """Run the quick linear protocol and write linear.json into the run directory."""
-    config = cell.config
-    options = EvalLinear(
-        run=cell.folder,
-        cached=True,
-        device=config.device,
-        precision=config.precision,
-        workers=config.workers,
-        cache_gb=config.cache_gb,
-    )
-    setup = build_setup(options)
-    train, val = open_labelled_splits(options, setup.config)
-    top1, _ = measure_linear(options, setup, train, val)
-    with RunDirectory(cell.folder) as folder:
-        folder.write("linear.json", json.dumps({"linear": top1}) + "\n")
-
-
-def report(options: Options, cells: list[Cell], flags: list[str]) -> list[ablate_report.Row]:
-    """Write the results so far; returns the rows of the table."""
+def write(out: Path, cells: list[Cell], flags: list[str]) -> None:
+    """Write table.md and results.json of the runs so far."""
     found: dict[str, dict[int, dict[str, float]]] = {cell.name: {} for cell in cells}
     for cell in cells:
-        figures = cell.figures()
-        if figures is not None:
+        if figures := cell.figures():
             found[cell.name][cell.seed] = figures
-    rows = ablate_report.rows(found)
-    ablate_report.write(options.out, rows, found, flags)
-    return rows
+    text = table(found) + f"\n\n{NOTE} Flags of every run: `{' '.join(flags)}`.\n"
+    random = [100 * f["random"] for runs in found.values() for f in runs.values() if "random" in f]
+    if random:
+        text += f"kNN at random initialisation: {spread(random)}.\n"
+    out.mkdir(parents=True, exist_ok=True)
+    results = json.dumps({"flags": flags, "found": found}, indent=2)
+    for name, content in (("table.md", text), ("results.json", results)):
+        with atomic_file(out / name, overwrite=True) as file:
+            file.write(content.encode())
+
+
+def table(found: dict[str, dict[int, dict[str, float]]]) -> str:
+    """The results {ablation: {seed: {measure: fraction}}} and the paper's as Markdown."""
+    percent: dict[str, dict[str, list[float]]] = {}
+    for name, runs in found.items():
+        percent[name] = {m: [100 * f[m] for f in runs.values() if m in f] for m in MEASURES}
+        percent[name]["paper"] = [p for p in [ABLATIONS[name].top1] if p is not None]
+    measures = [m for m in MEASURES if any(values[m] for values in percent.values())]
+    headings = ["ablation", "change", "seeds"]
+    headings += [part for m in measures for part in (MEASURES[m], "Δ")]
+    rows = [headings, ["---"] * len(headings)]
+    for name, values in percent.items():
+        row = [name, ABLATIONS[name].summary, str(len(found[name]))]
+        for m in measures:
+            baseline = percent.get("baseline", values)[m] if name != "baseline" else []
+            delta = "-"
+            if values[m] and baseline:
+                delta = f"{statistics.mean(values[m]) - statistics.mean(baseline):+.1f}"
+            row += [spread(values[m]), delta]
+        rows.append(row)
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def spread(values: list[float]) -> str:
+    """ "47.2 ± 0.3": mean and standard deviation over the seeds."""
+    if not values:
+        return "-"
+    deviation = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.1f}{deviation}"
 
 
 if __name__ == "__main__":

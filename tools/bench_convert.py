@@ -15,13 +15,10 @@ import _checkout  # noqa: F401  # isort: skip
 
 import contextlib
 import os
-import platform
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated
 
@@ -29,7 +26,6 @@ import tyro
 
 from pipelines.common.cpu import usable_cores
 from pipelines.convert.command import Convert, convert
-from pipelines.convert.jpeg import Check
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,64 +34,43 @@ class Benchmark:
 
     source: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="SOURCE")]
     """Folder with one folder of images per class."""
-
     workers: int = usable_cores()
     """Number of worker processes of each converter."""
-
     max_side: int = 512
     """Maximum longest side, pixels."""
-
     copies: int = 40
     """Number of copies of every image."""
-
     repeats: int = 3
     """Number of alternating runs of each converter; the median is reported."""
 
 
 def link_copies(source: Path, target: Path, copies: int) -> int:
     """Fill `target` with `copies` links to every image of `source`; returns the number of links."""
-    count = 0
-    for path in sorted(path for path in source.resolve().rglob("*") if path.is_file()):
+    source = source.resolve()
+    paths = [path for path in source.rglob("*") if path.is_file()]
+    for path in paths:
         for copy in range(copies):
-            link = target / f"copy{copy}" / path.relative_to(source.resolve())
+            link = target / f"copy{copy}" / path.relative_to(source)
             link.parent.mkdir(parents=True, exist_ok=True)
             link.symlink_to(path)
-            count += 1
-    return count
+    return len(paths) * copies
 
 
-def convert_full(folder: Path, out: Path, config: Benchmark, check: Check = "full") -> None:
-    convert(
-        Convert(
-            source=folder, out=out, workers=config.workers, max_side=config.max_side, check=check
-        )
-    )
+def run(name: str, folder: Path, out: Path, config: Benchmark) -> None:
+    if name == "ffcv":
+        from ffcv.fields import IntField, RGBImageField
+        from ffcv.writer import DatasetWriter
+        from torchvision.datasets import ImageFolder
 
-
-def convert_quick(folder: Path, out: Path, config: Benchmark) -> None:
-    convert_full(folder, out, config, "quick")
-
-
-def convert_ffcv(folder: Path, out: Path, config: Benchmark) -> None:
-    from ffcv.fields import IntField, RGBImageField
-    from ffcv.writer import DatasetWriter
-    from torchvision.datasets import ImageFolder
-
-    image = RGBImageField(write_mode="jpg", max_resolution=config.max_side or None)
-    writer = DatasetWriter(
-        str(out), {"image": image, "label": IntField()}, num_workers=config.workers
-    )
-    writer.from_indexed_dataset(ImageFolder(folder), chunksize=20)
-    os.sync()  # bt-convert flushes its file, too
-
-
-def timed(job: Callable[[Path, Path, Benchmark], None], *arguments) -> float:
-    """Seconds of a call of `job`, whose output is suppressed."""
-    with open(os.devnull, "w") as void:
-        start = time.perf_counter()
-        with contextlib.redirect_stdout(void), contextlib.redirect_stderr(void):
-            job(*arguments)
-        return time.perf_counter() - start
+        image = RGBImageField(write_mode="jpg", max_resolution=config.max_side)
+        fields = {"image": image, "label": IntField()}
+        writer = DatasetWriter(str(out), fields, num_workers=config.workers)
+        writer.from_indexed_dataset(ImageFolder(folder), chunksize=20)
+        os.sync()  # bt-convert flushes its file, too
+        return
+    limits = {"workers": config.workers, "max_side": config.max_side}
+    check = "quick" if "quick" in name else "full"
+    convert(Convert(source=folder, out=out, check=check, **limits))
 
 
 def main() -> None:
@@ -103,28 +78,25 @@ def main() -> None:
     import ffcv.writer  # noqa: F401  imports are not timed
     import torchvision.datasets  # noqa: F401
 
-    packages = ("ffcv", "numpy", "pillow", "simplejpeg", "torchvision")
-    print(
-        f"Python {platform.python_version()}, " + ", ".join(f"{p} {version(p)}" for p in packages)
-    )
-    print(f"{platform.machine()}, {usable_cores()} usable cores, {config}")
-    jobs = {
-        "ffcv": convert_ffcv,
-        "bt-convert": convert_full,
-        "bt-convert --check quick": convert_quick,
-    }
-    rates: dict[str, list[float]] = {name: [] for name in jobs}
+    print(f"{usable_cores()} usable cores, {config}")
+    rates: dict[str, list[float]] = {
+        "ffcv": [], "bt-convert": [], "bt-convert --check quick": []
+    }  # fmt: skip
     with tempfile.TemporaryDirectory() as scratch:
         folder, out = Path(scratch) / "images", Path(scratch) / "out.beton"
         count = link_copies(config.source, folder, config.copies)
-        print(f"{count} images")
-        for repeat in range(config.repeats):
-            for name, job in jobs.items():
-                rates[name].append(count / timed(job, folder, out, config))
+        for _ in range(config.repeats):
+            for name in rates:
+                start = time.perf_counter()
+                with (
+                    open(os.devnull, "w") as void,
+                    contextlib.redirect_stdout(void),
+                    contextlib.redirect_stderr(void),
+                ):
+                    run(name, folder, out, config)
+                rates[name].append(count / (time.perf_counter() - start))
                 size = out.stat().st_size / 1e6
-                print(
-                    f"run {repeat + 1}: {name:>24} {rates[name][-1]:7.0f} images/s, {size:.0f} MB"
-                )
+                print(f"{name:>24} {rates[name][-1]:7.0f} images/s, {size:.0f} MB", flush=True)
                 out.unlink()
     for name, values in rates.items():
         ratios = [ours / ffcv for ours, ffcv in zip(values, rates["ffcv"], strict=True)]

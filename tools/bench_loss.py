@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 
+from bt_fast.cli import run_command
 from bt_fast.loss import barlow_twins_loss
 from bt_fast.runtime import apply_switches
 from pipelines.common.flags import parse_flags
@@ -44,8 +45,9 @@ def measure(n: int, d: int, method: str, budget: float) -> dict[str, float | str
     """Measure one case, on the GPU if there is one."""
     on_gpu = torch.cuda.is_available()
     device = torch.device("cuda" if on_gpu else "cpu")
+    free = torch.cuda.mem_get_info()[0] if on_gpu else available_memory()
     needed = 4.5 * 4 * d * d if method == "dense" else 0  # C, its square, its gradient, ...
-    if needed > available_memory(on_gpu):
+    if needed > free:
         return {"error": f"needs about {needed / 1e9:.0f} GB"}
     apply_switches()
     if on_gpu:
@@ -62,20 +64,19 @@ def measure(n: int, d: int, method: str, budget: float) -> dict[str, float | str
     return {"ms": 1e3 * seconds, "peak GB": (peak_memory(device) - before) / 1e9}
 
 
-def available_memory(on_gpu: bool) -> int:
-    """Free memory of the device, bytes."""
-    if on_gpu:
-        return torch.cuda.mem_get_info()[0]
+def available_memory() -> int:
     lines = Path("/proc/meminfo").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable")) * 1024
 
 
+def in_new_process(case: Callable[[], dict]) -> dict:
+    """Run a case in a new process, because the peak memory of a process never decreases."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+        return process.submit(case).result()
+
+
 def main() -> int:
-    try:
-        options = parse_flags(Benchmark, "bench_loss.py", None)
-    except ValueError as error:
-        print(f"bench_loss.py: {error}", file=sys.stderr)
-        return 2
+    options = parse_flags(Benchmark, "bench_loss.py", None)
     results = Results(options.out)
     for d in options.dimensions:
         for method in ("gram", "dense"):
@@ -88,11 +89,5 @@ def main() -> int:
     return min(results.num_failed, 1)
 
 
-def in_new_process(case: Callable[[], dict]) -> dict:
-    """Run a case in a new process, because the peak memory of a process never decreases."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
-        return process.submit(case).result()
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command("bench_loss.py", main))

@@ -2,15 +2,15 @@
 
     python tools/bench_scale.py --few 30000 --many 300000
 
-Converts folders of small JPEGs (files of about 700 bytes, in class folders or in one folder) and
-prints the peak resident memory of the command, alone and with its workers, from the kernel's
-statistics (VmHWM in /proc, read ten times a second). Converts the folder to each format, and one
-format to the other.
+Converts folders of small JPEGs (about 700 bytes) to each format, and one format to the other, and
+prints the peak resident memory of the command without its workers (VmHWM in /proc, read ten times
+a second).
 """
 
 import _checkout  # noqa: F401  # isort: skip
 
 import io
+import re
 import subprocess
 import sys
 import tempfile
@@ -31,24 +31,17 @@ class Benchmark:
 
     few: int = 30_000
     """Number of images in the small folder."""
-
     many: int = 300_000
     """Number of images in the large folder."""
-
     classes: int = 100
     """Number of class folders; 1 puts all images into one folder without classes."""
-
     workers: int = 2
     """Number of worker processes."""
 
-    scratch: Path | None = None
-    """Folder for temporary images and results."""
 
-
-def write_images(root: Path, count: int, classes: int) -> Path:
+def write_images(root: Path, count: int, classes: int) -> None:
     """Write `count` small files with 50 different contents."""
-    generator = np.random.default_rng(0)
-    contents = []
+    generator, contents = np.random.default_rng(0), []
     for index in range(50):
         buffer = io.BytesIO()
         pixels = generator.integers(0, 256, (24, 24 + index % 9, 3), dtype=np.uint8)
@@ -59,68 +52,36 @@ def write_images(root: Path, count: int, classes: int) -> Path:
         if index < classes:
             folder.mkdir(parents=True, exist_ok=True)
         (folder / f"n{index:08}.JPEG").write_bytes(contents[index % 50])
-    return root
 
 
-def peaks(session: int) -> dict[int, int]:
-    """Peak resident bytes of every process of a session, by process id."""
-    found = {}
-    for path in Path("/proc").iterdir():
-        if path.name.isdecimal():
-            try:
-                if int((path / "stat").read_text().rpartition(")")[2].split()[3]) != session:
-                    continue
-                lines = (path / "status").read_text().splitlines()
-            except OSError:  # the process has ended
-                continue
-            (peak,) = [line.split()[1] for line in lines if line.startswith("VmHWM:")] or ["0"]
-            found[int(path.name)] = 1024 * int(peak)
-    return found
-
-
-def convert(source: Path, out: Path, workers: int, *flags: str) -> tuple[float, float, float]:
-    """Returns the peak memory of the command and of all processes, MB, and the seconds."""
+def convert(source: Path, out: Path, workers: int, *flags: str) -> float:
+    """Peak MB of a conversion."""
     command = [sys.executable, "-m", "pipelines.convert.command", str(source), str(out), *flags]
-    start = time.perf_counter()
-    child = subprocess.Popen(
-        [*command, "--workers", str(workers)],
-        cwd=ROOT,
-        stdout=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-    maxima: dict[int, int] = {}
+    command += ["--workers", str(workers)]
+    child, peak = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL), 0
     while child.poll() is None:
-        for process, peak in peaks(child.pid).items():
-            maxima[process] = max(maxima.get(process, 0), peak)  # reported as 0 while it exits
+        status = Path(f"/proc/{child.pid}/status").read_text()
+        if found := re.search(r"VmHWM:\s+(\d+) kB", status):  # not while the process exits
+            peak = int(found[1])
         time.sleep(0.1)
-    seconds = time.perf_counter() - start
     if child.returncode:
         raise SystemExit(child.returncode)
-    return maxima[child.pid] / 1e6, sum(maxima.values()) / 1e6, seconds
+    return peak * 1024 / 1e6
 
 
 def main() -> None:
     config = tyro.cli(Benchmark)
-    print(config)
-    steps = {
-        "folder to .beton": ("images", "a.beton", []),
-        ".beton to web shards": ("a.beton", "shards", ["--format", "webdataset"]),
-        "web shards to .beton": ("shards", "b.beton", []),
-    }
-    results: dict[str, list[tuple[float, float]]] = {name: [] for name in steps}
     for count in (config.few, config.many):
-        with tempfile.TemporaryDirectory(dir=config.scratch) as scratch:
-            write_images(Path(scratch) / "images", count, config.classes)
-            for name, (source, out, flags) in steps.items():
-                paths = Path(scratch) / source, Path(scratch) / out
-                command, everything, seconds = convert(*paths, config.workers, *flags)
-                results[name].append((command, everything))
-                print(
-                    f"{count:>9,} images, {name:>20}: {command:4.0f} MB, with workers "
-                    f"{everything:4.0f} MB; {count / seconds:,.0f} images/s"
-                )
-    for name, (few, many) in results.items():
-        print(f"{name:>20}: {many[0] / few[0]:.2f} x, with workers {many[1] / few[1]:.2f} x")
+        with tempfile.TemporaryDirectory() as name:
+            scratch = Path(name)
+            write_images(scratch / "images", count, config.classes)
+            for source, out, *flags in (
+                ("images", "a.beton"),
+                ("a.beton", "shards", "--format=webdataset"),
+                ("shards", "b.beton"),
+            ):
+                peak = convert(scratch / source, scratch / out, config.workers, *flags)
+                print(f"{count:>9,} images, {source} to {out}: {peak:4.0f} MB", flush=True)
 
 
 if __name__ == "__main__":

@@ -11,8 +11,7 @@
 
 Kernels are classified by name and, if the name is ambiguous, by the operators and named ranges that
 were open on the host at the launch. On a CPU, operators are classified. The elementwise part of the
-loss is other; in its compiled backward pass, whose kernels have the same names as the encoder's, it
-is norm.
+loss, which takes little time, is norm or other.
 """
 
 import bisect
@@ -24,12 +23,14 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from bt_fast.config import Config
-from bt_fast.plan import step_costs
-from bt_fast.runtime import Runtime, has_bf16
-from tools.timing import Ceilings, Stage
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
-AUGMENT, LOSS = "bt-fast: augment", "bt-fast: loss"  # named ranges
+from bt_fast.plan.step_costs import lars_bytes
+from tools.timing import Stage
+
+AUGMENT = "bt-fast: augment"  # a named range
 CLASSES = (
     *("convolutions", "norm", "products", "optimizer", "augmentation", "communication", "other"),
     "gaps",
@@ -76,8 +77,6 @@ def classify(name: str, ranges: Sequence[str] = ()) -> str:
     for stage in ("augmentation", "optimizer"):
         if stage in (work, *classes):
             return stage
-    if LOSS in ranges:
-        return "products" if "products" in (work, *classes) else "other"
     if work == "products" and "convolutions" in classes:  # 1x1 convolutions are matrix products
         return "convolutions"
     return work or next(filter(None, reversed(classes)), "other")
@@ -165,7 +164,6 @@ class Breakdown:
     step: float  # seconds of a step without tracing
     parts: dict[str, Stage]
     kernels: dict[str, Any]  # per step: ms, launches, and the longest {name, ms, launches, share}
-    fused_norm: bool  # whether batch norm runs as fused kernels
 
 
 def breakdown(
@@ -206,70 +204,62 @@ def breakdown(
          "share": ms[name] / total}
         for name in sorted(ms, key=lambda name: -ms[name])[:20]
     ]  # fmt: skip
-    return Breakdown(
-        step=step,
-        parts=parts,
-        kernels={"ms": total, "launches": len(work) / num_steps, "longest": longest},
-        fused_norm=any(name.startswith("_norm_") for name in by_name),
-    )
+    kernels = {"ms": total, "launches": len(work) / num_steps, "longest": longest}
+    return Breakdown(step=step, parts=parts, kernels=kernels)
 
 
-def advice(
-    config: Config,
-    runtime: Runtime,
-    found: Breakdown,
-    ceilings: Ceilings | None,
-    *,
-    world_size: int = 1,
-    waiting: float = 0.0,
-    for_loader: str = "",
-) -> list[str]:
-    """Lines on classes that take more than 5 % of a step, the largest first, with the flags that
-    would help.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Work:
+    """FLOP and bytes that one rank's step requires, without the loss."""
 
-    Args:
-        found: breakdown of a step with the collectives of all ranks.
-        waiting: fraction of a step from JPEGs in which the device waits for data.
-        for_loader: remedy for a slow loader.
+    forward: float  # FLOP of encoder and projector
+    backward: float
+    flop: dict[str, float]  # of convolutions and of matrix products
+    bytes: dict[str, float]  # of norm, optimizer and augmentation
+
+
+def count_work(model: nn.Module, views: torch.Tensor, autocast: torch.autocast) -> Work:
+    """Count on four views, in training mode, uncompiled, on one rank; clears the gradients.
+
+    Augmentation reads 3 H W bytes twice and writes 3 H W values per view. Norm, fused with ReLU and
+    residual sum, reads x twice and writes y, reads x and g twice and writes the gradient; it reads
+    a residual and writes its gradient.
     """
-    on_gpu, off = runtime.device.type == "cuda", runtime.compile == "off"
-    parts = {name: Stage(name=name, seconds=0.0) for name in CLASSES} | found.parts
-    fraction = {name: part.seconds / found.step for name, part in parts.items()}
-    larger_batch = ["a larger --batch-size"]
-    fewer_launches = ["--compile default launches fewer kernels"] * off + larger_batch
-    if runtime.compile == "default":
-        fewer_launches = ["--compile reduce-overhead replays CUDA graphs", *larger_batch]
-    slow_norm = on_gpu and not found.fused_norm and parts["norm"].reached(ceilings) < 0.7
-    for_ranks = ["--compress-gradients sends half"] * (not config.compress_gradients)
-    if world_size > step_costs.RANKS_PER_MACHINE and not config.bn_group:
-        for_ranks += [f"--bn-group {step_costs.RANKS_PER_MACHINE} keeps batch norm on a machine"]
-    for_ranks += ["--separate-communicators"] * (not config.separate_communicators) + larger_batch
-    fusing = ["--compile default fuses them"] * (on_gpu and off)
-    rules = [
-        (waiting, "the device waits for data", [for_loader]),
-        (fraction["gaps"], "no kernel runs for", fewer_launches * on_gpu),
-        (fraction["convolutions"], "convolutions take", _for_convolutions(config, runtime)),
-        (fraction["norm"], "batch norm and ReLU take", ["--norm fused"] * slow_norm),
-        (fraction["products"], "matrix products take", ["a narrower --projector"]),
-        (fraction["optimizer"], "the optimizer takes", larger_batch),
-        (fraction["other"], "casts, copies and small kernels take", fusing),
-        (parts["communication"].alone / found.step, "exposed communication takes", for_ranks),
-    ]
-    return [
-        f"{finding} {100 * of_step:.0f} % of the step: {', or '.join(remedies)}"
-        for of_step, finding, remedies in sorted(rules, key=lambda rule: -rule[0])
-        if of_step > 0.05 and remedies
-    ]
+    sample, values = views[:4], {"normalised": 0, "residual": 0}
+    scale = len(views) / len(sample)
+    fused: list[Any] = [m for m in model.modules() if getattr(m, "fused", False)]
 
+    def count_values(module: nn.Module, _, output: torch.Tensor) -> None:
+        values["residual" if hasattr(module, "downsample") else "normalised"] += output.numel()
 
-def _for_convolutions(config: Config, runtime: Runtime) -> list[str]:
-    if runtime.precision == "fp32" and has_bf16(runtime.device.type):
-        return ["--precision bf16"]
-    if runtime.device.type == "cpu":
-        return ["a GPU", "a smaller --size or --encoder"]
-    if config.deterministic:
-        return ["kernels selected by trial, without --deterministic"]
-    if config.resolution is None and config.size >= 128 and config.size % 32 == 0:
-        low = 32 * round(config.size * 0.7 / 32)
-        return [f"--resolution {low}:{config.size} saves a quarter", "more GPUs"]
-    return ["more GPUs"]
+    hooks = [
+        module.register_forward_hook(count_values)
+        for module in model.modules()
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) or hasattr(module, "downsample")
+    ]
+    for module in fused:
+        module.fused = False
+    with FlopCounterMode(display=False) as counter:
+        with autocast:
+            z = model(sample)
+        forward = counter.get_total_flops()
+        z.sum().backward()
+    model.zero_grad(set_to_none=True)
+    for hook in hooks:
+        hook.remove()
+    for module in fused:
+        module.fused = True
+    flop = {str(name): value for name, value in counter.get_flop_counts()["Global"].items()}
+    total = sum(flop.values())
+    convolutions = sum(value for name, value in flop.items() if "convolution" in name)
+    num_values = 8 * values["normalised"] + 2 * values["residual"]
+    return Work(
+        forward=scale * forward,
+        backward=scale * (total - forward),
+        flop={"convolutions": scale * convolutions, "products": scale * (total - convolutions)},
+        bytes={
+            "norm": scale * num_values * views.element_size(),
+            "optimizer": lars_bytes(sum(p.numel() for p in model.parameters())),
+            "augmentation": views.numel() * (2 + views.element_size()),
+        },
+    )

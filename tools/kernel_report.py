@@ -9,56 +9,55 @@ the widths of the narrowest and widest access. Without such a loop, the complete
 
 The exit status is 1 if a kernel spills or needs more registers than its options allow, or if the
 main loop of a memory-bound kernel has an access narrower than 16 bytes or takes more than 3
-instructions per byte. `KERNELS` lists the exemptions from the last two rules, with reasons.
+instructions per byte.
 """
 
 import _checkout  # noqa: F401  # isort: skip
 
+import math
 import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import triton
 from triton.backends.compiler import BaseBackend, GPUTarget
 from triton.compiler import ASTSource
 
-from bt_fast import lars_triton
-from bt_fast.models import batch_norm_triton
-from pipelines.augment import triton as augment_triton
-from tools.machine_code import main_loop, parse
+from bt_fast import lars_triton as lars
+from bt_fast.models import batch_norm_triton as norm
+from pipelines.augment import triton as augment
 
-ARCHITECTURES = (80, 89, 90)
-SUPPORTED = (80, 86, 87, 89, 90, 100, 120)  # earlier ones have no bf16
-WIDTH = "width"  # every access in the main loop moves MIN_WIDTH bytes or more
-INSTRUCTIONS = "instructions"  # the main loop takes MAX_INSTRUCTIONS per byte or fewer
-MIN_WIDTH = 16
-MAX_INSTRUCTIONS = 3.0
+MIN_WIDTH = 16  # bytes of an access
+MAX_INSTRUCTIONS = 3.0  # per byte
+DIVISIBLE = {"num_pixels", "height", "width", "num_images", "num_rows", "rows_per_part"}
+DIVISIBLE |= {"channels", "count"}  # by 16, as the pointers: Triton specialises the kernels
+ARGUMENTS = {
+    "*u8": "images bits argmax",
+    "*i1": "applied",
+    "*i32": "tensors first finished",
+    "*i64": "addresses numel",
+    "*bf16": "views x residual y g second_g masked grad_x grad_residual maxima",
+    "*fp32": "table means sums ratios guard moments weight bias residual_weight residual_bias"
+    " partials grad_weights grad_biases",
+    "fp32": "eps",
+    "i32": "num_tensors num_chunks pooled_height pooled_width " + " ".join(DIVISIBLE),
+}
+TYPES = {name: kind for kind, names in ARGUMENTS.items() for name in names.split()}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Kernel:
-    """A kernel and its launch parameters. Pointers are aligned to 16 bytes."""
+    """A kernel and its launch parameters."""
 
     function: triton.JITFunction
+    variant: str
     types: dict[str, str]
-    """Type of each non-constant argument; names of other arguments are ignored."""
     constants: dict[str, object]
-    options: dict[str, int]
-    """num_warps, num_stages, maxnreg."""
-    divisible: tuple[str, ...] = ()
-    """Integer arguments that are multiples of 16, for which Triton specialises the kernel."""
-    exempt: dict[str, str] = field(default_factory=dict)
-    """Rules (WIDTH, INSTRUCTIONS) that do not apply, with reasons."""
-    narrow: dict[int, str] = field(default_factory=dict)
-    """Permitted widths below MIN_WIDTH, with reasons."""
-    variant: str = ""
-    """Name of this row among those of the same kernel."""
-    launched_on: Callable[[int], bool] = lambda capability: True
-    """Whether a GPU of a compute capability (90 is sm_90) launches this variant."""
+    options: dict[str, int]  # num_warps, num_stages, maxnreg
+    narrow: int | None  # a permitted width below MIN_WIDTH; None if not memory-bound
 
     @property
     def name(self) -> str:
@@ -66,237 +65,106 @@ class Kernel:
         return f"{module}.{self.function.fn.__name__} {self.variant}".rstrip()
 
 
-def _blur_tile(capability: int) -> int:
-    return augment_triton.blur_tiling(divmod(capability, 10))[0]
+def kernels(capability: int) -> list[Kernel]:
+    """The kernels that a GPU of a compute capability (90 is sm_90) launches.
 
+    Augmentation is compute-bound: the colour operations take dozens of instructions per byte. The
+    ratios of LARS read two sums for every 16,384 parameters and take the time of a launch. A mask
+    of batch norm has one bit per value: a byte for the 8 channels (16 bytes) of a thread. The
+    argmax of a window has one byte per value: 8 bytes.
+    """
+    blur_tile, blur_options = augment.blur_tiling(divmod(capability, 10))
+    constants = {"CHUNK": lars.CHUNK, "ALIGNED": True, "CHECKED": True, "TENSORS": 256}
+    constants |= {"VIEWS": 2, "RELU": True, "NORMS": 1, "RESIDUAL": False, "BITS": False}
+    constants |= {"FIRST_ROWS": norm.FIRST_ROWS, "ROWS": norm.POOL_ROWS, "PARTS": augment.PARTS}
+    sums, lars_warps = {"num_warps": augment.SUM_WARPS}, {"num_warps": lars.NUM_WARPS}
+    pool = {"BLOCK": norm.POOL_BLOCK, "BLOCK_CHANNELS": norm.BLOCK_CHANNELS}
 
-_IMAGES = {"images": "*u8", "table": "*fp32", "sums": "*fp32", "views": "*bf16"} | dict.fromkeys(
-    ("num_pixels", "height", "width"), "i32"
-)
-_TABLES = (
-    {"addresses": "*i64", "table": "*fp32", "tensors": "*i32", "first": "*i32"}
-    | {"numel": "*i64", "sums": "*fp32", "ratios": "*fp32", "guard": "*fp32", "applied": "*i1"}
-    | dict.fromkeys(("num_tensors", "num_chunks"), "i32")
-)
-_CHUNKS = {"CHUNK": lars_triton.CHUNK, "BLOCK": lars_triton.BLOCK, "ALIGNED": True}
-_AUGMENT = [("", 0, (augment_triton.TILE, augment_triton.OPTIONS), lambda capability: True)]
-for _major in (8, 9):
-    _tiling = augment_triton.blur_tiling((_major, 0))
-    _AUGMENT.append(
-        (
-            f"blur, {_tiling[0]} px",
-            augment_triton.HALO,
-            _tiling,
-            lambda capability, tile=_tiling[0]: _blur_tile(capability) == tile,
-        )
-    )
-_COLOUR = "compute-bound: the colour operations take dozens of instructions per byte of a pixel"
-_FEW = "reads two sums for every 16,384 parameters; its time is that of a launch"
+    def of_norm(function, variant: str, tiling: norm.Tiling, narrow: int = 0, **own):
+        return function, variant, tiling.options, narrow, tiling.constants | own
 
-KERNELS = [
-    Kernel(
-        function=augment_triton._contrast_sums,
-        types=_IMAGES,
-        constants={"PARTS": augment_triton.PARTS, "BLOCK": augment_triton.BLOCK},
-        options={"num_warps": augment_triton.SUM_WARPS},
-        divisible=("num_pixels",),
-        exempt={WIDTH: _COLOUR, INSTRUCTIONS: _COLOUR},
-    ),
-    *(
+    def two(function, narrow: int = 0, **own):
+        return of_norm(function, "two norms", norm.TWO_NORMS, narrow, NORMS=2, **own)
+
+    in_float64 = norm._norm_moments, norm._norm_forward, norm._norm_pool_forward
+    return [
         Kernel(
-            function=augment_triton._augment,
-            types=_IMAGES,
-            constants={"PARTS": augment_triton.PARTS, "TILE": tile, "HALO": halo},
-            options=options,
-            divisible=("height", "width"),
-            exempt={WIDTH: _COLOUR, INSTRUCTIONS: _COLOUR},
+            function=function,
             variant=variant,
-            launched_on=launched_on,
+            types=TYPES | ({"sums": "*fp64"} if function in in_float64 else {}),
+            constants={k: v for k, v in (constants | own).items() if k in function.arg_names},
+            options=options,
+            narrow=narrow,
         )
-        for variant, halo, (tile, options), launched_on in _AUGMENT
-    ),
-    Kernel(
-        function=lars_triton._sums,
-        types=_TABLES,
-        constants=_CHUNKS,
-        options={"num_warps": lars_triton.NUM_WARPS},
-    ),
-    Kernel(
-        function=lars_triton._ratios,
-        types=_TABLES,
-        constants={"CHECKED": True, "BLOCK": lars_triton.RATIO_BLOCK},
-        options={"num_warps": 4},
-        exempt={WIDTH: _FEW, INSTRUCTIONS: _FEW},
-    ),
-    Kernel(
-        function=lars_triton._apply,
-        types=_TABLES,
-        constants=_CHUNKS | {"CHECKED": True, "TENSORS": 256},
-        options={"num_warps": lars_triton.NUM_WARPS},
-    ),
-]
-
-_ACTIVATIONS = dict.fromkeys(
-    ("x", "residual", "y", "g", "second_g", "masked", "grad_x", "grad_residual", "maxima"),
-    "*bf16",
-)
-_OF_CHANNELS = dict.fromkeys(
-    ("moments", "weight", "bias", "residual_weight", "residual_bias", "partials", "grad_weights")
-    + ("grad_biases",),
-    "*fp32",
-)
-_COUNTS = ("num_rows", "channels", "rows_per_part", "count")
-_SIDES = ("num_images", "channels", "height", "width", "count")
-_NORM_TYPES = (
-    _ACTIVATIONS
-    | _OF_CHANNELS
-    | {"bits": "*u8", "argmax": "*u8", "finished": "*i32", "eps": "fp32"}
-    | dict.fromkeys((*_COUNTS, *_SIDES, "pooled_height", "pooled_width"), "i32")
-)
-_BITS = {1: "one bit per value: a byte for the 8 channels (16 bytes) of a thread"}
-_ARGMAX = {8: "one byte per value: 8 bytes for the 8 channels (16 bytes) of a thread"}
-
-
-def _norm(function, variant: str, *, sums: str, narrow=None, **constants) -> Kernel:
-    """A kernel of batch norm; `sums` is the dtype of its sums."""
-    names = function.arg_names
-    if tiling := _tiling_of_norm(function, constants.get("NORMS", 1)):
-        shared = tiling.constants | {"FIRST_ROWS": batch_norm_triton.FIRST_ROWS}
-        options = tiling.options
-    else:
-        shared = {"ROWS": batch_norm_triton.POOL_ROWS, "BLOCK": batch_norm_triton.POOL_BLOCK}
-        shared["BLOCK_CHANNELS"] = batch_norm_triton.BLOCK_CHANNELS
-        options = batch_norm_triton.POOL_OPTIONS
-    constants |= {"VIEWS": 2}
-    return Kernel(
-        function=function,
-        types=_NORM_TYPES | {"sums": sums},
-        constants={k: v for k, v in (shared | constants).items() if k in names},
-        options=options,
-        divisible=_SIDES if "height" in names else _COUNTS,
-        narrow=narrow or {},
-        variant=variant,
-    )
-
-
-def _tiling_of_norm(function, num_norms: int) -> batch_norm_triton.Tiling | None:
-    """None for the kernels with max-pool."""
-    if num_norms == 2:
-        return batch_norm_triton.TWO_NORMS
-    return {
-        batch_norm_triton._norm_moments: batch_norm_triton.MOMENTS,
-        batch_norm_triton._norm_forward: batch_norm_triton.FORWARD,
-        batch_norm_triton._norm_sums: batch_norm_triton.SUMS,
-        batch_norm_triton._norm_backward: batch_norm_triton.BACKWARD,
-    }.get(function)
-
-
-_FORWARD, _BACKWARD = {"sums": "*fp64"}, {"sums": "*fp32"}
-KERNELS += [
-    _norm(batch_norm_triton._norm_moments, "", **_FORWARD),
-    *(
-        _norm(
-            batch_norm_triton._norm_forward,
-            variant,
-            narrow=_BITS if residual else {},
-            RELU=True,
-            RESIDUAL=residual,
-            NORMS=norms,
-            **_FORWARD,
+        for function, variant, options, narrow, own in (
+            (augment._contrast_sums, "", sums, None, {"BLOCK": augment.BLOCK}),
+            (augment._augment, "", augment.OPTIONS, None, {"TILE": augment.TILE, "HALO": 0}),
+            (
+                augment._augment,
+                f"blur, {blur_tile} px",
+                blur_options,
+                None,
+                {"TILE": blur_tile, "HALO": augment.HALO},
+            ),
+            (lars._sums, "", lars_warps, 0, {"BLOCK": lars.BLOCK}),
+            (lars._ratios, "", {"num_warps": 4}, None, {"BLOCK": lars.RATIO_BLOCK}),
+            (lars._apply, "", lars_warps, 0, {"BLOCK": lars.BLOCK}),
+            of_norm(norm._norm_moments, "", norm.MOMENTS),
+            of_norm(norm._norm_forward, "", norm.FORWARD),
+            of_norm(norm._norm_forward, "residual", norm.FORWARD, 1, RESIDUAL=True),
+            two(norm._norm_forward, narrow=1, RESIDUAL=True),
+            of_norm(norm._norm_sums, "", norm.SUMS, GRADIENTS=1),
+            of_norm(norm._norm_sums, "two gradients", norm.SUMS, GRADIENTS=2),
+            of_norm(norm._norm_sums, "residual", norm.SUMS, 1, BITS=True, GRADIENTS=2),
+            of_norm(norm._norm_sums, "residual, last", norm.SUMS, 1, BITS=True, GRADIENTS=1),
+            two(norm._norm_sums, narrow=1, BITS=True, GRADIENTS=2),
+            of_norm(norm._norm_backward, "", norm.BACKWARD),
+            of_norm(norm._norm_backward, "residual", norm.BACKWARD, RELU=False),
+            two(norm._norm_backward, RELU=False),
+            (norm._norm_pool_forward, "", norm.POOL_OPTIONS, 8, pool),
+            (norm._norm_pool_backward, "", norm.POOL_OPTIONS, 8, pool),
         )
-        for variant, residual, norms in (
-            ("", False, 1),
-            ("residual", True, 1),
-            ("two norms", True, 2),
-        )
-    ),
-    *(
-        _norm(
-            batch_norm_triton._norm_sums,
-            variant,
-            narrow=_BITS if bits else {},
-            RELU=True,
-            BITS=bits,
-            GRADIENTS=gradients,
-            NORMS=norms,
-            **_BACKWARD,
-        )
-        for variant, bits, gradients, norms in (
-            ("", False, 1, 1),
-            ("two gradients", False, 2, 1),
-            ("residual", True, 2, 1),
-            ("residual, last", True, 1, 1),
-            ("two norms", True, 2, 2),
-        )
-    ),
-    *(
-        _norm(batch_norm_triton._norm_backward, variant, RELU=relu, NORMS=norms, **_BACKWARD)
-        for variant, relu, norms in (("", True, 1), ("residual", False, 1), ("two norms", False, 2))
-    ),
-    _norm(batch_norm_triton._norm_pool_forward, "", narrow=_ARGMAX, **_FORWARD),
-    _norm(batch_norm_triton._norm_pool_backward, "", narrow=_ARGMAX, **_BACKWARD),
-]
+    ]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Usage:
-    """Resources of a compiled kernel."""
-
-    registers: int
-    local: int  # bytes
-    stack: int  # bytes
-    shared: int  # bytes
-    loop: bool  # instructions and widths are those of the main loop, not of the complete kernel
-    instructions: int
-    widths: tuple[int, ...]  # bytes of each access to global memory
-
-    @property
-    def per_byte(self) -> float:
-        """Machine instructions per byte of global memory."""
-        return self.instructions / sum(self.widths) if self.widths else float("inf")
-
-    def __str__(self) -> str:
-        widths = f"{min(self.widths)} to {max(self.widths)} B wide" if self.widths else "none"
-        return (
-            f"{self.registers} registers, {self.local} B local, {self.stack} B stack,"
-            f" {self.shared} B shared memory;"
-            f" {'main loop' if self.loop else 'no loop'}: {self.instructions} instructions,"
-            f" {sum(self.widths)} B, {self.per_byte:.2f} per B, accesses {widths}"
-        )
-
-
-def measure(kernel: Kernel, capability: int) -> Usage:
-    """Compile a kernel for a compute capability (90 is sm_90) and count its resources."""
+def measure(kernel: Kernel, capability: int) -> tuple[str, list[str]]:
+    """Compile a kernel for a compute capability; returns its resources and the rules it breaks."""
     names = kernel.function.arg_names
-    if unknown := set(names) - set(kernel.types) - set(kernel.constants):
-        raise ValueError(f"{kernel.name}: missing types of {', '.join(sorted(unknown))}")
-    signature = {name: kernel.types.get(name, "constexpr") for name in names}
+    signature = {n: "constexpr" if n in kernel.constants else kernel.types[n] for n in names}
     attributes = {
         (index,): BaseBackend.parse_attr("D")  # divisible by 16
         for index, name in enumerate(names)
-        if signature[name].startswith("*") or name in kernel.divisible
+        if signature[name].startswith("*") or name in DIVISIBLE
     }
     compiled = triton.compile(
         ASTSource(kernel.function, signature, kernel.constants, attributes),
         target=GPUTarget("cuda", capability, 32),
         options=kernel.options,
     )
-    usage = {
-        name: int(value)
-        for name, value in re.findall(
-            r"(REG|STACK|LOCAL):(\d+)", _cuobjdump(compiled.asm["cubin"], "--dump-resource-usage")
-        )
-    }
-    loop, found = main_loop(parse(_cuobjdump(compiled.asm["cubin"], "--dump-sass")))
-    return Usage(
-        registers=usage["REG"],
-        local=usage["LOCAL"],
-        stack=usage["STACK"],
-        shared=compiled.metadata.shared,
-        loop=found,
-        instructions=len(loop),
-        widths=tuple(filter(None, (instruction.num_bytes for instruction in loop))),
+    cubin, shared = compiled.asm["cubin"], compiled.metadata.shared
+    found = re.findall(r"(REG|STACK|LOCAL):(\d+)", _cuobjdump(cubin, "--dump-resource-usage"))
+    usage = {name: int(value) for name, value in found}
+    registers, local, stack = usage["REG"], usage["LOCAL"], usage["STACK"]
+    opcodes, is_loop = main_loop(parse(_cuobjdump(cubin, "--dump-sass")))
+    widths = [num_bytes(opcode) for opcode in opcodes if num_bytes(opcode)]
+    per_byte = len(opcodes) / sum(widths) if widths else math.inf
+    text = (
+        f"{registers} registers, {local} B local, {stack} B stack, {shared} B shared memory;"
+        f" {'main loop' if is_loop else 'no loop'}: {len(opcodes)} instructions,"
+        f" {sum(widths)} B, {per_byte:.2f} per B, accesses"
+        f" {f'{min(widths)} to {max(widths)} B wide' if widths else 'none'}"
     )
+    defects = []
+    if local or stack:
+        defects.append(f"spills {local + stack} B")
+    if registers > (limit := kernel.options.get("maxnreg", 255)):
+        defects.append(f"{registers} registers, more than {limit}")
+    if kernel.narrow is not None:
+        if min((w for w in widths if w != kernel.narrow), default=0) < MIN_WIDTH:
+            defects.append(f"accesses narrower than {MIN_WIDTH} B")
+        if per_byte > MAX_INSTRUCTIONS:
+            defects.append(f"more than {MAX_INSTRUCTIONS:g} instructions per B")
+    return text, defects
 
 
 def _cuobjdump(cubin: bytes, flag: str) -> str:
@@ -308,48 +176,92 @@ def _cuobjdump(cubin: bytes, flag: str) -> str:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
-def defects(kernel: Kernel, usage: Usage) -> Iterator[str]:
-    """Descriptions of the rules that a kernel breaks."""
-    if usage.local or usage.stack:
-        yield f"spills {usage.local + usage.stack} B"
-    if usage.registers > (limit := kernel.options.get("maxnreg", 255)):
-        yield f"{usage.registers} registers, more than {limit}"
-    wide = [width for width in usage.widths if width not in kernel.narrow]
-    if WIDTH not in kernel.exempt and min(wide, default=0) < MIN_WIDTH:
-        yield f"accesses narrower than {MIN_WIDTH} B"
-    if INSTRUCTIONS not in kernel.exempt and usage.per_byte > MAX_INSTRUCTIONS:
-        yield f"more than {MAX_INSTRUCTIONS:g} instructions per B"
+def parse(listing: str) -> dict[int, tuple[str, list[int]]]:
+    """Opcode, with modifiers, and addresses of the next instructions of each instruction, by
+    address, from the output of `cuobjdump --dump-sass` for one kernel."""
+    lines = re.findall(r"/\*([0-9a-f]{4,})\*/ +(@!?U?P\w+ +)?([A-Z][\w.]*)(.*?);", listing)
+    addresses = [int(line[0], 16) for line in lines]
+    program = {}
+    for address, (_, predicate, opcode, operands), following in zip(
+        addresses, lines, [*addresses[1:], None], strict=True
+    ):
+        name, words = opcode.partition(".")[0], operands.split()
+        if name in ("BRX", "JMX", "JMP"):
+            raise ValueError(f"{opcode} at {address:04x}: indirect jumps are not supported")
+        # BRA.U UP0, 0x100 and BRA.DIV UR4, 0x100 depend on their first operand.
+        is_conditional = bool(predicate) or (name == "BRA" and len(words) > 1)
+        successors = [int(words[-1], 16)] if name == "BRA" else []
+        if following is not None and (name not in ("BRA", "EXIT", "RET") or is_conditional):
+            successors.append(following)
+        program[address] = opcode, successors
+    return program
 
 
-def main() -> int:
-    if "-h" in sys.argv or "--help" in sys.argv:
+def num_bytes(opcode: str) -> int:
+    """Bytes per thread of a load or store of global memory; 0 for other instructions."""
+    name, *modifiers = opcode.split(".")
+    if name not in ("LDG", "STG", "LDGSTS", "LD", "ST"):
+        return 0
+    widths = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16, "256": 32}
+    return next((widths[m] for m in modifiers if m in widths), 4)
+
+
+def main_loop(program: dict[int, tuple[str, list[int]]]) -> tuple[list[str], bool]:
+    """Returns the opcodes of the main loop and True, or of the program and False.
+
+    The main loop is the innermost loop with accesses to global memory that moves most bytes per
+    thread. Slow paths in the loop and predicated instructions count once; called functions and NOP
+    do not count.
+    """
+    after = {address: successors for address, (_, successors) in program.items()}
+    before: dict[int, list[int]] = {address: [] for address in program}
+    for address, successors in after.items():
+        for successor in successors:
+            before[successor].append(address)
+    entry = min(program)
+    reachable = _reachable(entry, after)
+    # A backward branch closes a loop if all paths to it contain its target; otherwise it comes from
+    # a block that the compiler moved to the end.
+    loops: dict[int, set[int]] = {}  # by the first instruction
+    for address in reachable:
+        for target in after[address]:
+            if target <= address and address not in _reachable(entry, after, without=target):
+                loops.setdefault(target, {target}).update(_reachable(address, before, target))
+
+    def bytes_in(loop: set[int]) -> int:
+        return sum(num_bytes(program[address][0]) for address in loop)
+
+    loops = {first: loop for first, loop in loops.items() if bytes_in(loop)}
+    innermost = [loop for first, loop in loops.items() if not (loops.keys() - {first}) & loop]
+    counted = sorted(max(innermost, key=bytes_in, default=reachable))
+    return [program[a][0] for a in counted if program[a][0] != "NOP"], bool(innermost)
+
+
+def _reachable(start: int, edges: dict[int, list[int]], without: int = -1) -> set[int]:
+    if start == without:
+        return set()
+    found, queue = {start}, [start]
+    while queue:
+        for address in edges[queue.pop()]:
+            if address not in found and address != without:
+                found.add(address)
+                queue.append(address)
+    return found
+
+
+def main(arguments: list[str]) -> int:
+    if "-h" in arguments or "--help" in arguments:
         print(__doc__)
         return 0
-    for argument in sys.argv[1:]:
-        if argument not in map(str, SUPPORTED):
-            supported = ", ".join(map(str, SUPPORTED))
-            print(f"kernel_report.py: {argument} is not one of {supported}", file=sys.stderr)
-            return 2
     defective = False
-    for capability in map(int, sys.argv[1:] or ARCHITECTURES):
-        for kernel in KERNELS:
-            if not kernel.launched_on(capability):
-                continue
-            usage = measure(kernel, capability)
-            print(f"sm_{capability} {kernel.name:>50}: {usage}")
-            for defect in defects(kernel, usage):
-                defective = True
-                print(f"sm_{capability} {kernel.name:>50}: DEFECT: {defect}")
-    exempt: dict[tuple[str, str], list[str]] = {}
-    for kernel in KERNELS:
-        for rule, reason in kernel.exempt.items():
-            exempt.setdefault((rule, reason), []).append(kernel.name)
-        for width, reason in kernel.narrow.items():
-            exempt.setdefault((f"accesses of {width} B", reason), []).append(kernel.name)
-    for (rule, reason), names in exempt.items():
-        print(f"exempt from the rule on {rule}: {', '.join(names)}: {reason}")
+    for capability in map(int, arguments or (80, 89, 90)):
+        for kernel in kernels(capability):
+            text, defects = measure(kernel, capability)
+            for line in text, *(f"DEFECT: {defect}" for defect in defects):
+                print(f"sm_{capability} {kernel.name:>50}: {line}")
+            defective |= bool(defects)
     return int(defective)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

@@ -30,6 +30,8 @@ import numpy as np
 import tyro
 from PIL import Image, ImageDraw, ImageFilter
 
+from bt_fast.cli import run_command
+
 SPLITS = ("train", "val")
 SUPERSAMPLING = 3  # scale at which polygons are drawn before averaging, for smooth edges
 TILT = 0.2  # maximum rotation of a motif, and of the complete image, radians
@@ -52,15 +54,6 @@ class Config:
     """Number of worker processes."""
 
 
-def check(config: Config) -> None:
-    """Raise ValueError for invalid flags."""
-    for name, minimum in {"train": 0, "val": 0, "seed": 0, "workers": 1}.items():
-        if getattr(config, name) < minimum:
-            raise ValueError(f"--{name} must be at least {minimum}, not {getattr(config, name)}")
-    if config.out.exists():
-        raise ValueError(f"{config.out} exists; remove it or choose another folder")
-
-
 # Outlines: polygon of a motif, float [num_points, 2], with centre 0 and a radius of about 1.
 
 
@@ -73,22 +66,6 @@ def arc(radius: float, start: float = 0, stop: float = 2 * np.pi, num: int = 40)
     """Points [num, 2] on a circle, from one angle in radians to another."""
     angle = np.linspace(start, stop, num)
     return radius * np.stack([np.cos(angle), np.sin(angle)], axis=1)
-
-
-def ring() -> np.ndarray:
-    """The outer circle, then the inner circle in the opposite direction."""
-    return np.concatenate([arc(1), arc(0.55)[::-1]])
-
-
-def triangle() -> np.ndarray:
-    """Three corners, the first at the top."""
-    return arc(1, num=4) @ rotation(-np.pi / 2)
-
-
-def star() -> np.ndarray:
-    """Points alternating between an outer and an inner circle, the first at the top."""
-    radius = np.resize([1, 0.42], (11, 1))
-    return arc(1, num=11) * radius @ rotation(-np.pi / 2)
 
 
 def cross() -> np.ndarray:
@@ -142,16 +119,20 @@ def bands(
     return [(band + [0, y]) @ rotation(angle) for y in np.arange(-np.ceil(reach), reach + 1)]
 
 
+ring = np.concatenate([arc(1), arc(0.55)[::-1]])  # the inner circle in the opposite direction
+triangle = arc(1, num=4) @ rotation(-np.pi / 2)
+star = arc(1, num=11) * np.resize([1, 0.42], (11, 1)) @ rotation(-np.pi / 2)
+
 CLASSES: dict[str, Callable[[np.random.Generator, float], list[np.ndarray]]] = {
     "checks": checks,
     "crescents": partial(scatter, crescent()),
     "crosses": partial(scatter, cross()),
     "diagonals": partial(bands, np.zeros_like, np.pi / 4),
     "discs": partial(scatter, arc(0.9)),
-    "rings": partial(scatter, ring()),
-    "stars": partial(scatter, star()),
+    "rings": partial(scatter, ring),
+    "stars": partial(scatter, star),
     "stripes": partial(bands, np.zeros_like, 0),
-    "triangles": partial(scatter, triangle()),
+    "triangles": partial(scatter, triangle),
     "zigzags": partial(bands, lambda x: 0.8 * np.abs(x % 2 - 1), np.pi / 2),
 }
 
@@ -200,8 +181,12 @@ def write(root: Path, seed: int, task: tuple[str, int, int]) -> None:
     draw(name, rng).save(root / split / name / f"{index:04d}.jpg", quality=quality)
 
 
-def main(config: Config) -> None:
+def main(config: Config) -> int:
     """Draw all images into a temporary folder, then rename it, so that OUT is always complete."""
+    if min(config.train, config.val, config.seed, config.workers - 1) < 0:
+        raise ValueError("--train, --val and --seed must be at least 0, --workers at least 1")
+    if config.out.exists():
+        raise ValueError(f"{config.out} exists; remove it or choose another folder")
     start = time.perf_counter()
     unfinished = config.out.with_name(f".{config.out.name}.unfinished-{os.getpid()}")
     tasks = [
@@ -214,22 +199,14 @@ def main(config: Config) -> None:
             for name in CLASSES:
                 (unfinished / split / name).mkdir(parents=True)
         with ProcessPoolExecutor(config.workers) as pool:
-            written = pool.map(partial(write, unfinished, config.seed), tasks, chunksize=50)
-            for done, _ in enumerate(written, start=1):
-                if done % 1000 == 0 or done == len(tasks):
-                    seconds = time.perf_counter() - start
-                    print(f"{done}/{len(tasks)} images, {seconds:.1f} s", flush=True)
+            list(pool.map(partial(write, unfinished, config.seed), tasks, chunksize=50))
         unfinished.rename(config.out)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
-    print(f"{len(CLASSES)} classes in {config.out}")
+    seconds = time.perf_counter() - start
+    print(f"{len(tasks)} images of {len(CLASSES)} classes in {config.out}, {seconds:.1f} s")
+    return 0
 
 
 if __name__ == "__main__":
-    config = tyro.cli(Config)
-    try:
-        check(config)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    main(config)
+    sys.exit(run_command("make_demo_images.py", lambda: main(tyro.cli(Config))))

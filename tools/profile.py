@@ -19,7 +19,6 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -43,24 +42,21 @@ class Profile(Config):
     seconds: float = 1.0
     """Time for each measurement, seconds."""
     out: Path | None = None
-    """Folder for profile.json, profile.png and trace.json. Default: profiles/DATE-TIME."""
-    trace: bool = False
-    """Output of the Chrome trace of three steps."""
+    """Folder for profile.json and profile.png. Default: profiles/DATE-TIME."""
 
     def __post_init__(self) -> None:
         Config.__post_init__(self)
-        for name in ("link_gbps", "seconds"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"--{name.replace('_', '-')} must be positive")
+        if (
+            not 0
+            < min(self.link_gbps, self.seconds)
+            <= max(self.link_gbps, self.seconds)
+            < math.inf
+        ):
+            raise ValueError("--link-gbps and --seconds must be positive")
         if self.dry_run or self.resume is not None or self.run_dir is not None:
             raise ValueError("--dry-run, --resume and --run-dir apply to runs, not to profiles")
         if self.resolution is not None:
             raise ValueError("--resolution: profile each --size separately")
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
-    return run_command("profile.py", lambda: profile(parse(arguments)))
 
 
 def parse(arguments: list[str]) -> Profile:
@@ -69,10 +65,14 @@ def parse(arguments: list[str]) -> Profile:
 
     arguments = renamed_flags(arguments, RENAMED)
     recipe = RECIPES.get(last_value("--recipe", arguments) or "imagenet", Config)()
-    values = {field.name: getattr(recipe, field.name) for field in dataclasses.fields(Config)}
     on_gpu = torch.cuda.is_available() and last_value("--device", arguments) != "cpu"
-    values["batch_size"] = min(recipe.batch_size, 256 if on_gpu else 8 * 224**2 // recipe.size**2)
-    return parse_flags(Profile, "profile.py", arguments, default=Profile(**values))
+    batch_size = min(recipe.batch_size, 256 if on_gpu else 8 * 224**2 // recipe.size**2)
+    default = Profile(**settings(recipe) | {"batch_size": batch_size})
+    return parse_flags(Profile, "profile.py", arguments, default=default)
+
+
+def settings(config: Config) -> dict:
+    return {field.name: getattr(config, field.name) for field in dataclasses.fields(Config)}
 
 
 def profile(options: Profile) -> int:
@@ -103,22 +103,19 @@ def run(options: Profile, world) -> int:
         if not data.exists() and data == Config().data:
             data = synthetic.images(Path(scratch), max(options.batch_size * world.size, 64))
             data_name = "synthetic images"
-        values = {field.name: getattr(options, field.name) for field in dataclasses.fields(Config)}
-        config = Config(**values | {"gpus": None, "data": data, "probe_every": 0})
+        config = Config(**settings(options) | {"gpus": None, "data": data, "probe_every": 0})
         if not world.is_first:
-            stages.together(config, world, 3 * options.seconds, Path(scratch))
+            stages.together(config, world, 3 * options.seconds)
             return 0
         if (out / "profile.json").exists():
             raise ValueError(f"--out {out} contains a profile; choose another folder")
-        setup = build(config)
+        report = profile_report.Report(setup=build(config), data=data_name)
         out.mkdir(parents=True, exist_ok=True)
-        report = profile_report.Report(setup=setup, data=data_name)
         console.print(f"profiling {report.title}", markup=False)
-        for stage in measure(report, options, world, Path(scratch), out):
-            if stage is not None:
-                text = f"  {stage.name}: {report.rate(stage.seconds):,.0f} images/s"
-                console.print(text, highlight=False)
+        for name in measure(report, options, world):
+            print(f"  {name}", flush=True)
             report.save(out / "profile.json")
+        report.save(out / "profile.json")
         report.print(console)
         try:
             report.draw(out / "profile.png")
@@ -128,49 +125,45 @@ def run(options: Profile, world) -> int:
     return 0
 
 
-def measure(report, options: Profile, world, scratch: Path, out: Path):
-    """Fill the report in order of priority; yields a stage or None after each measurement."""
+def measure(report, options: Profile, world):
+    """Fill the report in order of priority; yields the name of each measurement."""
     from bt_fast.build import measure_step_seconds
-    from tools import rivals, stages, step_work, timing
+    from tools import breakdown, rivals, stages, timing
 
     setup, runtime, seconds = report.setup, report.setup.runtime, options.seconds
     report.ceilings = timing.measure_ceilings(runtime.device, runtime.view_dtype, seconds)
-    yield
-    if runtime.compile != "off":
-        print("compiling ...", flush=True)
+    yield "peak rates"
     started = time.perf_counter()
     measure_step_seconds(setup)
     report.prepared = time.perf_counter() - started
-    yield
-    report.work = step_work.count_work(setup.model, stages.views_of(setup), runtime.autocast())
-    path = (out if options.trace else scratch) / "trace.json"
-    report.breakdown = stages.trace(setup, report.work, path)
-    yield
+    yield "first step, compiled"
+    report.work = breakdown.count_work(setup.model, stages.views_of(setup), runtime.autocast())
+    report.breakdown = stages.trace(setup, report.work)
+    yield "trace"
     for stage in stages.device_stages(setup, report.work, seconds):
         report.stages[stage.name] = stage
-        yield stage
+        yield stage.name
     report.step_without_data = stages.step_alone(setup, 3 * seconds)
-    yield
+    yield "step, views on device"
     report.step = stages.step_from_jpegs(setup, 3 * seconds)
     report.memory = timing.peak_memory(runtime.device)
-    yield
+    yield "step, with loader"
     for stage in stages.loader_stages(setup, seconds):
         report.stages[stage.name] = stage
-        yield stage
+        yield stage.name
     if world.group is not None or options.gpus is not None:
         report.predict(options.gpus or world.size, options.link_gbps)
-        yield
     if world.group is not None:
         setup.embed = setup.objective = None  # frees memory of compiled functions
         alone = report.step_without_data, report.work
-        report.together = stages.together(setup.config, world, 3 * seconds, scratch, alone)
-        yield
+        report.together = stages.together(setup.config, world, 3 * seconds, alone)
+        yield "all ranks"
     for rival in options.against:
         report.rivals[rival] = {}
         for name, value in rivals.reference_stages(setup, seconds):
             report.rivals[rival][name] = value
-            yield
+            yield f"{rival}: {name}"
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command("profile.py", lambda: profile(parse(sys.argv[1:]))))

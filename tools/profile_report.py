@@ -1,27 +1,36 @@
 """Report of a profile: tables, advice, figure and JSON."""
 
 import dataclasses
-import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
 from rich.console import Console
 from rich.table import Table
 
 from bt_fast.build import TrainingSetup
+from bt_fast.models.batch_norm import choose_norm
 from bt_fast.plan import step_costs
 from bt_fast.run.directory import environment
-from pipelines.common.cpu import usable_cores
-from tools import step_work
-from tools.breakdown import Breakdown, advice
+from tools.breakdown import Breakdown, Work
 from tools.results import write_json
 from tools.stages import Together
 from tools.timing import Ceilings, Stage
 
-IN_LOADER = ("read", "decode", "crop")
-IN_STEP = ("copy", "augment", "forward", "backward", "loss", "optimizer")
+STAGES = ("read", "decode", "crop", "loader")
+STAGES += ("copy", "augment", "forward", "backward", "loss", "optimizer")
+REMEDIES = {
+    "waiting for data": "--workers, --cache-gb (keeps decoded images), bt-convert --max-side 400,"
+    " a faster disk if read takes longer than decode, or more cores",
+    "gaps": "--compile default, then reduce-overhead, or a larger --batch-size",
+    "convolutions": "--precision bf16, --resolution (smaller views first), or more GPUs",
+    "norm": "--norm fused",
+    "products": "a narrower --projector",
+    "optimizer": "a larger --batch-size",
+    "other": "--compile default fuses casts, copies and small kernels",
+    "communication": "--compress-gradients, a larger --batch-size, on several machines"
+    f" --bn-group {step_costs.RANKS_PER_MACHINE}",
+}
 
 
 @dataclass(kw_only=True, slots=True)
@@ -36,7 +45,7 @@ class Report:
     step: float = 0.0
     step_without_data: float = 0.0
     memory: int = 0
-    work: step_work.Work | None = None
+    work: Work | None = None
     breakdown: Breakdown | None = None
     together: Together | None = None  # all ranks under torchrun or srun
     rivals: dict[str, dict[str, float]] = field(default_factory=dict)
@@ -65,153 +74,135 @@ class Report:
         return f"{value / stage.seconds / 1e9:.3g} {unit}" + f" ({reached:.0%})" * (reached > 0)
 
     def advice(self) -> list[str]:
-        """Bottlenecks and the flags that would help; empty until the measurements are complete."""
+        """What takes more than 5 % of the step, the largest first, with the flags that would help;
+        empty until the measurements are complete."""
         found = self.together.breakdown if self.together else self.breakdown
         if found is None or not self.step or "loader" not in self.stages:
             return []
+        config, device = self.setup.config, self.setup.runtime.device
         # On a GPU the loader overlaps with the step; on a CPU both use the same cores.
-        on_gpu = self.setup.runtime.device.type == "cuda"
-        waiting = self.step - self.step_without_data if on_gpu else self.stages["loader"].seconds
-        return advice(
-            self.setup.config,
-            self.setup.runtime,
-            found,
-            self.ceilings,
-            world_size=self.together.world_size if self.together else 1,
-            waiting=waiting / self.step,
-            for_loader=_for_loader(self),
-        )
+        on_gpu, loader = device.type == "cuda", self.stages["loader"].seconds
+        waiting = self.step - self.step_without_data if on_gpu else loader
+        fractions = {name: part.seconds / found.step for name, part in found.parts.items()}
+        if communication := found.parts.get("communication"):
+            fractions["communication"] = communication.alone / found.step
+        fractions["waiting for data"] = waiting / self.step
+        left_out = set() if on_gpu else {"gaps", "norm", "other"}
+        if on_gpu and choose_norm(config.norm, device) == "fused":
+            left_out.add("norm")
+        return [
+            f"{name}: {fraction:.0%} of the step: {REMEDIES[name]}"
+            for name, fraction in sorted(fractions.items(), key=lambda item: -item[1])
+            if fraction > 0.05 and name in REMEDIES.keys() - left_out
+        ]
 
     def predict(self, world_size: int, link_gbps: float) -> None:
-        stages, setup = self.stages, self.setup
-        seconds = {name: stages[name].seconds if name in stages else 0.0 for name in IN_STEP}
+        config, model = self.setup.config, self.setup.model
+        seconds = {name: stage.seconds for name, stage in self.stages.items()}
         measured = step_costs.StepTimes(
-            images=setup.config.batch_size,
+            images=config.batch_size,
             encoder=seconds["forward"] + seconds["backward"],
             backward=seconds["backward"],
             loss=seconds["loss"],
             optimizer=seconds["optimizer"],
-            embedding_itemsize=setup.runtime.view_dtype.itemsize,
-            gradient_itemsize=2 if setup.config.compress_gradients else 4,
-            num_parameters=sum(p.numel() for p in setup.model.parameters()),
-            num_projector_parameters=sum(p.numel() for p in setup.model.projector.parameters()),
-            num_dimensions=setup.config.projector[-1],
-            num_norm_layers=step_costs.num_norm_layers(setup.model),
+            embedding_itemsize=self.setup.runtime.view_dtype.itemsize,
+            gradient_itemsize=2 if config.compress_gradients else 4,
+            num_parameters=sum(p.numel() for p in model.parameters()),
+            num_projector_parameters=sum(p.numel() for p in model.projector.parameters()),
+            num_dimensions=config.projector[-1],
+            num_norm_layers=step_costs.num_norm_layers(model),
         )
         self.prediction = step_costs.predict(
             measured,
             world_size,
             link_gbps,
-            separate_communicators=setup.config.separate_communicators,
-            norm_ranks=setup.config.bn_group,
+            separate_communicators=config.separate_communicators,
+            norm_ranks=config.bn_group,
         )
 
     def print(self, console: Console) -> None:
-        console.print(self._stage_table())
-        if self.breakdown is None:
-            console.print("no breakdown: the profiler recorded no kernels (is tracing permitted?)")
-        else:
-            console.print(self._breakdown_table(self.breakdown, 1))
-            rows = [
-                (k["name"][:70], f"{k['ms']:.3f}", f"{k['launches']:.0f}", f"{k['share']:.1%}")
-                for k in self.breakdown.kernels["longest"]
+        stages = [self.stages[name] for name in STAGES if name in self.stages]
+        stages += [Stage(name="step, views on device", seconds=self.step_without_data)]
+        stages += [Stage(name="step, with loader", seconds=self.step)]
+        _print(
+            console,
+            f"one step: {self.title}, peak memory {self.memory / 2**30:.2f} GiB",
+            ("stage", "images/s alone", "ms", "% of the step", "achieved"),
+            [
+                (s.name, self.rate(s.seconds), 1e3 * s.seconds, 100 * s.seconds / self.step)
+                + (self.achieved(s),)
+                for s in stages
+            ],
+        )
+        breakdowns = [("", self.breakdown)]
+        if self.together is not None:
+            ranks = f", one of {self.together.world_size} ranks"
+            breakdowns.append((ranks, self.together.breakdown))
+        for ranks, found in breakdowns:
+            if found is None:
+                console.print("no breakdown: the profiler recorded no kernels (is it permitted?)")
+                continue
+            _print(
+                console,
+                f"step without loader by class of work: {1e3 * found.step:.2f} ms{ranks}",
+                ("class", "ms", "ms alone", "% of the step", "launches", "achieved"),
+                [
+                    (name, 1e3 * p.seconds, 1e3 * p.alone, 100 * p.seconds / found.step)
+                    + (p.launches, self.achieved(p))
+                    for name, p in found.parts.items()
+                ],
+            )
+            longest = [
+                (k["name"][:70], k["ms"], k["launches"], 100 * k["share"])
+                for k in found.kernels["longest"][:10]
             ]
-            console.print(_table("longest kernels", ("name", "ms", "launches", "fraction"), rows))
-        if self.together is not None and self.prediction is not None:
-            if self.together.breakdown is not None:
-                found = self.together.breakdown
-                console.print(self._breakdown_table(found, self.together.world_size))
-            console.print(self._ranks_table(self.together, self.prediction))
+            _print(console, "longest kernels", ("name", "ms", "launches", "% of all"), longest)
         for name, seconds_of in self.rivals.items():
-            console.print(self._rival_table(name, seconds_of))
+            compared = [
+                (stage.replace("views", "loader and augmentation"), self.rate(seconds))
+                + (self.rate(self.ours(stage)), seconds / self.ours(stage))
+                for stage, seconds in seconds_of.items()
+            ]
+            columns = ("stage", f"{name}, images/s", "bt-fast, images/s", "ratio")
+            _print(console, f"comparison with {name} in this process", columns, compared)
         if self.prediction is not None:
-            console.print(self._prediction_table(self.prediction))
+            self._print_prediction(console, self.prediction)
         for index, line in enumerate(self.advice()):
             text = f"{'also' if index else 'verdict'}: {line}"
             console.print(text, style="bold", markup=False, highlight=False)
 
-    def _stage_table(self) -> Table:
-        names = [*IN_LOADER, "loader", *(name for name in IN_STEP if name in self.stages)]
-        rows = [
-            (name, self.stages[name].seconds, self.achieved(self.stages[name])) for name in names
-        ]
-        rows += [("step, views on device", self.step_without_data, "")]
-        rows += [("step, with loader", self.step, f"peak memory {self.memory / 2**30:.2f} GiB")]
-        return _table(
-            f"one step: {self.title}",
-            ("stage", "images/s alone", "ms", "fraction of the step", "achieved"),
-            [
-                (name, f"{self.rate(s):,.0f}", f"{1e3 * s:.2f}", f"{s / self.step:.1%}", achieved)
-                for name, s, achieved in rows
-            ],
+    def _print_prediction(self, console: Console, found: step_costs.Prediction) -> None:
+        parts = found.seconds | {"step": found.step, "hidden under backward": found.hidden}
+        title = (
+            f"predicted: {found.world_size} ranks of this batch: {found.images_per_s:,.0f}"
+            f" images/s, {found.efficiency:.0%} of single devices; MB sent per rank: gradients"
+            f" {found.gradient_bytes / 1e6:,.0f}, embeddings {found.embedding_bytes / 1e6:,.0f}"
         )
-
-    def _breakdown_table(self, found: Breakdown, num_ranks: int) -> Table:
-        rows = []
-        for name, part in found.parts.items():
-            figures = f"{1e3 * part.seconds:.2f}", f"{1e3 * part.alone:.2f}"
-            fraction, launches = f"{part.seconds / found.step:.1%}", f"{part.launches:.0f}"
-            rows.append((name, *figures, fraction, launches, self.achieved(part)))
-        title = f"step without loader by class of work: {1e3 * found.step:.2f} ms"
-        title += f"; one of {num_ranks} ranks" * (num_ranks > 1)
-        return _table(title, ("class", "ms", "ms alone", "fraction", "launches", "achieved"), rows)
-
-    def _ranks_table(self, measured: Together, predicted: step_costs.Prediction) -> Table:
-        found = measured.breakdown.parts if measured.breakdown else {}
-        exposed = 1e3 * found["communication"].alone if "communication" in found else 0.0
-        computing = sum(predicted.seconds[name] for name in ("encoder", "loss", "optimizer"))
-        communicating = f"{1e3 * (predicted.step - computing):.2f}"
-        assumed = (
-            f"{1e6 * step_costs.latency(self.setup.config.bn_group or measured.world_size):.0f}"
-        )
+        _print(console, title, ("part", "ms"), [(name, 1e3 * s) for name, s in parts.items()])
+        if (measured := self.together) is None:
+            return
+        communication = measured.breakdown and measured.breakdown.parts.get("communication")
+        exposed = communication.alone if communication else 0.0
+        computing = sum(found.seconds[name] for name in ("encoder", "loss", "optimizer"))
         rows = [
-            ("step of one rank alone, ms", f"{1e3 * measured.alone:.2f}", ""),
-            ("step of all ranks, ms", f"{1e3 * measured.step:.2f}", f"{1e3 * predicted.step:.2f}"),
-            ("efficiency", f"{measured.efficiency:.1%}", f"{predicted.efficiency:.1%}"),
-            ("exposed communication, ms", f"{exposed:.2f}", communicating),
+            ("step, ms", 1e3 * measured.step, 1e3 * found.step),
+            ("efficiency, %", 100 * measured.efficiency, 100 * found.efficiency),
+            ("exposed communication, ms", 1e3 * exposed, 1e3 * (found.step - computing)),
         ]
-        for size, seconds in measured.latency.items():
-            rows.append((f"all-reduce of {size}, us", f"{1e6 * seconds:.0f}", assumed))
-        title = f"{measured.world_size} ranks, each with this batch, views on device"
-        return _table(title, ("", "measured", "predicted"), rows)
+        title = (
+            f"{measured.world_size} ranks, each with this batch, views on device;"
+            f" one rank alone: {1e3 * measured.alone:.2f} ms"
+        )
+        _print(console, title, ("", "measured", "predicted"), rows)
 
     def ours(self, stage: str) -> float:
         """Seconds of a stage, by the names of `rivals`."""
         if stage == "step":
             return self.step_without_data
         if stage == "views":  # on a GPU augmentation overlaps with the loader
-            loader, augment = (self.stages[name].seconds for name in ("loader", "augment"))
-            on_gpu = self.setup.runtime.device.type == "cuda"
-            return max(loader, augment) if on_gpu else loader + augment
+            both = [self.stages[name].seconds for name in ("loader", "augment")]
+            return max(both) if self.setup.runtime.device.type == "cuda" else sum(both)
         return self.stages[stage].seconds
-
-    def _rival_table(self, name: str, seconds_of: dict[str, float]) -> Table:
-        rows = []
-        for stage, seconds in seconds_of.items():
-            ours = self.ours(stage)
-            label = "loader and augmentation" if stage == "views" else stage
-            ratio = f"{seconds / ours:.2f} x" if ours > 0 else ""
-            rows.append((label, f"{self.rate(seconds):,.1f}", f"{self.rate(ours):,.1f}", ratio))
-        columns = ("stage", f"{name}, images/s", "bt-fast, images/s", "ratio")
-        return _table(f"comparison with {name} in this process", columns, rows)
-
-    def _prediction_table(self, prediction: step_costs.Prediction) -> Table:
-        sent = {
-            "gradients, exposed": f"{prediction.gradient_bytes / 1e6:,.0f}",
-            "embeddings": f"{prediction.embedding_bytes / 1e6:,.0f}",
-        }
-        seconds = prediction.seconds | {"step": prediction.step}
-        return _table(
-            f"predicted: {prediction.world_size} ranks of this batch",
-            ("part", "ms", "MB sent per rank"),
-            [(part, f"{1e3 * value:.2f}", sent.get(part, "")) for part, value in seconds.items()],
-            caption=f"{prediction.images_per_s:,.0f} images/s,"
-            f" {100 * prediction.efficiency:.0f} % of {prediction.world_size} single devices with"
-            " this batch; assumed, not measured:"
-            f" {1e6 * step_costs.LATENCY_INTRA_NODE:.0f} us for a small collective on one machine,"
-            f" {1e6 * step_costs.LATENCY_INTER_NODE:.0f} on several;"
-            f" {1e3 * prediction.hidden:.1f} ms of communication hidden under the backward pass",
-        )
 
     def save(self, path: Path) -> None:
         """Write the measurements so far as JSON."""
@@ -246,16 +237,16 @@ class Report:
         from matplotlib.figure import Figure
 
         found = self.together.breakdown if self.together else self.breakdown
-        steps = {"step, views on device": self.step_without_data, "step, with loader": self.step}
-        alone = {name: stage.seconds for name, stage in self.stages.items()} | steps
-        within = {f"class: {name}": p.seconds for name, p in (found.parts if found else {}).items()}
-        values = [1e3 * seconds for seconds in (alone | within).values()]
-        figure = Figure(figsize=(9, 0.36 * len(values) + 1.4), layout="constrained")
+        bars = {name: (stage.seconds, "C0") for name, stage in self.stages.items()}
+        bars["step, views on device"] = self.step_without_data, "C0"
+        bars["step, with loader"] = self.step, "C0"
+        for name, part in (found.parts if found else {}).items():
+            bars[f"class: {name}"] = part.seconds, "C1"
+        figure = Figure(figsize=(9, 0.36 * len(bars) + 1.4), layout="constrained")
         axis = figure.subplots()
-        bars = axis.barh(
-            [*alone, *within], values, color=["C0"] * len(alone) + ["C1"] * len(within)
-        )
-        axis.bar_label(bars, [f" {value:.3g}" for value in values])
+        values, colours = [1e3 * s for s, _ in bars.values()], [c for _, c in bars.values()]
+        container = axis.barh(list(bars), values, color=colours)
+        axis.bar_label(container, [f" {value:.3g}" for value in values])
         axis.invert_yaxis()
         axis.set_xlabel("ms per step (blue: stages alone, orange: by class of work)")
         axis.margins(x=0.12)
@@ -263,28 +254,14 @@ class Report:
         figure.savefig(path, dpi=110)
 
 
-def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], **options) -> Table:
-    """A table whose first column and "achieved" are text; the other columns are numbers."""
-    table = Table(title=title, title_justify="left", **options)
-    for index, name in enumerate(columns):
-        table.add_column(name, justify="left" if index == 0 or name == "achieved" else "right")
+def _print(
+    console: Console, title: str, columns: Sequence[str], rows: Iterable[Sequence[str | float]]
+) -> None:
+    table = Table(title=title, title_justify="left")
+    for name in columns:
+        is_text = name in (columns[0], "achieved")
+        table.add_column(name, justify="left" if is_text else "right")
     for row in rows:
-        table.add_row(*row)
-    return table
-
-
-def _for_loader(report: Report) -> str:
-    config, stages = report.setup.config, report.stages
-    if stages["read"].seconds > stages["decode"].seconds + stages["crop"].seconds:
-        return "copy the data to a faster disk, because reading takes longer than decoding"
-    if report.setup.num_threads < usable_cores():
-        return f"--workers {usable_cores()} uses all cores"
-    sizes = report.setup.dataset.sizes
-    sample = np.arange(0, len(sizes), max(len(sizes) // 1000, 1))
-    total_gb = 3 * sizes[sample].astype(float).prod(axis=1).mean() * len(sizes) / 1e9
-    if config.cache_gb < total_gb:
-        return (
-            f"--cache-gb {math.ceil(total_gb)} keeps all images decoded,"
-            " or bt-convert --max-side 400, or more cores"
-        )
-    return "more cores, or another --loader"
+        texts = [v if isinstance(v, str) else f"{v:,.0f}" if v >= 1000 else f"{v:.3g}" for v in row]
+        table.add_row(*texts)
+    console.print(table)

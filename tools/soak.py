@@ -2,11 +2,11 @@
 
     python tools/soak.py --minutes 60 --kills 30
 
-One run is undisturbed; its memory and open files are recorded. The other runs are killed (SIGKILL,
-SIGTERM or SIGUSR1, at random moments, also during start-up) and restarted until they finish; then
-every tensor of the last checkpoint, the encoder and all metrics are compared with those of the
-undisturbed run. Further runs follow until both the minutes and the number of kills are reached.
-The result is written to OUT/soak.json; the runs stay in OUT.
+One run is undisturbed. The other runs are killed (SIGKILL, SIGTERM or SIGUSR1, at random moments,
+also during start-up) and restarted until they finish; then every tensor of the last checkpoint, the
+encoder and all metrics are compared with those of the undisturbed run. Further runs follow until
+both the minutes and the number of kills are reached. The result is written to OUT/soak.json; the
+runs stay in OUT.
 """
 
 import _checkout  # noqa: F401  # isort: skip
@@ -17,15 +17,19 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import asdict, dataclass
+from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 
 from bt_fast.cli import run_command
+from bt_fast.distributed.signals import EXIT_STOPPED
 from bt_fast.run.console import duration
 from pipelines.common.flags import parse_flags
-from tools.soak_runs import Attempt, attempt, contents, early_and_late, equal, num_lines
+from pipelines.convert.command import Convert, convert
+from tools import make_demo_images
 
 ROOT = Path(__file__).parents[1]
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGUSR1)
@@ -51,140 +55,114 @@ class Soak:
     """Number of epochs of each run."""
     save_every: int = 2
     """Steps between checkpoints."""
-    seed: int = 0
-    """Seed of the moments and signals."""
-    data: Path | None = None
-    """Training images, a .beton. Default: generated images."""
     out: Path = Path("soak")
     """Folder for the runs and soak.json; must not exist."""
 
 
-def draw_data(config: Soak) -> Path:
-    """Write a .beton of generated images into the folder of results."""
-    out = config.out.resolve()  # subprocesses run in the checkout
-    images, beton = out / "images", out / "out.beton"
-    draw = [sys.executable, ROOT / "tools" / "make_demo_images.py", images, "--workers", "1"]
-    held_out = config.images // 4
-    for command in (
-        [*draw, "--train", config.images, "--val", held_out],
-        [sys.executable, "-m", "pipelines.convert.command", images, beton],
-    ):
-        done = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True)
-        if done.returncode:
-            raise ValueError(f"cannot draw images: {(done.stderr or done.stdout).strip()}")
-    return config.out / "out.beton"
+def attempt(run: Path, flags: list[str], kill_after: float | None, number: int) -> tuple[int, bool]:
+    """Start or resume a run; send a signal after `kill_after` seconds if it has not ended.
+
+    Returns its exit status and whether the signal was sent.
+    """
+    is_started = (run / "config.json").exists()
+    flags = ["--resume", str(run)] if is_started else [*flags, "--run-dir", str(run)]
+    command = [sys.executable, "-m", "bt_fast.cli", "pretrain", *flags]
+    with open(run.with_suffix(".log"), "w") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, cwd=ROOT)
+    try:
+        return process.wait(kill_after), False
+    except subprocess.TimeoutExpired:
+        process.send_signal(number)
+    try:
+        return process.wait(300), True
+    except subprocess.TimeoutExpired:
+        process.kill()
+        raise ValueError(f"{run} did not end after signal {number}") from None
 
 
-class SoakTest:
-    """Runs, and their counts so far."""
-
-    def __init__(self, config: Soak, data: Path) -> None:
-        self.config = config
-        self.random = random.Random(config.seed)
-        self.out = config.out.resolve()
-        self.flags = [*FLAGS, f"--epochs={config.epochs}", f"--save-every={config.save_every}"]
-        self.flags += ["--data", str(data.resolve())]
-        self.kills = dict.fromkeys((number.name for number in SIGNALS), 0)
-        self.resumes, self.runs = 0, 0
-        self.not_resuming: list[str] = []
-        self.differing: list[str] = []
-
-    def command(self, run: Path) -> list[str]:
-        """The command that starts or resumes a run."""
-        is_started = (run / "config.json").exists()
-        flags = ["--resume", str(run)] if is_started else [*self.flags, "--run-dir", str(run)]
-        return [sys.executable, "-m", "bt_fast.cli", "pretrain", *flags]
-
-    def run_undisturbed(self) -> Attempt:
-        """Run the reference of all other runs."""
-        run, log = self.out / "undisturbed", self.out / "undisturbed.log"
-        done = attempt(self.command(run), run, log, float("inf"), signal.SIGKILL)
-        if done.status or done.seconds_to_first_step is None:
-            raise ValueError(f"the undisturbed run failed: {done.output.strip()}")
-        return done
-
-    def run_with_kills(self, mean_seconds: float) -> None:
-        """Complete one run that is killed on average every `mean_seconds`."""
-        self.runs += 1
-        run = self.out / f"run-{self.runs}"
-        num_starts = 0
-        while True:
-            command = self.command(run)
-            after, number = self.random.uniform(0, 2 * mean_seconds), self.random.choice(SIGNALS)
-            done = attempt(command, run, run.with_suffix(f".{num_starts}.log"), after, number)
-            num_starts += 1
-            self.resumes += "--resume" in command
-            if not done.succeeded:
-                title = f"{run.name}, start {num_starts}"
-                failure = f"{title}: exit status {done.status} after {done.sent}"
-                self.not_resuming.append(failure)
-                report(f"{failure}:\n{done.output.strip()}")
-                return
-            if done.sent is not None and done.status != 0:
-                self.kills[done.sent.name] += 1
-                report(
-                    f"{run.name}: kill {sum(self.kills.values())}, {done.sent.name} after"
-                    f" {done.seconds:.1f} s, {num_lines(run)} steps logged"
-                )
-            if done.status == 0:
-                break
-        self.compare(run)
-        report(f"{run.name}: finished at start {num_starts}; {len(self.differing)} differ so far")
-
-    def compare(self, run: Path) -> None:
-        """Record the differences between a finished run and the undisturbed run."""
-        names = ("model", "optimizer", "encoder", "metrics")
-        pairs = zip(names, contents(run), contents(self.out / "undisturbed"), strict=True)
-        differing = [name for name, found, expected in pairs if not equal(found, expected)]
-        if differing:
-            self.differing.append(f"{run.name}: {', '.join(differing)}")
+def run_with_kills(run: Path, flags: list[str], mean_seconds: float, kills: Counter[str]) -> bool:
+    """Complete a run that is killed on average every `mean_seconds`. False if it fails."""
+    while True:
+        after, number = random.uniform(0, 2 * mean_seconds), random.choice(SIGNALS)
+        status, is_sent = attempt(run, flags, after, number)
+        if status not in ((0, EXIT_STOPPED, -number) if is_sent else (0,)):
+            print(f"{run.name}: exit status {status}: {run.with_suffix('.log').read_text()}")
+            return False
+        if status == 0:
+            return True
+        kills[number.name] += 1
+        print(f"{run.name}: {number.name} after {after:.1f} s", flush=True)
 
 
-def report(text: str) -> None:
-    print(text, flush=True)
+def contents(run: Path) -> dict:
+    """Model, optimizer, encoder, and metrics without times of a run."""
+    newest = max((run / "checkpoints").glob("step-????????"))
+    found = {n: load_file(newest / f"{n}.safetensors") for n in ("model", "optimizer")}
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for record in records:
+        record.pop("images_per_s", None)
+        record.pop("seconds", None)
+    records.sort(key=lambda record: (record["step"], record["kind"]))
+    return found | {"encoder": load_file(run / "encoder.safetensors"), "metrics": records}
+
+
+def differences(run: Path, other: Path) -> list[str]:
+    """Names of the contents of two runs that are not equal, bit for bit."""
+
+    def equal(a, b) -> bool:
+        if isinstance(a, dict):
+            return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
+        return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+    expected = contents(other)
+    return [name for name, found in contents(run).items() if not equal(found, expected[name])]
 
 
 def soak(config: Soak) -> int:
     """Run the soak test; returns 1 if a run did not resume or differs."""
     if config.out.exists():
         raise ValueError(f"--out {config.out} exists; choose another folder")
-    started = time.monotonic()
-    config.out.mkdir(parents=True)
-    test = SoakTest(config, config.data or draw_data(config))
-    alone = test.run_undisturbed()
-    first_step = alone.seconds_to_first_step or 0.0
-    training = alone.seconds - first_step
-    mean = first_step + training / config.kills_per_run
-    report(f"undisturbed: {duration(alone.seconds)}, {duration(first_step)} to the first step")
-    report(f"a kill every {mean:.0f} s on average")
-    while (
-        sum(test.kills.values()) < config.kills or time.monotonic() - started < 60 * config.minutes
-    ):
-        test.run_with_kills(mean)
-    rss, files = early_and_late(alone.rss_mb), early_and_late(alone.files)
-    found = {
-        "kills": sum(test.kills.values()),
-        "by signal": test.kills,
-        "resumes": test.resumes,
-        "runs": test.runs,
-        "runs that did not resume": test.not_resuming,
-        "runs with differing results": test.differing,
-        "undisturbed, minutes": round(alone.seconds / 60, 1),
-        "undisturbed, RSS in MB, early and late": rss,
-        "undisturbed, open files, early and late": files,
-        "minutes": round((time.monotonic() - started) / 60, 1),
+    out = config.out.resolve()
+    out.mkdir(parents=True)
+    started = time.time()
+    images = make_demo_images.Config(
+        out=out / "images", train=config.images, val=config.images // 4, workers=1
+    )
+    make_demo_images.main(images)
+    convert(Convert(source=images.out, out=out / "out.beton", workers=1))
+    flags = [*FLAGS, f"--epochs={config.epochs}", f"--save-every={config.save_every}"]
+    flags += ["--data", str(out / "out.beton")]
+
+    alone, began = out / "undisturbed", time.time()
+    status, _ = attempt(alone, flags, None, signal.SIGKILL)
+    if status:
+        raise ValueError(f"the undisturbed run failed: see {alone}.log")
+    seconds = time.time() - began
+    startup = (alone / "views.png").stat().st_mtime - began  # written before the first step
+    mean = startup + (seconds - startup) / config.kills_per_run
+    print(f"undisturbed: {duration(seconds)}; a kill every {mean:.0f} s on average", flush=True)
+
+    kills: Counter[str] = Counter()
+    failed, differing, num_runs = [], {}, 0
+    while kills.total() < config.kills or time.time() - started < 60 * config.minutes:
+        num_runs += 1
+        run = out / f"run-{num_runs}"
+        if not run_with_kills(run, flags, mean, kills):
+            failed.append(run.name)
+        elif found := differences(run, alone):
+            differing[run.name] = found
+    result = {
+        "kills": kills,
+        "runs": num_runs,
+        "runs that did not resume": failed,
+        "runs with different results": differing,
+        "minutes": round((time.time() - started) / 60, 1),
     }
-    settings = {name: str(value) for name, value in asdict(config).items()}
-    result = {**found, "settings": settings, "torch": torch.__version__}
-    (config.out / "soak.json").write_text(json.dumps(result, indent=2) + "\n")
-    for name, value in found.items():
-        report(f"{name:42} {len(value) if isinstance(value, list) else value}")
-    return 1 if test.not_resuming or test.differing else 0
-
-
-def main() -> int:
-    return soak(parse_flags(Soak, "soak.py", None))
+    (out / "soak.json").write_text(json.dumps(result, indent=2) + "\n")
+    for name, value in result.items():
+        print(f"{name:28} {dict(value) if isinstance(value, Counter) else value}")
+    return int(bool(failed or differing))
 
 
 if __name__ == "__main__":
-    sys.exit(run_command("soak.py", main))
+    sys.exit(run_command("soak.py", lambda: soak(parse_flags(Soak, "soak.py", None))))

@@ -7,10 +7,11 @@ GPU.
 import dataclasses
 import gc
 import json
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
-from itertools import islice, product, repeat
+from itertools import islice, repeat
 from pathlib import Path
 from statistics import median
 
@@ -20,7 +21,7 @@ import torch
 from bt_fast import train
 from bt_fast.build import TrainingSetup, build, measure_step_seconds
 from bt_fast.config import Config
-from bt_fast.distributed.collectives import World, all_reduce, barrier, broadcast_object
+from bt_fast.distributed.collectives import World, barrier, broadcast_object
 from bt_fast.loss import weighted_sum
 from bt_fast.plan import step_costs
 from bt_fast.prefetch import augment_batch, prefetch
@@ -28,11 +29,8 @@ from bt_fast.runtime import Runtime, synchronise
 from pipelines.augment import Draw
 from pipelines.crop import crop_and_resize
 from pipelines.loading.native import IMAGES_PER_TASK, NativeBackend
-from tools import step_work
-from tools.breakdown import AUGMENT, LOSS, Breakdown, activities, breakdown
+from tools.breakdown import AUGMENT, Breakdown, Work, activities, breakdown
 from tools.timing import Stage, images_per_second, seconds_of_parts, seconds_per_call
-
-_IMAGES_FOR_THREADS = 64
 
 
 def loader_stages(setup: TrainingSetup, budget: float) -> Iterator[Stage]:
@@ -43,7 +41,7 @@ def loader_stages(setup: TrainingSetup, budget: float) -> Iterator[Stage]:
     n, cpu = setup.config.batch_size, torch.device("cpu")
     backend = NativeBackend(setup.dataset, num_threads=setup.num_threads)
     # Enough images to divide them evenly among threads; times are scaled to a batch.
-    num_batches = -(-_IMAGES_FOR_THREADS // n)
+    num_batches = -(-64 // n)
     requests = list(setup.loader.sampler.requests(0, num_batches))
     samples = np.concatenate([request.samples for request in requests])
     boxes = np.concatenate([request.boxes for request in requests])
@@ -79,7 +77,7 @@ def loader_stages(setup: TrainingSetup, budget: float) -> Iterator[Stage]:
     yield Stage(name="loader", seconds=n / rate)
 
 
-def device_stages(setup: TrainingSetup, work: step_work.Work, budget: float) -> Iterator[Stage]:
+def device_stages(setup: TrainingSetup, work: Work, budget: float) -> Iterator[Stage]:
     """Times copy, augment, forward, backward, optimizer and loss, each alone.
 
     The optimizer precedes the loss: with CUDA graphs, another compiled function may overwrite the
@@ -89,24 +87,16 @@ def device_stages(setup: TrainingSetup, work: step_work.Work, budget: float) -> 
     branches = setup.config.view_a, setup.config.view_b
     batch = next(setup.loader.batches(0, 1))
 
-    def stage(name: str, function: Callable[[], object], **counted) -> Stage:
-        return Stage(name=name, seconds=seconds_per_call(function, device, budget)[0], **counted)
+    def stage(name: str, function: Callable[[], object], ceiling: str = "", **counted) -> Stage:
+        seconds, _ = seconds_per_call(function, device, budget)
+        return Stage(name=name, seconds=seconds, ceiling=ceiling, **counted)
 
     if device.type == "cuda":
-        on_host = batch.views.cpu().pin_memory()
-        yield stage(
-            "copy",
-            lambda: on_host.to(device, non_blocking=True),
-            bytes=batch.views.nbytes,
-            ceiling="link",
-        )
-        batch = replace(batch, views=batch.views.to(device))
-    yield stage(
-        "augment",
-        lambda: augment_batch(batch, branches, runtime),
-        bytes=work.bytes["augmentation"],
-        ceiling="memory",
-    )
+        host = batch.views.cpu().pin_memory()
+        batch = replace(batch, views=host.to(device))
+        yield stage("copy", lambda: host.to(device, non_blocking=True), "link", bytes=host.nbytes)
+    counted = work.bytes["augmentation"]
+    yield stage("augment", lambda: augment_batch(batch, branches, runtime), "memory", bytes=counted)
 
     views, z = augment_batch(batch, branches, runtime), torch.empty(0)
     gradient = torch.randn(len(views), setup.config.projector[-1], device=device)
@@ -124,13 +114,8 @@ def device_stages(setup: TrainingSetup, work: step_work.Work, budget: float) -> 
 
     leaf = z.detach().clone().requires_grad_()
     train.set_learning_rates(setup, 0)
-    guard = torch.zeros((), device=device)
-    yield stage(
-        "optimizer",
-        lambda: setup.optimizer.step(guard=guard),
-        bytes=work.bytes["optimizer"],
-        ceiling="memory",
-    )
+    guard, counted = torch.zeros((), device=device), work.bytes["optimizer"]
+    yield stage("optimizer", lambda: setup.optimizer.step(guard=guard), "memory", bytes=counted)
     setup.optimizer.zero_grad(set_to_none=True)
 
     def loss() -> None:
@@ -168,16 +153,13 @@ def steps(setup: TrainingSetup, batches: Iterable[torch.Tensor]) -> Iterator[Non
         yield
 
 
-def trace(
-    setup: TrainingSetup, work: step_work.Work, path: Path, num_steps: int = 3
-) -> Breakdown | None:
+def trace(setup: TrainingSetup, work: Work, num_steps: int = 3) -> Breakdown | None:
     """Breakdown of a step without the loader. None if this user may not trace the GPU.
 
-    Every rank of the setup must call it. Writes the Chrome trace of `num_steps` steps to `path`.
+    Every rank of the setup must call it.
     """
-    config, device, ranks = setup.config, setup.runtime.device, setup.world.size
-    on_gpu = device.type == "cuda"
-    setup = replace(setup, objective=_within(LOSS, setup.objective))
+    config, ranks = setup.config, setup.world.size
+    on_gpu = setup.runtime.device.type == "cuda"
     runtime = _Ranged(**dataclasses.asdict(setup.runtime))
     crops = repeat(next(setup.loader.batches(0, 1)))
     running = steps(setup, prefetch(crops, (config.view_a, config.view_b), runtime))
@@ -187,8 +169,10 @@ def trace(
     traced = [activity.CPU, activity.CUDA] if on_gpu else [activity.CPU]
     with torch.profiler.profile(activities=traced, acc_events=True) as profile:
         _seconds_per_step(setup, running, num_steps)
-    profile.export_chrome_trace(str(path))
-    done = activities(json.loads(path.read_bytes())["traceEvents"], on_gpu=on_gpu)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "trace.json")
+        profile.export_chrome_trace(str(path))
+        done = activities(json.loads(path.read_bytes())["traceEvents"], on_gpu=on_gpu)
     flop = dict(work.flop)
     flop["products"] += step_costs.auto_loss_flop(config.batch_size, config.projector[-1], ranks)
     return breakdown(done, num_steps, seconds, flop, work.bytes) if done else None
@@ -206,15 +190,7 @@ class _Ranged(Runtime):
     """Adds the named range of the augmentation to a trace."""
 
     def augmentation(self) -> Callable[[torch.Tensor, Draw], torch.Tensor]:
-        return _within(AUGMENT, super().augmentation())
-
-
-def _within(name: str, function: Callable) -> Callable:
-    def named(*arguments):
-        with torch.profiler.record_function(name):
-            return function(*arguments)
-
-    return named
+        return torch.profiler.record_function(AUGMENT)(super().augmentation())
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -225,16 +201,11 @@ class Together:
     alone: float  # seconds of a step of one rank without a process group
     step: float  # seconds of a step of all ranks with the same local batch, both without loader
     efficiency: float
-    latency: dict[str, float]  # seconds of a small all-reduce by size
     breakdown: Breakdown | None
 
 
 def together(
-    config: Config,
-    world: World,
-    budget: float,
-    scratch: Path,
-    alone: tuple[float, step_work.Work] | None = None,
+    config: Config, world: World, budget: float, alone: tuple[float, Work] | None = None
 ) -> Together:
     """Measures all ranks and compares with one alone. Every rank calls it and waits for the first.
 
@@ -258,29 +229,5 @@ def together(
         alone=seconds,
         step=step,
         efficiency=seconds / step,
-        latency=_latency(config, world, setup.runtime.device),
-        breakdown=trace(setup, work, scratch / f"trace-{world.rank}.json"),
+        breakdown=trace(setup, work),
     )
-
-
-def _latency(config: Config, world: World, device: torch.device) -> dict[str, float]:
-    """Median seconds of an all-reduce of two sums per channel, as in batch norm, by size."""
-    group = world.new_group(device, size=config.bn_group, timeout=config.timeout)
-    found: dict[str, float] = {}
-    if group is None:  # batch norm needs no other rank
-        return found
-    for channels, dtype in product((64, 512, 2048), (torch.float64, torch.float32)):
-        sums = torch.zeros(2 * channels, dtype=dtype, device=device)
-
-        def mean_of_ten(sums: torch.Tensor = sums) -> float:
-            barrier(world.group)
-            synchronise(device)
-            started = time.perf_counter()
-            for _ in range(10):
-                sums = all_reduce(sums, group)
-            synchronise(device)
-            return (time.perf_counter() - started) / 10
-
-        name = f"2 x {channels} {str(dtype).removeprefix('torch.')}"
-        found[name] = median(mean_of_ten() for _ in range(20))
-    return found

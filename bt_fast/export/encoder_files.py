@@ -121,7 +121,7 @@ def _weights_file(path: Path, projector: bool) -> Path:
 def _reason(error: Exception) -> str:
     """One line, without torch's advice to load the file with `weights_only=False`."""
     if refusal := re.search(r"WeightsUnpickler error:\s+(.+)", str(error)):
-        return refusal[1]
+        return refusal[1].splitlines()[0]
     if isinstance(error, KeyError | EOFError):  # an unknown opcode of the pickle; an empty file
         return "it was not written by torch, or it is truncated"
     return str(error).splitlines()[0] if str(error) else type(error).__name__

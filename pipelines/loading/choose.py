@@ -57,7 +57,7 @@ def open_loader(
         "world_size": world_size,
         "sizes": sizes,
     }
-    threads = {"num_threads": num_threads, "prefetch": prefetch}
+    threads: dict[str, Any] = {"num_threads": num_threads, "prefetch": prefetch}
     if cache_bytes and name != "native":
         raise ValueError(f"--cache-gb needs --loader native: {name} keeps no decoded images")
     if isinstance(dataset, ShardReader):

@@ -1,4 +1,4 @@
-"""`tools/make_demo_images.py`: what is written, that it repeats, and what it refuses."""
+"""`tools/make_demo_images.py`: the images repeat, and errors write nothing."""
 
 import subprocess
 import sys
@@ -20,7 +20,7 @@ def make(out: Path, *flags: object) -> subprocess.CompletedProcess[str]:
 
 def contents(root: Path) -> dict[str, bytes]:
     """Every file under root: relative path -> bytes."""
-    files = sorted(path for path in root.rglob("*") if path.is_file())
+    files = [path for path in root.rglob("*") if path.is_file()]
     return {path.relative_to(root).as_posix(): path.read_bytes() for path in files}
 
 
@@ -29,60 +29,36 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("demo") / "pictures"
     result = make(out, "--train", 60, "--val", 20)
     assert result.returncode == 0, result.stderr
-    assert "80/80 images" in result.stdout
     return out
 
 
-def test_counts_and_class_folders(pictures: Path) -> None:
-    classes = {folder.name for folder in (pictures / "train").iterdir()}
-    assert len(classes) == 10
-    for split, per_class in ("train", 6), ("val", 2):
-        counts = Counter(path.parent.name for path in (pictures / split).rglob("*.jpg"))
-        assert counts == dict.fromkeys(classes, per_class)
+def test_images_of_ten_classes_that_differ(pictures: Path) -> None:
+    counts = Counter(path.parent.relative_to(pictures) for path in pictures.rglob("*.jpg"))
+    per_split = {"train": 6, "val": 2}
+    assert len(counts) == 20
+    assert all(count == per_split[folder.parts[0]] for folder, count in counts.items())
     assert [path.name for path in pictures.parent.iterdir()] == ["pictures"]  # nothing left over
-
-
-def test_pictures_decode_and_differ(pictures: Path) -> None:
-    sizes, seen = set(), set()
+    seen = set()
     for path in pictures.rglob("*.jpg"):
         with Image.open(path) as image:
-            assert (image.format, image.mode) == ("JPEG", "RGB")
             pixels = np.asarray(image)
-        assert pixels.std() > 10, f"{path} shows nothing"
-        sizes.add(pixels.shape)
+        assert pixels.std() > 10 and 72 <= min(pixels.shape[:2]) <= max(pixels.shape) <= 160
         seen.add(pixels.tobytes())
     assert len(seen) == 80
-    assert len(sizes) > 40
-    assert all(72 <= side <= 160 for height, width, _ in sizes for side in (height, width))
 
 
-def test_same_seed_same_bytes_whatever_the_counts(pictures: Path, tmp_path: Path) -> None:
+def test_an_image_depends_on_seed_and_index_only(pictures: Path, tmp_path: Path) -> None:
     result = make(tmp_path / "fewer", "--train", 33, "--val", 20, "--workers", 1)
     assert result.returncode == 0, result.stderr
     fewer, all_pictures = contents(tmp_path / "fewer"), contents(pictures)
     assert len(fewer) == 53
     assert fewer == {path: all_pictures[path] for path in fewer}
+    assert make(tmp_path / "other", "--train", 10, "--val", 1, "--seed", 1).returncode == 0
+    assert not set(contents(tmp_path / "other").values()) & set(all_pictures.values())
 
 
-def test_another_seed_other_pictures(pictures: Path, tmp_path: Path) -> None:
-    result = make(tmp_path / "other", "--train", 10, "--val", 1, "--seed", 1)
-    assert result.returncode == 0, result.stderr
-    assert not set(contents(tmp_path / "other").values()) & set(contents(pictures).values())
-
-
-def test_refuses_existing_out(pictures: Path) -> None:
-    before = contents(pictures)
-    result = make(pictures, "--train", 10)
-    assert result.returncode == 2
-    assert len(result.stderr.splitlines()) == 1
-    assert str(pictures) in result.stderr
-    assert contents(pictures) == before
-
-
-@pytest.mark.parametrize("flags", [("--train", -1), ("--seed", -1), ("--workers", 0)])
-def test_refuses_impossible_numbers(flags: tuple[str, int], tmp_path: Path) -> None:
-    result = make(tmp_path / "out", *flags)
-    assert result.returncode == 2
-    assert len(result.stderr.splitlines()) == 1
-    assert flags[0] in result.stderr
-    assert list(tmp_path.iterdir()) == []
+def test_an_error_is_one_line(pictures: Path, tmp_path: Path) -> None:
+    for out, flag in ((pictures, "--train=10"), (tmp_path / "out", "--workers=0")):
+        result = make(out, flag)
+        assert result.returncode == 2 and len(result.stderr.splitlines()) == 1
+    assert len(contents(pictures)) == 80 and not list(tmp_path.iterdir())

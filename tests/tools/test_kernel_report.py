@@ -10,9 +10,10 @@ import pytest
 
 triton = pytest.importorskip("triton")
 
-from tools.machine_code import main_loop, parse  # noqa: E402
-
 ROOT = Path(__file__).parents[2]
+sys.path.append(str(ROOT / "tools"))  # where a script finds `_checkout`
+from tools.kernel_report import main_loop, num_bytes, parse  # noqa: E402
+
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 compiles = pytest.mark.skipif(
     not CUOBJDUMP.exists(), reason="this triton comes without ptxas and cuobjdump"
@@ -35,66 +36,33 @@ def test_no_kernel_spills_or_wastes_bandwidth(capability):
     assert all("0 B local, 0 B stack" in row for row in rows)
     (sums,) = (row for row in rows if " lars_triton._sums:" in row)
     (apply,) = (row for row in rows if " lars_triton._apply:" in row)
-    (augment,) = (row for row in rows if " augment.triton._augment " in row)
+    augment = [row for row in rows if " augment.triton._augment" in row]
     # So few that two or four programs share an SM.
-    assert int(re.search(r"(\d+) registers", augment)[1]) <= 128
+    assert len(augment) == 2  # without blur, with blur
+    assert all(int(re.search(r"(\d+) registers", row)[1]) <= 128 for row in augment)
     # A block of 2,048 elements on 256 threads: 8 float32 of each tensor, two accesses of 16 bytes.
     # _sums reads two tensors (p, g), _apply three (and m), of which it writes two.
-    for row, num_bytes in ((sums, 64), (apply, 160)):
-        assert f" {num_bytes} B, " in row and row.endswith("accesses 16 to 16 B wide"), row
+    for row, moved in ((sums, 64), (apply, 160)):
+        assert f" {moved} B, " in row and row.endswith("accesses 16 to 16 B wide"), row
 
 
 @compiles
 def test_a_broken_rule_is_reported():
     program = """
+from dataclasses import replace
 import sys
 sys.path.append("tools")
-from dataclasses import replace
 import kernel_report as report
-(apply,) = (kernel for kernel in report.KERNELS if kernel.name == "lars_triton._apply")
+(apply,) = (kernel for kernel in report.kernels(90) if kernel.name == "lars_triton._apply")
 unaligned = replace(apply, constants=apply.constants | {"ALIGNED": False})
 limited = replace(apply, options=apply.options | {"maxnreg": 24})
-report.KERNELS[:] = [unaligned, limited]
-sys.argv = ["kernel_report.py", "90"]
-print(report.main())
+report.kernels = lambda capability: [unaligned, limited]
+print(report.main(["90"]))
 """
     done = report("-c", program)
     assert done.stdout.endswith("\n1\n"), done.stdout + done.stderr
     assert done.stdout.count("DEFECT: spills") == 1, done.stdout
     assert done.stdout.count("DEFECT: accesses narrower than 16 B") == 1, done.stdout
-
-
-COPY = """
-import triton
-import triton.language as tl
-
-@triton.jit
-def copy(source, target, stride, rows, BLOCK: tl.constexpr):
-    columns = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    for row in range(rows):
-        tl.store(target + row * stride + columns, tl.load(source + row * stride + columns))
-"""
-
-
-@compiles
-def test_alignments_equal_those_of_a_launch(tmp_path):
-    """Rows of bf16 are copied 16 bytes at a time only if their stride is known to be divisible."""
-    (tmp_path / "kernels.py").write_text(COPY)
-    program = f"""
-import sys
-sys.path += ["tools", {str(tmp_path)!r}]
-import kernel_report as report
-from kernels import copy
-types = dict(source="*bf16", target="*bf16", stride="i32", rows="i32")
-for divisible in ((), ("stride",)):
-    kernel = report.Kernel(
-        function=copy, types=types, constants=dict(BLOCK=1024), options=dict(num_warps=4),
-        divisible=divisible,
-    )
-    print(set(report.measure(kernel, 90).widths))
-"""
-    done = report("-c", program)
-    assert done.stdout == "{2}\n{16}\n", done.stdout + done.stderr
 
 
 def listing(*instructions: str) -> str:
@@ -108,23 +76,8 @@ def listing(*instructions: str) -> str:
 
 def analyse(*instructions: str) -> tuple[list[str], list[int], bool]:
     """(opcodes of the main loop, bytes of its memory accesses, whether there is a loop)."""
-    loop, found = main_loop(parse(listing(*instructions)))
-    widths = [instruction.num_bytes for instruction in loop if instruction.num_bytes]
-    return [instruction.opcode for instruction in loop], widths, found
-
-
-def test_a_program_without_loops_is_analysed_completely():
-    opcodes, widths, found = analyse(
-        "LDC R1, c[0x0][0x28]",
-        "@!P0 LDG.E.64 R4, desc[UR4][R2.64]",
-        "@P1 EXIT",
-        "STG.E.U16 desc[UR4][R2.64+0x10], R4",
-        "EXIT",
-        "BRA 0x50",  # to itself, as padding
-        "NOP",
-    )
-    assert opcodes == ["LDC", "LDG.E.64", "EXIT", "STG.E.U16", "EXIT"]
-    assert widths == [8, 2] and not found
+    opcodes, found = main_loop(parse(listing(*instructions)))
+    return opcodes, [num_bytes(opcode) for opcode in opcodes if num_bytes(opcode)], found
 
 
 def test_the_main_loop_is_the_one_that_moves_most_bytes():
@@ -165,21 +118,3 @@ def test_an_out_of_line_block_that_jumps_back_is_no_loop():
     opcodes, widths, found = analyse(*program)
     assert opcodes == ["LDG.E.128", "BRA.DIV", "SHFL.BFLY", "STG.E.128", "BRA", "BRA", "BRA"]
     assert widths == [16, 16] and found
-
-
-def test_a_rotated_loop_is_found():
-    """The first load precedes the loop; the next iteration's load is at its end."""
-    opcodes, widths, found = analyse(
-        "LDG.E.128 R4, desc[UR4][R2.64]",
-        "FADD R4, R4, R4",  # 0x10
-        "STG.E.128 desc[UR4][R2.64], R4",
-        "@!P0 LDG.E.128 R4, desc[UR4][R2.64+0x1000]",
-        "BRA.U UP0, 0x10",
-        "EXIT",
-    )
-    assert opcodes == ["FADD", "STG.E.128", "LDG.E.128", "BRA.U"] and widths == [16, 16] and found
-
-
-def test_an_indirect_jump_is_refused():
-    with pytest.raises(ValueError, match="BRX at 0010"):
-        parse(listing("NOP", "BRX R2 -0x10"))

@@ -4,14 +4,12 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 pytest.importorskip("triton")
 
 sys.path.append(str(Path(__file__).parents[2] / "tools"))  # where a script finds `_checkout`
 
-from tools import launches
-from tools.launches import CHUNK, count
+from tools.launches import count
 
 # Of ResNet-50 and the paper's projector; with the kernels of --norm fused, alone and on eight
 # ranks, and with torch's.
@@ -45,35 +43,3 @@ def test_of_a_step_with_torchs_batch_norm():
     assert counted["casts"] == MOST["casts"]
     assert counted["norm"] == 2 * (2 * 55 + 51 + 1)  # both ways: norms of two views, ReLU, max-pool
     assert counted.total() <= 890
-
-
-@pytest.mark.parametrize(
-    "sizes,expected",
-    [
-        ([1], 1),
-        ([CHUNK] * 64, 1),
-        ([1] * 65, 2),
-        ([320 * CHUNK], 1),
-        ([320 * CHUNK + 1], 2),
-        ([8192 * 8192], 4),
-        ([200 * CHUNK, 200 * CHUNK], 2),
-    ],
-)
-def test_a_list_of_tensors_is_cut_as_torch_cuts_it(sizes, expected):
-    assert launches._multi_tensor_launches(sizes) == expected
-
-
-def test_gradients_in_another_order_count_as_copies():
-    p = torch.empty(4, 4, requires_grad=True)
-    p.grad = torch.empty(4, 4).T
-    recorded = launches.Launches()
-    with recorded:
-        launches._update(recorded.counted, [p], [], [], None)
-    assert recorded.counted == {"other": 1, "optimizer": 5}
-
-
-def test_the_command_line(capsys):
-    assert launches.main(["--encoder", "resnet18"]) == 0
-    table = dict(line.rsplit(maxsplit=1) for line in capsys.readouterr().out.splitlines())
-    assert int(table.pop("all")) == sum(map(int, table.values()))
-    assert launches.main(["--ranks", "0"]) == 2

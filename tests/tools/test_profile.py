@@ -1,4 +1,4 @@
-"""tools/profile.py: tables, advice, the prediction, ranks; and that it does not hide `profile`."""
+"""tools/profile.py: measurements, advice and ranks; and that it does not hide `profile`."""
 
 import json
 import os
@@ -13,48 +13,37 @@ import pytest
 import torch
 from PIL import Image
 
-from bt_fast.plan import dry_run, gpus, step_costs
 from bt_fast.recipes import RECIPES
 from bt_fast.runtime import Runtime
 from pipelines.beton import BetonReader
 from tools import synthetic
 from tools.breakdown import CLASSES, Breakdown
 from tools.profile_report import Report
-from tools.timing import Ceilings, Stage
+from tools.timing import Stage
 
 ROOT = Path(__file__).parents[2]
 
 STAGES = ("read", "decode", "crop", "loader", "augment", "forward", "backward", "loss", "optimizer")
+FLAGS = ["--recipe=demo", "--device=cpu", "--batch-size=4", "--size=32", "--seconds=0.02"]
+FLAGS += ["--projector", "16", "16"]
 
 
 def profile(folder, *flags, ranks: int = 0) -> subprocess.CompletedProcess:
     """Run the tool as a user does: its own folder comes first on sys.path."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    command = [sys.executable, *torchrun[: 4 * (ranks > 0)], ROOT / "tools" / "profile.py"]
-    command += [
-        "--recipe=demo",
-        "--device=cpu",
-        "--batch-size=4",
-        "--size=32",
-        "--projector",
-        "16",
-        "16",
-        "--seconds=0.02",
-    ]
+    command = [sys.executable, *torchrun[: 4 * (ranks > 0)], ROOT / "tools" / "profile.py", *FLAGS]
+    command = [str(word) for word in (*command, *flags)]
     environment = {**os.environ, "TRITON_INTERPRET": "0"}
-    return subprocess.run(
-        [*map(str, command), *map(str, flags)],
-        cwd=folder, env=environment, capture_output=True, text=True,
-    )  # fmt: skip
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
 
 
 @pytest.mark.slow
 def test_a_compiled_step_is_profiled_and_predicted(small_beton, tmp_path):
     flags = ("--data", small_beton, "--out", tmp_path / "p", "--compile=default", "--gpus=4")
-    done = profile(tmp_path, *flags, "--trace")
+    done = profile(tmp_path, *flags, "--against", "reference", "--workers", "1")
     assert done.returncode == 0, done.stdout + done.stderr
-    for name in (*STAGES, "step, with loader", "verdict: ", "predicted: 4 ranks", "collectives"):
-        assert name in done.stdout
+    for text in ("step, with loader", "verdict: ", "predicted: 4 ranks"):
+        assert text in done.stdout
     found = json.loads((tmp_path / "p" / "profile.json").read_text())
     assert set(STAGES) <= set(found["stages"])
     assert all(stage["seconds"] > 0 for stage in found["stages"].values())
@@ -69,23 +58,13 @@ def test_a_compiled_step_is_profiled_and_predicted(small_beton, tmp_path):
         assert classes[name]["flop"] + classes[name]["bytes"] > 0, name
     alone = sum(part["alone"] for name, part in classes.items() if name != "gaps")
     assert alone + classes["gaps"]["seconds"] >= 0.99 * step
-    assert classes["other"]["flop"] == classes["other"]["bytes"] == 0
-    with Image.open(tmp_path / "p" / "profile.png") as picture:
-        assert len(np.unique(np.array(picture))) > 20
-    assert json.loads((tmp_path / "p" / "trace.json").read_text())["traceEvents"]
-    again = profile(tmp_path, *flags)
-    assert again.returncode == 2 and "contains a profile" in again.stderr
-
-
-@pytest.mark.slow
-def test_against_the_reference_without_data(tmp_path):
-    done = profile(tmp_path, "--against", "reference", "--workers", "1")
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "synthetic images" in done.stdout and "loader and augmentation" in done.stdout
-    (folder,) = (tmp_path / "profiles").iterdir()
-    rivals = json.loads((folder / "profile.json").read_text())["rivals_s"]["reference"]
+    rivals = found["rivals_s"]["reference"]
     names = {"decode", "augment", "views", "forward", "backward", "loss", "optimizer", "step"}
     assert set(rivals) == names and all(seconds > 0 for seconds in rivals.values())
+    with Image.open(tmp_path / "p" / "profile.png") as picture:
+        assert len(np.unique(np.array(picture))) > 20
+    again = profile(tmp_path, *flags)
+    assert again.returncode == 2 and "contains a profile" in again.stderr
 
 
 @pytest.mark.slow
@@ -93,13 +72,11 @@ def test_ranks_of_torchrun_are_measured_beside_one_alone(small_beton, tmp_path):
     done = profile(tmp_path, "--data", small_beton, "--out", tmp_path / "p", ranks=2)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("profiling ") == done.stdout.count("written: ") == 1  # one rank prints
-    for text in ("2 ranks, each with this batch", "predicted: 2 ranks", "all-reduce of 2 x 64"):
-        assert text in done.stdout
+    assert "2 ranks, each with this batch" in done.stdout
     found = json.loads((tmp_path / "p" / "profile.json").read_text())
     ranks, alone = found["ranks"], found["step_without_data_s"]
     assert ranks["world_size"] == 2 and ranks["alone"] == alone and ranks["step"] > 0
     assert ranks["efficiency"] == pytest.approx(alone / ranks["step"])
-    assert len(ranks["latency"]) == 6 and min(ranks["latency"].values()) > 1e-6
     assert "communication" not in found["breakdown"]["parts"]
     collectives = ranks["breakdown"]["parts"]["communication"]
     assert collectives["seconds"] >= collectives["alone"] > 0
@@ -118,12 +95,9 @@ def test_a_mistake_is_said_once_by_all_ranks(small_beton, tmp_path):
 @pytest.mark.parametrize(
     "flags,message",
     [
-        (["--link-gbps", "0"], "--link-gbps must be positive"),
+        (["--link-gbps", "0"], "--link-gbps and --seconds must be positive"),
         (["--resume", "runs/x"], "apply to runs, not to profiles"),
-        (["--resolution", "32:64"], "profile each --size"),
         (["--data", "nowhere.beton"], "--data nowhere.beton does not exist"),
-        (["--against", "everyone"], "--against"),
-        (["--batch-size", "0"], "--batch-size must be at least 1"),
     ],
 )
 def test_a_wrong_flag_is_one_line(tmp_path, flags, message):
@@ -136,127 +110,45 @@ def test_a_wrong_flag_is_one_line(tmp_path, flags, message):
 def report(device: str = "cuda", *, step: float, alone: float, **stages):
     """A report of made-up measurements: seconds per batch of 100 images."""
     seconds = dict.fromkeys((*STAGES, "copy"), 1e-4) | stages
-    config = RECIPES["imagenet"]()
+    config = replace(RECIPES["imagenet"](), norm="compiled")
     runtime = Runtime(device=torch.device(device), precision="bf16", compile="default")
-    reader = types.SimpleNamespace(sizes=np.full((1000, 2), 400))
-    setup = types.SimpleNamespace(config=config, runtime=runtime, dataset=reader, num_threads=10**6)
+    setup = types.SimpleNamespace(config=config, runtime=runtime, num_threads=10**6)
     return Report(
         setup=setup,
         data="data",
-        ceilings=Ceilings(flops=1e15, memory=4e12, link=5e10),
         stages={name: Stage(name=name, seconds=value) for name, value in seconds.items()},
         step=step,
         step_without_data=alone,
         breakdown=Breakdown(
             step=alone,
             parts={
-                "convolutions": Stage(
-                    name="convolutions", seconds=0.05, flop=2.5e13, ceiling="flops"
-                ),
-                "norm": Stage(name="norm", seconds=0.04, bytes=1e11, ceiling="memory"),
+                "convolutions": Stage(name="convolutions", seconds=0.05),
+                "norm": Stage(name="norm", seconds=0.04),
             },
             kernels={"longest": []},
-            fused_norm=False,
         ),
     )
 
 
-def test_classes_are_compared_with_their_ceilings():
-    found = report(step=0.1, alone=0.1)
-    rates = [found.achieved(part) for part in found.breakdown.parts.values()]
-    assert rates == ["500 TFLOP/s (50%)", "2.5e+03 GB/s (62%)"]
-
-
-def test_the_advice_puts_first_what_takes_longest():
+def test_the_advice_begins_with_what_takes_longest():
     fed = report(step=0.1, alone=0.1, loader=0.05)
-    assert [line.partition(" take")[0] for line in fed.advice()] == [
-        "convolutions", "batch norm and ReLU",
-    ]  # fmt: skip
+    assert [line.split(":")[0] for line in fed.advice()] == ["convolutions", "norm"]
+    assert "--norm fused" in fed.advice()[1]
     slow_loader = report(step=0.4, alone=0.1, loader=0.4, decode=0.08)
-    assert slow_loader.advice()[0].startswith(
-        "the device waits for data 75 % of the step: --cache-gb 1 keeps all images decoded"
-    )
-    slow_disk = report(step=0.4, alone=0.1, loader=0.4, read=0.1, decode=0.01)
-    assert "to a faster disk" in slow_disk.advice()[0]
+    assert slow_loader.advice()[0].startswith("waiting for data: 75% of the step: --workers")
     # On a CPU the rest of the step is not waiting: the loader shares the cores.
-    assert "waits for data 25 %" in "".join(report("cpu", step=0.4, alone=0.1, loader=0.1).advice())
+    on_cpu = report("cpu", step=0.4, alone=0.1, loader=0.1)
+    assert "waiting for data: 25%" in "".join(on_cpu.advice())
     assert report(step=0.0, alone=0.1).advice() == []
 
 
 def test_a_profile_is_saved_before_it_is_complete(tmp_path):
     partial = report("cpu", step=0.0, alone=0.1)
     for name in (*STAGES, "copy"):
-        stage = partial.stages.pop(name)
+        del partial.stages[name]
         partial.save(tmp_path / "profile.json")
         found = json.loads((tmp_path / "profile.json").read_text())
         assert found["verdict"] is None and found["step_without_data_s"] == 0.1
-        assert name not in found["stages"] and stage.seconds > 0
-
-
-def measured(**changes) -> step_costs.StepTimes:
-    values = {
-        "embedding_itemsize": 2, "images": 64, "optimizer": 1e-3,
-        "encoder": 0.02, "backward": 0.013, "loss": 2e-4,
-        "num_parameters": 174_535_744, "num_projector_parameters": 151_027_712,
-        "num_dimensions": 8192, "num_norm_layers": 55,
-    }  # fmt: skip
-    return step_costs.StepTimes(**values | changes)
-
-
-def test_one_rank_is_predicted_as_it_was_measured():
-    alone = step_costs.predict(measured(), 1, 400)
-    assert alone.step == pytest.approx(0.0212) and alone.efficiency == pytest.approx(1)
-    assert alone.gradient_bytes == alone.embedding_bytes == alone.collectives == 0
-
-
-def test_the_prediction_counts_bytes_and_what_the_backward_pass_hides():
-    many = step_costs.predict(measured(), 32, 50)  # eight cards of a machine: 50 GB/s
-    assert many.gradient_bytes == pytest.approx(2 * 31 / 32 * 698_142_976)
-    assert many.embedding_bytes == 31 * 2 * 64 * 8192 * 2  # bf16, both views
-    assert many.collectives == 2 * 55 + 3
-    assert many.seconds["collectives, latency"] == pytest.approx(113 * 45e-6)
-    assert many.seconds["loss"] == pytest.approx(2e-4 * 32)  # n rows against N columns
-    wide = step_costs.predict(measured(images=8192, num_dimensions=1024), 32, 50)
-    assert wide.seconds["loss"] == pytest.approx(2e-4)  # columns of C: 6 n D^2 on every rank
-    on_the_wire = many.gradient_bytes / 50e9
-    assert many.hidden == pytest.approx(0.9 * 0.013)
-    assert many.seconds["gradients, exposed"] == pytest.approx(on_the_wire - 0.9 * 0.013)
-    assert step_costs.predict(measured(), 32, 40_000).seconds["gradients, exposed"] == 0
-    halved = step_costs.predict(measured(gradient_itemsize=2), 32, 50)
-    assert halved.gradient_bytes == pytest.approx(many.gradient_bytes / 2)
-    near = [step_costs.predict(measured(), 8, gbps).step for gbps in (10, 400)]
-    assert near[0] == near[1]  # on one machine no network card counts
-    assert many.images_per_s == pytest.approx(32 * 64 / many.step)
-
-
-def test_the_plan_of_32_gpus_with_64_images_is_what_was_reckoned_by_hand():
-    """By hand, for H200 and compiled norms: an encoder of 77 ms with 256 images, so 22 with 64; 5
-    of collectives, LARS 1.2; with one communicator the projector's 604 MB are 4 ms of waiting."""
-    config = replace(RECIPES["imagenet"](), norm="compiled")
-    counted = dry_run.count_costs(config)
-    measured = dry_run.single_gpu(config, counted, 64, gpus.H200)
-    apart, shared = (
-        step_costs.predict(measured, 32, dry_run.LINK_GBPS, separate_communicators=separate)
-        for separate in (True, False)
-    )
-    assert 0.030 < shared.step < 0.034
-    assert 0.0035 < shared.step - apart.step < 0.0045
-    assert shared.hidden < apart.hidden
-    full = dry_run.single_gpu(config, counted, 256, gpus.H200)
-    assert full.encoder == pytest.approx(0.077, rel=0.05)
-    usual = step_costs.predict(full, 1, dry_run.LINK_GBPS)
-    assert 0.65 < apart.images_per_s / (32 * usual.images_per_s) < 0.8
-    # What does not shrink with the batch: a quarter of the images takes more than a quarter.
-    assert 0.002 < measured.encoder - full.encoder / 4 < 0.003
-
-
-def test_batch_norm_in_groups_stays_on_a_machine():
-    latency = "collectives, latency"
-    whole, groups, none = (
-        step_costs.predict(measured(), 32, 400, norm_ranks=ranks) for ranks in (0, 8, 1)
-    )
-    assert whole.seconds[latency] - groups.seconds[latency] == pytest.approx(110 * 20e-6)
-    assert none.collectives == 3 and none.seconds[latency] == pytest.approx(3 * 45e-6)
 
 
 def test_synthetic_images_cost_what_imagenets_do(tmp_path):
