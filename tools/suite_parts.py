@@ -62,7 +62,7 @@ def run_tests(results: Results, seconds: int, *arguments: str) -> None:
     if results.path is not None:
         flags += [f"--junitxml={results.path.with_name('junit.xml')}"]
     if is_installed("xdist"):
-        flags += ["-n", str(min(6, usable_cores()))]
+        flags += ["-n", str(min(12, usable_cores()))]
     if is_installed("pytest_timeout"):
         flags += [f"--timeout={seconds}"]
     else:  # prints where a test hangs; the time limit of the part ends it
