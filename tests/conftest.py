@@ -1,10 +1,12 @@
 """Pictures for the tests: real photographs where the sample is at hand, drawn ones otherwise."""
 
+import contextlib
 import copy
 import importlib.metadata
 import io
 import os
 import signal
+import subprocess
 import tarfile
 from pathlib import Path
 
@@ -136,10 +138,30 @@ def with_torchs_batch_norm(model):
     return model
 
 
+@contextlib.contextmanager
+def mounted(folder: Path, options: str):
+    """A file system in memory; skips the test without permission to mount one."""
+    folder.mkdir(exist_ok=True)
+    mount = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder]
+    if os.geteuid() or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("needs root and the right to mount a tmpfs")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "--lazy", folder], check=True)
+
+
 @pytest.fixture(scope="session")
 def small_beton(tmp_path_factory) -> Path:
     """64 pictures of 4 classes."""
     return write_beton(tmp_path_factory.mktemp("data") / "small.beton", 64)
+
+
+@pytest.fixture
+def reader(small_beton):
+    from pipelines.beton import BetonReader
+
+    return BetonReader(small_beton)
 
 
 @pytest.fixture(scope="session")

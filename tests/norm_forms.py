@@ -59,11 +59,9 @@ def definition(form: str, x, weight, bias, residual=None, *affine, group=None, r
 def torch_reference(form: str, x, weight, bias, residual=None, *affine):
     """The form with torch's batch norm, one view at a time."""
 
-    def layer(x, weight, bias):
-        views = [
-            F.batch_norm(v, None, None, weight, bias, training=True, eps=EPS) for v in x.chunk(2)
-        ]
-        return torch.cat(views)
+    def layer(x, *affine):
+        views = x.chunk(2)
+        return torch.cat([F.batch_norm(v, None, None, *affine, True, eps=EPS) for v in views])
 
     y = layer(x, weight, bias)
     if residual is not None:
@@ -76,17 +74,8 @@ def torch_reference(form: str, x, weight, bias, residual=None, *affine):
 def fused(form: str, x, weight, bias, residual=None, *affine, group=None):
     from bt_fast.models import batch_norm_triton  # triton comes with torch's CUDA builds only
 
-    y, alias, moments = batch_norm_triton.norm_act(
-        x,
-        weight,
-        bias,
-        residual=residual,
-        residual_norm=affine or None,
-        eps=EPS,
-        group=group,
-        **options(form),
-    )
-    return y, alias, moments
+    others = {"residual": residual, "residual_norm": affine or None, **options(form)}
+    return batch_norm_triton.norm_act(x, weight, bias, eps=EPS, group=group, **others)
 
 
 def gradients(y, alias, tensors, g):
@@ -149,6 +138,11 @@ def assert_equals_definition(
         # For an input, the sum of two gradients and the result are rounded.
         tolerance = 5e-6 + (3 if our_value.ndim == 4 else 1) * rounding
         assert relative_error(our_value, true_value) <= tolerance
+    assert_moments(form, moments, exact)
+
+
+def assert_moments(form: str, moments: torch.Tensor, exact: list[torch.Tensor]) -> None:
+    """Means and variances are those of each view of the float64 inputs that are normalised."""
     normed = exact[::3] if form == "two norms" else exact[:1]
     for x, (mean, variance) in zip(normed, moments, strict=True):
         views = x.detach().unflatten(0, (2, -1))
@@ -245,15 +239,20 @@ Step = Callable[[torch.Tensor], list[torch.Tensor]]
 
 
 def make_step(
-    *, is_fused: bool, dtype: torch.dtype = torch.float32, device=CPU, wrap=lambda model: model
+    build: Callable[[], nn.Module] = SmallNet,
+    *,
+    is_fused: bool,
+    dtype: torch.dtype = torch.float32,
+    device=CPU,
+    wrap=lambda model: model,
 ) -> Step:
-    """A function of views: forward and backward pass of a small net with fixed weights
+    """A function of views: forward and backward pass of a model with fixed weights
     -> copies of z, of all gradients and of the running statistics.
 
     dtype: bfloat16 means autocast; wrap: applied to the model, like torch.compile.
     """
     torch.manual_seed(0)
-    model = SmallNet()
+    model = build()
     for layer in model.modules():
         if isinstance(layer, nn.BatchNorm2d):
             nn.init.uniform_(layer.weight, 0.5, 1.0)

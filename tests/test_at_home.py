@@ -60,11 +60,8 @@ sys.exit(f"requested {requested}" if requested else 0)
 
 # Default caches of libraries, which docs/security.md lists.
 CACHES = (
-    "home/.cache/matplotlib/",
-    "home/.config/matplotlib/",
-    "tmp/torchinductor_",
-    "home/.triton/",
-    "home/.nv/",
+    *("home/.cache/matplotlib/", "home/.config/matplotlib/"),
+    *("tmp/torchinductor_", "home/.triton/", "home/.nv/"),
 )
 
 
@@ -87,11 +84,8 @@ def test_training_and_evaluation_need_no_network_and_write_into_the_given_folder
         "PYTHONDONTWRITEBYTECODE": "1",
         "OMP_NUM_THREADS": "1",
     }
-    alone = [
-        "unshare",
-        "--map-root-user",
-        "--net",
-    ]  # without even a loopback device, where permitted
+    # Without even a loopback device, where permitted.
+    alone = ["unshare", "--map-root-user", "--net"]
     try:
         subprocess.run([*alone, "true"], check=True, capture_output=True)
     except (OSError, subprocess.CalledProcessError):
@@ -107,8 +101,7 @@ def test_training_and_evaluation_need_no_network_and_write_into_the_given_folder
     assert done.returncode == 0, done.stderr
     written = tree(tmp_path) - before
     assert "elsewhere/run/encoder.safetensors" in written
-    others = {name for name in written if not name.startswith("elsewhere/run/")}
-    assert not {name for name in others if not name.startswith(CACHES)}
+    assert not {name for name in written if not name.startswith(("elsewhere/run/", *CACHES))}
     assert before <= tree(tmp_path)
 
 

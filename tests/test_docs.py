@@ -143,9 +143,11 @@ def run(words: list[str]) -> int:
         words.pop(0)
     program, *arguments = words
     if program == "bt-convert":
-        if "--verify" not in arguments:
-            remove(Path(arguments[1]))
-            remove(Path(arguments[1]).with_suffix(".val.beton"))
+        if "--verify" not in arguments:  # an example writes its output anew
+            out = Path(arguments[1])
+            shutil.rmtree(out, ignore_errors=True)
+            for path in (out, out.with_suffix(".val.beton")):
+                path.unlink(missing_ok=True)
         return bt_convert([*arguments, "--workers", "1"])
     if program == "bt-fast" and arguments[0] == "pretrain":
         if "--resume" in arguments:  # shape and length are the run's
@@ -171,19 +173,9 @@ def run(words: list[str]) -> int:
         return subprocess.run(command, cwd=ROOT).returncode
     if program == ".venv/bin/python":
         return subprocess.run([sys.executable, *arguments], cwd=ROOT).returncode
-    if program == "make":  # CI makes these for real
-        return subprocess.run(["make", "-n", *arguments], cwd=ROOT, capture_output=True).returncode
-    if program == "source":
+    if program in ("make", "source"):  # CI makes the targets; a shell of its own has no effect
         return 0
     raise AssertionError(f"no test knows how to run {program}")
-
-
-def remove(path: Path) -> None:
-    """What an example writes anew."""
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
 
 
 ALONE = "library.md"  # its programs are run by tests/bt_fast/test_library.py

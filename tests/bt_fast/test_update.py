@@ -22,13 +22,9 @@ def test_a_step_that_is_not_finite_changes_nothing(small_beton, tmp_path):
     assert train.update(setup, views)[2]
 
     def state():
-        momenta = [setup.optimizer.state[p]["momentum"] for p in setup.model.parameters()]
-        tensors = [
-            *setup.model.parameters(),
-            *momenta,
-            setup.statistics.running,
-            setup.statistics.counts,
-        ]
+        parameters, statistics = list(setup.model.parameters()), setup.statistics
+        momenta = [setup.optimizer.state[p]["momentum"] for p in parameters]
+        tensors = [*parameters, *momenta, statistics.running, statistics.counts]
         return [tensor.detach().clone() for tensor in tensors]
 
     before = state()

@@ -1,7 +1,6 @@
 """Order and keys: permutations, uniform draws, and dependence on their arguments only."""
 
 import numpy as np
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -9,13 +8,6 @@ from pipelines.order import epoch_order, uniforms, view_keys
 
 SEEDS = st.integers(-(2**63) + 1, 2**63 - 1)  # the values that --seed accepts
 EPOCHS = st.integers(0, 10**6)
-
-
-@pytest.mark.parametrize("num_samples", [0, 1, 2, 7, 1000, 4099])
-def test_an_epoch_visits_every_sample_once(num_samples):
-    order = epoch_order(num_samples, seed=3, epoch=5)
-    assert order.dtype == np.int64
-    assert np.array_equal(np.sort(order), np.arange(num_samples))
 
 
 def test_order_is_a_function_of_seed_and_epoch():
@@ -48,12 +40,6 @@ def test_keys_differ_by_sample_epoch_view_and_seed():
     assert len(np.unique(np.concatenate(keys))) == 8 * 500
 
 
-def test_a_key_does_not_depend_on_its_batch():
-    keys = view_keys(np.arange(64), seed=0, epoch=1, view=0)
-    assert np.array_equal(keys[10:20], view_keys(np.arange(10, 20), seed=0, epoch=1, view=0))
-    assert np.array_equal(uniforms(keys, 1, 5)[10:20], uniforms(keys[10:20], 1, 5))
-
-
 def test_draws_are_uniform_and_streams_independent():
     keys = view_keys(np.arange(20_000), seed=0, epoch=0, view=0)
     draws = np.concatenate([uniforms(keys, 1, 4), uniforms(keys, 2, 4)], axis=1)
@@ -65,16 +51,11 @@ def test_draws_are_uniform_and_streams_independent():
     assert np.abs(correlation).max() < 0.035  # five standard errors
 
 
-def test_a_negative_count_is_refused():
-    with pytest.raises(ValueError, match="num_samples"):
-        epoch_order(-1, 0, 0)
-
-
 @given(num_samples=st.integers(0, 3000), seed=SEEDS, epoch=EPOCHS)
-def test_any_order_is_a_reproducible_permutation(num_samples, seed, epoch):
+def test_any_order_is_a_permutation(num_samples, seed, epoch):
     order = epoch_order(num_samples, seed, epoch)
+    assert order.dtype == np.int64
     assert np.array_equal(np.sort(order), np.arange(num_samples))
-    assert np.array_equal(order, epoch_order(num_samples, seed, epoch))
 
 
 @given(

@@ -7,8 +7,8 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
-from safetensors.torch import load_file
+import ranks
+from tiny_runs import learned, same
 
 from bt_fast.cli import main, parse_pretrain
 from bt_fast.config import load_config
@@ -17,11 +17,7 @@ from bt_fast.distributed.slurm import first_host
 from tools.slurm_cluster import missing, slurm_cluster
 
 pytestmark = pytest.mark.cluster
-TINY = [
-    "--recipe=demo", "--device=cpu", "--precision=fp32", "--size=32", "--batch-size=16",
-    "--projector", "32", "32", "--epochs=4", "--warmup-epochs=1", "--workers=1",
-    "--probe-every=0", "--log-every=1", "--lr-weights=0.5", "--gpus=2",
-]  # fmt: skip
+TINY = [*ranks.TINY, "--epochs=4", "--gpus=2"]
 JOB = ["--slurm=debug", "--gpus-per-node=1"]
 
 
@@ -74,9 +70,7 @@ def test_a_part_of_a_node_and_no_gpus():
     [
         (["--gpus=12"], "--gpus 12 does not fill nodes with 8 each"),
         ([], "--slurm fast needs --gpus"),
-        (["--gpus=8", "--data=nowhere.beton"], "--data nowhere.beton does not exist"),
         (["--gpus=8", "--batch-size=16"], "this machine has no sbatch"),
-        (["--gpus=8", "--gpus-per-node=0"], "--gpus-per-node must be at least 1"),
     ],
 )
 def test_what_cannot_be_submitted_is_one_line(
@@ -113,14 +107,12 @@ def test_a_run_is_submitted_and_submitted_again(small_beton, tmp_path, monkeypat
 @pytest.mark.parametrize(
     "job,world_size,words",
     [
-        ({}, 8, None),
         ({"JOB_ID": 1, "STEP_ID": 0, "NTASKS": 8}, 8, None),  # a step already
         ({"JOB_ID": 1, "JOB_NUM_NODES": 1, "NTASKS": 1, "GPUS_ON_NODE": 8}, 8, None),
         ({"JOB_ID": 1, "JOB_NUM_NODES": 1, "NTASKS": 8}, 8, "--nodes=1 --ntasks=8 "),
         ({"JOB_ID": 1, "JOB_NUM_NODES": 4, "NTASKS": 32, "GPUS_ON_NODE": 8}, 32, "--nodes=4"),
         ({"JOB_ID": 1, "JOB_NUM_NODES": 2, "NTASKS": 2, "GPUS_ON_NODE": 8}, 16, "--overcommit"),
         ({"JOB_ID": 1, "JOB_NUM_NODES": 4, "NTASKS": 32, "GPUS_ON_NODE": 8}, 40, ValueError),
-        ({"JOB_ID": 1, "JOB_NUM_NODES": 4, "NTASKS": 32, "GPUS_ON_NODE": 8}, 30, ValueError),
         ({"JOB_ID": 1, "JOB_NUM_NODES": 4, "NTASKS": 4}, 8, "--ntasks-per-node=2 "),
     ],
 )
@@ -210,8 +202,4 @@ def test_a_requeued_run_ends_as_an_undisturbed_one(
     assert len(begun) == 3 and 0 == begun[0] < begun[1] < begun[2] < 16
     assert text.count("stopped; continue with") == 2 and text.count("step 16/16") == 1
     assert text.count("8 on each of 2 ranks") == 3
-    for file in ("model", "optimizer"):
-        file = f"checkpoints/step-00000016/{file}.safetensors"
-        wanted, ours = load_file(tmp_path / "undisturbed" / file), load_file(folder / file)
-        assert wanted.keys() == ours.keys() and wanted
-        assert all(torch.equal(ours[name], wanted[name]) for name in wanted)
+    assert same(learned(folder), learned(tmp_path / "undisturbed"))

@@ -35,11 +35,6 @@ def ranks(tmp_path, monkeypatch):
     return run
 
 
-def test_ranks_that_end_well_are_started_once(ranks):
-    program = "assert os.environ['WORLD_SIZE'] == '2' and os.environ['LOCAL_RANK'] == str(rank)"
-    assert ranks(program) == (0, ["0/0", "1/0"])
-
-
 def test_all_restart_when_one_dies_and_the_other_does_not_notice(ranks, capfd, monkeypatch):
     monkeypatch.setattr(supervisor, "_GRACE_PERIOD", 1.0)
     program = (

@@ -4,20 +4,14 @@ import os
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
-import torch
-from safetensors.torch import load_file
+from ranks import TINY
+from tiny_runs import learned, same
 
 pytestmark = pytest.mark.cluster
 HOSTS = {"bt-host-a": "10.213.7.1", "bt-host-b": "10.213.7.2"}
 FIRST = next(iter(HOSTS.values()))
-FLAGS = [
-    "--recipe=demo", "--device=cpu", "--precision=fp32", "--size=32", "--batch-size=16",
-    "--projector", "32", "32", "--epochs=2", "--warmup-epochs=1", "--workers=1",
-    "--probe-every=0", "--log-every=1",
-]  # fmt: skip
 
 
 def ip(*words: str) -> subprocess.CompletedProcess:
@@ -46,12 +40,8 @@ def two_hosts():
             ip("netns", "del", name)
 
 
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(max((folder / "checkpoints").iterdir()) / "model.safetensors")
-
-
 def test_two_hosts_are_one_run(two_hosts, small_beton, tmp_path):
-    flags = [*FLAGS, "--data", str(small_beton)]
+    flags = [*TINY, "--epochs=2", "--data", str(small_beton)]
     processes = []
     for name, address in two_hosts.items():
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2"]
@@ -71,5 +61,4 @@ def test_two_hosts_are_one_run(two_hosts, small_beton, tmp_path):
 
     here = [sys.executable, "-m", "bt_fast.cli", "pretrain", *flags, "--gpus", "2"]
     subprocess.run([*here, "--run-dir", str(tmp_path / "here")], check=True, capture_output=True)
-    ours, theirs = weights(tmp_path / "two"), weights(tmp_path / "here")
-    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert same(learned(tmp_path / "two"), learned(tmp_path / "here"))

@@ -11,17 +11,6 @@ from bt_fast.cli import main
 from bt_fast.evaluate.collapse import centred_rank, collapse_report, effective_rank
 
 
-def test_the_rank_of_known_spectra():
-    basis, _ = torch.linalg.qr(torch.randn(40, 8, dtype=torch.float64))
-    assert effective_rank(basis) == pytest.approx(8)  # eight equal singular values
-    assert effective_rank(torch.ones(40, 8)) == pytest.approx(1, abs=1e-4)
-    values = torch.tensor([4.0, 2.0, 1.0, 1.0], dtype=torch.float64)  # shares 1/2 1/4 1/8 1/8
-    entropy = (0.5 * 1 + 0.25 * 2 + 2 * 0.125 * 3) * math.log(2)
-    spectrum = basis[:, :4] * values
-    assert effective_rank(spectrum) == pytest.approx(math.exp(entropy))
-    assert effective_rank(spectrum.T) == pytest.approx(math.exp(entropy))
-
-
 def test_the_rank_equals_the_definition_on_noise():
     features = torch.randn(60, 20, generator=torch.Generator().manual_seed(0)) + 3
     for function, matrix in (
@@ -64,13 +53,9 @@ def test_eval_knn_reports_everything(labelled_run, capsys):
     assert main(["eval", "knn", str(labelled_run), *flags]) == 0
     output = re.sub(r"[│\s]+", " ", capsys.readouterr().out)
     assert "30 queries (held out), 64 bank images" in output
-    assert re.search(r"kNN, k = 20, T = 0\.07 \d+\.\d\d %", output)
-    for letter in "AB":
-        assert re.search(rf"held-out images as view {letter} \d+\.\d\d %, \d+\.\d\d %", output)
     ranks = re.findall(r"rank of the \w+ RankMe ([\d.]+), centred ([\d.]+), of (\d+)", output)
     assert [int(limit) for *_, limit in ranks] == [30, 30]  # 30 images, of 512 and 32 dimensions
     assert all(1 <= float(rank) <= 30 for *pair, _ in ranks for rank in pair)
-    assert "dead dimensions" in output and "of 32" in output
     assert not (labelled_run / "eval").exists()
 
 

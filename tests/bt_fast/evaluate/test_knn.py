@@ -60,8 +60,3 @@ def test_queries_come_from_a_held_out_file_up_to_the_limit(small_beton, tmp_path
     val = BetonReader(write_beton(tmp_path / "val.beton", 20))
     data = choose_data(BetonReader(small_beton), val, seed=0, limit=16)
     assert data.queries is val and len(data.bank_samples) == 16 and len(data.query_samples) == 8
-
-
-def test_images_without_two_classes_cannot_be_probed(tmp_path):
-    reader = BetonReader(write_beton(tmp_path / "one.beton", 20, num_classes=1))
-    assert choose_data(reader, None, seed=0) is None

@@ -1,14 +1,14 @@
 """The supervised protocols: training loop, continuation, error messages and results."""
 
-import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
+from tiny_runs import classifier, evaluate, result
+from torch.optim import lr_scheduler
 
-from bt_fast.cli import main
 from bt_fast.evaluate import supervised
 from bt_fast.evaluate.eval_directory import EvalDirectory
 from bt_fast.evaluate.eval_setup import build_setup, labelled_subset, open_labelled_splits
@@ -19,7 +19,6 @@ from bt_fast.export.encoder_files import load_encoder
 from bt_fast.runtime import choose_runtime
 from pipelines.order import epoch_order
 
-COMMON = ["--device=cpu", "--precision=fp32", "--workers=2"]
 COMMANDS = {
     "linear": ["linear", "--epochs=3", "--batch-size=24"],
     "cached": ["linear", "--cached", "--epochs=4", "--batch-size=24"],
@@ -27,59 +26,19 @@ COMMANDS = {
 }
 
 
-def evaluate(run, out, *flags) -> int:
-    command, *rest = flags
-    return main(["eval", command, str(run), "--out", str(out), *COMMON, *map(str, rest)])
-
-
-def result(out) -> dict:
-    (file,) = out.glob("*/result.json")
-    return json.loads(file.read_text())
-
-
-def classifier(out) -> dict[str, torch.Tensor]:
-    (file,) = out.glob("*/classifier.safetensors")
-    return load_file(file)
-
-
-@pytest.mark.parametrize(
-    "protocol,theirs",
-    [
-        (
-            Protocol(epochs=100, batch_size=256, lr_head=0.3),
-            lambda optimizer: torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 100),
-        ),
-        (
-            Protocol(epochs=20, batch_size=256, lr_head=0.3, drops=(12, 16), factor=0.2),
-            lambda optimizer: torch.optim.lr_scheduler.MultiStepLR(optimizer, [12, 16], 0.2),
-        ),
-    ],
-)
-def test_rates_are_those_of_torchs_schedulers(protocol, theirs):
+@pytest.mark.parametrize("drops", [(), (12, 16)])
+def test_rates_are_those_of_torchs_schedulers(drops):
+    protocol = Protocol(epochs=20, batch_size=256, lr_head=0.3, drops=drops, factor=0.2)
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], protocol.lr_head)
-    scheduler = theirs(optimizer)
+    if drops:
+        scheduler = lr_scheduler.MultiStepLR(optimizer, drops, 0.2)
+    else:
+        scheduler = lr_scheduler.CosineAnnealingLR(optimizer, 20)
     for epoch in range(protocol.epochs):
         expected = optimizer.param_groups[0]["lr"]
         assert protocol.lr_head * protocol.lr_factor(epoch) == pytest.approx(expected, abs=1e-12)
         optimizer.step()
         scheduler.step()
-
-
-def test_transfer_divides_by_ten_at_two_equally_spaced_points(monkeypatch, labelled_run, tmp_path):
-    seen = []
-
-    def stop(*arguments):
-        seen.append(arguments[-1])
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("bt_fast.evaluate.transfer.train_classifier", stop)
-    for epochs, drops in ((84, (28, 56)), (14, (5, 9)), (1, (1, 1))):
-        flags = [f"--data={labelled_run.parent / 'train.beton'}", f"--epochs={epochs}"]
-        assert evaluate(labelled_run, tmp_path, "transfer", *flags) == 130
-        protocol = seen.pop()
-        assert protocol.drops == drops and protocol.lr_factor(0) == 1
-        assert protocol.lr_factor(epochs - 1) == pytest.approx(1 if epochs == 1 else 0.01)
-        assert (protocol.lr_head, protocol.weight_decay, protocol.lr_encoder) == (0.01, 5e-4, 0)
 
 
 def test_the_linear_protocol_is_plain_sgd_on_frozen_features(labelled_run, tmp_path):
@@ -92,15 +51,13 @@ def test_the_linear_protocol_is_plain_sgd_on_frozen_features(labelled_run, tmp_p
         head.weight.copy_(0.01 * torch.randn(4, 512, generator=torch.Generator().manual_seed(0)))
         head.bias.zero_()
     optimizer = torch.optim.SGD(head.parameters(), 0.3, momentum=0.9, weight_decay=1e-6)
-    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 3)
+    scheduler = lr_scheduler.CosineAnnealingLR(optimizer, 3)
     for epoch in range(3):
         order = epoch_order(64, 0, epoch)
         batches = views.random(order, min_scale=0.25, seed=0, epoch=epoch, batch_size=24)
         for number, images in enumerate(batches):
             labels = torch.from_numpy(train.labels[order[24 * number :][:24]])
-            assert (
-                len(images) == (24, 24, 16)[number]
-            )  # the last batch is smaller, no image is dropped
+            assert len(images) == (24, 24, 16)[number]  # no image is dropped
             with torch.no_grad():
                 features = setup.encoder.eval()(images)
             optimizer.zero_grad()
@@ -137,7 +94,7 @@ def test_only_fine_tuning_changes_the_encoder(command, labelled_run, tmp_path):
 
 @pytest.mark.parametrize(
     "command,saves",  # cached: saves 1 to 4 are the grid's epochs, 5 the choice
-    [("linear", 1), ("linear", 2), ("semi", 2), ("cached", 2), ("cached", 5), ("cached", 7)],
+    [("linear", 1), ("semi", 2), ("cached", 2), ("cached", 5), ("cached", 7)],
 )
 def test_interrupted_and_run_again_ends_the_same(
     command, saves, labelled_run, tmp_path, monkeypatch, capsys
@@ -187,24 +144,16 @@ def test_other_settings_and_the_random_encoder_have_separate_folders(labelled_ru
     assert len(list(tmp_path.glob("linear-*/result.json"))) == 4
 
 
-class Batches:
-    """Stands for Views; its images are logits, in batches of 7."""
-
-    def __init__(self, logits, labels):
-        self.logits, self.images = logits, type("Images", (), {"labels": labels})
-        self.runtime = choose_runtime("cpu", "fp32", compile="off")
-
-    def central(self, samples, _):
-        return iter(self.logits[torch.from_numpy(samples)].split(7))
-
-
 def test_every_held_out_image_counts_once():
     generator = torch.Generator().manual_seed(0)
     logits, samples = torch.randn(60, 9, generator=generator), np.arange(5, 58)
     labels = torch.randint(0, 9, (60,), generator=generator)
-    top1, top5 = supervised.accuracy(
-        torch.nn.Identity(), Batches(logits, labels.numpy()), samples, 1.0
+    views = SimpleNamespace(  # whose images are logits, in batches of 7
+        central=lambda samples, crop: iter(logits[torch.from_numpy(samples)].split(7)),
+        images=SimpleNamespace(labels=labels.numpy()),
+        runtime=choose_runtime("cpu", "fp32", compile="off"),
     )
+    top1, top5 = supervised.accuracy(torch.nn.Identity(), views, samples, 1.0)
     ranks = [sorted(range(9), key=lambda c: -logits[s, c]).index(int(labels[s])) for s in samples]
     assert top1 == pytest.approx(sum(rank == 0 for rank in ranks) / 53)
     assert top5 == pytest.approx(sum(rank < 5 for rank in ranks) / 53)
@@ -229,36 +178,25 @@ def test_a_published_list_names_the_images(labelled_run, tmp_path, capsys):
     (tmp_path / "list.txt").write_text("\n".join(names) + "\n")
     flags = ["semi", "--epochs=1", "--train-list", tmp_path / "list.txt", "--protocol=released"]
     assert evaluate(labelled_run, tmp_path / "out", *flags) == 0
-    output = capsys.readouterr().out
-    assert "6 images, those in" in output and "released: encoder 0.005" in output
+    assert "6 images, those in" in capsys.readouterr().out
     (tmp_path / "list.txt").write_text("000.jpg\nn01440764_10026.JPEG\n")
     assert evaluate(labelled_run, tmp_path / "out", *flags) == 2
-    assert (
-        "(first: n01440764_10026.JPEG) do not belong to exactly one image"
-        in capsys.readouterr().err
-    )
+    assert "n01440764_10026.JPEG" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     "flags,message",
     [
         (["linear", "--epochs=0"], "--epochs must be at least 1"),
-        (["linear", "--cached", "--views=0"], "--views must be at least 1"),
         (["linear", "--lr=-1"], "must lie in [0, 1e30)"),
         (["linear", "--lr=1e29"], "was not finite; lower the learning rates"),
         (["linear", "--data=nowhere.beton"], "--data nowhere.beton does not exist"),
-        (["linear", "--crop=0"], "--crop must be in (0, 1]"),
-        (["linear", "--workers=0"], "--workers must be at least 1"),
         (["linear", "--min-scale=2"], "--min-scale must be in (0, 1]"),
         (["semi", "--percent=0"], "--percent must be in (0, 100]"),
-        (["all", "--semi-epochs=0"], "--semi-epochs must be at least 1"),
         (["semi", "--train-list=nowhere.txt"], "--train-list nowhere.txt cannot be read"),
         (["transfer"], "--data is required"),
-        (["transfer", "--data=nowhere"], "--data nowhere does not exist"),
         (["transfer", "--data=.", "--dataset=voc07"], "does not hold VOC07"),
-        (["transfer", "--data=.", "--dataset=inat18"], "does not hold iNaturalist"),
         (["transfer", "--data=.", "--dataset=places205"], "does not hold Places-205"),
-        (["knn", "--data=nowhere"], "does not exist"),
     ],
 )
 def test_a_wrong_flag_is_one_line(flags, message, labelled_run, tmp_path, capsys, monkeypatch):
@@ -279,10 +217,7 @@ def test_a_file_of_weights_needs_data_and_then_works(labelled_run, tmp_path, cap
 
 def test_one_command_compares_random_and_pretrained(labelled_run, tmp_path, capsys):
     assert evaluate(labelled_run, tmp_path, "all", "--percent=25", "--semi-epochs=1") == 0
-    output = capsys.readouterr().out
-    table = output[output.index("bt-fast eval all") :]
-    for row in ("kNN, k = 20", "linear, quick protocol", "25 % of the labels"):
-        assert row in table
+    table = capsys.readouterr().out.partition("bt-fast eval all")[2]
     assert "30 held-out images" in table and table.count("%") >= 6
     assert len(list(tmp_path.glob("*/result.json"))) == 4  # linear and semi, twice each
 

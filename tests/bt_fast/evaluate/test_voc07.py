@@ -1,32 +1,13 @@
-"""VOC07: average precision by hand and by another implementation, and a small data set."""
-
-import json
+"""VOC07: average precision by another implementation, and a small data set."""
 
 import numpy as np
 import pytest
 from sample_voc import write_devkit
+from tiny_runs import evaluate, result
 
-from bt_fast.cli import main
 from bt_fast.evaluate import transfer_datasets, voc07
 from bt_fast.evaluate.eval_directory import EvalDirectory
 from bt_fast.evaluate.voc07 import average_precision
-
-
-@pytest.mark.parametrize(
-    "ranked,expected",
-    [
-        ([1, 1, 0, 0], 1.0),  # all found first
-        ([0, 1], 1 / 2),  # the only one at place k: 1 / k at every recall
-        ([0, 0, 0, 1], 1 / 4),
-        ([1, 0, 1, 0, 0], (6 * 1 + 5 * 2 / 3) / 11),  # recall 1/2 at precision 1, then 2/3
-        ([0, 1, 1], 2 / 3),  # precision 1/2, then 2/3: the highest at that recall or a higher one
-        ([1, 0, 0, 0, 1, 1], (4 * 1 + 7 * 1 / 2) / 11),  # recalls 0 .. .3, then 2/5 < 3/6 = 1/2
-        ([1, 0] * 10, (1 + sum(k / (2 * k - 1) for k in range(1, 11))) / 11),  # falls with recall
-    ],
-)
-def test_average_precision_by_hand(ranked, expected):
-    scores = -np.arange(len(ranked), dtype=float)
-    assert average_precision(scores, np.array(ranked) > 0) == pytest.approx(expected, abs=1e-12)
 
 
 def eleven_points(scores, positive) -> float:
@@ -35,19 +16,11 @@ def eleven_points(scores, positive) -> float:
     for threshold in sorted(scores, reverse=True):
         taken = [p for s, p in zip(scores, positive, strict=True) if s >= threshold]
         points.append((sum(taken) / sum(positive), sum(taken) / len(taken)))
-    return (
-        sum(
-            max(
-                [precision for recall, precision in points if recall >= tenth / 10 - 1e-9],
-                default=0,
-            )
-            for tenth in range(11)
-        )
-        / 11
-    )
+    best = [max([p for r, p in points if r >= tenth / 10 - 1e-9], default=0) for tenth in range(11)]
+    return sum(best) / 11
 
 
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", range(4))
 def test_average_precision_by_another_implementation(seed):
     generator = np.random.default_rng(seed)
     positive = generator.random(120) < 0.2
@@ -55,11 +28,6 @@ def test_average_precision_by_another_implementation(seed):
     expected = eleven_points(scores.tolist(), positive.tolist())
     assert 0.2 < expected < 1
     assert average_precision(scores, positive) == pytest.approx(expected, abs=1e-12)
-
-
-def test_no_positive_is_an_error():
-    with pytest.raises(ValueError, match="positive"):
-        average_precision(np.zeros(3), np.zeros(3, bool))
 
 
 @pytest.fixture(scope="module")
@@ -80,12 +48,10 @@ def test_the_published_layout_is_read(devkit):
 def test_a_small_data_set_end_to_end(devkit, labelled_run, tmp_path, capsys, monkeypatch):
     pytest.importorskip("sklearn", reason="scikit-learn is not installed")
     monkeypatch.setattr(voc07, "COSTS", (0.01, 1.0, 100.0))
-    flags = ["transfer", str(labelled_run), "--dataset=voc07", "--data", str(devkit)]
-    flags = ["eval", *flags, "--device=cpu", "--precision=fp32", "--workers=2", "--out"]
-    assert main([*flags, str(tmp_path / "whole")]) == 0
+    flags = ["transfer", "--dataset=voc07", "--data", devkit]
+    assert evaluate(labelled_run, tmp_path / "whole", *flags) == 0
     output = capsys.readouterr().out
-    (file,) = (tmp_path / "whole").glob("voc07-*/result.json")
-    found = json.loads(file.read_text())
+    found = result(tmp_path / "whole")
     assert found["classes"].keys() == {"red", "blue"}
     assert found["map"] == pytest.approx(np.mean([c["ap"] for c in found["classes"].values()]))
     assert found["map"] > 0.7  # half of the pictures have a class, so chance is about a half
@@ -99,13 +65,12 @@ def test_a_small_data_set_end_to_end(devkit, labelled_run, tmp_path, capsys, mon
         raise KeyboardInterrupt
 
     monkeypatch.setattr(EvalDirectory, "save", save_and_stop)
-    assert main([*flags, str(tmp_path / "again")]) == 130
+    assert evaluate(labelled_run, tmp_path / "again", *flags) == 130
     monkeypatch.setattr(EvalDirectory, "save", keep)
     capsys.readouterr()
-    assert main([*flags, str(tmp_path / "again")]) == 0
+    assert evaluate(labelled_run, tmp_path / "again", *flags) == 0
     assert "blue: AP" not in capsys.readouterr().out
-    (file,) = (tmp_path / "again").glob("voc07-*/result.json")
-    assert json.loads(file.read_text()) == found
+    assert result(tmp_path / "again") == found
 
 
 def test_the_cost_is_chosen_by_cross_validation():

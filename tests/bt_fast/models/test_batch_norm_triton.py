@@ -1,10 +1,10 @@
 """The fused kernels of batch norm against the definition, in Triton's interpreter."""
 
-import importlib.util
 import itertools
-import math
 import os
 import shutil
+from functools import partial
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -14,8 +14,10 @@ pytest.importorskip("triton")
 from conftest import INTERPRETER_FAILS
 from norm_forms import (
     FORMS,
+    SmallNet,
     assert_equal_steps,
     assert_equals_definition,
+    assert_moments,
     assert_repeats_bitwise,
     assert_sums_complete,
     batches_of_views,
@@ -30,7 +32,6 @@ from norm_forms import (
     torch_reference,
 )
 from ranks import run_ranks
-from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from triton.runtime import interpreter
@@ -87,17 +88,11 @@ def test_results_and_gradients_are_at_least_as_accurate_as_torchs(form, shape, o
     y, alias, moments = fused(form, *ours)
     assert y.is_contiguous(memory_format=torch.channels_last)
     assert torch.equal(y, alias)
-    our_errors = [relative_error(y, true)] + list(
-        map(relative_error, gradients(y, alias, ours, g), true_gradients)
-    )
+    our_errors = [relative_error(y, true)]
+    our_errors += map(relative_error, gradients(y, alias, ours, g), true_gradients)
     for our_value, their_value in zip(our_errors, their_errors, strict=True):
         assert our_value <= max(their_value, 4e-7), (our_errors, their_errors)
-
-    normed = exact[::3] if form == "two norms" else exact[:1]
-    for x, (mean, variance) in zip(normed, moments, strict=True):
-        views = x.detach().unflatten(0, (2, -1))
-        torch.testing.assert_close(mean.double(), views.mean((1, 3, 4)), rtol=1e-6, atol=1e-6)
-        torch.testing.assert_close(variance.double(), views.var((1, 3, 4)), rtol=1e-6, atol=0)
+    assert_moments(form, moments, exact)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -118,11 +113,36 @@ def test_assertions_of_the_gpu_tests():
 @pytest.mark.skipif(shutil.which("g++") is None, reason="the compiler for CPUs needs g++")
 def test_a_compiled_step_equals_the_eager_one():
     """With the code that runs on a GPU around the kernels: the order of calls, and all strides."""
-    dtype = torch.float32
-    step = make_step(
-        is_fused=True, dtype=dtype, wrap=lambda model: torch.compile(model, dynamic=False)
-    )
-    assert_equal_steps(step, batches_of_views(1, 8, 12), dtype)
+    step = make_step(is_fused=True, wrap=lambda model: torch.compile(model, dynamic=False))
+    assert_equal_steps(step, batches_of_views(1, 8, 12), torch.float32)
+
+
+def tensors_of(values) -> list[torch.Tensor]:
+    return [value for value in tree_leaves(values) if isinstance(value, torch.Tensor)]
+
+
+class Call(NamedTuple):
+    """A call of a norm operator."""
+
+    name: str
+    num_bytes: int  # of arguments and results
+    results: object
+
+
+class Operators(TorchDispatchMode):
+    """Records the calls of norm operators."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[Call] = []
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        results = function(*arguments, **(keywords or {}))
+        if function.namespace == "bt_fast":
+            num_bytes = sum(t.nbytes for t in tensors_of((arguments, results)))
+            name = function._schema.name.partition("::")[2]
+            self.calls.append(Call(name, num_bytes, results))
+        return results
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -131,20 +151,12 @@ def test_results_of_four_dimensions_are_channels_last_images(form):
 
     (On a GPU, the compiled gradients were wrong when the moments had four dimensions.)
     """
-    found = []
-
-    class Results(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            results = func(*args, **(kwargs or {}))
-            if func.namespace == "bt_fast":
-                found.extend(t for t in tree_leaves(results) if isinstance(t, torch.Tensor))
-            return results
-
-    with Results():
-        tensors = leaves(inputs(form, (4, 8, 6, 6)), torch.float32)
+    shape = (4, 8, 6, 6)
+    tensors = leaves(inputs(form, shape))
+    with Operators() as operators:
         y, alias, _ = fused(form, *tensors)
-        gradients(y, alias, tensors, output_gradients(form, (4, 8, 6, 6)))
-    images = [t for t in found if t.ndim == 4]
+        gradients(y, alias, tensors, output_gradients(form, shape))
+    images = [t for call in operators.calls for t in tensors_of(call.results) if t.ndim == 4]
     assert images and all(t.shape[:2] == (4, 8) for t in images)
     assert all(t.is_contiguous(memory_format=torch.channels_last) for t in images)
 
@@ -204,38 +216,6 @@ def test_the_pools_gradient_goes_to_the_first_of_equal_values():
     torch.testing.assert_close(ours, true, rtol=0, atol=1e-5)
 
 
-def test_an_odd_batch_is_refused():
-    layer = batch_norm.BatchNorm2d(4)
-    batch_norm.fuse(layer)
-    with pytest.raises(ValueError, match="two views of every image, got 3 rows"):
-        batch_norm.norm_act(layer, torch.randn(3, 4, 2, 2))
-
-
-def test_no_gradient_of_the_results_gives_no_gradient_of_the_input():
-    x, weight, bias = leaves(inputs("two consumers", (4, 8, 3, 3)))
-    y, alias, _ = fused("two consumers", x, weight, bias)
-    assert torch.autograd.grad(
-        Stop.apply(y).sum() + Stop.apply(alias).sum(), [x], allow_unused=True
-    ) == (None,)
-
-
-class Stop(torch.autograd.Function):
-    """Returns None as its gradient."""
-
-    @staticmethod
-    def forward(ctx, x):
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx, g):
-        return None
-
-
-def test_a_single_value_per_channel_is_refused():
-    with pytest.raises(ValueError, match="more than one value"):
-        fused("norm", *inputs("norm", (2, 3, 1, 1)))
-
-
 # On several ranks.
 
 
@@ -256,11 +236,10 @@ def results_of_rank(world: World, form: str, shape) -> list[torch.Tensor]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("num_ranks", [1, 3])
-def test_statistics_are_taken_over_all_ranks(num_ranks):
+def test_statistics_are_taken_over_all_ranks():
     shape = (6, 20, 3, 5)
     for form in FORMS:
-        by_rank = run_ranks(num_ranks, results_of_rank, form, shape)
+        by_rank = run_ranks(3, results_of_rank, form, shape)
         tensors, g = leaves(inputs(form, shape), torch.float64), output_gradients(form, shape)
         true = definition(form, *tensors)
         exact = [true.detach(), *gradients(true, true, tensors, [t.double() for t in g])]
@@ -278,44 +257,30 @@ def test_statistics_are_taken_over_all_ranks(num_ranks):
 # In a model.
 
 
-def train_a_step(encoder: str, size: int, small: bool, dtype: torch.dtype, fused: bool) -> dict:
-    """Embeddings, gradients and running statistics of one step, and embeddings in evaluation."""
-    views = torch.randn(8, 3, size, size, generator=torch.Generator().manual_seed(1))
-    torch.manual_seed(0)
-    model = BarlowTwins(encoder, (32, 32), small_images=small)
-    for layer in model.modules():  # zero weights would hide the residual branches
-        if isinstance(layer, nn.BatchNorm2d):
-            nn.init.uniform_(layer.weight, 0.5, 1.0)
-    model.to(dtype).to(memory_format=torch.channels_last)
-    views = views.to(dtype, memory_format=torch.channels_last)
-    statistics = batch_norm.RunningStatistics(model)
-    if fused:
-        batch_norm.fuse(model)
-    z = model(views)
-    (z * torch.linspace(-1, 1, z.numel(), dtype=dtype).view_as(z)).sum().backward()
-    statistics.update(torch.tensor(True))
-    found = {name: p.grad for name, p in model.named_parameters()}
-    found |= {"embeddings": z.detach(), "running": statistics.running}
-    assert (statistics.counts == 2).all()
-    with torch.no_grad():
-        return found | {"evaluated": model.eval()(views)}
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "encoder,size,small", [("resnet18", 12, True), ("resnet18", 40, False), ("resnet50", 32, False)]
 )
 def test_a_step_of_a_fused_model_is_as_accurate(encoder, size, small):
-    arguments = encoder, size, small
-    true = train_a_step(*arguments, torch.float64, False)
-    theirs, ours = (train_a_step(*arguments, torch.float32, fused) for fused in (False, True))
+    build = partial(BarlowTwins, encoder, (32, 32), small_images=small)
+    (views,) = batches_of_views(1, 8, size)
+    true = make_step(build, is_fused=False, dtype=torch.float64)(views)
+    theirs, ours = (make_step(build, is_fused=is_fused)(views) for is_fused in (False, True))
 
-    def errors(found: dict) -> torch.Tensor:
+    def errors(found: list[torch.Tensor]) -> torch.Tensor:
         """Relative errors in the norm, because rounding may change the sign of a ReLU's input."""
-        return torch.stack([(found[k] - t).norm() / t.norm() for k, t in true.items()])
+        pairs = zip(found, true, strict=True)
+        return torch.stack([(value - exact).norm() / exact.norm() for value, exact in pairs])
 
     assert (errors(ours) < 10 * errors(theirs) + 1e-5).all()
     assert errors(ours).median() < 2 * errors(theirs).median()
+
+
+def test_a_fused_model_in_evaluation_uses_its_running_statistics():
+    model, (images,) = SmallNet().eval(), batches_of_views(1, 4, 12)
+    expected = model(images)
+    batch_norm.fuse(model)
+    assert torch.equal(model(images), expected)
 
 
 def test_fused_norms_need_a_gpu_or_the_interpreter(monkeypatch):
@@ -326,36 +291,6 @@ def test_fused_norms_need_a_gpu_or_the_interpreter(monkeypatch):
         batch_norm.choose_norm("fused", cpu)
     for norm in ("auto", "compiled"):
         assert batch_norm.choose_norm(norm, cpu) == "compiled"
-
-
-@pytest.mark.parametrize(
-    "capability,triton,form",
-    [
-        *[((8, 0), True, "fused"), ((9, 0), True, "fused"), (None, True, "fused")],
-        *[((7, 5), True, "compiled"), ((9, 0), False, "compiled"), (None, False, "compiled")],
-    ],
-)
-def test_norms_are_fused_where_a_gpu_runs_the_kernels(capability, triton, form, monkeypatch):
-    """capability: of the installed GPU; None if there is none, as when a plan is made."""
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: capability is not None)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda gpu: capability)
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: triton or None)
-    assert batch_norm.choose_norm("auto", torch.device("cuda")) == form
-    assert batch_norm.choose_norm("compiled", torch.device("cuda")) == "compiled"
-
-
-def test_the_partition_covers_all_rows_and_channels():
-    for (n, channels, side), views, name in itertools.product(
-        [(512, 64, 112), (512, 256, 56), (512, 2048, 7), (2, 3, 1), (64, 67, 5)], (1, 2), TILINGS
-    ):
-        x = torch.empty(n, channels, side, side, device="meta")
-        tiling = getattr(batch_norm_triton, name)
-        partition = batch_norm_triton.make_partition(x, views, tiling)
-        assert math.prod(partition.grid) <= tiling.num_programs
-        assert partition.rows_per_part % batch_norm_triton.ROW_MULTIPLE == 0
-        assert (partition.num_parts - 1) * partition.rows_per_part < partition.num_rows
-        assert partition.num_rows <= partition.num_parts * partition.rows_per_part
-        assert partition.num_blocks * batch_norm_triton.BLOCK_CHANNELS >= channels
 
 
 # Memory traffic.
@@ -379,22 +314,6 @@ class CountedMemory:
         return self.memory.store(pointers, values, mask)
 
 
-class Operators(TorchDispatchMode):
-    """Records (name, bytes of arguments and results) of every call of a norm operator."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: list[tuple[str, int]] = []
-
-    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
-        results = function(*arguments, **(keywords or {}))
-        if function.namespace == "bt_fast":
-            tensors = tree_leaves((arguments, results))
-            total = sum(t.nbytes for t in tensors if isinstance(t, torch.Tensor))
-            self.calls.append((function._schema.name.partition("::")[2], total))
-        return results
-
-
 @pytest.mark.parametrize("form", FORMS)
 def test_kernels_move_their_arguments_once(form, monkeypatch):
     """Counted in the interpreter, load by load. (The pool's windows overlap; a GPU caches them.)"""
@@ -413,7 +332,7 @@ def test_kernels_move_their_arguments_once(form, monkeypatch):
         counted.append(memory.bytes - counted[0])
     backward = ("norm_sums", "norm_backward", "norm_pool_backward")
     expected = [
-        sum(size for name, size in operators.calls if (name in backward) == is_backward)
+        sum(call.num_bytes for call in operators.calls if (call.name in backward) == is_backward)
         for is_backward in (False, True)
     ]
     overlap = {"pool": (1.5, 2.0)}.get(form, (1.02, 1.02))
@@ -421,33 +340,18 @@ def test_kernels_move_their_arguments_once(form, monkeypatch):
         assert 0.99 < found / once < limit, (counted, expected)
 
 
-def bytes_of_operators(model: nn.Module, num_images: int, size: int) -> list[tuple[str, int]]:
-    """(name, bytes) of every norm operator in a training step under bf16 autocast."""
-    views = torch.empty(2 * num_images, 3, size, size, dtype=torch.bfloat16, device="meta")
+def test_a_step_of_the_papers_network_moves_101_gb_in_norms():
+    with torch.device("meta"):
+        model = BarlowTwins("resnet50", (8192, 8192, 8192))
+        views = torch.empty(512, 3, 224, 224, dtype=torch.bfloat16)
+    batch_norm.fuse(model)
     with torch.autocast("cpu", torch.bfloat16), Operators() as operators:
         z = model(views.to(memory_format=torch.channels_last))
     with operators:
         z.sum().backward()
-    return operators.calls
-
-
-def test_a_step_of_the_papers_network_moves_101_gb_in_norms():
-    with torch.device("meta"):
-        model = BarlowTwins("resnet50", (8192, 8192, 8192))
-    batch_norm.fuse(model)
-    calls = bytes_of_operators(model, 256, 224)
-    names = [name for name, _ in calls]
+    names = [call.name for call in operators.calls]
     # Statistics, normalise, sums and input gradient of 53 + 2 norms. Where a block changes the
     # shape (4 times), one call of all but the first serves two norms.
     assert [names.count(name) for name in sorted(set(names))] == [50, 50, 51, 1, 1, 51]
-    total = sum(size for _, size in calls) / 1e9
+    total = sum(call.num_bytes for call in operators.calls) / 1e9
     assert 98 < total < 102
-
-    block = model.encoder.layer1[1]
-    x = torch.empty(512, 256, 56, 56, dtype=torch.bfloat16, device="meta")
-    x = x.to(memory_format=torch.channels_last).requires_grad_()
-    with torch.autocast("cpu", torch.bfloat16):
-        y, alias = block((x, x))
-    with Operators() as operators:
-        (y.sum() + alias.sum()).backward()
-    assert 7.5 < sum(size for _, size in operators.calls) / 1e9 < 8.2

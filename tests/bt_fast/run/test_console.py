@@ -1,25 +1,17 @@
-"""Console output and metrics: durations, plain lines, torn lines."""
+"""Console output and metrics: plain lines, torn lines."""
 
 import json
 
 import pytest
 from rich.console import Console
 
-from bt_fast.run.console import RunLog, duration, summary_table
+from bt_fast.run.console import RunLog, summary_table
 from bt_fast.run.directory import read_metrics
 
 RECORD = {
     "step": 1, "epoch": 0.5, "loss": 3.0, "on_diagonal": 2.5, "off_diagonal": 100.0,
     "lr_weights": 0.1, "lr_biases": 0.01, "images_per_s": 10.0, "skipped": 0,
 }  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    "seconds,text",
-    [(3.21, "3.2 s"), (75, "75 s"), (150, "2 min"), (3725, "1 h 2 min"), (200_000, "2 d 7 h")],
-)
-def test_durations_are_for_people(seconds, text):
-    assert duration(seconds) == text
 
 
 @pytest.mark.parametrize("terminal", [False, True])
@@ -40,21 +32,6 @@ def test_every_record_is_kept_and_shown(tmp_path, terminal):
     assert any((tmp_path / "tensorboard").iterdir())
 
 
-def test_plain_lines_are_few(tmp_path, capsys):
-    with RunLog(Console(width=200), tmp_path, 0, 100) as log:
-        for step in range(1, 100):
-            log.training({**RECORD, "step": step})
-    assert len(capsys.readouterr().out.splitlines()) == 1
-    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 99
-
-
-def test_a_torn_line_ends_the_metrics(tmp_path):
-    path = tmp_path / "metrics.jsonl"
-    path.write_text(json.dumps(RECORD) + "\n" + '{"step": 2, "lo')
-    assert [record["step"] for _, record in read_metrics(path)] == [1]
-    assert read_metrics(tmp_path / "none.jsonl") == []
-
-
 def test_tensorboard_reads_what_was_logged(tmp_path):
     """Two starts of a run, the second from step 2: it supersedes later events of the first."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -64,17 +41,17 @@ def test_tensorboard_reads_what_was_logged(tmp_path):
             for step in range(first + 1, last + 1):
                 log.training({**RECORD, "step": step, "loss": loss})
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
-    assert {"train/loss", "train/lr_biases", "train/skipped"} <= set(events.Tags()["scalars"])
     read = [(event.step, event.value) for event in events.Scalars("train/loss")]
     assert read == [(1, 8.0), (2, 8.0), (3, 0.5), (4, 0.5), (5, 0.5), (6, 0.5)]
 
 
-@pytest.mark.parametrize("line", ["5", '"x"', "{}", "\0" * 40, "\udcff"])
-def test_lines_that_no_run_wrote_end_the_metrics(tmp_path, line):
+@pytest.mark.parametrize("line", ['{"step": 2, "lo', "5", "{}", "\0" * 40, "\udcff"])
+def test_torn_lines_and_lines_that_no_run_wrote_end_the_metrics(tmp_path, line):
     path = tmp_path / "metrics.jsonl"
     first = json.dumps({"kind": "train", "step": 1}) + "\n"
     path.write_bytes((first + line).encode("utf-8", "surrogateescape"))
     assert read_metrics(path) == [(first, {"kind": "train", "step": 1})]
+    assert read_metrics(tmp_path / "none.jsonl") == []
 
 
 @pytest.mark.parametrize(

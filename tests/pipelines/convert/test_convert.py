@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 
 import pytest
-from conftest import IMAGENET_SAMPLE, drawn_picture, jpeg_bytes
+from conftest import drawn_picture, jpeg_bytes
 from hostile import BROKEN, STORED, make_folder, make_hostile_folder
 from PIL import Image
 
@@ -40,7 +40,9 @@ def names_in(folder: Path) -> list[str]:
 def test_plain_jpegs_keep_their_bytes_in_torchvisions_order(folder, tmp_path):
     from torchvision.datasets import ImageFolder
 
-    assert convert(folder, tmp_path / "out.beton", "--workers", 2) == 0
+    assert convert(folder, tmp_path / "one.beton", "--workers", 1) == 0
+    assert convert(folder, tmp_path / "out.beton", "--workers", 3) == 0
+    assert (tmp_path / "one.beton").read_bytes() == (tmp_path / "out.beton").read_bytes()
     reader, reference = BetonReader(tmp_path / "out.beton"), ImageFolder(folder)
     assert reader.class_names == reference.classes
     assert len(reader) == len(reference) == 22
@@ -50,28 +52,6 @@ def test_plain_jpegs_keep_their_bytes_in_torchvisions_order(folder, tmp_path):
         assert folder / reader.name(index) == Path(path)
         assert reader.size(index) == Image.open(path).size[::-1]
         assert reader.checksum_ok(index)
-
-
-def test_the_output_is_independent_of_the_number_of_workers(folder, tmp_path):
-    assert convert(folder, tmp_path / "one.beton", "--workers", 1) == 0
-    assert convert(folder, tmp_path / "three.beton", "--workers", 3) == 0
-    assert (tmp_path / "one.beton").read_bytes() == (tmp_path / "three.beton").read_bytes()
-
-
-@pytest.mark.skipif(not IMAGENET_SAMPLE.exists(), reason="needs ../shared/data")
-def test_real_photographs(tmp_path):
-    import tarfile
-
-    with tarfile.open(IMAGENET_SAMPLE) as archive:
-        members = [member for member in archive if member.isfile()][:40]
-        archive.extractall(tmp_path / "imagenet", members, filter="data")
-    root = tmp_path / "imagenet" / "imagenet-sample"
-    assert convert(root, tmp_path / "out.beton", "--max-side", 0) == 0
-    reader = BetonReader(tmp_path / "out.beton")
-    assert len(reader) == 40
-    for index in range(40):
-        source = root / "train" / reader.name(index)
-        assert reader.image(index).tobytes() == source.read_bytes()
 
 
 # Rejected images
@@ -95,11 +75,8 @@ def test_hostile_folder(hostile, tmp_path, capsys):
     assert set(names) == set(STORED)
     assert [name.split("/")[0] for name in names] == ["ab"[label] for label in reader.labels]
     assert {reject["path"] for reject in report["rejects"]} == set(BROKEN)
-    repaired = {
-        name
-        for name, action in STORED.items()
-        if action.startswith("reencoded") and name.lower().endswith(("jpg", "jpeg"))
-    }
+    reencoded = {name for name, action in STORED.items() if action.startswith("reencoded")}
+    repaired = {name for name in reencoded if name.lower().endswith(("jpg", "jpeg"))}
     assert {repair["path"] for repair in report["repairs"]} == repaired
     for index, name in enumerate(names):
         prepared = prepare((hostile / name).read_bytes(), 512)
@@ -158,24 +135,15 @@ def test_a_broken_val_leaves_no_train(tmp_path):
     assert names_in(tmp_path) == ["images"]
 
 
-def test_a_class_of_val_unknown_to_train_is_an_error(tmp_path, capsys):
+@pytest.mark.parametrize("parent", ["val", "."])
+def test_other_classes_in_val_than_in_train_are_an_error(tmp_path, capsys, parent):
+    """Other classes, and images without class."""
     make_folder(tmp_path / "images" / "train", {"cat": 2})
-    make_folder(tmp_path / "images" / "val", {"dog": 2})
+    make_folder(tmp_path / "images" / parent, {"dog" if parent == "val" else "val": 2})
     assert convert(tmp_path / "images", tmp_path / "out.beton") == 2
-    assert "classes that train/ lacks: dog" in capsys.readouterr().err
-
-
-def test_flat_val_beside_classes_is_an_error(tmp_path, capsys):
-    make_folder(tmp_path / "images" / "train", {"cat": 2})
-    make_folder(tmp_path / "images", {"val": 2})
-    assert convert(tmp_path / "images", tmp_path / "out.beton") == 2
-    assert "no class folders" in capsys.readouterr().err
-
-
-def test_train_may_be_a_class(tmp_path):
-    make_folder(tmp_path / "images", {"bus": 1, "train": 2})
-    assert convert(tmp_path / "images", tmp_path / "out.beton") == 0
-    assert BetonReader(tmp_path / "out.beton").class_names == ["bus", "train"]
+    error = capsys.readouterr().err
+    assert "class" in error and error.count("\n") == 1
+    assert names_in(tmp_path) == ["images"]
 
 
 def test_images_without_classes(tmp_path):
@@ -193,10 +161,7 @@ def test_images_without_classes(tmp_path):
     "source,out,message",
     [
         ("missing", "out.beton", "does not exist"),
-        ("file.txt", "out.beton", "no images"),
-        ("file.doc", "out.beton", "neither a folder nor one of"),
         ("nothing", "out.beton", "no images"),
-        ("images", ".", "is a folder; name a file"),
         ("images", "out.ffcv", "must end in .beton"),
         ("images", "missing/out.beton", "does not exist; create it first"),
         ("images", "exists.beton", "--overwrite"),
@@ -205,8 +170,6 @@ def test_images_without_classes(tmp_path):
 def test_wrong_usage_prints_one_line(tmp_path, capsys, source, out, message):
     make_folder(tmp_path, {"images": 1})
     (tmp_path / "nothing").mkdir()
-    (tmp_path / "file.txt").touch()
-    (tmp_path / "file.doc").touch()
     (tmp_path / "exists.beton").write_text("precious")
     before = names_in(tmp_path)
     assert convert(tmp_path / source, tmp_path / out) == 2
@@ -214,20 +177,6 @@ def test_wrong_usage_prints_one_line(tmp_path, capsys, source, out, message):
     assert message in errors and errors.count("\n") == 1
     assert names_in(tmp_path) == before
     assert (tmp_path / "exists.beton").read_text() == "precious"
-
-
-@pytest.mark.parametrize(
-    "flag,value", [("--workers", "0"), ("--max-side", "-1"), ("--subset", "0")]
-)
-def test_numbers_out_of_range(folder, tmp_path, capsys, flag, value):
-    assert convert(folder, tmp_path / "out.beton", flag, value) == 2
-    assert f"{flag} {value}" in capsys.readouterr().err
-
-
-def test_invalid_flags_print_one_line(folder, tmp_path, capsys):
-    assert convert(folder, tmp_path / "out.beton", "--worker", "2") == 2
-    error = capsys.readouterr().err
-    assert "perhaps you meant --workers" in error and error.count("\n") == 1
 
 
 def test_a_val_file_of_another_conversion_is_an_error(tmp_path, capsys):
@@ -256,24 +205,8 @@ def test_a_broken_link_is_not_replaced(folder, tmp_path, capsys, name):
     assert names_in(tmp_path) == [name]
 
 
-def test_overwrite_replaces(folder, tmp_path):
-    (tmp_path / "out.beton").write_text("old")
-    assert convert(folder, tmp_path / "out.beton", "--overwrite") == 0
-    assert len(BetonReader(tmp_path / "out.beton")) == 22
-
-
 def test_a_failed_overwrite_keeps_the_old_file(hostile, tmp_path):
     (tmp_path / "out.beton").write_text("old")
     assert convert(hostile, tmp_path / "out.beton", "--overwrite") == 1
     assert (tmp_path / "out.beton").read_text() == "old"
     assert names_in(tmp_path) == ["out.beton"]
-
-
-def test_a_full_disk_prints_one_line(folder, tmp_path, capsys, monkeypatch):
-    def full(descriptor):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", full)
-    assert convert(folder, tmp_path / "out.beton") == 1
-    assert "free some space" in capsys.readouterr().err
-    assert names_in(tmp_path) == []

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from conftest import drawn_picture, jpeg_bytes
 from hostile import make_folder
-from test_convert_stops import COMMAND, ROOT, names_in, start_conversion
+from test_convert_stops import COMMAND, ROOT, names_in
 
 import pipelines.convert.write_split
 from pipelines.beton import BetonReader
@@ -48,9 +48,8 @@ def run(folder: Path, root: Path, *flags: str) -> int:
 
 
 def contents(root: Path) -> dict[str, bytes]:
-    return {
-        str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*") if path.is_file()
-    }
+    files = [path for path in root.rglob("*") if path.is_file()]
+    return {str(path.relative_to(root)): path.read_bytes() for path in files}
 
 
 class Interruption:
@@ -65,9 +64,8 @@ class Interruption:
         for pair in self._prepare_all(*arguments, **options):
             if self.count == self.limit:
                 raise OSError(28, "No space left on device")
-            self.count += (
-                pair[1].image is not None
-            )  # broken images are prepared again in every conversion
+            # Broken images are prepared again in every conversion.
+            self.count += pair[1].image is not None
             yield pair
 
 
@@ -93,7 +91,7 @@ def test_continued(folder, uninterrupted, tmp_path, capsys, interruption, format
 
 
 @pytest.mark.parametrize("format", FORMATS)
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", range(4))
 def test_damage_to_partial_output_is_detected(
     folder, uninterrupted, tmp_path, interruption, format, seed
 ):
@@ -150,7 +148,7 @@ def test_other_settings_are_refused(folder, tmp_path, capsys, interruption):
     interruption.limit = 5
     assert run(folder, tmp_path, "--continue") == 1
     before = contents(tmp_path)
-    for flags in (["--max-side", "100"], ["--subset", "9"], ["--shard", "1/2"], ["--check=quick"]):
+    for flags in (["--max-side", "100"], ["--subset", "9"], ["--shard", "1/2"]):
         capsys.readouterr()
         assert run(folder, tmp_path, "--continue", *flags) == 2
         error = capsys.readouterr().err
@@ -163,25 +161,6 @@ def test_other_settings_are_refused(folder, tmp_path, capsys, interruption):
     interruption.limit = 99
     assert run(other, tmp_path) == 0  # without --continue: started again
     assert "left by a conversion that was killed" in capsys.readouterr().out
-
-
-def test_nothing_to_continue_is_a_new_conversion(folder, uninterrupted, tmp_path):
-    assert run(folder, tmp_path, "--continue") == 0
-    assert contents(tmp_path) == uninterrupted["beton"]
-    assert run(folder, tmp_path, "--continue") == 2  # a finished conversion is not changed
-
-
-def test_partial_output_is_kept_after_a_signal(tmp_path):
-    folder = tmp_path / "images"
-    (folder / "a").mkdir(parents=True)
-    (folder / "large.bin").write_bytes(jpeg_bytes(drawn_picture(0, 1600, 1200)))
-    for index in range(3000):
-        (folder / "a" / f"{index}.jpg").symlink_to(folder / "large.bin")
-    child = start_conversion(folder, tmp_path / "out.beton", "--continue")
-    child.send_signal(signal.SIGTERM)
-    _, errors = child.communicate(timeout=300)
-    assert child.returncode == 143 and "partial output is kept for --continue" in errors
-    assert names_in(tmp_path) == ["images", "out.beton.partial"]
 
 
 @pytest.mark.parametrize("format", FORMATS)

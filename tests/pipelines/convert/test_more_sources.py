@@ -6,14 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import drawn_picture, jpeg_bytes
 from hostile import make_folder
 from PIL import Image
 from sample_imagenet import CLASSES, convert, same_as
 
 from pipelines.beton import BetonReader
-from pipelines.convert.manifest import Location, SourceImage
-from pipelines.convert.workers import prepare_all
 
 # Parquet
 
@@ -27,9 +24,8 @@ def write_parquet(folder: Path, out: Path, *, names: bool, num_files: int = 2) -
     classes = sorted(CLASSES)
     for split, word in {"train": "train", "val": "validation"}.items():
         files = sorted((folder / split).rglob("*.JPEG"))
-        image = [
-            {"bytes": f.read_bytes(), "path": str(f.relative_to(folder / split))} for f in files
-        ]
+        paths = [str(path.relative_to(folder / split)) for path in files]
+        image = [{"bytes": f.read_bytes(), "path": p} for f, p in zip(files, paths, strict=True)]
         label = [classes.index(path.parent.name) for path in files]
         labels = pa.array(label) if names else pa.array([classes[i] for i in label])
         table = pa.table({"image": image, "label": labels})
@@ -48,16 +44,6 @@ def write_parquet(folder: Path, out: Path, *, names: bool, num_files: int = 2) -
 def test_parquet(imagenet_folder, imagenet_beton, tmp_path, names):
     write_parquet(imagenet_folder, tmp_path / "hub" / "data", names=names)
     assert convert(tmp_path / "hub", tmp_path / "out.beton") == 0
-    assert same_as(imagenet_beton, tmp_path / "out.beton")
-
-
-def test_parts_of_parquet_read_only_their_rows(imagenet_folder, imagenet_beton, tmp_path):
-    write_parquet(imagenet_folder, tmp_path / "data", names=True)
-    (tmp_path / "parts").mkdir()
-    for number in (1, 2, 3):
-        out = tmp_path / "parts" / f"{number}.beton"
-        assert convert(tmp_path / "data", out, "--shard", f"{number}/3") == 0
-    assert convert(tmp_path / "parts", tmp_path / "out.beton") == 0
     assert same_as(imagenet_beton, tmp_path / "out.beton")
 
 
@@ -80,7 +66,7 @@ def test_parquet_that_cannot_be_used(tmp_path, capsys):
 # Lists
 
 
-def test_lists(imagenet_folder, imagenet_beton, tmp_path, capsys):
+def test_lists(imagenet_folder, imagenet_beton, tmp_path):
     files = sorted((imagenet_folder / "train").rglob("*.JPEG"))
     names = [path.parent.name for path in files]
     (tmp_path / "images").symlink_to(imagenet_folder / "train")
@@ -104,9 +90,6 @@ def test_lists(imagenet_folder, imagenet_beton, tmp_path, capsys):
     (tmp_path / "list.txt").write_text(f"{spaced}\n{files[1]}\n")
     assert convert(tmp_path / "list.txt", tmp_path / "without.beton") == 0
     assert BetonReader(tmp_path / "without.beton").labels.tolist() == [-1, -1]
-    (tmp_path / "list.txt").write_text(f"{files[1]} cat\n{files[1]}\n")
-    assert convert(tmp_path / "list.txt", tmp_path / "bad.beton") == 2
-    assert "list.txt, line 2: no label" in capsys.readouterr().err
 
 
 # .beton files
@@ -136,30 +119,7 @@ def test_images_of_files_written_by_ffcv(imagenet_folder, tmp_path):
                 assert np.abs(np.asarray(Image.open(io.BytesIO(image))) - pixels).mean() < 2
 
 
-def test_a_damaged_image_of_a_beton_is_broken(imagenet_beton, tmp_path, capsys):
-    data = bytearray(imagenet_beton.read_bytes())
-    start, size, _ = BetonReader(imagenet_beton).location(4)
-    data[start + size // 2] ^= 1
-    (tmp_path / "damaged.beton").write_bytes(data)
-    assert convert(tmp_path / "damaged.beton", tmp_path / "out.beton", "--check", "quick") == 1
-    error = capsys.readouterr().err
-    assert (
-        f"{BetonReader(imagenet_beton).name(4)}: its bytes are not those that were stored" in error
-    )
-
-
 # Archives
-
-
-def test_bytes_beyond_4_gib(tmp_path):
-    """A sparse file in place of a large archive."""
-    jpeg = jpeg_bytes(drawn_picture(0))
-    with open(tmp_path / "large", "wb") as file:
-        file.seek(5 << 30)
-        file.write(jpeg)
-    images = [SourceImage("a", 0, Location(str(tmp_path / "large"), 5 << 30, len(jpeg)))]
-    ((_, outcome),) = prepare_all(iter(images), workers=1, max_side=0, check="full")
-    assert outcome.image.jpeg == jpeg
 
 
 def test_images_beside_archives_are_ambiguous(tmp_path, capsys):

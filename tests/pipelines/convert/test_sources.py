@@ -36,13 +36,6 @@ def test_larger_images_are_shrunk_with_antialiasing():
     assert np.abs(aliased - expected).mean() > 4  # shows that the bound above can fail
 
 
-@pytest.mark.parametrize("max_side", [300, 900, 0])
-def test_max_side_is_the_largest_side_stored(max_side):
-    prepared = prepare(jpeg_bytes(drawn_picture(3, 600, 900)), max_side)
-    assert prepared.action == ("resized" if max_side == 300 else "kept")
-    assert max(prepared.height, prepared.width) == (max_side or 900)
-
-
 def test_sixteen_bit_greys_are_scaled_not_clipped():
     ramp = np.linspace(0, 65535, 256 * 64).reshape(64, 256).astype(np.uint16)
     prepared = prepare(saved(Image.fromarray(ramp), "PNG"), 0)
@@ -50,17 +43,7 @@ def test_sixteen_bit_greys_are_scaled_not_clipped():
     assert np.abs(stored - ramp / 257).max() < 4
 
 
-@pytest.mark.parametrize("format", ["PNG", "WEBP", "TIFF", "BMP"])
-def test_other_formats_keep_their_pixels(format):
-    picture = drawn_picture(4)
-    options = {"lossless": True} if format == "WEBP" else {}
-    prepared = prepare(saved(picture, format, **options), 0)
-    stored = np.asarray(Image.open(io.BytesIO(prepared.jpeg)), np.int16)
-    oracle = saved(picture, "JPEG", quality=95, subsampling="4:4:4")
-    assert np.abs(stored - np.asarray(Image.open(io.BytesIO(oracle)), np.int16)).max() <= 1
-
-
-@pytest.mark.parametrize("cut", np.linspace(0.02, 0.999, 12))
+@pytest.mark.parametrize("cut", [0.02, 0.3, 0.7, 0.95, 0.999])
 @pytest.mark.parametrize("options", [{}, {"progressive": True}, {"optimize": True}])
 def test_a_truncated_jpeg_is_never_kept(cut, options):
     data = saved(drawn_picture(5, 600, 400), "JPEG", **options)
@@ -84,22 +67,15 @@ def test_every_stored_image_is_read_by_torchvisions_decoder(tmp_path):
 def test_the_quick_check_detects_damage_to_the_structure():
     whole = jpeg_bytes(drawn_picture(5, 400, 300))
     assert prepare(whole, 0, "quick") == prepare(whole, 0, "full")
-    middle = len(whole) // 2
-    damaged = {
-        "cut": whole[:middle],
-        "cut with an end marker": whole[:middle] + b"\xff\xd9",
-        "zeros": whole[:middle] + bytes(4096) + whole[middle + 4096 :],
-        "no end": whole[:-2],
-        "another file's text": whole[:middle] + b"<html>\xff\xee</html>" * 200 + whole[-2:],
-    }
-    for name, data in damaged.items():
-        try:
-            stored = prepare(data, 0, "quick").action
-        except UnreadableImage:
-            continue
-        assert name == "cut with an end marker" and stored == "kept"  # only decoding detects it
+    start, end = whole[: len(whole) // 2], whole[len(whole) // 2 :]
+    text = b"<html>\xff\xee</html>" * 200
+    for damaged in (start, whole[:-2], start + bytes(4096) + end[4096:], start + text + end[-2:]):
+        with pytest.raises(UnreadableImage):
+            prepare(damaged, 0, "quick")
+    with_end_marker = start + b"\xff\xd9"  # only decoding detects it
+    assert prepare(with_end_marker, 0, "quick").action == "kept"
     with pytest.raises(UnreadableImage):
-        prepare(damaged["cut with an end marker"], 0, "full")
+        prepare(with_end_marker, 0, "full")
 
 
 def test_a_subset_is_spread_over_the_classes(tmp_path):
@@ -120,20 +96,13 @@ def test_a_subset_is_spread_over_the_classes(tmp_path):
     for count in range(1, 16):  # each further image is of the smallest class so far
         taken = [label for _, label in kept(count)]
         (added,) = set(kept(count)) - set(kept(count - 1) if count > 1 else [])
-        fewest = min(
-            taken.count(label) for label in range(3) if taken.count(label) < [5, 2, 9][label]
-        )
-        assert taken.count(added[1]) - 1 <= fewest
+        growing = [label for label in range(3) if taken.count(label) < [5, 2, 9][label]]
+        assert taken.count(added[1]) - 1 <= min(map(taken.count, growing))
         assert kept(count) == [image for image in all_images if image in kept(count)]
-    assert kept(9) == [
-        image
-        for image in all_images
-        if image[0] not in ["a/4.jpg", *(f"c/{i}.jpg" for i in range(3, 9))]
-    ]
 
 
 def test_other_folders_beside_train_and_val_are_reported_as_ignored(tmp_path):
-    for name in ("train/a", "val/a", "devkit/data"):
+    for name in ("train/a", "val/a", "devkit/data", "train/.ipynb_checkpoints"):
         (tmp_path / name).mkdir(parents=True)
         (tmp_path / name / "1.jpg").touch()
     (tmp_path / "train" / "loose.jpg").touch()
@@ -142,6 +111,7 @@ def test_other_folders_beside_train_and_val_are_reported_as_ignored(tmp_path):
         assert [image.name for image in Manifest(split)] == ["a/1.jpg"]
     assert splits["train"].ignored["devkit/ beside train/"] == 1
     assert splits["train"].ignored["images beside the class folders"] == 1
+    assert splits["train"].ignored["hidden"] == 1
 
 
 def classes_of(root: Path, *folders: str) -> dict[str, tuple[str, list[str]]]:
@@ -161,7 +131,6 @@ def classes_of(root: Path, *folders: str) -> dict[str, tuple[str, list[str]]]:
         (["Train", "Val", "Test"], "Train", "Val"),
         (["training", "testing"], "training", None),
         (["train", "val", "validation"], "train", "val"),
-        (["val"], "val", None),
         (["test", "val"], "val", None),
     ],
 )
@@ -173,15 +142,6 @@ def test_folders_named_like_splits_are_not_classes(tmp_path, folders, train, val
 @pytest.mark.parametrize("folders", [["bus", "train"], ["bus", "test", "train"], ["bus", "val"]])
 def test_folders_named_like_splits_beside_others_are_classes(tmp_path, folders):
     assert classes_of(tmp_path, *folders) == {"train": (tmp_path.name, folders)}
-
-
-def test_hidden_class_folders_are_reported_as_ignored(tmp_path):
-    for name in ("a", ".ipynb_checkpoints"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "1.jpg").touch()
-    split = find_splits(tmp_path)["train"]
-    assert [image.name for image in Manifest(split)] == ["a/1.jpg"]
-    assert split.ignored == {"hidden": 1}
 
 
 @pytest.mark.parametrize("count", [0, 9, 10, 11, 1000])

@@ -39,13 +39,8 @@ def test_labels_are_read_of_a_random_sample(small_beton, shards, monkeypatch):
     assert np.array_equal(labels[known], BetonReader(small_beton).labels[known])
 
 
-def copy_of(shards, folder):
-    shutil.copytree(shards, folder)
-    return folder
-
-
 def test_a_flipped_bit_is_detected(shards, tmp_path):
-    folder = copy_of(shards, tmp_path / "flipped")
+    folder = shutil.copytree(shards, tmp_path / "flipped")
     position = ShardReader(folder).location(9)[0]
     with open(folder / "train-000000.tar", "r+b") as file:
         file.seek(position + 400)
@@ -57,7 +52,7 @@ def test_a_flipped_bit_is_detected(shards, tmp_path):
 
 
 def test_shards_of_an_earlier_version_have_no_checksums(shards, tmp_path):
-    folder = copy_of(shards, tmp_path / "old")
+    folder = shutil.copytree(shards, tmp_path / "old")
     content = (folder / "train-000000.tar").read_bytes()
     (folder / "train-000000.tar").write_bytes(content.replace(b".crc32", b".other"))
     assert ShardReader(folder).location(9)[2] is None
@@ -71,13 +66,12 @@ def test_shards_of_an_earlier_version_have_no_checksums(shards, tmp_path):
         lambda text: text.replace(" 000000009.jpg", ""),
         lambda text: text.replace("jpg 512 ", "jpg 512000000000 "),
         lambda text: text.rpartition("jpg")[0],
-        lambda text: text.replace("jpg 512 ", "jpg 99999999999999999999 "),
         lambda text: text.replace("jpg 512 ", "jpg -512 "),
         lambda text: re.sub("jpg 512 [0-9]+", f"jpg {2**63 - 1} 1", text),  # the sum overflows
     ],
 )
 def test_a_damaged_index_is_refused(shards, tmp_path, damage):
-    folder = copy_of(shards, tmp_path / "damaged")
+    folder = shutil.copytree(shards, tmp_path / "damaged")
     index = folder / "train-000000.idx"
     index.write_text(damage(index.read_text()))
     with pytest.raises(ValueError, match=r"train-000000.idx is missing or damaged") as caught:
@@ -90,7 +84,7 @@ def test_other_or_incomplete_folders_are_refused(shards, tmp_path):
         ShardReader(tmp_path)
     with pytest.raises(ValueError, match="has no val images"):
         ShardReader(shards, "val")
-    folder = copy_of(shards, tmp_path / "short")
+    folder = shutil.copytree(shards, tmp_path / "short")
     with open(folder / "train-000000.tar", "r+b") as file:
         file.truncate(5000)
     with pytest.raises(SourceError, match="5000 bytes"):

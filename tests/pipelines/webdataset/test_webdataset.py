@@ -15,33 +15,9 @@ import numpy as np
 import pytest
 from conftest import drawn_picture, jpeg_bytes
 from hostile import make_folder, saved
-from PIL import Image
+from sample_imagenet import convert
 
 from pipelines.beton import BetonReader
-from pipelines.convert.command import main
-
-FILES = {"cat": 14, "dog": 21, "eel": 6}
-
-
-def convert(*arguments) -> int:
-    return main([str(argument) for argument in arguments] + ["--workers", "1"])
-
-
-@pytest.fixture(scope="module")
-def beton(tmp_path_factory) -> BetonReader:
-    """The reference: 41 images of 3 classes, converted from a folder."""
-    root = tmp_path_factory.mktemp("reference")
-    folder = make_folder(root / "images", FILES)
-    assert convert(folder, root / "out.beton") == 0
-    return BetonReader(root / "out.beton")
-
-
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory, beton) -> Path:
-    """The same images in shards of the smallest --shard-size."""
-    root = tmp_path_factory.mktemp("shards") / "shards"
-    assert convert(beton.path, root, "--format", "webdataset", "--shard-size", 1) == 0
-    return root
 
 
 @pytest.fixture(scope="module")
@@ -63,18 +39,19 @@ def archives(shards: Path) -> list[Path]:
     return sorted(shards.glob("*.tar"))
 
 
-def test_tar_reads_keys_images_and_labels(shards, beton):
-    assert [path.name for path in archives(shards)] == ["train-000000.tar"]
-    with tarfile.open(archives(shards)[0]) as archive:
-        names = archive.getnames()
-        contents = {name: archive.extractfile(name).read() for name in names}
+def test_tar_reads_keys_images_and_labels(many):
+    beton, contents = BetonReader(many[0]), {}
+    for path in archives(many[1]):
+        with tarfile.open(path) as archive:
+            found = {name: archive.extractfile(name).read() for name in archive.getnames()}
+        assert found.pop(".names").split(b"\0")[0] == beton.name(len(contents) // 2).encode()
+        checksums = [zlib.crc32(data) for name, data in found.items() if name.endswith(".jpg")]
+        assert found.pop(".crc32") == np.array(checksums, "<u4").tobytes()
+        contents |= found
     for index in range(len(beton)):
         assert contents.pop(f"{index:09}.jpg") == beton.image(index).tobytes()
         assert int(contents.pop(f"{index:09}.cls")) == beton.label(index)
-    assert contents.pop(".names").split(b"\0")[0] == b"cat/000.jpg"
-    checksums = [zlib.crc32(beton.image(index)) for index in range(len(beton))]
-    assert contents.pop(".crc32") == np.array(checksums, "<u4").tobytes()
-    assert not contents and len(names) == 2 * 41 + 2
+    assert not contents
 
 
 def test_size_and_description_of_shards(many):
@@ -87,32 +64,6 @@ def test_size_and_description_of_shards(many):
     for shard, path in zip(entries, archives(shards), strict=True):
         assert shard["num_bytes"] == path.stat().st_size <= 1_000_000
         assert shard["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def index_of(path: Path) -> str:
-    """The index of an archive in DALI's format, from the members that tarfile lists."""
-    samples: dict[str, str] = {}
-    with tarfile.open(path) as archive:
-        for member in archive:
-            key, _, extension = member.name.partition(".")
-            if key:
-                entry = f" {extension} {member.offset_data} {member.size} {member.name}"
-                samples[key] = samples.get(key, "") + entry
-    lines = [f"v1.2 {len(samples)}", *(sample.strip() for sample in samples.values())]
-    return "\n".join(lines) + "\n"
-
-
-def test_index_files(shards, many, tmp_path):
-    for path in [*archives(shards), *archives(many[1])]:
-        assert path.with_suffix(".idx").read_text() == index_of(path)
-
-
-def test_dalis_tool_writes_the_same_index(many, tmp_path, capsys):
-    wds2idx = pytest.importorskip("wds2idx", reason="DALI is not installed")
-    for path in archives(many[1]):
-        with wds2idx.IndexCreator(str(path), str(tmp_path / "idx")) as creator:
-            creator.create_index()
-        assert (tmp_path / "idx").read_text() == path.with_suffix(".idx").read_text()
 
 
 def test_the_webdataset_library_reads_them(many):
@@ -133,14 +84,11 @@ def test_dali_reads_them(many, indexed):
 
     @dali.pipeline_def(batch_size=len(beton), num_threads=1, device_id=None)
     def pipeline():
-        jpegs, classes = dali.fn.readers.webdataset(
-            paths=[str(path) for path in archives(shards)],
-            ext=["jpg", "cls"],
-            missing_component_behavior="error",
-            name="reader",
-            **(indices if indexed else {}),
+        paths = [str(path) for path in archives(shards)]
+        options = {"missing_component_behavior": "error", **(indices if indexed else {})}
+        return tuple(
+            dali.fn.readers.webdataset(paths=paths, ext=["jpg", "cls"], name="reader", **options)
         )
-        return jpegs, classes
 
     pipe = pipeline()
     pipe.build()
@@ -161,18 +109,6 @@ def test_conversion_between_formats_keeps_every_byte(many, tmp_path):
     for path in [*archives(shards), *shards.glob("*.idx")]:
         assert (tmp_path / "shards" / path.name).read_bytes() == path.read_bytes()
     assert BetonReader(tmp_path / "back.beton").name(1) == "a/dots.in.name 2 é.jpg"
-
-
-def test_an_image_larger_than_a_shard(tmp_path):
-    noise = np.random.default_rng(0).integers(0, 256, (900, 900, 3), dtype=np.uint8)
-    for index in range(2):
-        path = tmp_path / "images" / "a" / f"{index}.jpg"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(jpeg_bytes(Image.fromarray(noise), quality=100))
-        assert path.stat().st_size > 1_000_000
-    flags = ["--format", "webdataset", "--shard-size", 1, "--max-side", 0]
-    assert convert(tmp_path / "images", tmp_path / "shards", *flags) == 0
-    assert len(archives(tmp_path / "shards")) == 2
 
 
 def test_train_and_val_without_classes(tmp_path):
@@ -229,10 +165,7 @@ def rename_shard(shards: Path, name: str) -> None:
     "damage,message",
     [
         (lambda shards: archives(shards)[1].unlink(), "get it again"),
-        (lambda shards: archives(shards)[0].write_bytes(b"x"), "get it again"),
-        (lambda shards: (shards / "dataset.json").write_text("{"), "dataset.json is damaged"),
         (lambda shards: (shards / "dataset.json").write_text("[1]"), "dataset.json is damaged"),
-        (lambda shards: rename_shard(shards, "../../x.tar"), "dataset.json is damaged"),
     ],
 )
 def test_damaged_shards_print_one_line(many, tmp_path, capsys, damage, message):
@@ -258,55 +191,53 @@ def test_a_shard_outside_the_folder_is_refused_without_asserts(many, tmp_path):
 
 def test_damage_inside_shards_of_other_tools(tmp_path, capsys):
     jpeg = jpeg_bytes(drawn_picture(0))
-    write_archive(tmp_path / "a.tar", {"1.jpg": jpeg, "1.cls": b"cat"})
-    assert convert(tmp_path / "a.tar", tmp_path / "out.beton") == 2
-    assert "1.cls is not a number" in capsys.readouterr().err
-    for label, message in ((b"9" * 12, "is out of range"), (b"1" * 200, "has 200 bytes")):
-        write_archive(tmp_path / "a.tar", {"1.jpg": jpeg, "1.cls": label})
+    complete = {"1.jpg": jpeg, "1.cls": b"1"}
+    for files, message in (
+        (complete | {"1.cls": b"cat"}, "1.cls is not a number"),
+        (complete | {"1.cls": b"9" * 12}, "is out of range"),
+        (complete | {"1.cls": b"1" * 200}, "has 200 bytes"),
+        (complete | {"2.jpg": jpeg}, "2.jpg has no class, unlike other images"),
+    ):
+        write_archive(tmp_path / "a.tar", files)
         assert convert(tmp_path / "a.tar", tmp_path / "out.beton") == 2
         assert message in (error := capsys.readouterr().err) and error.count("\n") == 1
-    write_archive(tmp_path / "a.tar", {"1.jpg": jpeg, "1.cls": b"1", "2.jpg": jpeg})
-    assert convert(tmp_path / "a.tar", tmp_path / "out.beton") == 2
-    assert "2.jpg has no class, unlike other images" in capsys.readouterr().err
-    (tmp_path / "a.tar").write_bytes((tmp_path / "a.tar").read_bytes()[: len(jpeg) // 2])
-    assert convert(tmp_path / "a.tar", tmp_path / "out.beton") == 2
-    assert "not a complete tar archive" in capsys.readouterr().err
-    (tmp_path / "a.tar").write_bytes(b"<html>404</html>" * 99)
-    assert convert(tmp_path / "a.tar", tmp_path / "out.beton") == 2
-    assert "not a complete tar archive" in capsys.readouterr().err
+    for content in ((tmp_path / "a.tar").read_bytes()[: len(jpeg) // 2], b"<html>404</html>" * 99):
+        (tmp_path / "a.tar").write_bytes(content)
+        assert convert(tmp_path / "a.tar", tmp_path / "out.beton") == 2
+        assert "not a complete tar archive" in capsys.readouterr().err
 
 
 # The output folder
 
 
-def test_only_a_folder_of_shards_is_replaced(shards, beton, tmp_path, capsys):
+def test_only_a_folder_of_shards_is_replaced(many, tmp_path, capsys):
     flags = ["--format", "webdataset"]
     out = tmp_path / "shards"
     out.mkdir()
     (out / "thesis.tex").write_text("precious")
-    assert convert(beton.path, out, *flags) == 2
+    assert convert(many[0], out, *flags) == 2
     assert "--overwrite" in capsys.readouterr().err
-    assert convert(beton.path, out, *flags, "--overwrite") == 2
+    assert convert(many[0], out, *flags, "--overwrite") == 2
     assert "has no dataset.json" in capsys.readouterr().err
     assert [path.name for path in out.iterdir()] == ["thesis.tex"]
 
     (out / "thesis.tex").unlink()
-    assert convert(beton.path, out, *flags) == 0  # an empty folder may be replaced
-    assert convert(beton.path, out, *flags, "--subset", 3, "--overwrite") == 0
+    assert convert(many[0], out, *flags) == 0  # an empty folder may be replaced
+    assert convert(many[0], out, *flags, "--subset", 3, "--overwrite") == 0
     assert json.loads((out / "dataset.json").read_text())["num_images"] == 3
     assert [path.name for path in tmp_path.iterdir()] == ["shards"]
 
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "dangling").symlink_to("nowhere")
     for other in (archives(out)[0], tmp_path / "pipe", tmp_path / "dangling"):
-        assert convert(beton.path, other, *flags, "--overwrite") == 2
+        assert convert(many[0], other, *flags, "--overwrite") == 2
         assert "name a new folder for the shards" in capsys.readouterr().err
     assert (tmp_path / "pipe").is_fifo() and (tmp_path / "dangling").is_symlink()
 
 
-def test_a_link_to_a_folder_is_followed(beton, tmp_path):
+def test_a_link_to_a_folder_is_followed(many, tmp_path):
     (tmp_path / "large disk" / "shards").mkdir(parents=True)
     (tmp_path / "link").symlink_to("large disk/shards")
-    assert convert(beton.path, tmp_path / "link", "--format", "webdataset") == 0
+    assert convert(many[0], tmp_path / "link", "--format", "webdataset") == 0
     assert (tmp_path / "link").is_symlink()
     assert (tmp_path / "large disk" / "shards" / "dataset.json").exists()
