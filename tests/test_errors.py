@@ -1,5 +1,6 @@
-"""Failures of different kinds end in one line, a message of docs/errors.md."""
+"""Failures of different kinds end in one line of docs/errors.md, which lists every message."""
 
+import ast
 import dataclasses
 import fcntl
 import hashlib
@@ -27,9 +28,47 @@ from pipelines.beton import BetonReader
 from pipelines.convert import command
 from pipelines.convert.workers import prepare_all
 
-DOCUMENT = Path(__file__).parents[1] / "docs" / "errors.md"
+ROOT = Path(__file__).parents[1]
+DOCUMENT = ROOT / "docs" / "errors.md"
 ENTRIES = re.findall(r"^\| `(.+?)` \|", DOCUMENT.read_text(), re.M)
 _LISTED = ("Broken: ", "Damaged: ")  # lines that may stand before the last
+ERRORS = {
+    *("ValueError", "UsageError", "SourceError", "BetonError", "BrokenImages", "DamagedResult"),
+    *("WorkerDied", "UnreadableImage"),
+}
+# Not the last word of a command line: what only a program can do wrong, reasons inside another
+# message of the list, and warnings.
+INTERNAL = {
+    "dry_run, slurm and several gpus need the command bt-fast pretrain",
+    "…: no such field of bt_fast.Config",
+    "the authors give no learning rate for batch size …",
+    "state.json differs from what was saved",
+    "… differs from what was saved",
+    "average precision needs a positive image",
+    "z_a and z_b must be [n, D] of the same shape and dtype, got … … and … …",
+    "the loss needs at least two samples: it standardises over the batch",
+    "method 'dense' needs a D x D matrix: for one process only",
+    "method must be auto, dense, gram or columns, got …",
+    "unknown objective …",
+    "--encoder … is not one of …",
+    "a training batch holds two views of every image, got … rows",
+    "batch norm needs more than one value per channel and view",
+    "the batch norms of a model need the same momentum",
+    "fused batch norm takes at most … channels, got …",
+    "it is a compressed archive, which torch does not write",
+    "images must be uint8 [n, H, W, 3], got … …",
+    "… images but parameters for …",
+    "images must have fewer than 2 ** 29 pixels, got … x …",
+    "page_size …: must be a power of two from 2 MiB to 2 GiB",
+    "…: more than num_samples=… images",
+    "…: no images were added",
+    "…: a name cannot contain NUL",
+    "…: … bytes cannot be stored",
+    "JPEG without a frame header",
+    "num_samples must not be negative, got …",
+    "crops must be uint8 …, got … …; see channels_first for the other memory layout",
+    "keys must be uint64 …, got …",
+}
 
 
 def matches(entry: str, text: str) -> bool:
@@ -305,3 +344,47 @@ def test_a_failure_is_one_line(case, tmp_path, small_beton, labelled_run, monkey
 
 def test_every_entry_is_unique():
     assert len(set(ENTRIES)) == len(ENTRIES) > 150
+
+
+def templates(source: str) -> list[str]:
+    """The messages a file raises, or returns to be raised, with "…" for what is filled in."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Raise | ast.Return):
+            error = node.exc if isinstance(node, ast.Raise) else node.value
+            if isinstance(error, ast.Call) and getattr(error.func, "id", None) in ERRORS:
+                found += [text for node in error.args[:1] if (text := template(node))]
+        elif isinstance(node, ast.Call):
+            function = node.func
+            name = getattr(function, "id", None) or getattr(function, "attr", "")
+            texts = [text for node in node.args if (text := template(node))][-1:]
+            if name == "_require" and len(node.args) == 4:  # config's: holds, name, value, what
+                found += [f"--… {text}, got …" for text in texts]
+            elif name in ("_require", "_require_all"):
+                found += [f"…: {text}" for text in texts]
+            elif name == "_fail":
+                found += texts
+    return found
+
+
+def template(node: ast.expr) -> str | None:
+    if isinstance(node, ast.Constant) and isinstance(node.value, str):
+        return node.value
+    if isinstance(node, ast.JoinedStr):
+        return "".join(str(v.value) if isinstance(v, ast.Constant) else "…" for v in node.values)
+    return None
+
+
+def test_every_message_of_the_source_is_in_the_list():
+    missing = set()
+    for path in [*(ROOT / "bt_fast").rglob("*.py"), *(ROOT / "pipelines").rglob("*.py")]:
+        for text in templates(path.read_text()):
+            pattern = ".*".join(re.escape(piece) for piece in text.split("…"))
+            if not any(re.search(pattern, entry) or matches(entry, text) for entry in ENTRIES):
+                missing.add(text)
+    assert missing == INTERNAL
+
+
+def test_the_search_finds_messages():
+    source = "raise ValueError(f'{a} is not {b!r}')\nself._require(x, f'bad {y}')\n_fail('no', 2)"
+    assert templates(source) == ["… is not …", "…: bad …", "no"]
