@@ -1,7 +1,6 @@
 """The two output formats of a conversion: names of the files, and how they appear together.
 
-All files are written in the conversion's work folder and moved to their final names when all of
-them are complete. Moving needs neither space nor computation, so it hardly ever fails.
+All files are written in the conversion's work folder and moved when all of them are complete.
 """
 
 import json
