@@ -6,13 +6,13 @@ from functools import partial
 import pytest
 import torch
 from conftest import write_photo_beton
-from ranks import TINY, embeddings, run_ranks
+from ranks import TINY, Traffic, embeddings, run_ranks
 
 from bt_fast import loss, train
 from bt_fast.build import build
 from bt_fast.cli import parse_pretrain
-from bt_fast.distributed import rendezvous
-from bt_fast.distributed.collectives import Traffic, World, compare_weights, gather_objects
+from bt_fast.distributed import ranks
+from bt_fast.distributed.collectives import World, compare_weights, gather_objects
 from bt_fast.models import batch_norm
 from bt_fast.models.networks import BarlowTwins
 from bt_fast.prefetch import prefetch
@@ -258,7 +258,7 @@ def group_of_one(world: World, data: str) -> tuple:
 
 def test_a_single_rank_can_keep_its_group(small_beton, monkeypatch):
     """So that the collectives of a step run in a test on one GPU."""
-    monkeypatch.setenv(rendezvous.SINGLE_RANK_GROUP, "1")
+    monkeypatch.setenv(ranks.SINGLE_RANK_GROUP, "1")
     ((size, kind, calls),) = run_ranks(1, group_of_one, str(small_beton))
     assert (size, kind) == (1, "DistributedDataParallel")
     assert calls == 2 * 21 + 3  # ResNet-18's and the projector's batch norms, the loss
