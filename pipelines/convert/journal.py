@@ -12,15 +12,12 @@ from pathlib import Path
 
 from pipelines.common.atomic import open_for_recovery
 from pipelines.convert.jpeg import Prepared
+from pipelines.convert.manifest import SourceError
 from pipelines.convert.workers import Outcome
 
 
-class SettingsMismatch(ValueError):
-    """The journal belongs to a conversion with other settings; the message names them."""
-
-
 class Journal:
-    """The journal in file `path`, new or continued. Raises SettingsMismatch."""
+    """The journal in file `path`, new or continued. Raises SourceError for other settings."""
 
     def __init__(self, path: Path, settings: dict):
         self._file = open_for_recovery(path)
@@ -32,15 +29,19 @@ class Journal:
             return
         try:
             before = dict(json.loads(line))
+            changed = [
+                "other images" if key == "images" else f"{key} was {before.get(key)}"
+                for key, value in settings.items()
+                if before.get(key) != value
+            ]
         except (ValueError, TypeError):
-            raise SettingsMismatch("its journal is damaged") from None
-        changed = [
-            "other images" if key == "images" else f"{key} was {before.get(key)}"
-            for key, value in settings.items()
-            if before.get(key) != value
-        ]
+            changed = ["its journal is damaged"]
         if changed:
-            raise SettingsMismatch(", ".join(changed))
+            raise SourceError(
+                f"--continue: {path.parent} was written with other settings"
+                f" ({', '.join(changed)}); give the same settings, or start again without"
+                " --continue"
+            )
 
     def recover(self, read: Callable[[int], bytes]) -> Generator[Outcome, None, None]:
         """Yield the outcomes before the first invalid entry, which is cut off with all after it.
