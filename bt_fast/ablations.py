@@ -26,7 +26,7 @@ BATCH_SIZES = {
 WIDTHS = tuple(2**k for k in range(4, 15))  # figure 4: 16 to 16,384
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, slots=True)
 class Ablation:
     """A change to a recipe, and the paper's accuracies with it, percent."""
 
@@ -73,102 +73,85 @@ def _set_depth(config: Config, *, depth: int) -> Config:
     return replace(config, projector=(config.projector[-1],) * depth)
 
 
-_BASELINE = {"top1": 71.4, "top5": 90.2}
+_BASELINE = 71.4, 90.2
 
+# Name: summary, change, and top-1 and top-5 with it.
 ABLATIONS: dict[str, Ablation] = {
-    "baseline": Ablation(summary="the recipe as it is", change=_set(), **_BASELINE),
+    "baseline": Ablation("the recipe as it is", _set(), *_BASELINE),
     # Table 5
-    "invariance-only": Ablation(
-        summary="on-diagonal term, --lambd 0", change=_set(lambd=0.0), top1=57.3, top5=80.5
-    ),
-    "redundancy-only": Ablation(
-        summary="off-diagonal term", change=_set(objective="redundancy-only"), top1=0.1, top5=0.5
-    ),
+    "invariance-only": Ablation("on-diagonal term, --lambd 0", _set(lambd=0.0), 57.3, 80.5),
+    "redundancy-only": Ablation("off-diagonal term", _set(objective="redundancy-only"), 0.1, 0.5),
     "feature-norm": Ablation(
-        summary="embeddings also normalised to length 1",
-        change=_set(objective="feature-norm"),
-        top1=69.8,
-        top5=88.8,
+        "embeddings also normalised to length 1", _set(objective="feature-norm"), 69.8, 88.8
     ),
-    "no-projector-bn": Ablation(
-        summary="no projector batch norm", change=_set(projector_norm=False), top1=71.2, top5=89.7
-    ),
+    "no-projector-bn": Ablation("no projector batch norm", _set(projector_norm=False), 71.2, 89.7),
     "no-normalisation": Ablation(
-        summary="no projector batch norm, cross-covariance in the loss",
-        change=_set(projector_norm=False, objective="covariance"),
-        top1=53.4,
-        top5=76.7,
+        "no projector batch norm, cross-covariance in the loss",
+        _set(projector_norm=False, objective="covariance"),
+        53.4,
+        76.7,
     ),
     "cross-entropy": Ablation(
-        summary="cross-entropy, temperature 0.1, lambda 1",
-        change=_set(objective="cross-entropy", temperature=0.1, lambd=1.0),
-        top1=63.3,
-        top5=85.7,
+        "cross-entropy, temperature 0.1, lambda 1",
+        _set(objective="cross-entropy", temperature=0.1, lambd=1.0),
+        63.3,
+        85.7,
     ),
     # Table 6
-    "stop-gradient": Ablation(
-        summary="stop-gradient on view B", change=_set(stop_gradient=True), top1=70.5, top5=89.0
-    ),
-    "predictor": Ablation(
-        summary="predictor on view A", change=_set(predictor=True), top1=70.2, top5=89.0
-    ),
+    "stop-gradient": Ablation("stop-gradient on view B", _set(stop_gradient=True), 70.5, 89.0),
+    "predictor": Ablation("predictor on view A", _set(predictor=True), 70.2, 89.0),
     "predictor-stop-gradient": Ablation(
-        summary="predictor on view A, stop-gradient on view B",
-        change=_set(predictor=True, stop_gradient=True),
-        top1=61.3,
-        top5=83.5,
+        "predictor on view A, stop-gradient on view B",
+        _set(predictor=True, stop_gradient=True),
+        61.3,
+        83.5,
     ),
     # Figure 2
     **{
         f"batch-{size}": Ablation(
-            summary=f"batch size {size}, {rate / BATCH_SIZES[2048][0]:g} times the rate of 2048",
-            change=partial(_set_batch_size, size=size),
-            top1=top1,
+            f"batch size {size}, {rate / BATCH_SIZES[2048][0]:g} times the rate of 2048",
+            partial(_set_batch_size, size=size),
+            top1,
         )
         for size, (rate, top1) in BATCH_SIZES.items()
     },
     # Figure 3, cumulative
-    "no-grayscale": Ablation(summary="no grayscale", change=_set_views(grayscale=0.0)),
-    "no-colour": Ablation(
-        summary="no grayscale or colour jitter", change=_set_views(grayscale=0.0, jitter=0.0)
-    ),
+    "no-grayscale": Ablation("no grayscale", _set_views(grayscale=0.0)),
+    "no-colour": Ablation("no grayscale or colour jitter", _set_views(grayscale=0.0, jitter=0.0)),
     "crop-blur": Ablation(
-        summary="crop and blur only",
-        change=_set_views(grayscale=0.0, jitter=0.0, flip=0.0, solarize=0.0),
+        "crop and blur only", _set_views(grayscale=0.0, jitter=0.0, flip=0.0, solarize=0.0)
     ),
     "crop": Ablation(
-        summary="crop only",
-        change=_set_views(grayscale=0.0, jitter=0.0, flip=0.0, solarize=0.0, blur=0.0),
+        "crop only", _set_views(grayscale=0.0, jitter=0.0, flip=0.0, solarize=0.0, blur=0.0)
     ),
     # Figure 4
     **{
         f"width-{width}": Ablation(
-            summary=f"width {width} of every projector layer",
-            change=partial(_set_width, width=width),
-            **(_BASELINE if width == 8192 else {}),
+            f"width {width} of every projector layer",
+            partial(_set_width, width=width),
+            *(_BASELINE if width == 8192 else ()),
         )
         for width in WIDTHS
     },
     **{
         f"last-width-{width}": Ablation(
-            summary=f"width {width} of the last projector layer",
-            change=partial(_set_last_width, width=width),
+            f"width {width} of the last projector layer", partial(_set_last_width, width=width)
         )
         for width in (32_768, 65_536)
     },
     **{
         f"depth-{depth}": Ablation(
-            summary=f"{depth} layer{'s' if depth > 1 else ''} in the projector",
-            change=partial(_set_depth, depth=depth),
-            **(_BASELINE if depth == 3 else {}),
+            f"{depth} layer{'s' if depth > 1 else ''} in the projector",
+            partial(_set_depth, depth=depth),
+            *(_BASELINE if depth == 3 else ()),
         )
         for depth in (1, 2, 3, 4)
     },
     # Discussion
     "auto-correlation": Ablation(
-        summary="off-diagonal auto-correlations", change=_set(objective="auto-correlation")
+        "off-diagonal auto-correlations", _set(objective="auto-correlation")
     ),
-    "imax": Ablation(summary="IMAX, lambda 1", change=_set(objective="imax", lambd=1.0)),
+    "imax": Ablation("IMAX, lambda 1", _set(objective="imax", lambd=1.0)),
 }
 
 

@@ -100,10 +100,7 @@ def build(config: Config, world: World = ALONE) -> TrainingSetup:
 def build_loader(
     config: Config, world: World, dataset: BetonReader | ShardReader, device: torch.device
 ) -> tuple[Loader, str, Config]:
-    """This rank's loader, why it was chosen, and the configuration that names it.
-
-    The first rank chooses, by measuring if necessary, and broadcasts its choice.
-    """
+    """This rank's loader, why the first rank chose it, and the configuration that names it."""
     open_with = functools.partial(
         open_loader,
         dataset=dataset,
@@ -112,11 +109,10 @@ def build_loader(
         num_threads=config.num_threads(world.local_size),
         seed=config.seed,
     )
-    batch_size = min(MAX_MEASURED_BATCH, config.batch_size // world.size, len(dataset))
-    choice = (
-        None
-        if not world.is_first
-        else choose_loader(
+    choice = None
+    if world.is_first:
+        batch_size = min(MAX_MEASURED_BATCH, config.batch_size // world.size, len(dataset))
+        choice = choose_loader(
             config.loader,
             dataset,
             config.batch_size * config.last_step(len(dataset) // config.batch_size),
@@ -124,7 +120,6 @@ def build_loader(
             cache=config.cache_gb > 0,
             device=device,
         )
-    )
     name, reason = broadcast_object(choice, world.group)
     loader = open_with(
         name,
@@ -139,13 +134,12 @@ def build_loader(
 
 def communicators(config: Config, world: World, device: torch.device) -> tuple[Group, Group]:
     """(batch norm's, the loss's). Gradients are reduced in the world's own group."""
-    timeout = config.timeout
     shared = world.group
     if config.separate_communicators:
-        shared = world.new_group(device, timeout=timeout)
+        shared = world.new_group(device, timeout=config.timeout)
     if config.bn_group in (0, world.size):
         return shared, shared
-    return world.new_group(device, size=config.bn_group, timeout=timeout), shared
+    return world.new_group(device, size=config.bn_group, timeout=config.timeout), shared
 
 
 def learning_rates(config: Config, steps_per_epoch: int) -> dict[str, Callable[[int], float]]:
@@ -157,10 +151,8 @@ def learning_rates(config: Config, steps_per_epoch: int) -> dict[str, Callable[[
         batch_size=config.batch_size,
         warmup_epochs=config.effective_warmup_epochs,
     )
-    return {
-        "weights": functools.partial(schedule, base_lr=config.lr_weights),
-        "biases": functools.partial(schedule, base_lr=config.lr_biases),
-    }
+    rates = {"weights": config.lr_weights, "biases": config.lr_biases}
+    return {name: functools.partial(schedule, base_lr=rate) for name, rate in rates.items()}
 
 
 def data_parallel(model: BarlowTwins, config: Config, world: World) -> torch.nn.Module:

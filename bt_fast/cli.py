@@ -96,8 +96,7 @@ def _pretrain(arguments: list[str]) -> int:
 
 
 def parse_pretrain(arguments: Sequence[str]) -> Config:
-    """Flags -> Config. The defaults are those of the recipe under its ablation, or of the resumed
-    run."""
+    """Flags -> Config, whose defaults are those of recipe and ablation, or of the resumed run."""
     from bt_fast.ablations import ablate
     from bt_fast.recipes import RECIPES
     from pipelines.common.flags import last_value, parse_flags, renamed_flags

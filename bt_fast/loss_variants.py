@@ -46,10 +46,8 @@ def objective_function(
 ) -> Callable[[torch.Tensor, torch.Tensor], Terms]:
     """An objective as a function (z_a, z_b) -> (on-diagonal term, off-diagonal term), scalars.
 
-    The embeddings and the group are those of `loss.correlation_terms`. The function returns the
-    terms of the global batch, on every rank, with the true gradients, and raises ValueError for
-    shapes that differ and fewer than two samples.
-
+    The terms are those of the global batch, on every rank, with the true gradients.
+    ValueError is raised for shapes that differ and for fewer than two samples.
     temperature: softmax temperature of the cross-entropy objective.
     """
     if objective == "barlow-twins":
@@ -83,8 +81,7 @@ def _variant_terms(
 
 
 class _Gather(torch.autograd.Function):
-    """[n, D] of every rank -> [N, D]. As every rank computes the same value from it, the gradient
-    with respect to this rank's rows is complete without a reduction over ranks."""
+    """[n, D] of every rank -> [N, D]. All ranks compute the same: gradients need no reduction."""
 
     @staticmethod
     def forward(ctx, z, group):

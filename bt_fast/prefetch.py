@@ -17,9 +17,8 @@ from pipelines.augment import Branch
 from pipelines.loading.loader import Batch
 
 NUM_STEPS_AHEAD = 2  # steps that the host may be ahead of the GPU
-NUM_BATCHES_IN_MEMORY = (
-    NUM_STEPS_AHEAD + 2
-)  # batches of views: NUM_STEPS_AHEAD queued on the GPU, the next, the one being made
+# Batches of views: NUM_STEPS_AHEAD queued on the GPU, the next, the one being made.
+NUM_BATCHES_IN_MEMORY = NUM_STEPS_AHEAD + 2
 
 
 def prefetch(

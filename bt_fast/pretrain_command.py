@@ -1,5 +1,4 @@
-"""`bt-fast pretrain`: from the configuration to a plan, a Slurm job, or a run on one or more
-ranks."""
+"""`bt-fast pretrain`: from the configuration to a plan, a Slurm job, or ranks."""
 
 import contextlib
 import dataclasses
@@ -14,8 +13,7 @@ from rich.console import Console
 from bt_fast.config import Config, load_config
 from bt_fast.distributed import launcher, slurm
 from bt_fast.distributed.collectives import ALONE, World, require_divisible_batch
-from bt_fast.distributed.ranks import adopt_rank, run_rank
-from bt_fast.distributed.rendezvous import num_restarts
+from bt_fast.distributed.ranks import adopt_rank, num_restarts, run_rank
 from bt_fast.distributed.signals import EXIT_REFUSED, EXIT_STOPPED, StopFlag
 from bt_fast.run.console import summary_table
 from bt_fast.run.directory import RunDirectory, choose_path, make_folder
@@ -67,8 +65,7 @@ def run_pretrain(config: Config, arguments: Sequence[str], stop: StopFlag) -> in
 def submit(config: Config, partition: str) -> int:
     """Submit the run to Slurm, or print the job with `--dry-run`.
 
-    Configuration and job script are written into the run directory, which is removed again if
-    Slurm refuses the job. Raises ValueError with Slurm's message in that case.
+    Raises ValueError with Slurm's message if it refuses the job; a new run directory is removed.
     """
     if config.gpus is None:
         raise ValueError(f"--slurm {partition} needs --gpus, the number of ranks")
@@ -126,8 +123,7 @@ def _train(config: Config, stop: StopFlag, world: World) -> int:
 
 
 def _exit_status(status: int, world: World) -> int:
-    """The exit status for the launcher. torchrun would take a stop for a failure, restart, and pass
-    no status on: it gets 0, and the status goes to the file that BT_FAST_STATUS names."""
+    """The exit status for the launcher; torchrun, which would restart a stopped run, gets 0."""
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return status
     if world.is_first and _STATUS in os.environ:

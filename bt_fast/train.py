@@ -9,7 +9,6 @@ is one number, the step; order and views are functions of it.
 import contextlib
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from shlex import quote
 
@@ -83,9 +82,9 @@ def pretrain(config: Config, stop: StopFlag, world: World = ALONE) -> int:
 
 
 def finish(setup: TrainingSetup, run: RunDirectory, log: RunLog, step: int, saved: bool) -> int:
-    """Write curves and encoder, and print the result or how to continue.
+    """Write curves and encoder, print the result or how to continue; returns the exit status.
 
-    saved: whether the checkpoint of `step` was written. Returns the exit status.
+    saved: whether the checkpoint of `step` was written.
     """
     metrics = run.path / "metrics.jsonl"
     with log.optional_output("curves.png"):
@@ -123,8 +122,6 @@ def train(
 ) -> int:
     """The loop. Returns the step it reached, whose checkpoint is being written: the last step, or
     an earlier one after a stop request to any rank.
-
-    run: the run directory, on the rank that has it.
     """
     config, device, group = setup.config, setup.runtime.device, setup.world.group
     steps_per_epoch = setup.loader.steps_per_epoch
@@ -136,7 +133,6 @@ def train(
     # Since the last log line: its step, seconds of training, skipped updates.
     logged_step, clock = step, Clock(device)
     num_skipped = torch.zeros((), dtype=torch.int32, device=device)
-    skipped_in_a_row = SkippedInARow()
     stop_request = StopRequest(group)
     batches = setup.loader.batches(step, setup.last_step)
     views_of_steps = prefetch(batches, (config.view_a, config.view_b), setup.runtime)
@@ -162,9 +158,9 @@ def train(
         if step % config.log_every == 0 or step == 1 or is_last:
             values = torch.stack([on_diagonal, off_diagonal, num_skipped.float()])
             values = values.to("cpu", non_blocking=True)  # page-locked if it comes from a GPU
-            line = LogLine(step, step - logged_step, rates, values, clock.lap())
-            write = functools.partial(write_log_line, setup, log, skipped_in_a_row, line)
-            deferred.add(step, write)
+            since = step - logged_step
+            write = functools.partial(write_log_line, setup, log, step, since, rates)
+            deferred.add(step, functools.partial(write, values, clock.lap()))
             logged_step = step
             num_skipped.zero_()
         if step % save_every == 0 or is_last or stopping:
@@ -217,63 +213,50 @@ def set_learning_rates(setup: TrainingSetup, step: int) -> dict[str, float]:
     return rates
 
 
-@dataclass(frozen=True, slots=True)
-class LogLine:
-    """Values of the steps since the previous log line, some not yet copied to the host."""
-
-    step: int  # the last of these steps
-    num_steps: int
-    rates: dict[str, float]
-    values: torch.Tensor  # [3], on the CPU: on-diagonal and off-diagonal term, skipped updates
-    seconds: Callable[[], float]  # that these steps took
-
-
-@dataclass(slots=True)
-class SkippedInARow:
-    """Number of consecutive skipped updates up to the newest log line."""
-
-    count: int = 0
-
-
 def write_log_line(
-    setup: TrainingSetup, log: RunLog, skipped: SkippedInARow, line: LogLine
+    setup: TrainingSetup,
+    log: RunLog,
+    step: int,
+    num_steps: int,
+    rates: dict[str, float],
+    values: torch.Tensor,
+    seconds: Callable[[], float],
 ) -> None:
-    """Read the values and log them. Raises ValueError after MAX_SKIPPED skipped updates in a
-    row."""
+    """Log the steps since the previous line. Raises ValueError after too many skipped updates.
+
+    step: the last of these steps. seconds: returns the time that they took.
+    values: float [3], on the CPU: on-diagonal and off-diagonal term, skipped updates.
+    """
     config = setup.config
-    on_diagonal, off_diagonal, skipped_since = line.values.tolist()
-    num_skipped = int(skipped_since)
+    on_diagonal, off_diagonal, num_skipped = values.tolist()
     log.training(
         {
-            "step": line.step,
-            "epoch": line.step / setup.loader.steps_per_epoch,
+            "step": step,
+            "epoch": step / setup.loader.steps_per_epoch,
             "loss": weighted_sum(on_diagonal, off_diagonal, config.lambd),
             "on_diagonal": on_diagonal,
             "off_diagonal": off_diagonal,
-            **line.rates,
-            "images_per_s": line.num_steps * config.batch_size / line.seconds(),
-            "skipped": num_skipped,
+            **rates,
+            "images_per_s": num_steps * config.batch_size / seconds(),
+            "skipped": int(num_skipped),
         }
     )
-    skipped.count = skipped.count + line.num_steps if num_skipped == line.num_steps else 0
+    log.skipped_in_a_row = log.skipped_in_a_row + num_steps if num_skipped == num_steps else 0
     if not num_skipped:
         return
     log.warn(
-        f"{num_skipped} of the last {line.num_steps} updates skipped before step {line.step}: the"
+        f"{int(num_skipped)} of the last {num_steps} updates skipped before step {step}: the"
         " loss or its gradients were not finite"
     )
-    if skipped.count >= MAX_SKIPPED:
+    if log.skipped_in_a_row >= MAX_SKIPPED:
         raise ValueError(
-            f"the loss was not finite for {skipped.count} steps in a row. No checkpoint contains"
-            " them: resume, or start again with lower --lr-weights and --lr-biases"
+            f"the loss was not finite for {log.skipped_in_a_row} steps in a row. No checkpoint"
+            " contains them: resume, or start again with lower --lr-weights and --lr-biases"
         )
 
 
 def resume(setup: TrainingSetup, run: RunDirectory | None, console: Console) -> int:
-    """Restore the newest valid checkpoint of a resumed run -> the step to continue from.
-
-    The first rank reads it and broadcasts it.
-    """
+    """Restore a resumed run's newest valid checkpoint on all ranks -> its step."""
     if not broadcast_object(setup.config.resume is not None, setup.world.group):
         return 0
     step, sampler_states = 0, []

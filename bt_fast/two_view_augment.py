@@ -12,9 +12,8 @@ from pipelines.branches import VIEW_A, VIEW_B, Branch
 class TwoViewAugment(nn.Module):
     """Both views of a batch of crops, augmented and normalised with ImageNet's statistics.
 
-    Cropping belongs to the loader. Fused Triton kernels on an NVIDIA GPU, one thread per core on a
-    CPU; `pipelines.augment` is the definition and names the differences from Pillow. Also random in
-    evaluation mode.
+    Fused Triton kernels on an NVIDIA GPU, one thread per core on a CPU; `pipelines.augment` is the
+    definition. Also random in evaluation mode.
 
     Args:
         view_a, view_b: augmentations of the two views; default: the paper's.

@@ -4,13 +4,16 @@ import os
 import socket
 import tempfile
 import traceback
+from collections import Counter
+from contextlib import ExitStack
 from pathlib import Path
+from unittest import mock
 
 import tiny_runs
 import torch
 import torch.multiprocessing
 
-from bt_fast.distributed import collectives, rendezvous
+from bt_fast.distributed import collectives, ranks
 
 TINY = [
     *tiny_runs.TINY,
@@ -24,6 +27,41 @@ def embeddings(n: int, d: int) -> list[torch.Tensor]:
     shared = torch.randn(n, d, dtype=torch.float64, generator=generator)
     noise = [torch.randn(n, d, dtype=torch.float64, generator=generator) for _ in range(2)]
     return [((shared + 0.7 * part) * scale + 2).requires_grad_() for part in noise]
+
+
+class Traffic:
+    """A context in which collectives, and the bytes that one rank sends, are counted.
+
+    Bytes are those of ring algorithms on W ranks: an all-gather of b bytes per rank sends (W-1) b,
+    an all-reduce of b bytes 2 (W-1)/W b, an all-to-all or reduce-scatter of b bytes (W-1)/W b.
+    """
+
+    def __init__(self) -> None:
+        self.calls: Counter[str] = Counter()
+        self.bytes: Counter[str] = Counter()
+
+    def __enter__(self) -> "Traffic":
+        self._patches = ExitStack()
+        dist = torch.distributed
+        self._watch(
+            collectives, "_all_gather", "all_gather", lambda w, _, part: (w - 1) * part.nbytes
+        )
+        self._watch(dist, "all_reduce", "all_reduce", lambda w, x: 2 * (w - 1) / w * x.nbytes)
+        self._watch(dist, "all_to_all_single", "all_to_all", lambda w, _, x: (w - 1) / w * x.nbytes)
+        return self
+
+    def _watch(self, module, function_name: str, name: str, num_bytes) -> None:
+        function = getattr(module, function_name)
+
+        def counted(*tensors, group):
+            self.calls[name] += 1
+            self.bytes[name] += round(num_bytes(group.size(), *tensors))
+            return function(*tensors, group=group)
+
+        self._patches.enter_context(mock.patch.object(module, function_name, counted))
+
+    def __exit__(self, *_) -> None:
+        self._patches.close()
 
 
 def run_ranks(size: int, function, *arguments) -> list:
@@ -46,7 +84,7 @@ def _rank(rank: int, size: int, port: int, folder: str, function, arguments) -> 
         MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
     )  # fmt: skip
     try:
-        world = rendezvous.join(torch.device("cpu"), timeout=300)
+        world = ranks.join(torch.device("cpu"), timeout=300)
         result = function(world, *arguments)
         torch.save(result, Path(folder) / f"{rank}.pt")
         collectives.barrier(world.group)
@@ -54,5 +92,5 @@ def _rank(rank: int, size: int, port: int, folder: str, function, arguments) -> 
         traceback.print_exc()
         raise
     finally:
-        rendezvous.leave()
+        ranks.leave()
     os._exit(0)  # a thread of torch's has aborted the interpreter's way out, once, under load

@@ -228,8 +228,8 @@ def failing_rank(box: Sandbox) -> None:
     """The second of two ranks, whose collective fails."""
     two_ranks(box)
     world = World(rank=1, size=2, local_rank=1, local_size=2)
-    box.patch("bt_fast.distributed.rendezvous.join", lambda device, timeout: world)
-    box.patch("bt_fast.distributed.rendezvous.unresponsive_ranks", lambda world: [0])
+    box.patch("bt_fast.distributed.ranks.join", lambda device, timeout: world)
+    box.patch("bt_fast.distributed.ranks.unresponsive_ranks", lambda world: [0])
     box.patch("bt_fast.train.pretrain", raises(RuntimeError("connection closed\nby peer")))
     box.patch("os._exit", lambda status: raises(SystemExit(status))())
 

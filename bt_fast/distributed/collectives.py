@@ -1,12 +1,9 @@
 """Ranks and collectives.
 
-A rank is one process with one GPU, or one CPU process. Ranks communicate through the
-functions below and DistributedDataParallel; `Traffic` counts all_gather, all_reduce and
-all_to_all. The functions call torch.distributed's public functions, which the
-compiler can trace. A group of None means this process alone.
+A rank is one process with one GPU, or one CPU process. The functions call torch.distributed's
+public functions, which the compiler can trace. A group of None means this process alone.
 """
 
-from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -24,7 +21,7 @@ _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_t
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class World:
-    """Which rank this process is; created by `rendezvous.join`, or `ALONE`."""
+    """Which rank this process is; created by `ranks.join`, or `ALONE`."""
 
     rank: int
     size: int
@@ -44,21 +41,15 @@ class World:
         return dist.group.WORLD if exists else None  # type: ignore[return-value]
 
     def local_slice(self, samples: np.ndarray) -> np.ndarray:
-        """This rank's consecutive part of the samples; the first ranks have one more if W does not
-        divide their number."""
+        """This rank's consecutive part of the samples; the first ranks may have one more."""
         return np.array_split(samples, self.size)[self.rank]
 
     def new_group(self, device: torch.device, *, size: int = 0, timeout: float = 600) -> Group:
-        """Create process groups of `size` consecutive ranks and return this rank's. All ranks must
-        call it.
+        """Create groups of `size` consecutive ranks (0: all) -> this rank's. All ranks call it.
 
         On a GPU the group has a high-priority stream: the small collectives that a step waits for
         do not queue behind the gradients on `group`.
-
-        Args:
-            device: of this rank's tensors.
-            size: number of consecutive ranks per group; 0 = one group of all ranks.
-            timeout: of every collective, seconds.
+        timeout: of every collective, seconds.
         """
         if self.group is None or size == 1:
             return None
@@ -104,41 +95,12 @@ def group_rank(group: Group) -> int:
     return 0 if group is None else group.rank()
 
 
-class Traffic:
-    """A context in which collectives, and the bytes that one rank sends, are counted.
-
-    Bytes are those of ring algorithms on W ranks: an all-gather of b bytes per rank sends (W-1) b,
-    an all-reduce of b bytes 2 (W-1)/W b, an all-to-all or reduce-scatter of b bytes (W-1)/W b.
-    """
-
-    def __init__(self) -> None:
-        self.calls: Counter[str] = Counter()
-        self.bytes: Counter[str] = Counter()
-
-    def __enter__(self) -> "Traffic":
-        _active.append(self)
-        return self
-
-    def __exit__(self, *_) -> None:
-        _active.remove(self)
-
-
-_active: list[Traffic] = []
-
-
-def _count(name: str, num_bytes: float) -> None:
-    for traffic in _active:
-        traffic.calls[name] += 1
-        traffic.bytes[name] += round(num_bytes)
-
-
 def all_gather(part: torch.Tensor, group: Group) -> torch.Tensor:
     """[...] of every rank -> [W, ...], in order of ranks."""
     if group is None:
         return part.unsqueeze(0)
     world_size = group.size()
     part = part.contiguous()
-    _count("all_gather", (world_size - 1) * part.nbytes)
     whole = part.new_empty((world_size * part.shape[0], *part.shape[1:]))
     _all_gather(whole, part, group=group)
     return whole.unflatten(0, (world_size, part.shape[0]))
@@ -161,7 +123,6 @@ def all_reduce(value: torch.Tensor, group: Group, *, overwrite: bool = False) ->
     """The sum over ranks, on every rank; with `overwrite` in the memory of the value."""
     if group is None:
         return value
-    _count("all_reduce", 2 * (group.size() - 1) / group.size() * value.nbytes)
     total = value if overwrite else value.clone(memory_format=torch.contiguous_format)
     dist.all_reduce(total, group=group)
     return total
@@ -171,7 +132,6 @@ def all_to_all(parts: torch.Tensor, group: Group) -> torch.Tensor:
     """[W, ...], part r for rank r -> [W, ...], part s from rank s."""
     if group is None:
         return parts
-    _count("all_to_all", (group.size() - 1) / group.size() * parts.nbytes)
     parts = parts.contiguous()
     received = torch.empty_like(parts)
     dist.all_to_all_single(received, parts, group=group)
@@ -213,8 +173,7 @@ def broadcast_tensors(tensors: Iterable[torch.Tensor], group: Group) -> None:
 def compare_weights(model: torch.nn.Module, group: Group) -> Callable[[], None]:
     """Queue a comparison of all ranks' weights, by a checksum of each tensor's bits.
 
-    Returns a function to call when the queued work has completed: it raises RuntimeError that names
-    the ranks whose weights are not bit for bit the first rank's.
+    Call the result when the queued work has completed: it raises RuntimeError if weights differ.
     """
     if group is None:
         return lambda: None

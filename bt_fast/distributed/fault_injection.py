@@ -16,7 +16,7 @@ from typing import Literal, get_args
 import torch
 
 from bt_fast.distributed.collectives import World
-from bt_fast.distributed.rendezvous import num_restarts
+from bt_fast.distributed.ranks import num_restarts
 
 VARIABLE = "BT_FAST_FAULT"
 Kind = Literal["exit", "exception", "kill", "hang", "nan", "memory"]
@@ -30,18 +30,10 @@ def inject(
     if fault is None or num_restarts():
         return views_of_steps
     rank, fault_step, kind = _parse(fault)
-    return (
-        _with_fault(views_of_steps, first_step, fault_step, kind)
-        if rank == world.rank
-        else views_of_steps
-    )
-
-
-def _with_fault(
-    views_of_steps: Iterator[torch.Tensor], first_step: int, fault_step: int, kind: str
-) -> Iterator[torch.Tensor]:
-    for step, views in enumerate(views_of_steps, first_step):
-        yield _cause(kind, views) if step == fault_step else views
+    if rank != world.rank:
+        return views_of_steps
+    numbered = enumerate(views_of_steps, first_step)
+    return (_cause(kind, views) if step == fault_step else views for step, views in numbered)
 
 
 def _cause(kind: str, views: torch.Tensor) -> torch.Tensor:

@@ -11,8 +11,10 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP, s
 
 
 class StopFlag:
-    """A stop request by SIGTERM, SIGUSR1, SIGUSR2 or SIGHUP (unless nohup ignores it), and by
-    Ctrl-C once `training`. Before that, and the second time, Ctrl-C interrupts immediately."""
+    """A stop request by one of STOP_SIGNALS, and by Ctrl-C only once `training`.
+
+    Before that, and the second time, Ctrl-C interrupts immediately.
+    """
 
     def __init__(self) -> None:
         self.requested = False

@@ -23,10 +23,9 @@ _GRACE_PERIOD = 60  # seconds for all tasks to end after the first has ended
 
 
 def job_script(config: Config, world_size: int, partition: str, path: Path) -> str:
-    """The sbatch script of a run in the folder `path`.
+    """The sbatch script of a run in the folder `path`. Full nodes get all their cores and memory.
 
-    Full nodes are requested with all their cores and memory. Raises ValueError if the ranks do not
-    fill their nodes.
+    Raises ValueError if the ranks do not fill their nodes.
     """
     per_node = min(config.gpus_per_node, world_size)
     full_nodes = per_node == config.gpus_per_node
@@ -83,7 +82,12 @@ def require_sbatch(partition: str) -> None:
 def sbatch(script: Path, partition: str) -> str:
     """Submit a job script; returns the job's number. Raises ValueError with sbatch's message."""
     # The new job is not part of the job that this process may run in.
-    environment = {k: v for k, v in os.environ.items() if not _is_job_variable(k)}
+    prefixes = ("SLURM_", "SLURMD_", "SRUN_")
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(prefixes) or name == "SLURM_CONF"
+    }
     done = subprocess.run(
         ["sbatch", "--parsable", str(script)], env=environment, capture_output=True, text=True
     )
@@ -93,13 +97,8 @@ def sbatch(script: Path, partition: str) -> str:
     return done.stdout.strip().partition(";")[0]
 
 
-def _is_job_variable(name: str) -> bool:
-    return name.startswith(("SLURM_", "SLURMD_", "SRUN_")) and name != "SLURM_CONF"
-
-
 def srun(world_size: int, *, on_gpus: bool) -> list[str] | None:
-    """The srun command that starts `world_size` ranks on the nodes of the Slurm job around this
-    process.
+    """The srun command for ranks on the nodes of the Slurm job around this process.
 
     None outside a job, inside one of its steps, and if all ranks are processes of its only node.
     Raises ValueError if the job has too few GPUs or CPUs.

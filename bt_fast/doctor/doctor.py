@@ -17,15 +17,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from bt_fast.doctor import hardware
 from pipelines import __version__
 from pipelines.common.atomic import atomic_file
+from pipelines.common.cpu import usable_cores
 
 if TYPE_CHECKING:
     from bt_fast.config import Config
 
-NUM_BATCHES = (
-    5  # in the native loader's memory on a GPU machine: one copied, one in use, three ahead
-)
+# Batches in the native loader's memory on a GPU machine: one copied, one in use, three ahead.
+NUM_BATCHES = 5
 MIN_SHARED_MEMORY = 1 << 30  # NCCL's manual recommends it for containers
 
 
@@ -85,10 +86,10 @@ def _wrapped(line: str) -> str:
 def diagnose(options: Doctor) -> Iterator[Row]:
     """Rows in the order of the report; after a missing required package there are no more."""
     yield Row("Python", f"{platform.python_version()}, {sys.executable}")
-    packages = required_packages()
-    yield packages
-    yield optional_packages()
-    if packages.broken:
+    required, optional = packages()
+    yield required
+    yield optional
+    if required.broken:
         return
     try:
         import torch
@@ -103,7 +104,7 @@ def diagnose(options: Doctor) -> Iterator[Row]:
         raise ValueError(f"--recipe {options.recipe} is not one of {', '.join(RECIPES)}")
     config = RECIPES[options.recipe]()
     runtime = choose_runtime("auto", "auto", "auto")
-    num_gpus = torch.cuda.device_count()
+    ranks = max(torch.cuda.device_count(), 1)
     yield from gpus()
     if runtime.device.type == "cuda":
         yield compiler()
@@ -111,10 +112,9 @@ def diagnose(options: Doctor) -> Iterator[Row]:
     yield decoding()
     yield from data(options.data, config.num_threads())
     yield memory(config)
-    yield gpu_memory(config, max(num_gpus, 1))
-    yield from limits(num_gpus)
+    yield gpu_memory(config, ranks)
+    yield from limits(ranks)
     yield disk_space(options.run_dir, config)
-    ranks = max(num_gpus, 1)
     yield Row(
         "pretrain uses",
         f"{ranks} x {runtime.device.type}, {runtime.precision}, torch.compile"
@@ -123,37 +123,28 @@ def diagnose(options: Doctor) -> Iterator[Row]:
     )
 
 
-def required_packages() -> Row:
-    """Versions of the required packages."""
+def packages() -> Iterator[Row]:
+    """Versions of the required and the optional packages, and how to install missing ones."""
     from bt_fast.doctor import requirements
 
-    names = [package.name for package in requirements.requirements()[""]]
-    value = requirements.installed_versions(names)
+    by_extra = requirements.requirements()
     unmet = requirements.unmet()
+    value = requirements.installed_versions([package.name for package in by_extra.pop("")])
     problem = f"missing or too old: {', '.join(unmet)}" if unmet else ""
     fix = f"pip install {' '.join(map(repr, unmet))}"
-    return Row("packages", value, problem, fix, broken=bool(unmet))
-
-
-def optional_packages() -> Row:
-    """Versions of the optional packages, and how to install the missing ones."""
-    from bt_fast.doctor import requirements
-
-    packages = requirements.requirements()
-    extras = {e: [one.name for one in packages[e]] for e in packages if e not in ("", "dev")}
+    yield Row("packages", value, problem, fix, broken=bool(unmet))
+    extras = {e: [one.name for one in by_extra[e]] for e in by_extra if e != "dev"}
     names = [*itertools.chain(*extras.values()), "webdataset"]  # webdataset reads shards
     value = requirements.installed_versions(names)
     missing = [e for e, names in extras.items() if not all(map(requirements.version, names))]
     if missing:
         value += f"; more with pip install 'bt-fast[{','.join(missing)}]'"
-    return Row("optional", value)
+    yield Row("optional", value)
 
 
 def gpus() -> Iterator[Row]:
     """GPUs, driver and NCCL, and whether each GPU computes."""
     import torch
-
-    from bt_fast.doctor import hardware
 
     driver = hardware.nvidia_driver()
     built = f"torch built for CUDA {torch.version.cuda}" if torch.version.cuda else "torch for CPUs"
@@ -186,8 +177,6 @@ def gpus() -> Iterator[Row]:
 
 def compiler() -> Row:
     """C compiler and Python.h, with which Triton and torch.compile build launchers of kernels."""
-    from bt_fast.doctor import hardware
-
     path, header = hardware.c_compiler()
     problem = "" if path and header else "kernels cannot be built without it and Python.h"
     fix = "apt install gcc python3-dev"
@@ -196,9 +185,6 @@ def compiler() -> Row:
 
 def cores() -> Row:
     """Cores that this process may use, and a container's quota of CPU time."""
-    from bt_fast.doctor import hardware
-    from pipelines.common.cpu import usable_cores
-
     usable, quota = usable_cores(), hardware.cpu_quota()
     value = f"{usable} usable of {os.cpu_count()}"
     if quota is None or quota >= usable:
@@ -210,8 +196,6 @@ def cores() -> Row:
 
 def decoding() -> Row:
     """Speed of decoding and cropping, as in the loader."""
-    from bt_fast.doctor import hardware
-
     rate, num_bytes = hardware.decode_rate()
     sample = f"a JPEG of {num_bytes // 1000} kB, two views"
     return Row("decoding", f"{rate:,.0f} images/s per core ({sample})")
@@ -219,7 +203,6 @@ def decoding() -> Row:
 
 def data(path: Path, num_threads: int) -> Iterator[Row]:
     """Whether the tables of --data are valid, and the speed of its disk."""
-    from bt_fast.doctor import hardware
     from pipelines.loading.datasets import open_data
 
     convert = f"bt-convert IMAGE_FOLDER {path}"
@@ -242,10 +225,8 @@ def data(path: Path, num_threads: int) -> Iterator[Row]:
 
 def memory(config: "Config") -> Row:
     """Free memory and the loader's need of it, which is page-locked on a machine with a GPU."""
-    from bt_fast.doctor import hardware
-
     free = hardware.free_memory()
-    need = NUM_BATCHES * hardware.bytes_of_batch(config.batch_size, config.size)
+    need = NUM_BATCHES * 2 * config.batch_size * config.size**2 * 3  # uint8, two views
     value = f"{free / 1e9:.1f} GB free; the loader's batches take {need / 1e9:.1f} GB"
     if need < free / 2:
         return Row("memory", value + ", page-locked for GPUs")

@@ -1,20 +1,16 @@
-"""Hardware of this machine and its speed: measured, or reported by the system."""
+"""Hardware of this machine and its speed: measured, or reported by the system.
+
+Free of torch and numpy at its top, which a broken installation may lack.
+"""
 
 import mmap
 import os
 import re
 import shutil
 import sysconfig
-import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-
-import numpy as np
-import simplejpeg
-import torch
-
-from pipelines.crop import RandomResizedCrop, crop_and_resize, random_boxes
-from pipelines.order import epoch_order
 
 SECONDS = 1.0  # duration of each measurement
 BLOCK = 1 << 17  # bytes per read, about those of an ImageNet image
@@ -24,7 +20,18 @@ _HEIGHT, _WIDTH = 375, 500  # of the image that is decoded: the usual size in Im
 
 def decode_rate() -> tuple[float, int]:
     """(images/s of one core: decoding and cutting two views of 224 px; bytes of the JPEG)."""
-    jpeg = simplejpeg.encode_jpeg(_synthetic_image(), quality=90, colorsubsampling="420")
+    import numpy as np
+    import simplejpeg
+    import torch
+
+    from pipelines.crop import RandomResizedCrop, crop_and_resize, random_boxes
+
+    # An image whose JPEG has about the size of a photograph's.
+    y, x = np.mgrid[:_HEIGHT, :_WIDTH]
+    waves = [np.sin(x / (9 + 7 * c)) * np.cos(y / (31 - 8 * c)) for c in range(3)]
+    noise = np.random.default_rng(0).normal(0, 9, (_HEIGHT, _WIDTH, 1))
+    image = np.clip(128 + 90 * np.stack(waves, axis=2) + noise, 0, 255).astype(np.uint8)
+    jpeg = simplejpeg.encode_jpeg(image, quality=90, colorsubsampling="420")
     keys = np.arange(2000, dtype=np.uint64)
     heights, widths = np.full(2000, _HEIGHT), np.full(2000, _WIDTH)
     boxes = random_boxes(RandomResizedCrop(), keys, heights, widths).reshape(1000, 2, 4)
@@ -41,46 +48,32 @@ def decode_rate() -> tuple[float, int]:
     return count / seconds, len(jpeg)
 
 
-def _synthetic_image() -> np.ndarray:
-    """uint8 [375, 500, 3]; its JPEG has about the size of a photograph's."""
-    y, x = np.mgrid[:_HEIGHT, :_WIDTH]
-    waves = [np.sin(x / (9 + 7 * c)) * np.cos(y / (31 - 8 * c)) for c in range(3)]
-    noise = np.random.default_rng(0).normal(0, 9, (_HEIGHT, _WIDTH, 1))
-    return np.clip(128 + 90 * np.stack(waves, axis=2) + noise, 0, 255).astype(np.uint8)
-
-
 def read_rate(path: Path, num_threads: int) -> tuple[float, bool]:
     """(bytes/s of random reads of an image's size, whether they bypassed the page cache).
 
-    Direct reads leave the page cache as it is, because a run may be using it. On a file system
-    without direct reads, the kernel is advised to drop the file's pages first.
+    Direct reads leave the page cache as it is, because a run may be using it.
     """
+    from pipelines.order import epoch_order
+
     try:
         descriptor, direct = os.open(path, os.O_RDONLY | os.O_DIRECT), True
-    except (OSError, AttributeError):
+    except OSError:
         descriptor, direct = os.open(path, os.O_RDONLY), False
-        if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-    blocks = iter(epoch_order(min(path.stat().st_size // BLOCK, 1 << 20), seed=0, epoch=0).tolist())
-    started, lock, num_read = time.perf_counter(), threading.Lock(), 0
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+    blocks = epoch_order(min(path.stat().st_size // BLOCK, 1 << 20), seed=0, epoch=0).tolist()
+    started = time.perf_counter()
 
-    def read() -> None:
-        nonlocal num_read
-        buffer = mmap.mmap(-1, BLOCK)  # aligned, as direct reads require
-        while time.perf_counter() - started < SECONDS:
-            with lock:
-                block = next(blocks, None)
-            if block is None:
-                return
-            num_bytes = os.preadv(descriptor, [buffer], block * BLOCK)
-            with lock:
-                num_read += num_bytes
+    def read(first: int) -> int:
+        """Read every num_threads-th block until the time is over; returns the bytes."""
+        buffer, num_read = mmap.mmap(-1, BLOCK), 0  # aligned, as direct reads require
+        for block in blocks[first::num_threads]:
+            if time.perf_counter() - started > SECONDS:
+                break
+            num_read += os.preadv(descriptor, [buffer], block * BLOCK)
+        return num_read
 
-    threads = [threading.Thread(target=read) for _ in range(num_threads)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(num_threads) as pool:
+        num_read = sum(pool.map(read, range(num_threads)))
     seconds = time.perf_counter() - started
     os.close(descriptor)
     return num_read / seconds, direct
@@ -95,11 +88,6 @@ def free_memory() -> int:
         return min(free, limit - int((_CGROUP / "memory.current").read_text()))
     except (OSError, ValueError):  # no limit
         return free
-
-
-def bytes_of_batch(num_images: int, size: int) -> int:
-    """Bytes of a batch's uint8 views in the loader."""
-    return 2 * num_images * size**2 * 3
 
 
 def cpu_quota() -> float | None:

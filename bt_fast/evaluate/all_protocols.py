@@ -14,29 +14,29 @@ from bt_fast.evaluate.eval_setup import build_setup, labelled_subset, open_label
 from bt_fast.evaluate.knn import measure_knn
 from bt_fast.evaluate.knn_classifier import choose_data
 from bt_fast.evaluate.linear import measure_linear
-from bt_fast.evaluate.options import EvalAll, EvalLinear, EvalOptions, EvalSemi
+from bt_fast.evaluate.options import EvalAll, EvalLinear, EvalSemi
 from bt_fast.evaluate.semi import measure_semi
 from pipelines.common.console import print_line
 
 
 def run_all(options: EvalAll, world: World = ALONE) -> int:
     """Print the table; returns the exit status."""
-    common = {field.name: getattr(options, field.name) for field in dataclasses.fields(EvalOptions)}
     linear = "linear" if options.full_linear else "linear, quick protocol"
     semi = f"{options.percent:g} % of the labels, fine-tuned"
     scores: dict[str, list[float]] = {"kNN, k = 20": [], linear: [], semi: []}
     for random in (True, False):
-        common["random"] = random
-        setup = build_setup(EvalOptions(**common), world=world)
-        train, val = open_labelled_splits(EvalOptions(**common), setup.config)
+        setup = build_setup(dataclasses.replace(options, random=random), world=world)
+        train, val = open_labelled_splits(options, setup.config)
         print_line(f"{setup.description}:")
         data = choose_data(train, val, setup.seed)
         assert data is not None  # open_labelled_splits requires two classes
         scores["kNN, k = 20"].append(measure_knn(setup, data)[0])
-        linear_options = EvalLinear(**common, cached=not options.full_linear, seed=options.seed)
+        linear_options = EvalLinear(
+            run=options.run, cached=not options.full_linear, seed=options.seed
+        )
         scores[linear].append(measure_linear(linear_options, setup, train, val)[0])
         semi_options = EvalSemi(
-            **common,
+            run=options.run,
             percent=options.percent,
             epochs=options.semi_epochs,
             batch_size=options.semi_batch_size,

@@ -1,5 +1,4 @@
-"""`bt-fast eval NAME` on one or more ranks, which share every batch. The first rank prints and
-writes; the others are silent."""
+"""`bt-fast eval NAME` on one or more ranks, of which the first one prints and writes."""
 
 import os
 import sys
@@ -12,7 +11,7 @@ from bt_fast.distributed.signals import EXIT_STOPPED, StopFlag
 from bt_fast.evaluate.options import Options
 
 # Seconds. The first rank may select classifiers for hours while the others wait for the result; a
-# rank that dies is noticed by the supervisor.
+# rank that dies is noticed by the launcher.
 _TIMEOUT = 4 * 3600.0
 
 

@@ -28,13 +28,7 @@ Tensors = Mapping[str, torch.Tensor]
 
 
 class EvalDirectory(RunDirectory):
-    """A folder that holds a lock while it is open; see the module.
-
-    Args:
-        parent: the encoder's eval/ folder.
-        name: name of the evaluation.
-        identity: everything that the result depends on, as JSON.
-    """
+    """A folder that is locked while it is open; `identity` is what the result depends on."""
 
     def __init__(self, parent: Path, name: str, identity: dict[str, Any]) -> None:
         text = json.dumps(identity, sort_keys=True, default=str)

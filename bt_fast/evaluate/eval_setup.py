@@ -100,6 +100,7 @@ def build_setup(
     """Read the encoder, with its projector if requested; resolve defaults. Raises ValueError."""
     is_run = (options.run / "config.json").is_file()
     config = load_config(options.run, "RUN") if is_run else None
+    defaults = config or Config()
     runtime = choose_runtime(options.device, options.precision, "off", world.local_rank)
     apply_switches()
     if config is not None and options.random:  # works before the run's first checkpoint
@@ -107,9 +108,8 @@ def build_setup(
     else:
         pretrained = read_pretrained(options.run, projector=projector)
         architecture, small_images = pretrained.architecture, pretrained.small_images
-    seed = config.seed if config is not None else 0
     if options.random:
-        torch.manual_seed(seed)  # as in pretraining
+        torch.manual_seed(defaults.seed)  # as in pretraining
         encoder, projector_module = build_encoder(architecture, small_images=small_images), None
         description = f"{architecture} at random initialisation"
     else:
@@ -127,11 +127,11 @@ def build_setup(
         fingerprint=digest,
         random=options.random,
         config=config,
-        seed=seed,
+        seed=defaults.seed,
         runtime=runtime,
-        size=options.size or (config.size if config else 224),
-        crop=options.crop or (config.probe_crop if config else 0.875),
-        min_scale=config.min_scale if config else 0.08,
+        size=options.size or defaults.size,
+        crop=options.crop or defaults.probe_crop,
+        min_scale=defaults.min_scale,
         num_threads=options.workers or max(usable_cores() // world.local_size, 1),
         cache_bytes=int(options.cache_gb * 1e9),
         folder=options.out or parent / "eval",

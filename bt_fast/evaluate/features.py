@@ -48,3 +48,9 @@ def model_outputs(
             advance(len(images) * world.size)
     model.train(was_training)
     return gather_slices(torch.cat(outputs)[: len(local)], len(samples), world.group)
+
+
+def count_correct(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Number of top-1 and top-5 hits: logits [n, classes], labels int64 [n] -> int64 [2]."""
+    hits = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
+    return torch.stack([hits[:, :1].sum(), hits.sum()])

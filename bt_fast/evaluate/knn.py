@@ -5,14 +5,20 @@ from functools import partial
 import torch
 from rich.console import Console
 
+from bt_fast.config import Config
 from bt_fast.distributed.collectives import ALONE, World
 from bt_fast.evaluate.collapse import centred_rank, collapse_report, effective_rank
 from bt_fast.evaluate.eval_setup import EvalSetup, build_setup, open_splits
-from bt_fast.evaluate.features import extract_features, model_outputs
-from bt_fast.evaluate.knn_classifier import SETTINGS, KnnData, choose_data, knn_scores
+from bt_fast.evaluate.features import model_outputs
+from bt_fast.evaluate.knn_classifier import (
+    SETTINGS,
+    KnnData,
+    choose_data,
+    extract_knn_features,
+    knn_scores,
+)
 from bt_fast.evaluate.options import EvalKnn
 from bt_fast.run.console import summary_table
-from pipelines.augment import VIEW_A, VIEW_B
 
 _VIEW_EPOCH = -1  # epoch of the augmented views, which pretraining never reaches
 _MAX_RANK_IMAGES = 25_600  # RankMe's number of images
@@ -45,10 +51,7 @@ def measure_knn(
     setup: EvalSetup, data: KnnData, *, augmented: bool = False
 ) -> tuple[float, dict[str, str]]:
     """(accuracy with k = 20, rows of the table)."""
-    bank, queries = (
-        extract_features(setup.encoder, setup.views(images), samples, setup.crop, setup.world)
-        for images, samples in ((data.bank, data.bank_samples), (data.queries, data.query_samples))
-    )
+    bank, queries = extract_knn_features(setup.encoder, data, setup.views, setup.crop, setup.world)
     scores = knn_scores(bank, queries, data)
     rows = {
         f"kNN, k = {k}, T = {temperature}": f"{100 * scores[f'knn_{k}']:.2f} %"
@@ -86,15 +89,13 @@ def augmented_outputs(
     setup: EvalSetup, model: torch.nn.Module, data: KnnData, view: int
 ) -> torch.Tensor:
     """The model's outputs for one of pretraining's two views of the held-out images."""
-    branches = (VIEW_A, VIEW_B)
-    if setup.config is not None:
-        branches = (setup.config.view_a, setup.config.view_b)
+    config = setup.config or Config()
     batches = partial(
         setup.views(data.queries).random,
         min_scale=setup.min_scale,
         seed=setup.seed,
         epoch=_VIEW_EPOCH,
-        branch=branches[view],
+        branch=(config.view_a, config.view_b)[view],
         view=view,
     )
     return model_outputs(model, data.query_samples, batches, setup.runtime, setup.world)

@@ -4,6 +4,7 @@ Each of a query's k most similar bank images adds exp(cosine similarity / temper
 of its class; the class with the highest score is predicted.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,7 +14,6 @@ import torch.nn.functional as F
 from bt_fast.distributed.collectives import ALONE, World
 from bt_fast.evaluate.features import extract_features
 from bt_fast.evaluate.views import Views
-from bt_fast.runtime import Runtime
 from pipelines.loading.datasets import ImageDataset
 from pipelines.order import epoch_order
 
@@ -35,10 +35,7 @@ def knn_accuracy(
 ) -> float:
     """Top-1 accuracy on the queries, in [0, 1].
 
-    Args:
-        bank, queries: float [n, width], L2-normalised.
-        bank_labels, query_labels: int64 [n].
-        k: number of neighbours; at most the size of the bank.
+    bank, queries: float [n, width], L2-normalised. bank_labels, query_labels: int64 [n].
     """
     k = min(k, len(bank))
     correct = torch.zeros((), dtype=torch.int64, device=bank.device)
@@ -103,35 +100,21 @@ def _shuffled_labelled(images: ImageDataset, seed: int) -> np.ndarray:
     return order[images.labels[order] >= 0]
 
 
-def evaluate_knn(
+def extract_knn_features(
     encoder: torch.nn.Module,
     data: KnnData,
-    runtime: Runtime,
-    *,
-    size: int,
+    open_views: Callable[[ImageDataset], Views],
     crop: float,
-    num_threads: int,
     world: World = ALONE,
-) -> dict[str, float]:
-    """`knn_scores` of an encoder's features, on every rank; each reads a slice of the images."""
-    bank, queries = (
-        extract_features(
-            encoder,
-            Views(images, runtime, size=size, num_threads=num_threads),
-            samples,
-            crop,
-            world,
-        )
-        for images, samples in ((data.bank, data.bank_samples), (data.queries, data.query_samples))
-    )
-    return knn_scores(bank, queries, data)
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Features [n, width] of bank and queries, on every rank; each reads a slice of the images."""
+    bank = extract_features(encoder, open_views(data.bank), data.bank_samples, crop, world)
+    queries = extract_features(encoder, open_views(data.queries), data.query_samples, crop, world)
+    return bank, queries
 
 
 def knn_scores(bank: torch.Tensor, queries: torch.Tensor, data: KnnData) -> dict[str, float]:
-    """`knn_accuracy` for each of SETTINGS: {"knn_20": ..., "knn_200": ...}, in [0, 1].
-
-    bank, queries: features [n, width] of the samples in `data`.
-    """
+    """`knn_accuracy` for each of SETTINGS, "knn_20" and "knn_200", from features [n, width]."""
     bank, queries = F.normalize(bank, dim=1), F.normalize(queries, dim=1)
     bank_labels = torch.from_numpy(data.bank.labels[data.bank_samples]).to(bank.device)
     query_labels = torch.from_numpy(data.queries.labels[data.query_samples]).to(bank.device)

@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from bt_fast.distributed import collectives
 from bt_fast.evaluate.eval_directory import EvalDirectory, open_eval_directory
 from bt_fast.evaluate.eval_setup import EvalSetup, Subset
-from bt_fast.evaluate.features import model_outputs
+from bt_fast.evaluate.features import count_correct, model_outputs
 from pipelines.common.atomic import atomic_file
 from pipelines.common.console import progress
 from pipelines.order import epoch_order
@@ -129,9 +129,7 @@ def choose_and_fit(
 ) -> dict[str, Any]:
     """Choose learning rate and weight decay on a tenth of the images, train on all of them, test.
 
-    Args:
-        views: [V, n, F], of which [0] are the central crops. labels: int64 [n].
-        val_features: [m, F]. val_labels: int64 [m].
+    views: [V, n, F], of which [0] are the central crops. val_features: [m, F]. Labels: int64.
     """
     order = torch.from_numpy(epoch_order(len(labels), grid.seed, _SPLIT_EPOCH)).to(labels.device)
     tenth, rest = order[: len(order) // 10], order[len(order) // 10 :]
@@ -205,10 +203,7 @@ def train_classifiers(
 def cross_entropy_gradient(
     classifiers: torch.Tensor, features: torch.Tensor, labels: torch.Tensor
 ) -> torch.Tensor:
-    """Gradient of each classifier's mean loss: [H, C, F + 1], from features [n, F].
-
-    d loss / d logits is softmax minus one-hot, over n.
-    """
+    """Gradient of each classifier's mean loss from features [n, F]: [H, C, F + 1]."""
     num_classifiers, num_classes, _ = classifiers.shape
     inputs = F.pad(features.float(), (0, 1), value=1.0)  # [n, F + 1]
     logits = (inputs @ classifiers.flatten(0, 1).T).view(-1, num_classifiers, num_classes)
@@ -225,7 +220,5 @@ def top_1_and_5(
     for inputs, targets in zip(features.split(chunk), labels.split(chunk), strict=True):
         inputs = F.pad(inputs.float(), (0, 1), value=1.0)
         for number, classifier in enumerate(classifiers):
-            logits = inputs @ classifier.T
-            hits = logits.topk(min(5, logits.shape[1]), dim=1).indices == targets[:, None]
-            num_correct[number] += torch.stack([hits[:, :1].sum(), hits.sum()])
+            num_correct[number] += count_correct(inputs @ classifier.T, targets)
     return [(top1 / len(labels), top5 / len(labels)) for top1, top5 in num_correct.tolist()]

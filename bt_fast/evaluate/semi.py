@@ -70,9 +70,9 @@ def class_balanced(labels: np.ndarray, percent: float, seed: int) -> np.ndarray:
 
 
 def listed_samples(images: ImageDataset, file: Path) -> np.ndarray:
-    """The samples named in `file`, one per line, by path or by a unique file name.
+    """The samples named in `file`, one per line, by path or unique file name: int64 [n], sorted.
 
-    Returns int64 [n], sorted. Raises ValueError if a name does not belong to exactly one image.
+    Raises ValueError if a name does not belong to exactly one image.
     """
     try:
         lines = {line.strip() for line in file.read_text().splitlines()} - {""}

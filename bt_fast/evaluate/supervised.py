@@ -28,6 +28,7 @@ from bt_fast.distributed import collectives
 from bt_fast.distributed.collectives import ALONE, World
 from bt_fast.evaluate.eval_directory import EvalDirectory, open_eval_directory
 from bt_fast.evaluate.eval_setup import EvalSetup, Subset
+from bt_fast.evaluate.features import count_correct
 from bt_fast.evaluate.views import Views
 from bt_fast.models import batch_norm
 from bt_fast.models.networks import feature_width
@@ -172,10 +173,7 @@ def _train_epoch(
     advance: Callable[[int], None],
     world: World,
 ) -> None:
-    """Every sample once, in the epoch's order; each rank takes its slice of every batch.
-
-    Fine-tuning skips a last batch of one image, for which batch norm has no variance.
-    """
+    """Every sample once. Fine-tuning skips a last batch of one image, which has no variance."""
     order = samples[epoch_order(len(samples), protocol.seed, epoch)]
     if protocol.lr_encoder and len(order) % protocol.batch_size == 1 and len(order) > 1:
         order = order[:-1]
@@ -239,9 +237,7 @@ def accuracy(
     for images in views.central(local_samples, crop):
         with views.runtime.autocast():
             logits = model(images).float()
-        targets = labels[start : start + len(logits), None]
-        hits = logits.topk(min(5, logits.shape[1]), dim=1).indices == targets
-        num_correct += torch.stack([hits[:, :1].sum(), hits.sum()])
+        num_correct += count_correct(logits, labels[start : start + len(logits)])
         start += len(logits)
     top1, top5 = (collectives.all_reduce(num_correct, world.group) / len(samples)).tolist()
     return top1, top5

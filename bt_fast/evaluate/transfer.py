@@ -20,8 +20,6 @@ from bt_fast.evaluate.transfer_datasets import inat18, places205
 from bt_fast.evaluate.voc07 import measure_voc
 from bt_fast.run.console import summary_table
 
-_EPOCHS = {"places205": 14, "inat18": 84, "folder": 14}
-
 
 def run_transfer(options: EvalTransfer, world: World = ALONE) -> int:
     """Print the accuracies; returns the exit status."""
@@ -53,7 +51,7 @@ def _classify(options: EvalTransfer, setup: EvalSetup) -> dict[str, str]:
         train, val = places205(options.data)
     else:
         train, val = inat18(options.data)
-    epochs = _EPOCHS[options.dataset] if options.epochs is None else options.epochs
+    epochs = options.epochs or (84 if options.dataset == "inat18" else 14)
     protocol = Protocol(
         epochs=epochs,
         batch_size=options.batch_size,

@@ -63,13 +63,8 @@ def _train_and_val(root: Path, splits: list[_Labelled]) -> tuple[ImageFiles, Ima
 class VocSplit:
     """One split of VOC07: its images, and the classes present in each."""
 
-    images: ImageFiles
+    subset: Subset
     present: np.ndarray  # int8 [n, classes]: 1 present, -1 absent, 0 difficult (ignored)
-
-    @property
-    def subset(self) -> Subset:
-        """All images of the split."""
-        return Subset(images=self.images, samples=np.arange(len(self.images)))
 
 
 def voc07(root: Path) -> tuple[list[str], VocSplit, VocSplit]:
@@ -90,8 +85,9 @@ def voc07(root: Path) -> tuple[list[str], VocSplit, VocSplit]:
                 raise ValueError(f"{main}: {name}_{split}.txt lists other images than {names[0]}'s")
         paths = [f"JPEGImages/{identifier}.jpg" for identifier in identifiers]
         images = ImageFiles(folder, paths, [-1] * len(paths), names)
+        subset = Subset(images=images, samples=np.arange(len(paths)))
         present = np.array([labels for _, labels in columns], np.int8).T
-        splits.append(VocSplit(images=images, present=present))
+        splits.append(VocSplit(subset=subset, present=present))
     return names, splits[0], splits[1]
 
 

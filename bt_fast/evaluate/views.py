@@ -5,7 +5,7 @@ released evaluation code is bilinear there). They are a function of (seed, epoch
 continued evaluation has the same views as an uninterrupted one.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
@@ -26,10 +26,7 @@ SUPERVISED_VIEW = 2  # pretraining's views are 0 and 1
 class Views:
     """Batches of one data set on the device, normalised: [n, 3, size, size], channels-last.
 
-    Args:
-        images: a BetonReader or ImageFiles.
-        size: side of the views, pixels.
-        cache_bytes: memory for decoded images.
+    size: side of the views, pixels. cache_bytes: memory for decoded images.
     """
 
     def __init__(
@@ -55,10 +52,11 @@ class Views:
         self, samples: np.ndarray, crop: float, *, batch_size: int = 256
     ) -> Iterator[torch.Tensor]:
         """Central crops, `crop` times the short side, in the order of `samples`."""
-        for crops in self._cut(
-            (batch, center_boxes(crop, *self.images.sizes[batch].T))
-            for batch in _batches(samples, batch_size)
-        ):
+
+        def boxes_of(batch: np.ndarray) -> np.ndarray:
+            return center_boxes(crop, *self.images.sizes[batch].T)
+
+        for _, crops in self._cut(samples, boxes_of, batch_size):
             yield augment.normalise_only(crops, dtype=self.runtime.view_dtype)
 
     def random(
@@ -75,27 +73,27 @@ class Views:
         """Random resized crops, augmented by `branch`, in the order of `samples`."""
         crop = RandomResizedCrop(size=self.size, scale=(min_scale, 1.0))
 
-        def keys(batch: np.ndarray) -> np.ndarray:
+        def keys_of(batch: np.ndarray) -> np.ndarray:
             return view_keys(batch, seed=seed, epoch=epoch, view=view)
 
-        crops = self._cut(
-            (batch, random_boxes(crop, keys(batch), *self.images.sizes[batch].T))
-            for batch in _batches(samples, batch_size)
+        def boxes_of(batch: np.ndarray) -> np.ndarray:
+            return random_boxes(crop, keys_of(batch), *self.images.sizes[batch].T)
+
+        for batch, crops in self._cut(samples, boxes_of, batch_size):
+            yield self.runtime.augmentation()(crops, augment.draw(branch, keys_of(batch)))
+
+    def _cut(
+        self,
+        samples: np.ndarray,
+        boxes_of: Callable[[np.ndarray], np.ndarray],
+        batch_size: int,
+    ) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
+        """(samples [n], uint8 [n, size, size, 3] on the device) of every batch."""
+        starts = range(0, len(samples), batch_size)
+        batches = [samples[start : start + batch_size] for start in starts]
+        requests = (
+            Request(samples=batch, boxes=boxes_of(batch)[:, None], size=self.size)
+            for batch in batches
         )
-        for batch, pixels in zip(_batches(samples, batch_size), crops, strict=True):
-            yield self.runtime.augmentation()(pixels, augment.draw(branch, keys(batch)))
-
-    def _cut(self, requests: Iterable[tuple[np.ndarray, np.ndarray]]) -> Iterator[torch.Tensor]:
-        """(samples [n], boxes [n, 4]) -> uint8 [n, size, size, 3] on the device."""
-        single = (
-            Request(samples=samples, boxes=boxes[:, None], size=self.size)
-            for samples, boxes in requests
-        )
-        for crops in self._backend.crops(single):
-            yield crops[0].to(self.runtime.device, non_blocking=True)
-
-
-def _batches(samples: np.ndarray, batch_size: int) -> Iterator[np.ndarray]:
-    """Consecutive batches; the last one may be smaller."""
-    for start in range(0, len(samples), batch_size):
-        yield samples[start : start + batch_size]
+        for batch, crops in zip(batches, self._backend.crops(requests), strict=True):
+            yield batch, crops[0].to(self.runtime.device, non_blocking=True)

@@ -88,8 +88,7 @@ def _normalised(file: Path) -> np.ndarray:
 def choose_cost(features: np.ndarray, present: np.ndarray, num_threads: int = 1) -> float:
     """The cost with the best mean average precision over the folds; the smallest one of a tie.
 
-    features: float [n, F]; present: [n], 1 or -1. Folds are stratified. Pairs of a cost and a fold
-    run in parallel.
+    features: float [n, F]; present: [n], 1 or -1.
     """
     fold = np.empty(len(present), np.int64)
     for value in (1, -1):

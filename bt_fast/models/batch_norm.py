@@ -33,7 +33,7 @@ samples, or none (`convert_sync_batch_norm`): then counts are reduced with the s
 
 import importlib.util
 import os
-from typing import Literal, overload
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -100,8 +100,7 @@ class _Normalise(torch.autograd.Function):
 
 
 def _cast(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """x.to(dtype), skipped if x has the dtype: compiled by torch 2.11, an autograd function loses
-    the gradient of an output that `.to` returned unchanged."""
+    """x.to(dtype), or x itself: torch 2.11's compiler loses gradients of unchanged outputs."""
     return x if x.dtype == dtype else x.to(dtype)
 
 
@@ -210,8 +209,7 @@ class _PerViewBatchNorm(nn.modules.batchnorm._BatchNorm):
             _update(self.running_var, variance, self.momentum)
 
     def _forward_native(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """y, mean and unbiased variance by torch's kernels: with a momentum of 1 their running
-        statistics are those of the batch."""
+        """y, mean, unbiased variance: with a momentum of 1, torch's running statistics."""
         mean, variance = self.running_mean.new_zeros(2, self.num_views, self.num_features)
         views = [
             F.batch_norm(
@@ -242,13 +240,10 @@ def _moving_average(running: torch.Tensor, batch: torch.Tensor, momentum: float)
 
 
 class RunningStatistics:
-    """The running statistics of all batch norms of a model, updated together.
+    """The running statistics of all batch norms of a model, updated together or not at all.
 
-    The layers' buffers become views of two flat tensors, so that a training step updates all of
-    them with a few operations outside the compiled forward pass, and a skipped step updates none.
-
-    Attributes: `running`, float32 [values], all running means and variances; `counts`, int64
-    [layers], all `num_batches_tracked`.
+    The layers' buffers become views of `running`, float32 [values], all means and variances, and
+    `counts`, int64 [layers], all `num_batches_tracked`.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -270,10 +265,7 @@ class RunningStatistics:
 
     @torch.no_grad()
     def update(self, applied: torch.Tensor) -> None:
-        """Update the statistics by those of the model's last forward pass.
-
-        applied: bool scalar on their device; if false, the statistics stay as they are.
-        """
+        """Update by the last forward pass if `applied`, a bool scalar on the device, is true."""
         parts = [part for layer in self.layers for part in layer.batch_statistics]
         assert len(parts) == 2 * len(self.layers), "update needs a forward pass in training mode"
         batch = torch.cat(parts, 1)
@@ -284,29 +276,20 @@ class RunningStatistics:
         self.counts.add_(applied, alpha=self.layers[0].num_views)
 
 
-@overload
-def norm_act(layer: nn.Module, x: torch.Tensor) -> torch.Tensor: ...
-@overload
 def norm_act(
-    layer: nn.Module,
+    layer: Any,
     x: torch.Tensor,
     *,
     residual: torch.Tensor | None = None,
     residual_norm: nn.Module | None = None,
-    pool: nn.Module | None = None,
-    two_consumers: bool,
-) -> Activation: ...
-def norm_act(layer, x, *, residual=None, residual_norm=None, pool=None, two_consumers=False):
+    pool: Any = None,
+    two_consumers: bool = False,
+) -> Any:
     """pool(relu(norm(x) + residual)), where residual and pool are optional.
 
-    Args:
-        layer: a batch norm, torch's or one of this module's.
-        x: [n, C, H, W] or [n, C].
-        residual: like x; residual_norm: a batch norm applied to it.
-        pool: the stem's 3 x 3 max-pool of stride 2 and padding 1.
-        two_consumers: whether two operations read the result.
-    Returns:
-        y, or a pair (y, y); see `Activation`.
+    x: [n, C, H, W] or [n, C]. residual: like x; residual_norm: a batch norm applied to it.
+    pool: the stem's 3 x 3 max-pool of stride 2 and padding 1.
+    two_consumers: whether two operations read the result, which then is a pair (y, y).
     """
     if getattr(layer, "fused", False) and layer.training:
         assert pool is None or (pool.kernel_size, pool.stride, pool.padding) == (3, 2, 1)
@@ -412,8 +395,7 @@ class _OneViewBatchNorm2d(BatchNorm2d):
 
 
 def convert_sync_batch_norm(model: nn.Module, group: Group) -> None:
-    """Let torch's batch norms of a model normalise batches of one view over the samples of all
-    ranks of a group; in place, with their weights. Does nothing if the group is None."""
+    """Let torch's batch norms of one view use the samples of all ranks of a group; in place."""
     for layer in model.modules():
         if group is not None and type(layer) is nn.BatchNorm2d:
             layer.__class__ = _OneViewBatchNorm2d  # which adds no state

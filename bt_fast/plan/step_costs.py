@@ -116,14 +116,14 @@ def predict(
 ) -> Prediction:
     """The step of W ranks, each with the images of `times`.
 
-    A ring through all ranks leaves a machine once, and there are as many rings as network cards,
-    one per rank: so each rank sends at the rate of all of a machine's cards together, or at that of
-    NVLink if it is slower or the run stays on one machine. With one communicator for everything the
-    backward pass's first batch norm waits for the gradients of the projector.
+    A ring leaves a machine once, and there are as many rings as network cards, one per rank: each
+    rank sends at the rate of all of a machine's cards together, or at that of NVLink if it is
+    slower or the run stays on one machine.
 
     Args:
         link_gbps: bandwidth of the network card of one rank, 10^9 bits per second.
-        separate_communicators: whether batch norm and loss have their own communicators.
+        separate_communicators: whether batch norm and loss have their own; if not, the first batch
+            norm of the backward pass waits for the gradients of the projector.
         norm_ranks: ranks whose samples batch norm normalises together; 0 = all.
         single_device_images_per_s: reference of `efficiency`. Default: the rate of `times`.
     """

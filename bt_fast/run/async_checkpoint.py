@@ -47,11 +47,10 @@ class AsyncCheckpoints:
         self._thread.shutdown()
 
     def begin(self, step: int) -> None:
-        """Save the state after `step`. All ranks call it: the checkpoint contains the state of
-        every rank's sampler. With --if-save-fails stop it returns when the write has ended.
+        """Save the state after `step`, with the state of every rank's sampler: all ranks call it.
 
-        Nothing is written if weights differ between ranks; the comparison, like the copy, is only
-        queued here.
+        Copy and comparison of weights are only queued; if weights differ, nothing is written.
+        With --if-save-fails stop it returns when the write has ended.
         """
         setup = self._setup
         if self._queued:  # the buffer is reused

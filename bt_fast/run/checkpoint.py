@@ -43,10 +43,7 @@ class Checkpoint:
     facts: dict[str, Any]
 
     def restore(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        """Copy the tensors into a model and optimizer of the same shapes, in place.
-
-        Raises ValueError if shapes or names differ, or a file is not safetensors.
-        """
+        """Copy the tensors into model and optimizer. Raises ValueError if they do not fit."""
         weights, momentum = (_load(self.folder / name) for name in _FILES)
         parameters = dict(model.named_parameters())
         _require_same(weights, model.state_dict(), self.folder)
@@ -59,10 +56,7 @@ class Checkpoint:
 
 
 class Snapshot:
-    """Host buffers for the tensors of a checkpoint, reused for every checkpoint.
-
-    Buffers of GPU tensors are page-locked, so that copies are only queued.
-    """
+    """Host buffers for the tensors of a checkpoint, reused; page-locked for those of a GPU."""
 
     def __init__(self) -> None:
         self.tensors: tuple[Tensors, Tensors] = {}, {}
@@ -70,8 +64,10 @@ class Snapshot:
     def take(
         self, model: torch.nn.Module, optimizer: torch.optim.Optimizer
     ) -> tuple[Tensors, Tensors]:
-        """(parameters and batch statistics, momentum by parameter name), row-major on the CPU,
-        valid until the next call; from a GPU, once the queued work has completed."""
+        """(parameters and batch statistics, momentum by parameter name), row-major on the CPU.
+
+        Valid until the next call; from a GPU, once the queued work has completed.
+        """
         momentum = {
             name: optimizer.state[parameter]["momentum"]
             for name, parameter in model.named_parameters()
@@ -92,8 +88,7 @@ def write(
 ) -> Path:
     """Write checkpoints/step-N under `folder`, then remove all but the `keep` newest.
 
-    tensors: of `Snapshot.take`. facts: further state, as JSON. Raises OSError if writing fails;
-    earlier checkpoints are then unchanged.
+    facts: further state, as JSON. Raises OSError if writing fails; earlier checkpoints then stay.
     """
     checkpoints = folder / "checkpoints"
     final = checkpoints / f"step-{step:08d}"
@@ -134,10 +129,7 @@ def copied(tensors: Mapping[str, torch.Tensor]) -> Tensors:
 
 
 def write_tensors(tensors: Tensors, path: Path) -> None:
-    """Write a safetensors file of `copied` tensors, with the permissions of new files.
-
-    Raises OSError if writing fails.
-    """
+    """Write a safetensors file with the permissions of new files. Raises OSError."""
     try:
         save_file(tensors, path)  # creates it readable for the owner alone
     except SafetensorError as error:

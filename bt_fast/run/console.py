@@ -17,13 +17,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from rich.table import Column, Table
 from rich.text import Text
 
-from bt_fast.run.metrics import (
-    RecordFile,
-    metrics_line,
-    open_events,
-    open_metrics,
-    tensorboard_events,
-)
+from bt_fast.run.metrics import RecordFile, metrics_line, open_events, tensorboard_events
 from pipelines.common.console import printable
 
 _PLAIN_INTERVAL = 5.0  # seconds between plain lines
@@ -47,8 +41,7 @@ class Clock:
         return event
 
     def lap(self) -> Callable[[], float]:
-        """End an interval and begin the next. Returns a function that returns its seconds; call it
-        when the device has reached this point."""
+        """End an interval -> a function for its seconds, when the device has reached this."""
         now = self._now()
         parts, self._parts, self._started = [*self._parts, (self._started, now)], [], now
         return lambda: sum(_seconds(start, end) for start, end in parts)
@@ -78,11 +71,12 @@ class RunLog:
         self.console = console
         self.first_step, self.last_step = first_step, last_step
         self.started = time.perf_counter()
+        self.skipped_in_a_row = 0  # updates skipped up to the newest log line
         self._failed: set[str] = set()
         self._files: list[tuple[str, RecordFile, Callable[[str, dict], bytes]]] = []
         if folder is not None:
             self._files = [
-                ("metrics.jsonl", open_metrics(folder), metrics_line),
+                ("metrics.jsonl", RecordFile(folder / "metrics.jsonl"), metrics_line),
                 ("tensorboard", open_events(folder, first_step), tensorboard_events),
             ]
         self._last_plain = 0.0

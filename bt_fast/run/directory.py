@@ -22,6 +22,7 @@ import re
 import socket
 import time
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Self
 
@@ -29,7 +30,6 @@ import numpy
 import torch
 
 from bt_fast.config import Config, to_json
-from bt_fast.doctor.requirements import version
 from bt_fast.runtime import Runtime
 from pipelines import __version__
 from pipelines.common.atomic import atomic_file
@@ -40,11 +40,10 @@ _RENAMED_METRICS = {"invariance": "on_diagonal", "redundancy": "off_diagonal"}
 
 
 class RunDirectory:
-    """A folder, created if necessary, that is locked while it is open.
+    """A folder, created if necessary, that is locked while it is open; .lock names the process.
 
-    The kernel holds the lock and releases it when the process ends, however it ends; across
-    machines the file server does. The file .lock names the process that holds it. On a file system
-    without locks, only a process of the same machine is detected.
+    The kernel releases the lock when the process ends, however it ends. Without locks in the
+    file system, only a process of the same machine is detected.
     Raises ValueError if another process is using the folder.
     """
 

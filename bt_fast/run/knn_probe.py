@@ -1,11 +1,13 @@
 """The kNN probe of a run, and its summary at the end."""
 
 import time
+from functools import partial
 from pathlib import Path
 
 from bt_fast.build import TrainingSetup
 from bt_fast.distributed.collectives import broadcast_tensors
-from bt_fast.evaluate.knn_classifier import evaluate_knn
+from bt_fast.evaluate.knn_classifier import extract_knn_features, knn_scores
+from bt_fast.evaluate.views import Views
 from bt_fast.run.console import RunLog
 from bt_fast.run.directory import RunDirectory, read_metrics
 
@@ -23,20 +25,18 @@ def probe(setup: TrainingSetup, log: RunLog, step: int) -> None:
     started = time.perf_counter()
     # With --bn-group statistics differ; the first rank's are saved.
     broadcast_tensors([setup.statistics.running], setup.world.group)
-    scores = evaluate_knn(
-        setup.model.encoder,
-        setup.knn_data,
-        setup.runtime,
-        size=setup.config.size,
-        crop=setup.config.probe_crop,
-        num_threads=setup.num_threads,
-        world=setup.world,
+    config = setup.config
+    open_views = partial(
+        Views, runtime=setup.runtime, size=config.size, num_threads=setup.num_threads
+    )
+    features = extract_knn_features(
+        setup.model.encoder, setup.knn_data, open_views, config.probe_crop, setup.world
     )
     log.probe(
         {
             "step": step,
             "epoch": step / setup.loader.steps_per_epoch,
-            **scores,
+            **knn_scores(*features, setup.knn_data),
             "seconds": time.perf_counter() - started,
         }
     )

@@ -41,11 +41,6 @@ class RecordFile:
             os.close(self._descriptor)
 
 
-def open_metrics(folder: Path) -> RecordFile:
-    """The metrics.jsonl of a run, opened for appending."""
-    return RecordFile(folder / "metrics.jsonl")
-
-
 def metrics_line(kind: str, values: dict) -> bytes:
     """One line of metrics.jsonl."""
     # JSON has no NaN or infinity, the values of a skipped step's loss.

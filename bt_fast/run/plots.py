@@ -11,10 +11,7 @@ from pipelines.common.atomic import atomic_file
 
 
 def contact_sheet(views: torch.Tensor, path: Path, count: int = 12) -> None:
-    """Draw both views of the first `count` images, as the encoder gets them.
-
-    views: normalised [2 n, 3, H, W], view A first, any dtype and device.
-    """
+    """Draw both views of some images: normalised [2 n, 3, H, W], view A first."""
     view_a, view_b = views.chunk(2)
     count = min(count, len(view_a))
     figure = _figure(1.3 * count, 3.1)

@@ -140,11 +140,7 @@ def draw_views(branches: Iterable[Branch], keys: Iterable[np.ndarray]) -> Draw:
 def apply_in_threads(
     images: torch.Tensor, parameters: Draw, *, dtype: torch.dtype = torch.float16
 ) -> torch.Tensor:
-    """`apply` for images on the CPU, in one thread per core: same arguments, same result.
-
-    `apply` writes all samples to memory between two operations. Here the samples of a task fit in
-    the cache.
-    """
+    """`apply` for images on the CPU, in one thread per core, whose samples fit in its cache."""
     require_images(images, parameters)
     n, height, width, _ = images.shape
     views = torch.empty((n, 3, height, width), dtype=dtype, memory_format=torch.channels_last)

@@ -28,10 +28,11 @@ from pipelines.beton.layout import (
     RAW,
     RGB_IMAGE,
     VERSION,
-    Names,
     chunks,
     content_sha256,
     metadata_dtype,
+    name_at,
+    name_ends,
     tables_crc,
 )
 
@@ -50,7 +51,8 @@ class BetonReader:
     named "image", else the first of its type; the label field is named "label", else the first
     integer, else all labels are -1. Other fields are ignored; negative labels become -1.
     Opening reads the tables (48 B per image, and bt-convert's extras), not the images. Tables stay
-    in the mapping; `labels` takes 8 B per image, opening a few MB, `sizes` 16 B per image on use.
+    in the mapping; `labels` and the offsets of the names take 8 B per image each, opening a few MB,
+    `sizes` 16 B per image on use.
     Pickling passes the path, and a worker process maps the file again.
     Raises BetonError. The file must not be truncated while it is mapped.
     """
@@ -95,9 +97,9 @@ class BetonReader:
     def name(self, index: int) -> str:
         """Path of the source file relative to the converted folder, or "record 17"."""
         index = range(len(self))[index]
-        if self._names is None:
+        if self._checksums is None:
             return f"record {index}"
-        return self._names[index]
+        return name_at(self._names, self._name_ends, index)
 
     def location(self, index: int) -> tuple[int, int, int | None]:
         """(offset in the file, bytes, CRC-32 or None if the file has no checksums)."""
@@ -208,7 +210,6 @@ class BetonReader:
         """Read what bt-convert adds: checksums, names, classes. Files of FFCV have no extras."""
         self.class_names: list[str] | None = None
         self._checksums: np.ndarray | None = None
-        self._names: Names | None = None
         arguments = self._fields["arguments"][self.image_field].tobytes()
         if not any(arguments):
             return
@@ -228,12 +229,13 @@ class BetonReader:
         crc = tables_crc(self._header, self._fields, self.image_field, pieces)
         self._require(crc == extras["crc"][0], "its tables are damaged (checksum mismatch)")
         self._checksums = blob[:names_start].view("<u4")
-        names = blob[names_start:classes_start]
-        self._names = Names(names, self._slices(len(names)))
-        self._require(len(self._names) == len(self), "its list of names is damaged")
-        class_names = Names(blob[classes_start:])
-        self._require(len(class_names) == num_classes, "its list of classes is damaged")
-        self.class_names = [class_names[label] for label in range(num_classes)]
+        self._names = blob[names_start:classes_start]
+        self._name_ends = name_ends(self._names, self._slices(len(self._names)))
+        self._require(len(self._name_ends) == len(self), "its list of names is damaged")
+        classes = blob[classes_start:]
+        ends = name_ends(classes, chunks(len(classes)))
+        self._require(len(ends) == num_classes, "its list of classes is damaged")
+        self.class_names = [name_at(classes, ends, label) for label in range(num_classes)]
 
     def _read_labels(self) -> None:
         self.labels = np.full(len(self), -1, np.int64)

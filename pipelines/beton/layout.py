@@ -61,10 +61,7 @@ def metadata_dtype(type_ids: list[int]) -> np.dtype:
 def tables_crc(
     header: np.ndarray, fields: np.ndarray, image_field: int, tables: Iterable[np.ndarray]
 ) -> int:
-    """CRC-32 over header, fields (with this checksum set to 0) and `tables`, in this order.
-
-    `tables`: metadata, extras (checksums, names, classes), allocations, each in any pieces.
-    """
+    """CRC-32 over header, fields (this checksum as 0), then metadata, extras and allocations."""
     head = bytearray(header.tobytes() + fields.tobytes())
     position = HEADER.itemsize + image_field * FIELD.itemsize + ARGUMENTS + len(MAGIC)
     head[position : position + 4] = bytes(4)
@@ -75,46 +72,28 @@ def tables_crc(
 
 
 def content_sha256(metadata: Iterable[np.ndarray], checksums: Iterable[np.ndarray]) -> str:
-    """SHA-256 (hex) of the metadata table and the table of the images' CRC-32.
-
-    Each is given in pieces of any length.
-    """
+    """SHA-256 (hex) of the metadata table and the images' CRC-32, each in any pieces."""
     digest = hashlib.sha256()
     for piece in itertools.chain(metadata, checksums):
         digest.update(piece.view(np.uint8).data)
     return digest.hexdigest()
 
 
-class Names:
-    """The names in the extras, uint8 [bytes] as stored, without a table of their offsets.
+def name_ends(stored: np.ndarray, pieces: Iterable[slice]) -> np.ndarray:
+    """Offsets of the NULs in the names of the extras, uint8 [bytes], read in pieces: int64 [names].
 
-    The length is the number of names, or 0 if the last one has no NUL.
+    Empty if the last name has no NUL.
     """
+    if not len(stored) or stored[-1] != 0:
+        return np.empty(0, np.int64)
+    return np.concatenate([piece.start + np.flatnonzero(stored[piece] == 0) for piece in pieces])
 
-    def __init__(self, stored: np.ndarray, pieces: Iterable[slice] | None = None):
-        self._stored = stored
-        pieces = chunks(len(stored)) if pieces is None else pieces
-        ends = [np.count_nonzero(stored[piece] == 0) for piece in pieces]
-        self._before = np.cumsum([0, *ends])  # int64 [pieces + 1]: names that end before each piece
 
-    def __len__(self) -> int:
-        ended = not len(self._stored) or self._stored[-1] == 0
-        return int(self._before[-1]) if ended else 0
-
-    def __getitem__(self, index: int) -> str:
-        if index >= len(self):
-            raise IndexError(index)
-        name = self._stored[self._end(index - 1) + 1 : self._end(index)]
-        # Paths need not be UTF-8, but names are printed and compared as text.
-        return name.tobytes().decode("utf-8", "backslashreplace")
-
-    def _end(self, index: int) -> int:
-        """Offset of the NUL after name `index`; -1 for index -1."""
-        if index < 0:
-            return -1
-        piece = int(np.searchsorted(self._before, index, side="right")) - 1
-        ends = np.flatnonzero(self._stored[piece * CHUNK : (piece + 1) * CHUNK] == 0)
-        return piece * CHUNK + int(ends[index - self._before[piece]])
+def name_at(stored: np.ndarray, ends: np.ndarray, index: int) -> str:
+    """Name `index` of those that `name_ends` has found."""
+    start = int(ends[index - 1]) + 1 if index else 0
+    # Paths need not be UTF-8, but names are printed and compared as text.
+    return stored[start : ends[index]].tobytes().decode("utf-8", "backslashreplace")
 
 
 def chunks(count: int) -> Iterator[slice]:

@@ -78,6 +78,7 @@ class BetonWriter:
         self._metadata_start = HEADER.itemsize + len(TYPE_IDS) * FIELD.itemsize
         metadata_end = self._metadata_start + num_samples * ROW["metadata"].itemsize
         self._data_start = self._position = _round_up(metadata_end, page_size)
+        self._row = np.zeros(1, ROW)  # the padding between its fields stays 0
         self._finalized = False
 
     def __enter__(self) -> "BetonWriter":
@@ -88,7 +89,7 @@ class BetonWriter:
             else:
                 self._file = exit_.enter_context(atomic_file(self.path, overwrite=self._overwrite))
             self._file.seek(self._position)
-            self._rows = _Rows(exit_.enter_context(tempfile.TemporaryFile(dir=self.path.parent)))
+            self._rows = exit_.enter_context(tempfile.TemporaryFile(dir=self.path.parent))
             self._names = exit_.enter_context(tempfile.TemporaryFile(dir=self.path.parent))
             self._exit = exit_.pop_all()
         return self
@@ -127,7 +128,8 @@ class BetonWriter:
         checksum = zlib.crc32(jpeg) if checksum is None else checksum
         self._skip(self._position, position)
         self._file.write(jpeg)
-        self._rows.append((((JPEG, width, height, position), label), size, checksum))
+        self._row[0] = ((JPEG, width, height, position), label), size, checksum
+        self._rows.write(self._row.view(np.uint8).data)
         self._names.write(terminated)
         self._names_size += len(terminated)
         self.page_size, self._position = page_size, position + size
@@ -143,11 +145,7 @@ class BetonWriter:
         self._file.truncate(self._position)
 
     def finalize(self) -> None:
-        """Write everything but image data. Called at the end of the block.
-
-        Calling it earlier lets several files fail or appear together: the remaining renames need
-        neither space nor computation.
-        """
+        """Write everything but image data; called at the end of the block, or earlier."""
         if self._finalized:
             return
         if not len(self):
@@ -159,12 +157,8 @@ class BetonWriter:
         header = np.array(
             [(VERSION, len(TYPE_IDS), self.page_size, len(self), alloc_table_ptr)], HEADER
         )
-        locator = np.zeros(1, EXTRAS)
-        locator["magic"] = np.void(MAGIC)
-        locator["num_classes"] = self._num_classes
-        locator["ptr"] = extras_ptr
-        locator["names_size"] = self._names_size
-        locator["class_names_size"] = len(self._class_names)
+        sizes = self._names_size, len(self._class_names)
+        locator = np.array([(np.void(MAGIC), 0, self._num_classes, extras_ptr, *sizes)], EXTRAS)
         tables = self._write_tables(extras_ptr, alloc_table_ptr)
         locator["crc"] = tables_crc(header, _fields(locator), IMAGE_FIELD, tables)
         for position, table in (HEADER.itemsize, _fields(locator)), (0, header):
@@ -210,14 +204,20 @@ class BetonWriter:
                 self._file.write(piece.view(np.uint8).data)
                 yield piece
 
+    def _row_chunks(self) -> Iterator[np.ndarray]:
+        """All rows so far, CHUNK at a time. Do not add images while iterating."""
+        self._rows.seek(0)
+        while piece := self._rows.read(CHUNK * ROW.itemsize):
+            yield np.frombuffer(piece, ROW)
+
     def _metadata_chunks(self) -> Iterator[np.ndarray]:
         # Copied as bytes: a NumPy copy of records leaves the padding between fields undefined.
         size = ROW["metadata"].itemsize
-        for rows in self._rows.chunks():
+        for rows in self._row_chunks():
             yield np.ascontiguousarray(rows.view(np.uint8).reshape(-1, ROW.itemsize)[:, :size])
 
     def _checksum_chunks(self) -> Iterator[np.ndarray]:
-        return (np.ascontiguousarray(rows["crc"]) for rows in self._rows.chunks())
+        return (np.ascontiguousarray(rows["crc"]) for rows in self._row_chunks())
 
     def _name_chunks(self) -> Iterator[np.ndarray]:
         self._names.seek(0)
@@ -227,40 +227,13 @@ class BetonWriter:
 
     def _allocation_chunks(self) -> Iterator[np.ndarray]:
         first = 0
-        for rows in self._rows.chunks():
+        for rows in self._row_chunks():
             allocations = np.empty(len(rows), ALLOCATION)
             allocations["sample_id"] = np.arange(first, first + len(rows))
             allocations["ptr"] = rows["metadata"]["f0"]["data_ptr"]
             allocations["size"] = rows["size"]
             first += len(rows)
             yield allocations
-
-
-class _Rows:
-    """The rows of the tables, one per image, in a file."""
-
-    def __init__(self, file: BinaryIO):
-        self._file = file
-        self._pending = np.zeros(CHUNK, ROW)
-        self._num_pending = 0
-
-    def append(self, row: tuple) -> None:
-        self._pending[self._num_pending] = row
-        self._num_pending += 1
-        if self._num_pending == CHUNK:
-            self._flush()
-
-    def chunks(self) -> Iterator[np.ndarray]:
-        """All rows so far, CHUNK at a time. Do not append while iterating."""
-        self._flush()
-        self._file.seek(0)
-        while piece := self._file.read(CHUNK * ROW.itemsize):
-            yield np.frombuffer(piece, ROW)
-
-    def _flush(self) -> None:
-        self._file.seek(0, os.SEEK_END)
-        self._file.write(self._pending[: self._num_pending].view(np.uint8).data)
-        self._num_pending = 0
 
 
 def _fields(locator: np.ndarray) -> np.ndarray:

@@ -31,7 +31,7 @@ def refuse_existing(path: Path, overwrite: bool) -> None:
 def atomic_file(path: str | os.PathLike, *, overwrite: bool = False) -> Iterator[BinaryIO]:
     """Yield a writable binary file that becomes `path` if the block ends without an exception.
 
-    Raises OutputExists if `path` exists and `overwrite` is false, now or when the block ends.
+    Raises OutputExists if `path` exists and `overwrite` is false.
     """
     path = Path(path)
     temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
@@ -54,8 +54,7 @@ def atomic_file(path: str | os.PathLike, *, overwrite: bool = False) -> Iterator
 def work_folder(path: Path, *, resume: bool = False) -> Iterator[Path]:
     """Yield the locked folder `path` for unfinished files; it is removed after the block.
 
-    Files that a killed process left there are removed first; with `resume` they are kept, also
-    when the block ends with an exception.
+    With `resume`, files that a killed process left there are kept, also when the block fails.
     Raises BlockingIOError if another process has locked the folder, FileExistsError if the folder
     contains files but is not a work folder.
     """

@@ -32,7 +32,7 @@ from pipelines.common.cpu import usable_cores
 from pipelines.common.flags import parse_flags
 from pipelines.common.signals import Stopped, signals_raise_stopped
 from pipelines.convert.data_report import Report
-from pipelines.convert.journal import Journal, SettingsMismatch
+from pipelines.convert.journal import Journal
 from pipelines.convert.jpeg import Check
 from pipelines.convert.manifest import Manifest, SourceError, Split
 from pipelines.convert.sources import find_splits
@@ -157,14 +157,21 @@ def convert(config: Convert) -> list[Path]:
     target.check(list(splits))
     max_side = splits["train"].max_side if config.max_side is None else config.max_side
     settings = {"max_side": max_side, "subset": config.subset, "part": list(part)}
+    journal_settings = {
+        "format": config.format,
+        "check": config.check,
+        "shard_size": config.shard_size,
+        **settings,
+    }
 
     with _work_folder(out, config) as work:
         reports = {name: _scan(name, split, work, config, part) for name, split in splits.items()}
         with contextlib.ExitStack() as files:
             for name, report in reports.items():
-                journal = _open_journal(work, report, config, settings)
+                images = {"images": report.manifest.sha256}
+                journal = Journal(work / f"{name}.journal", images | journal_settings)
                 files.callback(journal.close)
-                writer = target.writer(work, name, report.split, report.manifest)
+                writer = target.writer(work, report)
                 files.enter_context(writer)
                 write_split(
                     writer,
@@ -204,23 +211,6 @@ def _scan(name: str, split: Split, work: Path, config: Convert, part: tuple[int,
         raise UsageError(f"--shard {config.shard}: {name} has fewer images than parts")
     print_line(f"{name}: {len(manifest):,} images, {len(split.class_names):,} classes")
     return Report(name, split, manifest)
-
-
-def _open_journal(work: Path, report: Report, config: Convert, settings: dict) -> Journal:
-    settings = {
-        "images": report.manifest.sha256,
-        "format": config.format,
-        "check": config.check,
-        "shard_size": config.shard_size,
-        **settings,
-    }
-    try:
-        return Journal(work / f"{report.name}.journal", settings)
-    except SettingsMismatch as error:
-        raise UsageError(
-            f"--continue: {work} was written with other settings ({error}); give the same settings,"
-            f" or start again without --continue"
-        ) from None
 
 
 def _check_numbers(config: Convert) -> None:

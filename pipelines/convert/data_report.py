@@ -11,11 +11,7 @@ from pipelines.convert.manifest import Manifest, Split
 
 
 class Report:
-    """Counts of one converted split, and its repaired and rejected images.
-
-    `checksum` is the writer's `sha256()`: for a `.beton` that of its tables, as in
-    `BetonReader.sha256()`; for web shards that of their SHA-256.
-    """
+    """Counts of one converted split, and its repaired and rejected images."""
 
     def __init__(self, name: str, split: Split, manifest: Manifest):
         self.name = name  # train or val
@@ -43,10 +39,6 @@ class Report:
         # A PNG named .png is merely another format; a PNG named .jpg counts as repaired.
         if action == "reencoded" and Path(path).suffix.lower() in JPEG_EXTENSIONS:
             self.repairs.append({"path": path, "why": why.strip("()")})
-
-    def reject(self, path: str, reason: str) -> None:
-        """Record an image that cannot be stored."""
-        self.rejects.append({"path": path, "reason": reason})
 
     def print_problems(self) -> None:
         """Print ignored entries and empty classes, and on stderr all broken images."""

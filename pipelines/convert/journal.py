@@ -1,30 +1,23 @@
 """The journal of a conversion, with which another process continues it after an interruption.
 
-The file holds a line of JSON, the settings, which must be equal then, and an entry per image: its
-outcome and the CRC-32 of the stored JPEG. An entry is valid if its own checksum matches and the
-stored bytes match theirs, so nothing is synced: images lost in a crash are converted again.
+The file holds a line of JSON, the settings, which must be equal then, and a line per image: the
+CRC-32 of the rest of the line, and as JSON its outcome and the CRC-32 of the stored JPEG. An entry
+is valid if both checksums match, so nothing is synced: images lost in a crash are converted again.
 """
 
 import json
-import struct
 import zlib
 from collections.abc import Callable, Generator
 from pathlib import Path
 
 from pipelines.common.atomic import open_for_recovery
 from pipelines.convert.jpeg import Prepared
+from pipelines.convert.manifest import SourceError
 from pipelines.convert.workers import Outcome
-
-_ENTRY = struct.Struct("<qqIHHH")  # source bytes, JPEG bytes and CRC-32, height, width, text bytes
-_CHECKSUM = struct.Struct("<I")  # CRC-32 of the entry, stored before it
-
-
-class SettingsMismatch(ValueError):
-    """The journal belongs to a conversion with other settings; the message names them."""
 
 
 class Journal:
-    """The journal in file `path`, new or continued. Raises SettingsMismatch."""
+    """The journal in file `path`, new or continued. Raises SourceError for other settings."""
 
     def __init__(self, path: Path, settings: dict):
         self._file = open_for_recovery(path)
@@ -36,15 +29,19 @@ class Journal:
             return
         try:
             before = dict(json.loads(line))
+            changed = [
+                "other images" if key == "images" else f"{key} was {before.get(key)}"
+                for key, value in settings.items()
+                if before.get(key) != value
+            ]
         except (ValueError, TypeError):
-            raise SettingsMismatch("its journal is damaged") from None
-        changed = [
-            "other images" if key == "images" else f"{key} was {before.get(key)}"
-            for key, value in settings.items()
-            if before.get(key) != value
-        ]
+            changed = ["its journal is damaged"]
         if changed:
-            raise SettingsMismatch(", ".join(changed))
+            raise SourceError(
+                f"--continue: {path.parent} was written with other settings"
+                f" ({', '.join(changed)}); give the same settings, or start again without"
+                " --continue"
+            )
 
     def recover(self, read: Callable[[int], bytes]) -> Generator[Outcome, None, None]:
         """Yield the outcomes before the first invalid entry, which is cut off with all after it.
@@ -69,26 +66,19 @@ class Journal:
     def append(self, outcome: Outcome) -> None:
         """Record the outcome of the next image, whose bytes have been written already."""
         image = outcome.image
-        text = (outcome.reason if image is None else image.action).encode("utf-8", "replace")
-        text = text[:1000]
+        text = outcome.reason if image is None else image.action
         size, height, width = (len(image.jpeg), image.height, image.width) if image else (0, 0, 0)
-        numbers = outcome.num_bytes, size, outcome.checksum, height, width, len(text)
-        entry = _ENTRY.pack(*numbers) + text
-        self._file.write(_CHECKSUM.pack(zlib.crc32(entry)) + entry)
+        entry = json.dumps([outcome.num_bytes, size, outcome.checksum, height, width, text])
+        self._file.write(f"{zlib.crc32(entry.encode()):08x} {entry}\n".encode())
         self._file.flush()
 
     def close(self) -> None:
         """Close the file; the conversion can be continued from its entries."""
         self._file.close()
 
-    def _read_entry(self) -> tuple[int, int, int, int, int, str] | None:
+    def _read_entry(self) -> list | None:
         """The next entry's numbers and text; None at the end and for a damaged entry."""
-        header = self._file.read(_CHECKSUM.size + _ENTRY.size)
-        if len(header) < _CHECKSUM.size + _ENTRY.size:
-            return None
-        *numbers, text_size = _ENTRY.unpack_from(header, _CHECKSUM.size)
-        text = self._file.read(text_size)
-        if _CHECKSUM.unpack_from(header)[0] != zlib.crc32(header[_CHECKSUM.size :] + text):
-            return None
-        num_bytes, size, crc, height, width = numbers
-        return num_bytes, size, crc, height, width, text.decode("utf-8", "replace")
+        line = self._file.readline()
+        checksum, _, entry = line[:-1].partition(b" ")
+        intact = line.endswith(b"\n") and checksum == b"%08x" % zlib.crc32(entry)
+        return json.loads(entry) if intact else None

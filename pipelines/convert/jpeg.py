@@ -177,10 +177,7 @@ def _reencode(data: bytes, max_side: int, why: str | None = None) -> Prepared:
 
 
 def _check_png(data: bytes) -> None:
-    """Compare the checksums of all critical chunks; Pillow compares only some.
-
-    Damaged compressed data may decode to the right number of bytes, without an error.
-    """
+    """Compare the checksums of all critical chunks; Pillow compares only some."""
     position = len(b"\x89PNG\r\n\x1a\n")
     while position < len(data):
         length = int.from_bytes(data[position : position + 4])

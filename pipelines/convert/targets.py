@@ -1,7 +1,6 @@
 """The two output formats of a conversion: names of the files, and how they appear together.
 
-All files are written in the conversion's work folder and moved to their final names when all of
-them are complete. Moving needs neither space nor computation, so it hardly ever fails.
+All files are written in the conversion's work folder and moved when all of them are complete.
 """
 
 import json
@@ -12,7 +11,6 @@ from pipelines.beton.layout import VERSION
 from pipelines.beton.writer import BetonWriter
 from pipelines.common.atomic import atomic_file, refuse_existing, sync
 from pipelines.convert.data_report import Report
-from pipelines.convert.manifest import Manifest, Split
 from pipelines.convert.sources.beton_file import val_path
 from pipelines.webdataset.writer import DATASET, ShardWriter
 
@@ -44,12 +42,12 @@ class BetonTarget:
                 f"held-out images of {self._out}: remove it or choose another OUT"
             )
 
-    def writer(self, work: Path, name: str, split: Split, manifest: Manifest) -> Writer:
+    def writer(self, work: Path, report: Report) -> BetonWriter:
         """Create the writer of one split."""
         return BetonWriter(
-            work / f"{name}.beton",
-            num_samples=len(manifest),
-            class_names=split.class_names,
+            work / f"{report.name}.beton",
+            num_samples=len(report.manifest),
+            class_names=report.split.class_names,
             in_place=True,
         )
 
@@ -89,13 +87,16 @@ class ShardTarget:
                     f"OUT {self._out} has no {DATASET}: --overwrite replaces only web shards"
                 )
 
-    def writer(self, work: Path, name: str, split: Split, manifest: Manifest) -> Writer:
+    def writer(self, work: Path, report: Report) -> ShardWriter:
         """Create the writer of one split."""
         (work / "shards").mkdir(exist_ok=True)
-        self._writers[name] = ShardWriter(
-            work / "shards", name, max_bytes=self._max_bytes, has_classes=bool(split.class_names)
+        self._writers[report.name] = ShardWriter(
+            work / "shards",
+            report.name,
+            max_bytes=self._max_bytes,
+            has_classes=bool(report.split.class_names),
         )
-        return self._writers[name]
+        return self._writers[report.name]
 
     def publish(self, work: Path, reports: dict[str, Report], settings: dict) -> dict[str, Path]:
         """Write `dataset.json` and move the folder to its name; returns it for every split."""

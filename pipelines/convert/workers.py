@@ -55,7 +55,8 @@ def prepare_all(
 
     Raises WorkerDied; SourceError when an archive can no longer be read.
     """
-    tasks = ((chunk, max_side, check) for chunk in _chunks(images))
+    chunks = iter(lambda: list(islice(images, CHUNK_SIZE)), [])
+    tasks = ((chunk, max_side, check) for chunk in chunks)
     if workers == 1:
         for task in tasks:
             yield from zip(task[0], _prepare_images(*task), strict=True)
@@ -70,11 +71,6 @@ def prepare_all(
         while pending:
             chunk, future = pending.popleft()
             yield from zip(chunk, future.result(), strict=True)
-
-
-def _chunks(images: Iterator[SourceImage]) -> Iterator[list[SourceImage]]:
-    while chunk := list(islice(images, CHUNK_SIZE)):
-        yield chunk
 
 
 class _Workers:

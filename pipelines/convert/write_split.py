@@ -25,7 +25,7 @@ def write_split(
     with progress(report.name, len(report.manifest)) as advance:
         for entry, outcome, is_new in _outcomes(writer, journal, report, prepare, workers):
             if (image := outcome.image) is None:
-                report.reject(entry.name, outcome.reason)
+                report.rejects.append({"path": entry.name, "reason": outcome.reason})
                 if not report.split.root.exists():
                     raise SourceError(f"{report.split.root} no longer exists")
             else:

@@ -1,5 +1,4 @@
-"""Choosing a run's loader: the requested one, or the fastest that reads the data; and building
-it."""
+"""Choosing a run's loader, the requested one or the fastest for the data, and building it."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -42,7 +41,6 @@ def open_loader(
 ) -> Loader:
     """The loader of that name. Arguments are `Sampler`'s and `NativeBackend`'s.
 
-    device: training device.
     Raises ValueError if the loader is not installed or cannot read the data, with the way out.
     """
     if isinstance(dataset, ShardReader) and (name != "dali" or not dali.is_installed()):
@@ -97,11 +95,8 @@ def choose_loader(
     short runs and wherever there is no choice, else the faster of native and DALI. (FFCV's pixels
     differ, which speed alone must not decide.)
 
-    Args:
-        num_images: that the run will load.
-        build: builds the loader of a name with a batch for the measurement.
-        cache: whether there is memory for decoded images, which only native uses.
-        device: of the training; DALI is slower than native on a CPU.
+    num_images: that the run will load. build: builds the loader of a name for the measurement.
+    cache: whether there is memory for decoded images, which only native uses.
     """
     if requested != "auto":
         return requested, requested

@@ -38,12 +38,9 @@ def release_memory() -> None:
 
 
 class DaliBackend:
-    """Crops by DALI, always of `batch_size` images at once.
+    """Crops by DALI, always of `batch_size` images at once, on `device`.
 
-    Args:
-        device: on which the views are made and stay.
-    Raises:
-        ValueError: DALI is missing or does not start.
+    Raises ValueError if DALI is missing or does not start.
     """
 
     def __init__(

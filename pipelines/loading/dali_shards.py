@@ -72,9 +72,7 @@ class ShardSampler(Sampler):
         return json.dumps([*self._version(), step, saved]) if step % self.steps_per_epoch else ""
 
     def restore(self, states: list[str]) -> str:
-        """Continue from this rank's state if it fits; else return a warning, because the rest of
-        the epoch may be other images: another number of ranks, or another DALI, orders them
-        differently."""
+        """Continue from this rank's state if it fits; else return a warning."""
         if not any(states):  # the end of an epoch
             return ""
         state = states[self.rank] if len(states) == self.world_size else ""
@@ -108,17 +106,8 @@ class ShardSampler(Sampler):
 
     def _open(self, epoch: int, saved: str | None):
         """DALI's reader of this rank's part of an epoch, at its start or in a saved state."""
-        # The index files exist while DALI reads them: a kill leaves none behind.
-        with tempfile.TemporaryDirectory(prefix="bt-fast-") as folder:
-            blocks = list(_write_blocks(self.shards, Path(folder)))
-            order = epoch_order(len(blocks), self.seed, epoch)
-            return self._build([blocks[block] for block in order], epoch, saved)
-
-    def _build(self, blocks: list[tuple[str, str]], epoch: int, saved: str | None):
-        """The reader of (archive, index) pairs in this order."""
         from nvidia.dali import Pipeline, fn
 
-        archives, indices = zip(*blocks, strict=True)
         (key,) = view_keys(np.array([self.rank]), seed=self.seed, epoch=epoch, view=_READER_VIEW)
         pipeline = Pipeline(
             batch_size=self.local_batch_size,
@@ -128,20 +117,25 @@ class ShardSampler(Sampler):
             enable_checkpointing=True,
             checkpoint=base64.b64decode(saved) if saved else None,
         )
-        with pipeline:
-            images = fn.readers.webdataset(
-                paths=list(archives),
-                index_paths=list(indices),
-                ext=["jpg"],
-                missing_component_behavior="error",
-                random_shuffle=True,
-                initial_fill=min(SHUFFLE_BUFFER_SIZE, len(self.shards) // self.world_size),
-                seed=int(key >> np.uint64(33)),
-                shard_id=self.rank,
-                num_shards=self.world_size,
-            )
-            pipeline.set_outputs(images)
-        self._call(pipeline.build)
+        # The index files exist while DALI reads them: a kill leaves none behind.
+        with tempfile.TemporaryDirectory(prefix="bt-fast-") as folder:
+            blocks = list(_write_blocks(self.shards, Path(folder)))
+            order = epoch_order(len(blocks), self.seed, epoch)
+            archives, indices = zip(*(blocks[block] for block in order), strict=True)
+            with pipeline:
+                images = fn.readers.webdataset(
+                    paths=list(archives),
+                    index_paths=list(indices),
+                    ext=["jpg"],
+                    missing_component_behavior="error",
+                    random_shuffle=True,
+                    initial_fill=min(SHUFFLE_BUFFER_SIZE, len(self.shards) // self.world_size),
+                    seed=int(key >> np.uint64(33)),
+                    shard_id=self.rank,
+                    num_shards=self.world_size,
+                )
+                pipeline.set_outputs(images)
+            self._call(pipeline.build)
         return pipeline
 
 

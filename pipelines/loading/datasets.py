@@ -33,7 +33,7 @@ class ImageDataset(Protocol):
 def open_data(path: str | Path, flag: str = "--data") -> BetonReader | ShardReader:
     """A `.beton`, or the training images of a folder of web shards, read by sample index.
 
-    flag: named in the messages of a ValueError, if the data set is missing or damaged.
+    Raises ValueError, which names `flag`, if the data set is missing or damaged.
     """
     path = Path(path)
     if not path.exists():

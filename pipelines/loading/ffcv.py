@@ -1,27 +1,21 @@
-"""The ffcv backend: FFCV's own `Loader` with an operation of ours that decodes once and crops
-twice.
+"""The ffcv backend: FFCV's own `Loader`, with an operation that decodes once and crops twice.
 
 Its pixels differ from the other backends'. FFCV decodes with libjpeg-turbo's fast DCT and resizes
 with OpenCV's INTER_AREA, where the reference and native have the accurate DCT and Pillow's
 antialiased bicubic: on ImageNet's crops 1.9 grey levels on average, of which 1.4 would stay with
 the accurate DCT. Stock FFCV has the same pixels.
 
-FFCV maps the file (its cache for the operating system: with a random order its own page cache would
-load the complete file), looks up records, compiles the operation with Numba, and runs it in Numba's
+FFCV maps the file, looks up records, compiles the operation with Numba, and runs it in Numba's
 threads from a thread of its own, `prefetch` batches ahead. It does not provide
 
-- order and boxes: its traversal orders list an epoch from its start, and its augmentations cannot
-  be seeded; so its iterator gets one request after the other.
+- order and boxes: its iterator gets one request after the other.
 - damage: its decoders ignore libturbojpeg's return code, which ours collects. A record is compared
   with its checksum, and its JPEG's size with the recorded one, when it is first read.
 - memory: it reuses its batches. Here crops are written into new memory, so a batch is the
-  consumer's to keep; `prefetch` + 1 exist beside those. There is no scratch for a batch of decoded
-  images.
+  consumer's to keep; `prefetch` + 1 exist beside those.
 
 A start takes a few seconds longer than native's: importing FFCV, listing the file's records in
-Python (5 s for ImageNet), and the first batch's compilation. Numba cannot keep that for the next
-start: it caches no function that calls into a library ("uses dynamic globals (such as ctypes
-pointers...)").
+Python (5 s for ImageNet), and compiling, which Numba cannot cache for functions of libraries.
 """
 
 from collections import deque
@@ -38,13 +32,10 @@ from pipelines.loading.native import RecordDecoder, decoding_threads
 
 
 class FfcvBackend:
-    """Crops by FFCV.
+    """Crops by FFCV from JPEGs and raw images in any mixture.
 
-    Args:
-        dataset: JPEGs and raw images in any mixture.
-        num_threads: decoding threads of this rank; at most Numba's, which are the usable cores.
-    Raises:
-        ValueError: ffcv is missing, or too many threads.
+    num_threads: decoding threads of this rank; at most Numba's, which are the usable cores.
+    Raises ValueError if ffcv is missing, or for too many threads.
     """
 
     def __init__(

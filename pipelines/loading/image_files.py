@@ -1,8 +1,6 @@
 """Reads image files without conversion, with a BetonReader's interface: for evaluation data sets.
 
-On access a file is converted to the JPEG that bt-convert would store (`jpeg.prepare`). A `.beton`
-is read faster and has been checked completely, but is not worth converting for data that is read
-only a few times.
+On access a file is converted to the JPEG that bt-convert would store (`jpeg.prepare`).
 """
 
 import hashlib
@@ -18,10 +16,8 @@ from pipelines.convert.sources.folder import find_splits
 
 
 class ImageFiles:
-    """Files `root / paths[i]` with labels `labels[i]`.
+    """Files `root / paths[i]` with labels `labels[i]`; attributes as of BetonReader.
 
-    Attributes as of BetonReader: `path`, the root; `labels`, int64 [N], -1 = no class;
-    `num_classes`; `class_names`.
     Reading raises ValueError, with the file's name, for a file that is not an image.
     """
 
@@ -33,7 +29,7 @@ class ImageFiles:
         self.labels = np.asarray(labels, np.int64)
         self.class_names: list[str] | None = class_names
         self.num_classes = len(class_names)
-        self._sizes = np.zeros((len(self._paths), 2), np.int64)  # 0: not read yet
+        self.sizes = Sizes(self._read_size, len(self._paths))
 
     @classmethod
     def from_split(cls, split: Split) -> "ImageFiles":
@@ -48,17 +44,9 @@ class ImageFiles:
     def __len__(self) -> int:
         return len(self._paths)
 
-    @property
-    def sizes(self) -> "Sizes":
-        """sizes[samples] -> int64 [n, 2]: heights and widths, read from the files on demand."""
-        return Sizes(self.size, len(self))
-
     def size(self, index: int) -> tuple[int, int]:
         """(height, width) in pixels."""
-        if not self._sizes[index, 0]:
-            prepared = self._prepared(index)
-            self._sizes[index] = prepared.height, prepared.width
-        height, width = self._sizes[index].tolist()
+        height, width = self.sizes[index].tolist()
         return height, width
 
     def image(self, index: int) -> np.ndarray:
@@ -88,6 +76,10 @@ class ImageFiles:
             digest.update(f"{path}\0{label}\0{size}\n".encode("utf-8", "surrogateescape"))
         return digest.hexdigest()
 
+    def _read_size(self, index: int) -> tuple[int, int]:
+        prepared = self._prepared(index)
+        return prepared.height, prepared.width
+
     def _prepared(self, index: int) -> Prepared:
         path = os.path.join(self.path, self._paths[index])
         try:
@@ -97,17 +89,20 @@ class ImageFiles:
 
 
 class Sizes:
-    """sizes[samples] -> int64 [n, 2], heights and widths of images that are read on access."""
+    """sizes[samples] -> int64 [n, 2]: heights and widths, each read on its first access."""
 
-    def __init__(self, size: Callable[[int], tuple[int, int]], num_images: int) -> None:
-        self._size, self._num_images = size, num_images
+    def __init__(self, read: Callable[[int], tuple[int, int]], num_images: int) -> None:
+        self._read = read
+        self._table = np.zeros((num_images, 2), np.int64)  # 0: not read yet
 
     def __len__(self) -> int:
-        return self._num_images
+        return len(self._table)
 
-    def __getitem__(self, samples: np.ndarray) -> np.ndarray:
-        pairs = [self._size(index) for index in np.atleast_1d(samples).tolist()]
-        return np.array(pairs, np.int64).reshape(-1, 2)
+    def __getitem__(self, samples: np.ndarray | int) -> np.ndarray:
+        for index in np.atleast_1d(samples).tolist():
+            if not self._table[index, 0]:
+                self._table[index] = self._read(index)
+        return self._table[samples]
 
 
 def open_folder(folder: Path) -> dict[str, ImageFiles]:

@@ -45,10 +45,10 @@ class CropBackend(Protocol):
     """Decodes each image once and cuts all its boxes."""
 
     def crops(self, requests: Iterable[Request]) -> Iterator[torch.Tensor]:
-        """uint8 [k, n, size, size, c] for each request, in order (c is 3). Requests are taken
-        ahead, possibly from another thread.
+        """uint8 [k, n, size, size, c] for each request, in order (c is 3).
 
-        Raises ValueError for an image that does not decode or differs from its checksum, by name.
+        Requests are taken ahead, possibly from another thread. Raises ValueError, by name, for an
+        image that does not decode or differs from its checksum.
         """
         ...
 
@@ -57,10 +57,7 @@ class Sampler:
     """The requests of this rank for every step: pure functions of the seed, computed on demand.
 
     Args:
-        dataset: the images.
-        crop: size and shape of the crops.
         batch_size: the global batch size, divided equally among the ranks.
-        seed: of the order and the views.
         sizes: side of the crops in each epoch, for progressive view sizes; the last one holds for
             all later epochs. Default: crop.size.
     Raises:
@@ -128,10 +125,7 @@ class Sampler:
 
 
 class Loader:
-    """Batches of a sampler, made by a backend.
-
-    Iterating gives the batches of one epoch: of `epoch`, which then advances.
-    """
+    """Batches of a sampler, made by a backend; iterating gives those of `epoch`, which advances."""
 
     def __init__(self, sampler: Sampler, backend: CropBackend) -> None:
         self.sampler, self.backend = sampler, backend

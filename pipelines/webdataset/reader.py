@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 import simplejpeg
 
+from pipelines.convert.sources.files import members
 from pipelines.convert.sources.shards import has_dataset, read_dataset, shard_paths
-from pipelines.convert.sources.tars import members
 from pipelines.loading.image_files import Sizes
 from pipelines.order import epoch_order
 from pipelines.webdataset.writer import BLOCK, CHECKSUMS, DATASET
@@ -50,7 +50,7 @@ class ShardReader:
         self._label_locations = np.concatenate([table[:, 2:] for table in tables])  # [N, 2 or 0]
         self._bytes = [np.memmap(path, np.uint8, "r") for path in self.archives]
         self._checksums = self._read_checksums()
-        self._sizes = np.zeros((len(self), 2), np.int64)  # 0: not read yet
+        self.sizes = Sizes(self._read_size, len(self))
 
     def __len__(self) -> int:
         return len(self.locations)
@@ -61,10 +61,7 @@ class ShardReader:
 
     @cached_property
     def labels(self) -> np.ndarray:
-        """int64 [N]: the labels of MAX_LABELS random images, -1 for the others.
-
-        Each label is a small file, so reading all of them would take one read per image.
-        """
+        """int64 [N]: the labels of MAX_LABELS random images, one small file each; else -1."""
         labels = np.full(len(self), -1, np.int64)
         if self._label_locations.size:
             for index in epoch_order(len(self), seed=0, epoch=0)[:MAX_LABELS].tolist():
@@ -77,22 +74,9 @@ class ShardReader:
                 labels[index] = int(label)
         return labels
 
-    @property
-    def sizes(self) -> Sizes:
-        """sizes[samples] -> int64 [n, 2]: heights and widths from the headers of the JPEGs."""
-        return Sizes(self.size, len(self))
-
     def size(self, index: int) -> tuple[int, int]:
         """(height, width) in pixels. Raises ValueError for a damaged header."""
-        if not self._sizes[index, 0]:
-            try:
-                self._sizes[index] = simplejpeg.decode_jpeg_header(self.image(index))[:2]
-            except ValueError as error:
-                raise ValueError(
-                    f"image {index} ({self.name(index)}) of {self.path} does not decode ({error});"
-                    " convert the data again"
-                ) from None
-        height, width = self._sizes[index].tolist()
+        height, width = self.sizes[index].tolist()
         return height, width
 
     def is_raw(self, index: int) -> bool:
@@ -117,6 +101,15 @@ class ShardReader:
     def sha256(self) -> str:
         """SHA-256 of `dataset.json`, which contains that of every shard."""
         return hashlib.sha256((Path(self.path) / DATASET).read_bytes()).hexdigest()
+
+    def _read_size(self, index: int) -> tuple[int, int]:
+        try:
+            return simplejpeg.decode_jpeg_header(self.image(index))[:2]
+        except ValueError as error:
+            raise ValueError(
+                f"image {index} ({self.name(index)}) of {self.path} does not decode ({error});"
+                " convert the data again"
+            ) from None
 
     def _shard(self, index: int) -> int:
         return int(np.searchsorted(self.first, index, "right")) - 1

@@ -20,7 +20,6 @@ import os
 import tarfile
 import zlib
 from array import array
-from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
@@ -83,11 +82,10 @@ class ShardWriter:
             self._finish_shard()
             self._begin_shard()
         key = f"{self._num_images:09}"
-        self._write_member(f"{key}.jpg", jpeg)
+        entries = [self._write_member(f"{key}.jpg", jpeg)]
         if self._has_classes:
-            self._write_member(f"{key}.cls", b"%d" % label)
-        self._sizes.append(len(jpeg))
-        self._labels.append(label)
+            entries.append(self._write_member(f"{key}.cls", b"%d" % label))
+        self._index.append(" ".join(entries) + "\n")
         self._names += os.fsencode(name) + b"\0"
         self._checksums.append(zlib.crc32(jpeg) if checksum is None else checksum)
         self._num_images += 1
@@ -133,9 +131,9 @@ class ShardWriter:
         """Index of the shard, and position in it, of the next image if it has `size` bytes."""
         sample = _member_size(size) + (_member_size(1) if self._has_classes else 0)
         names = _member_size(len(self._names) + 1000)  # with space for one more
-        checksums = _member_size(4 * len(self._sizes) + 4)
+        checksums = _member_size(4 * len(self._index) + 4)
         end = self._position + sample + names + checksums + len(END)
-        if self._sizes and (end > self._max_bytes or len(self._sizes) == MAX_IMAGES):
+        if self._index and (end > self._max_bytes or len(self._index) == MAX_IMAGES):
             return len(self.shards) + 1, BLOCK
         return len(self.shards), self._position + BLOCK
 
@@ -143,9 +141,8 @@ class ShardWriter:
         self._file = open_for_recovery(self._path(len(self.shards), "tar"))
         self._digest = hashlib.sha256()
         self._position = 0
-        self._first = self._num_images
-        self._sizes, self._labels, self._names = array("Q"), array("l"), bytearray()
-        self._checksums = array("I")
+        self._index: list[str] = []  # a line for each image
+        self._names, self._checksums = bytearray(), array("I")
 
     def _finish_shard(self) -> None:
         assert self._file is not None
@@ -159,36 +156,28 @@ class ShardWriter:
         self._file = None
         number = len(self.shards)
         with open(self._path(number, "idx"), "w") as file:
-            file.write(f"v1.2 {len(self._sizes)}\n")
-            file.writelines(self._index_lines())
+            file.write(f"v1.2 {len(self._index)}\n")
+            file.writelines(self._index)
             file.flush()
             os.fsync(file.fileno())
         self.shards.append(
             {
                 "name": self._path(number, "tar").name,
-                "num_images": len(self._sizes),
+                "num_images": len(self._index),
                 "num_bytes": self._position,
                 "sha256": self._digest.hexdigest(),
             }
         )
 
-    def _index_lines(self) -> Iterator[str]:
-        position = 0
-        for index, (size, label) in enumerate(zip(self._sizes, self._labels, strict=True)):
-            key = f"{self._first + index:09}"
-            line = f"jpg {position + BLOCK} {size} {key}.jpg"
-            position += _member_size(size)
-            if self._has_classes:
-                line += f" cls {position + BLOCK} {len(str(label))} {key}.cls"
-                position += _member_size(1)
-            yield line + "\n"
-
-    def _write_member(self, name: str, content: bytes | bytearray) -> None:
+    def _write_member(self, name: str, content: bytes | bytearray) -> str:
+        """Write a file into the archive; returns its entry in the index."""
+        entry = f"{name.rpartition('.')[2]} {self._position + BLOCK} {len(content)} {name}"
         header = tarfile.TarInfo(name)
         header.size = len(content)
         self._write(header.tobuf(tarfile.USTAR_FORMAT))
         self._write(content)
         self._write(bytes(-len(content) % BLOCK))
+        return entry
 
     def _write(self, data: bytes | bytearray) -> None:
         assert self._file is not None

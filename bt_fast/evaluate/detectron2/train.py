@@ -41,18 +41,12 @@ class Trainer(DefaultTrainer):
         return COCOEvaluator(dataset_name, output_dir=cfg.OUTPUT_DIR)
 
 
-def configure(arguments):
-    """The configuration file, overridden by the KEY VALUE pairs of the command line."""
-    config = get_cfg()
-    config.merge_from_file(arguments.config_file)
-    config.merge_from_list(arguments.opts)
-    config.freeze()
-    return config
-
-
 def main(arguments):
     """Train or evaluate in one process."""
-    config = configure(arguments)
+    config = get_cfg()
+    config.merge_from_file(arguments.config_file)
+    config.merge_from_list(arguments.opts)  # KEY VALUE pairs of the command line
+    config.freeze()
     default_setup(config, arguments)
     trainer = Trainer(config)
     trainer.resume_or_load(resume=arguments.resume)

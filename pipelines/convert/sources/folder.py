@@ -1,8 +1,4 @@
-"""Folders of images, in the order of torchvision.
-
-Class folders are sorted by name, and files within them, so labels and order are those of
-`torchvision.datasets.ImageFolder`. Files are read by `pipelines.convert.jpeg`.
-"""
+"""Folders of images, sorted by name: labels and order of `torchvision.datasets.ImageFolder`."""
 
 import os
 from collections.abc import Iterator
@@ -11,7 +7,7 @@ from pathlib import Path
 from pipelines.common.atomic import UNFINISHED
 from pipelines.convert.jpeg import JPEG_EXTENSIONS
 from pipelines.convert.manifest import Location, SourceError, SourceImage, Split
-from pipelines.convert.sources.sorting import sorted_names
+from pipelines.convert.sources.files import sorted_names
 
 EXTENSIONS = JPEG_EXTENSIONS | {".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif"}
 # Names of the splits in any case; of several folders for one split, the first name wins.
@@ -133,11 +129,7 @@ def _sort_keys(split: Split, top: Path, prefix: int) -> Iterator[str]:
 
 
 def _walk(top: Path) -> Iterator[tuple[str, os.DirEntry | str]]:
-    """Yield (folder, entry in it) of `top` and all folders below; for an unread folder, the reason.
-
-    Links can form loops: a folder that contains `top`, or was visited already, is skipped with an
-    empty reason (torchvision follows a loop until the path is too long).
-    """
+    """(folder, entry) of `top` and all folders below; for an unread folder, the reason."""
     parents = {*top.resolve().parents, *top.absolute().parents}
     seen = {_identity(folder) for folder in parents}
     pending = [os.fspath(top)]
@@ -145,7 +137,7 @@ def _walk(top: Path) -> Iterator[tuple[str, os.DirEntry | str]]:
         folder = pending.pop()
         try:
             identity = _identity(folder)
-            if identity in seen:
+            if identity in seen:  # a link, perhaps a loop, which torchvision follows for long
                 yield folder, ""
                 continue
             seen.add(identity)

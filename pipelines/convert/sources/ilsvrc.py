@@ -13,7 +13,7 @@ from pathlib import Path
 
 from pipelines.convert.jpeg import JPEG_EXTENSIONS
 from pipelines.convert.manifest import Location, SourceError, SourceImage, Split
-from pipelines.convert.sources.tars import members
+from pipelines.convert.sources.files import members
 
 TRAIN, VAL = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"
 DEVKIT = "ILSVRC2012_devkit_t12.tar.gz"
@@ -31,21 +31,20 @@ def is_archive(path: Path) -> bool:
 
 def find_splits(source: Path, labels: Path | None = None) -> dict[str, Split]:
     """Both archives of a folder, or the given one. `labels`: a devkit or a text file for val."""
-    train: Path | None
-    val: Path | None
     if source.is_dir():
-        train, val = source / TRAIN, source / VAL
+        archives = {"train": source / TRAIN, "val": source / VAL}
+    elif not _holds_archives(source):
+        archives = {"val": source}
+    elif labels is None:
+        archives = {"train": source}
     else:
-        is_train = _holds_archives(source)
-        if is_train and labels is not None:
-            raise SourceError(f"--labels {labels}: {source} contains the classes of its images")
-        train, val = (source if is_train else None), (None if is_train else source)
+        raise SourceError(f"--labels {labels}: {source} contains the classes of its images")
     splits = {}
     class_names = None
-    if train is not None and train.exists():
+    if (train := archives.get("train")) and train.exists():
         splits["train"] = _train(train)
         class_names = splits["train"].class_names
-    if val is not None and val.exists():
+    if (val := archives.get("val")) and val.exists():
         splits["val" if class_names else "train"] = _val(val, labels, class_names)
     return splits
 

@@ -12,7 +12,7 @@ from itertools import accumulate, groupby
 from pathlib import Path
 
 from pipelines.convert.manifest import Location, SourceError, SourceImage, Split, numbered_names
-from pipelines.convert.sources.by_split import by_split
+from pipelines.convert.sources.files import by_split
 
 BATCH = 4096  # rows of labels read at a time
 

@@ -1,8 +1,7 @@
 """The parts of one conversion, written with `--shard 1/4` to `--shard 4/4` and put into one folder.
 
-Parts are `.beton` files with their reports, or folders of web shards. They are joined in order if
-each exists once and all were converted from the same images with the same settings: the result is
-what a single machine would have written.
+They are joined in order if each exists once and all were converted from the same images with the
+same settings: the result is what a single machine would have written.
 """
 
 import json

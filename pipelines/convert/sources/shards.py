@@ -12,9 +12,8 @@ from pathlib import Path
 from tarfile import TarInfo
 
 from pipelines.convert.manifest import Location, SourceError, SourceImage, Split, numbered_names
-from pipelines.convert.sources.by_split import by_split
+from pipelines.convert.sources.files import by_split, members
 from pipelines.convert.sources.folder import is_named_like_image
-from pipelines.convert.sources.tars import members
 from pipelines.webdataset.writer import DATASET, NAMES
 
 MAX_NAMES = 1 << 28  # bytes of all names in a shard, at most

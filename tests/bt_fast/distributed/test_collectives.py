@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import write_photo_beton
-from ranks import TINY, embeddings, run_ranks
+from ranks import TINY, Traffic, embeddings, run_ranks
 
 from bt_fast import loss, train
 from bt_fast.build import build
 from bt_fast.cli import parse_pretrain
-from bt_fast.distributed.collectives import ALONE, Traffic, World, compare_weights
+from bt_fast.distributed.collectives import ALONE, World, compare_weights
 from bt_fast.models import batch_norm
 from bt_fast.models.networks import BarlowTwins
 from bt_fast.prefetch import prefetch

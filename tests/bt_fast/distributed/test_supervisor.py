@@ -1,4 +1,4 @@
-"""The supervisor, with ranks that run a line of Python."""
+"""The launcher, with ranks that run a line of Python."""
 
 import os
 import signal
@@ -10,24 +10,25 @@ import time
 import pytest
 from tiny_runs import wait_until
 
-from bt_fast.distributed import rendezvous, supervisor
+from bt_fast.distributed import launcher
+from bt_fast.distributed.ranks import RESTARTS
 from bt_fast.distributed.signals import EXIT_STOPPED, STOP_SIGNALS, StopFlag
 
 
 @pytest.fixture
 def ranks(tmp_path, monkeypatch):
     """Runs two ranks of some Python; each appends "RANK/RESTARTS" to a file when it starts."""
-    monkeypatch.setenv(rendezvous.RESTARTS, "0")
+    monkeypatch.setenv(RESTARTS, "0")
     started, ready = tmp_path / "started", tmp_path / "ready"
 
-    def run(program: str, how=supervisor.run_processes, *arguments) -> tuple[int, list[str]]:
+    def run(program: str, how=launcher.run_processes, *arguments) -> tuple[int, list[str]]:
         text = (
             "import os, signal, sys, time\n"
             "rank, restarts = int(os.environ.get('RANK', 0)), int(os.environ['BT_FAST_RESTARTS'])\n"
             f"started, ready = {str(started)!r}, {str(ready)!r}\n"
             "open(started, 'a').write(f'{rank}/{restarts} ')\n" + program
         )
-        monkeypatch.setattr(supervisor, "_rank_command", lambda _: [sys.executable, "-c", text])
+        monkeypatch.setattr(launcher, "_rank_command", lambda _: [sys.executable, "-c", text])
         with StopFlag() as stop:
             status = how(*(arguments or ([], 2)), stop)
         return status, sorted(started.read_text().split())
@@ -36,7 +37,7 @@ def ranks(tmp_path, monkeypatch):
 
 
 def test_all_restart_when_one_dies_and_the_other_does_not_notice(ranks, capfd, monkeypatch):
-    monkeypatch.setattr(supervisor, "_GRACE_PERIOD", 1.0)
+    monkeypatch.setattr(launcher, "_GRACE_PERIOD", 1.0)
     program = (
         "if restarts == 0:\n"
         "    if rank == 0: time.sleep(3600)\n"
@@ -78,7 +79,7 @@ def test_a_signal_is_forwarded(ranks, hang_up, tmp_path, number):
 
 def test_another_launcher_is_one_process(ranks):
     program = "assert sys.argv[1:] == []; sys.exit(75 if restarts else 137)"
-    status, started = ranks(program, supervisor.run_under, ["env", "A=1"], [])
+    status, started = ranks(program, launcher.run_under, ["env", "A=1"], [])
     assert (status, started) == (EXIT_STOPPED, ["0/0", "0/1"])
 
 
@@ -86,7 +87,7 @@ def test_a_stop_before_the_first_start_starts_nothing(monkeypatch):
     monkeypatch.setattr(subprocess, "Popen", None)
     with StopFlag() as stop:
         os.kill(os.getpid(), signal.SIGUSR1)
-        assert supervisor.run_processes([], 2, stop) == EXIT_STOPPED
+        assert launcher.run_processes([], 2, stop) == EXIT_STOPPED
 
 
 def test_ctrl_c_interrupts_until_there_is_something_to_save():

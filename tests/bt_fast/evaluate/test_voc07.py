@@ -38,9 +38,9 @@ def devkit(tmp_path_factory):
 def test_the_published_layout_is_read(devkit):
     names, trainval, test = transfer_datasets.voc07(devkit)
     assert names == ["blue", "red"]
-    assert (len(trainval.images), len(test.images)) == (24, 18)
+    assert (len(trainval.subset.images), len(test.subset.images)) == (24, 18)
     assert trainval.present[:6].tolist() == [[1, 1], [1, -1], [-1, 1], [-1, -1], [1, 1], [1, 0]]
-    assert test.images.name(0) == "JPEGImages/000024.jpg"
+    assert test.subset.images.name(0) == "JPEGImages/000024.jpg"
     for root in (devkit / "VOCdevkit", devkit / "VOCdevkit" / "VOC2007"):
         assert transfer_datasets.voc07(root)[1].present.tolist() == trainval.present.tolist()
 

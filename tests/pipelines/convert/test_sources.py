@@ -11,7 +11,7 @@ from PIL import Image
 
 from pipelines.convert.jpeg import UnreadableImage, prepare
 from pipelines.convert.manifest import Manifest
-from pipelines.convert.sources import find_splits, sorting
+from pipelines.convert.sources import files, find_splits
 
 
 def test_order_in_nested_folders_is_torchvisions(tmp_path):
@@ -146,9 +146,8 @@ def test_folders_named_like_splits_beside_others_are_classes(tmp_path, folders):
 
 @pytest.mark.parametrize("count", [0, 9, 10, 11, 1000])
 def test_any_number_of_names_is_sorted(monkeypatch, count):
-    monkeypatch.setattr(sorting, "RUN_LENGTH", 10)
-    monkeypatch.setattr(sorting, "READ_SIZE", 50)
+    monkeypatch.setattr(files, "RUN_LENGTH", 10)
     generator = np.random.default_rng(count)
     alphabet = ["a", "B", "é", "\n", "/", "-", "\udcff", "𝄞"]
     names = ["".join(generator.choice(alphabet, generator.integers(1, 40))) for _ in range(count)]
-    assert list(sorting.sorted_names(names)) == sorted(names)
+    assert list(files.sorted_names(names)) == sorted(names)
