@@ -229,7 +229,8 @@ def step(results: Results, data: Path) -> None:
     """A profile of the default step: profile.json, profile.png."""
     assert results.path is not None
     flags = [f"--data={data}", f"--out={results.path.parent}", f"--seconds={BUDGET}"]
-    results.num_failed += profile.main([*flags, *([] if ON_GPU else TOY)])
+    arguments = [*flags, *([] if ON_GPU else TOY)]
+    results.num_failed += profile.profile(profile.parse(arguments))
 
 
 def loss(results: Results, data: Path) -> None:
