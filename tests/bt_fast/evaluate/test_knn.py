@@ -1,6 +1,7 @@
 """Weighted kNN against a direct implementation of its definition, and the choice of its data."""
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from conftest import write_beton
 
+from bt_fast.evaluate import knn_classifier
 from bt_fast.evaluate.knn_classifier import choose_data, knn_accuracy
 from pipelines.beton import BetonReader
 
@@ -60,3 +62,17 @@ def test_queries_come_from_a_held_out_file_up_to_the_limit(small_beton, tmp_path
     val = BetonReader(write_beton(tmp_path / "val.beton", 20))
     data = choose_data(BetonReader(small_beton), val, seed=0, limit=16)
     assert data.queries is val and len(data.bank_samples) == 16 and len(data.query_samples) == 8
+
+
+def test_scores_do_not_depend_on_the_lengths_of_features():
+    """Two near neighbours of class 0 outweigh three farther ones of class 1."""
+    cosines = torch.tensor([0.95, 0.95, 0.8, 0.8, 0.8])
+    bank = torch.stack([cosines, (1 - cosines.square()).sqrt()], 1)
+    labels = SimpleNamespace(labels=np.array([0, 0, 1, 1, 1]))
+    data = SimpleNamespace(
+        bank=labels, bank_samples=np.arange(5), queries=labels, query_samples=np.array([0]),
+        num_classes=2,
+    )  # fmt: skip
+    for length in (0.01, 1.0, 100.0):
+        query = length * torch.tensor([[1.0, 0.0]])
+        assert knn_classifier.knn_scores(length * bank, query, data)["knn_20"] == 1
