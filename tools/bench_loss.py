@@ -12,7 +12,7 @@ import _checkout  # noqa: F401  # isort: skip
 import functools
 import multiprocessing
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,8 +75,8 @@ def in_new_process(case: Callable[[], dict]) -> dict:
         return process.submit(case).result()
 
 
-def main() -> int:
-    options = parse_flags(Benchmark, "bench_loss.py", None)
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = parse_flags(Benchmark, "bench_loss.py", arguments)
     results = Results(options.out)
     for d in options.dimensions:
         for method in ("gram", "dense"):

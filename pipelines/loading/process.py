@@ -82,13 +82,15 @@ class DecodeProcess:
             while True:
                 while is_open and len(pending) <= self.prefetch:
                     number, request = next(numbered, (0, None))
+                    if request is None:
+                        self._send(None)
+                        is_open = False
+                        break
                     slot = number % len(self._slots)
                     if (event := self._copied[slot]) is not None:
                         event.synchronize()
-                    self._send(request and (slot, request))
-                    is_open = request is not None
-                    if request is not None:
-                        pending.append((slot, _shape_of(request)))
+                    self._send((slot, request))
+                    pending.append((slot, _shape_of(request)))
                 if not pending:
                     return
                 if (error := self._receive()) is not None:
