@@ -328,7 +328,7 @@ CASES = [
     Case("Damaged: …: image", "bt-convert --verify x.beton", damaged_image, 1),
     Case("… is not a complete tar", "bt-convert x.tar x.beton", writes("x.tar", b"garbage" * 99)),
     Case("… does not contain the classes", f"bt-convert {VAL} x.beton", ilsvrc_without_labels),
-    Case("…, line …: no label", "bt-convert x.txt x.beton", writes("x.txt", "a.jpg 1\nb.jpg\n")),
+    Case("…, line …: … where line", "bt-convert x.txt x.beton", writes("x.txt", "a.jpg 1\nb.jpg")),
     Case(
         "reading parquet files",
         "bt-convert x.parquet x.beton",

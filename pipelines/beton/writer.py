@@ -45,7 +45,7 @@ class BetonWriter:
 
     `num_samples` reserves space for the metadata, which precedes the data. With fewer images, the
     header has their number and the remaining space stays empty, as FFCV finds images by absolute
-    offsets. `class_names` may be empty; then labels are -1.
+    offsets. `class_names` may be empty; a label of -1 is no class.
 
     `page_size` (bytes) is the smallest unit that FFCV's cache reads. It is doubled when an image is
     larger: data within one aligned page also is within the aligned page of twice the size.
@@ -119,7 +119,7 @@ class BetonWriter:
         size = len(jpeg)
         if len(self) == self._capacity:
             raise ValueError(f"{self.path}: more than num_samples={len(self)} images")
-        if not -1 <= label < max(self._num_classes, 1) or (label >= 0) != (self._num_classes > 0):
+        if not -1 <= label < self._num_classes:
             raise ValueError(f"{name}: label {label} is out of range: {self._num_classes} classes")
         page_size, position = self._next_position(size)
         if size == 0 or page_size not in PAGE_SIZES:

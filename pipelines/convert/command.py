@@ -19,7 +19,7 @@ import re
 import signal
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -31,11 +31,12 @@ from pipelines.common.console import count_items, print_line
 from pipelines.common.cpu import usable_cores
 from pipelines.common.flags import parse_flags
 from pipelines.common.signals import Stopped, signals_raise_stopped
-from pipelines.convert.data_report import Report
+from pipelines.convert.data_report import Report, account
 from pipelines.convert.journal import Journal
 from pipelines.convert.jpeg import Check
 from pipelines.convert.manifest import Manifest, SourceError, Split
 from pipelines.convert.sources import find_splits
+from pipelines.convert.sources.splits import SourceOptions
 from pipelines.convert.targets import BetonTarget, ShardTarget, UsageError
 from pipelines.convert.verify import DamagedResult, verify
 from pipelines.convert.workers import WorkerDied
@@ -82,6 +83,26 @@ class Convert:
 
     shard_size: int = 1000
     """Maximum size of a web shard in MB."""
+
+    train: str | None = None
+    """Pattern of the training files in SOURCE, such as 'fold[1-4]*'; folders, if it holds images in
+    folders. What neither this nor --val matches is left out. Default: by the names."""
+
+    val: str | None = None
+    """Pattern of the validation files or folders in SOURCE; with --train."""
+
+    all_train: bool = False
+    """Training on all images of SOURCE, whatever the names of files and folders."""
+
+    image_key: str | None = None
+    """End of the images' names in web shards, such as jpg or left.png, whose beginning is the key
+    of a sample; column of the images in parquet files. Default: the one image of a sample, whose
+    key ends at the first dot; image or img."""
+
+    label_key: str | None = None
+    """Column, or field of .json, with the labels; in web shards also the end of the label files'
+    names, or "folder" or "archive", whose names are then the classes. Default: cls, label, labels
+    or fine_label."""
 
     labels: Path | None = None
     """Classes of the images in ILSVRC2012_img_val.tar: ILSVRC2012_devkit_t12.tar.gz, or a text file
@@ -153,7 +174,10 @@ def convert(config: Convert) -> list[Path]:
         else ShardTarget(out, config.overwrite, config.shard_size * 1_000_000)
     )
     print_line(f"Listing {config.source}")
-    splits = find_splits(config.source, config.labels)
+    options = SourceOptions(
+        **{field.name: getattr(config, field.name) for field in fields(SourceOptions)}
+    )
+    splits = find_splits(config.source, options)
     target.check(list(splits))
     max_side = splits["train"].max_side if config.max_side is None else config.max_side
     settings = {"max_side": max_side, "subset": config.subset, "part": list(part)}
@@ -165,7 +189,10 @@ def convert(config: Convert) -> list[Path]:
     }
 
     with _work_folder(out, config) as work:
-        reports = {name: _scan(name, split, work, config, part) for name, split in splits.items()}
+        reports: dict[str, Report] = {}
+        for name, split in splits.items():
+            class_names = reports["train"].manifest.class_names if reports else None
+            reports[name] = _scan(name, split, work, config, part, class_names)
         with contextlib.ExitStack() as files:
             for name, report in reports.items():
                 images = {"images": report.manifest.sha256}
@@ -182,9 +209,11 @@ def convert(config: Convert) -> list[Path]:
                     check=config.check,
                 )
             _require_images(reports, config)
+        accounts = [account(report.content({})) for report in reports.values()]
         published = target.publish(work, reports, {"source": str(config.source), **settings})
-    for name, report in reports.items():
+    for (name, report), line in zip(reports.items(), accounts, strict=True):
         print_line(f"Wrote {published[name]}: {report.summary()}")
+        print_line(line)
     return list(dict.fromkeys(published.values()))
 
 
@@ -201,15 +230,28 @@ def _work_folder(out: Path, config: Convert) -> Iterator[Path]:
         raise UsageError(f"OUT {out} is being written by another bt-convert right now") from None
 
 
-def _scan(name: str, split: Split, work: Path, config: Convert, part: tuple[int, int]) -> Report:
+def _scan(
+    name: str,
+    split: Split,
+    work: Path,
+    config: Convert,
+    part: tuple[int, int],
+    class_names: list[str] | None,
+) -> Report:
     split.images = count_items(f"Listing {name}", split.images)
-    manifest = Manifest(split, scratch=work)
+    manifest = Manifest(split, work, class_names)
     if config.subset is not None and name == "train":
         manifest.select_subset(config.subset)
     manifest.select_part(*part)
     if not len(manifest):
         raise UsageError(f"--shard {config.shard}: {name} has fewer images than parts")
-    print_line(f"{name}: {len(manifest):,} images, {len(split.class_names):,} classes")
+    unlabelled = manifest.samples_per_class[-1] if manifest.class_names else 0
+    print_line(
+        f"{name}: {len(manifest):,} images, {len(manifest.class_names):,} classes"
+        + (f"; without a class: {unlabelled:,}" if unlabelled else "")
+    )
+    for hint in split.unused:
+        print_line(f"{name}: not used as labels: {hint}")
     return Report(name, split, manifest)
 
 

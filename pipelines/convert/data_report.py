@@ -41,12 +41,9 @@ class Report:
             self.repairs.append({"path": path, "why": why.strip("()")})
 
     def print_problems(self) -> None:
-        """Print ignored entries and empty classes, and on stderr all broken images."""
-        for reason, count in self.split.ignored.items():
-            if count:
-                print_line(f"Ignored in {self.split.root}: {count} {reason}")
+        """Print empty classes, and on stderr all broken images."""
         present = self.manifest.samples_per_class
-        empty = [name for label, name in enumerate(self.split.class_names) if not present[label]]
+        empty = [name for label, name in enumerate(self.manifest.class_names) if not present[label]]
         if empty:
             shown = ", ".join(empty[:10]) + (", ..." if len(empty) > 10 else "")
             print_line(f"Classes without images in {self.split.root}: {shown}")
@@ -59,7 +56,7 @@ class Report:
         parts = [f"{count:,} {action}" for action, count in sorted(self.actions.items())]
         if self.rejects:
             parts.append(f"{len(self.rejects):,} broken left out")
-        classes = len(self.split.class_names)
+        classes = len(self.manifest.class_names)
         return (
             f"{self.name}, {self.num_images:,} images ({', '.join(parts)}), {classes:,} classes, "
             f"{self.bytes_out / 1e9:.2f} GB from {self.bytes_in / 1e9:.2f} GB"
@@ -67,7 +64,10 @@ class Report:
 
     def content(self, settings: dict) -> dict:
         """The JSON report of this split."""
-        names = self.split.class_names
+        manifest = self.manifest
+        found = manifest.num_listed + len(self.split.problems) + self.split.ignored.total()
+        not_selected = Counter({"not selected": manifest.num_listed - len(manifest)})
+        names = self.manifest.class_names
         return {
             "bt_fast_version": pipelines.__version__,
             "split": self.name,
@@ -82,7 +82,23 @@ class Report:
             "longest_side": self.longest_side,
             "classes": names,
             "samples_per_class": [self.samples_per_class[label] for label in range(len(names))],
-            "ignored": dict(+self.split.ignored),
+            "found": found,
+            "ignored": dict(self.split.ignored + not_selected),
             "repairs": self.repairs,
             "rejects": self.rejects,
         }
+
+
+def account(report: dict) -> str:
+    """What a source had, as one line. Raises ValueError if it does not add up."""
+    found, stored, rejected = report["found"], report["num_images"], len(report["rejects"])
+    ignored = report["ignored"]
+    if found != stored + rejected + sum(ignored.values()):
+        raise ValueError(
+            f"the account does not add up: {found} found, {stored} stored, {rejected} rejected"
+        )
+    reasons = ", ".join(f"{count:,} {reason}" for reason, count in ignored.items())
+    return (
+        f"{report['split']}: {found:,} found = {stored:,} stored + {rejected:,} rejected"
+        f" + {sum(ignored.values()):,} ignored" + (f" ({reasons})" if reasons else "")
+    )

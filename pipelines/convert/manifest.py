@@ -6,7 +6,9 @@ records them and yields them in the same order, all or a selection, any number o
 
 import hashlib
 import json
+import math
 import os
+import re
 import struct
 import tempfile
 from collections import Counter
@@ -19,7 +21,7 @@ from typing import NamedTuple
 from pipelines.beton.layout import MAX_CLASSES
 
 ENTIRE_FILE = -1  # size of a location that is a complete file
-# Label, archive or -1, offset, size, CRC-32 or -1, lengths of prefix and name.
+# Number of the label, archive or -1, offset, size, CRC-32 or -1, lengths of prefix and name.
 _RECORD = struct.Struct("<iiqqqHI")
 
 
@@ -35,10 +37,22 @@ class Location(NamedTuple):
     size: int = ENTIRE_FILE
     checksum: int | None = None  # expected CRC-32 of the bytes, if known
     prefix: bytes = b""  # prepended to the bytes: the header that raw pixels lack
+    problem: str = ""  # why there are no bytes
+
+
+Label = int | str | None  # number or name of a class; None or a negative number: no class
+
+
+class FoundImage(NamedTuple):
+    """One image as a source lists it."""
+
+    name: str
+    label: Label
+    location: Location
 
 
 class SourceImage(NamedTuple):
-    """One image of a source: name, label (-1: no class), and its bytes or their location."""
+    """One image of a manifest: name, index of its class (-1: none), its bytes or their location."""
 
     name: str
     label: int
@@ -47,48 +61,67 @@ class SourceImage(NamedTuple):
 
 @dataclass(kw_only=True, slots=True)
 class Split:
-    """The source of one output. `images` is iterated once, and fills `ignored` and `problems`."""
+    """The source of one output. `images` is iterated once, and fills the three fields below it."""
 
     root: Path  # names of images are relative to it
-    class_names: list[str]
-    images: Iterable[SourceImage]
+    images: Iterable[FoundImage] = ()
+    # Names of the classes in the order of their numbers; None: those of the labels that are found.
+    class_names: list[str] | None = None
     # Replaces locations by bytes where only the source can read them.
     load: Callable[[Iterator[SourceImage]], Iterator[SourceImage]] = iter
     max_side: int = 512  # default of --max-side; 0 where images have been converted already
     ignored: Counter[str] = field(default_factory=Counter)  # reason -> number of entries
     problems: list[tuple[str, str]] = field(default_factory=list)  # (name, reason) of unread ones
+    unused: dict[str, None] = field(default_factory=dict)  # possible labels, and how to use them
 
 
 class Manifest:
     """The images of a split, recorded in an unnamed temporary file in the folder `scratch`.
 
-    Attributes: `samples_per_class`, a Counter over the complete split (-1: no class); `sha256`,
-    hex, of all entries and the class names, independent of the source's path.
+    Attributes: `class_names`; of the complete split `num_listed`, its images, `samples_per_class`,
+    a Counter (-1: no class), and `sha256`, hex, of all entries, independent of the source's path.
 
-    Supports one iteration at a time. Raises SourceError for a split without images, and for a label
-    outside the classes.
+    class_names: those of the training images, to which the labels of other images refer: by name
+    if they have names; numbered ones are extended. Otherwise the split's own classes, or those of
+    the labels that are found: numbers are kept, names are numbered in sorted order.
+
+    Supports one iteration at a time. Raises SourceError for a split without images, and for labels
+    that are not among the classes, or partly numbers and partly names.
     """
 
-    def __init__(self, split: Split, scratch: Path | None = None):
+    def __init__(
+        self, split: Split, scratch: Path | None = None, class_names: list[str] | None = None
+    ):
         self._root = split.root
         self._archives: list[str] = []  # files that contain many images
         self._file = tempfile.TemporaryFile(dir=scratch)  # noqa: SIM115  open as long as self
-        self.samples_per_class: Counter[int] = Counter()
+        found: dict[Label, int] = {None: -1}  # label -> its number in the file, by appearance
+        counts: Counter[int] = Counter()
         digest = hashlib.sha256()
         for image in split.images:
-            _check_label(image.name, image.label, len(split.class_names))
-            record = self._pack(image)
+            number = found.setdefault(_or_none(image.label), len(found) - 1)
+            record = self._pack(image, number)
             digest.update(record)
             self._file.write(record)
-            self.samples_per_class[image.label] += 1
-        if not self.samples_per_class:
+            counts[number] += 1
+        if not counts:
             reason = f" ({split.problems[0][1]})" if split.problems else ""
             raise SourceError(f"{split.root} has no images that can be read{reason}")
-        digest.update(json.dumps(split.class_names).encode())
+        class_names = split.class_names if class_names is None else class_names
+        self.class_names = _class_names(split, found) if class_names is None else class_names
+        if split.class_names is None:
+            _add_numbered(self.class_names, found)
+        label_of = _label_indices(split.root, found, self.class_names)
+        self._labels = {number: label_of[label] for label, number in found.items()}
+        self.samples_per_class: Counter[int] = Counter()
+        for number, count in counts.items():
+            self.samples_per_class[self._labels[number]] += count
+        digest.update(json.dumps([self.class_names, list(self._labels.values())]).encode())
         self.sha256 = digest.hexdigest()
         # Selection: `_range` of `_per_class` images of every class and one more of `_num_extra`.
         self._per_class, self._num_extra = max(self.samples_per_class.values()), 0
-        self._range = range(self.samples_per_class.total())
+        self.num_listed = self.samples_per_class.total()
+        self._range = range(self.num_listed)
 
     def __len__(self) -> int:
         return len(self._range)
@@ -127,7 +160,7 @@ class Manifest:
     def _entries(self) -> Iterator[SourceImage]:
         self._file.seek(0)
         while record := self._file.read(_RECORD.size):
-            label, archive, offset, size, crc, prefix_size, name_size = _RECORD.unpack(record)
+            number, archive, offset, size, crc, prefix_size, name_size = _RECORD.unpack(record)
             prefix = self._file.read(prefix_size)
             name = os.fsdecode(self._file.read(name_size))
             if archive < 0:
@@ -135,15 +168,14 @@ class Manifest:
             else:
                 checksum = None if crc < 0 else crc
                 location = Location(self._archives[archive], offset, size, checksum, prefix)
-            yield SourceImage(name, label, location)
+            yield SourceImage(name, self._labels[number], location)
 
-    def _pack(self, image: SourceImage) -> bytes:
-        location, name = image.data, os.fsencode(image.name)
-        assert isinstance(location, Location)
-        path, offset, size, checksum, prefix = location
+    def _pack(self, image: FoundImage, number: int) -> bytes:
+        name = os.fsencode(image.name)
+        path, offset, size, checksum, prefix, _ = image.location
         archive = -1 if size == ENTIRE_FILE else self._archive_index(path)
         crc = -1 if checksum is None else checksum
-        numbers = image.label, archive, offset, size, crc, len(prefix), len(name)
+        numbers = number, archive, offset, size, crc, len(prefix), len(name)
         return _RECORD.pack(*numbers) + prefix + name
 
     def _archive_index(self, path: str) -> int:
@@ -160,8 +192,58 @@ def numbered_names(count: int) -> list[str]:
     return [str(number) for number in range(count)]
 
 
-def _check_label(name: str, label: int, num_classes: int) -> None:
-    if num_classes and label < 0:
-        raise SourceError(f"{name} has no class, unlike other images of its source")
-    if label >= num_classes:
-        raise SourceError(f"{name}: label {label} is out of range: {num_classes} classes")
+def parse_label(value: object) -> Label:
+    """The label that a cell, a file or a word of text means: a number if it can be one.
+
+    Raises ValueError for a value that is no class, such as 0.5 or a list of several.
+    """
+    if isinstance(value, list) and len(value) == 1:
+        value = value[0]
+    if isinstance(value, str):
+        value = value.strip()
+        if re.fullmatch(r"[+-]?\d+(\.0*)?", value, re.ASCII):
+            return int(value.partition(".")[0])
+        return value or None
+    if isinstance(value, float) and (value.is_integer() or math.isnan(value)):
+        return None if math.isnan(value) else int(value)
+    if value is None or isinstance(value, int):
+        return value if value is None else int(value)
+    raise ValueError(f"{str(value)[:40]} is not the number or name of one class")
+
+
+def _or_none(label: Label) -> Label:
+    return None if isinstance(label, int) and label < 0 else label
+
+
+def _class_names(split: Split, labels: Iterable[Label]) -> list[str]:
+    """The classes of labels: "0" to the highest number, or the sorted names."""
+    numbers = [label for label in labels if isinstance(label, int)]
+    names = sorted(label for label in labels if isinstance(label, str))
+    if numbers and names:
+        raise SourceError(
+            f"{split.root} has labels that are numbers, such as {numbers[0]}, and others, such as"
+            f" {names[0]}: use one kind (-1: no class)"
+        )
+    return numbered_names(max(numbers, default=-1) + 1) if numbers else names
+
+
+def _add_numbered(class_names: list[str], labels: Iterable[Label]) -> None:
+    """Add the classes of higher numbers, which only the validation images have, to "0", "1", ..."""
+    numbers = [label for label in labels if isinstance(label, int)]
+    count = len(class_names)
+    if numbers and class_names and class_names == [str(number) for number in range(count)]:
+        class_names += numbered_names(max(numbers) + 1)[count:]
+
+
+def _label_indices(root: Path, labels: Iterable[Label], class_names: list[str]) -> dict[Label, int]:
+    """{label: index of its class, -1 for None}. Raises SourceError for an unknown class."""
+    indices: dict[Label, int] = {index: index for index in range(len(class_names))}
+    indices |= {name: index for index, name in enumerate(class_names)} | {None: -1}
+    unknown = sorted(str(label) for label in labels if label not in indices)
+    if unknown:
+        raise SourceError(
+            f"{root} has classes that are not among the {len(class_names)} of the training images:"
+            f" {', '.join(unknown[:5])} ({len(unknown)} in all); add them there, or convert the two"
+            " sets one by one"
+        )
+    return indices

@@ -47,7 +47,7 @@ class BetonTarget:
         return BetonWriter(
             work / f"{report.name}.beton",
             num_samples=len(report.manifest),
-            class_names=report.split.class_names,
+            class_names=report.manifest.class_names,
             in_place=True,
         )
 
@@ -94,7 +94,7 @@ class ShardTarget:
             work / "shards",
             report.name,
             max_bytes=self._max_bytes,
-            has_classes=bool(report.split.class_names),
+            has_classes=bool(report.manifest.class_names),
         )
         return self._writers[report.name]
 
@@ -104,7 +104,7 @@ class ShardTarget:
         for name, content in contents.items():
             del content["classes"]  # equal in all splits, so stored once
             content["shards"] = self._writers[name].shards
-        class_names = reports["train"].split.class_names
+        class_names = reports["train"].manifest.class_names
         dataset = {
             "format": "webdataset",
             "format_version": 1,

@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import json
 import statistics
 import sys
 from collections import Counter
@@ -13,6 +14,7 @@ from PIL import ImageDraw
 from pipelines.beton import BetonReader
 from pipelines.common.atomic import atomic_file
 from pipelines.common.console import print_line, progress
+from pipelines.convert.data_report import account
 from pipelines.convert.manifest import Manifest, SourceError, Split
 from pipelines.convert.sources import beton_file, shards
 from pipelines.convert.workers import prepare_all
@@ -37,16 +39,42 @@ def verify(path: Path, *, workers: int) -> None:
         reader = beton_file.open_beton(path)
         sheet = path.with_name(f"{path.name}.png")
         num_damaged += _verify_images(beton_file.read_split(reader), sheet, workers, reader)
+        num_damaged += _verify_account(path, len(reader), _report_beside(path))
     elif path.is_dir() and shards.has_dataset(path):
         dataset = shards.read_dataset(path)
         for name, split in shards.dataset_splits(path, dataset).items():
             num_damaged += _verify_shards(path, dataset["splits"][name]["shards"])
             sheet = path.with_name(f"{path.name}.{name}.png")
             num_damaged += _verify_images(split, sheet, workers)
+            report = dataset["splits"][name]
+            num_stored = sum(shard["num_images"] for shard in report["shards"])
+            num_damaged += _verify_account(path, num_stored, report)
     else:
         raise SourceError(f"--verify {path}: neither a .beton nor a folder with dataset.json")
     if num_damaged:
         raise DamagedResult(f"{path}: {num_damaged} damaged (listed above); convert again")
+
+
+def _report_beside(path: Path) -> dict:
+    try:
+        return json.loads(path.with_name(f"{path.name}.json").read_bytes())
+    except (OSError, ValueError):
+        return {}
+
+
+def _verify_account(path: Path, num_stored: int, report: dict) -> int:
+    """Repeat the account of the conversion's report; returns 1 if it does not add up, else 0."""
+    if "found" not in report:
+        print_line(f"{path}: no account of the conversion, whose report is missing or older")
+        return 0
+    try:
+        if report["num_images"] != num_stored:
+            raise ValueError(f"the report counts {report['num_images']} images, not {num_stored}")
+        print_line(account(report))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        print_line(f"Damaged: {path}: its report: {error}", file=sys.stderr)
+        return 1
+    return 0
 
 
 def _verify_shards(folder: Path, entries: list[dict]) -> int:
@@ -82,7 +110,7 @@ def _verify_images(
                 if reader is not None and reader.size(index) != size:
                     reason = f"is of {size} pixels, but {reader.size(index)} in the table"
                 if index % step == 0:
-                    label = split.class_names[image.label] if image.label >= 0 else ""
+                    label = manifest.class_names[image.label] if image.label >= 0 else ""
                     pictures.append((label, prepared.jpeg))
             if reason:
                 num_damaged += 1
@@ -93,7 +121,7 @@ def _verify_images(
     kept = actions.pop("kept", 0)
     others = "".join(f", {count:,} {action}" for action, count in sorted(actions.items()))
     print_line(f"{split.root}: {kept:,} of {len(manifest):,} images are intact plain JPEGs{others}")
-    _print_labels(split, manifest.samples_per_class)
+    _print_labels(manifest)
     if pictures:
         try:
             _draw_sheet(pictures, sheet)
@@ -103,17 +131,18 @@ def _verify_images(
     return num_damaged
 
 
-def _print_labels(split: Split, counts: Counter[int]) -> None:
+def _print_labels(manifest: Manifest) -> None:
     """Print a bar per class, or for many classes the smallest, largest and median size."""
-    if not split.class_names:
+    class_names, counts = manifest.class_names, manifest.samples_per_class
+    if not class_names:
         print_line("No classes")
         return
-    values = [counts[label] for label in range(len(split.class_names))]
+    values = [counts[label] for label in range(len(class_names))]
     if len(values) <= MAX_BARS:
-        for name, value in zip(split.class_names, values, strict=True):
+        for name, value in zip(class_names, values, strict=True):
             print_line(f"{value:>9,} {'#' * round(40 * value / max(values))} {name}")
     else:
-        rarest = split.class_names[values.index(min(values))]
+        rarest = class_names[values.index(min(values))]
         print_line(
             f"{len(values):,} classes of {min(values):,} ({rarest}) to {max(values):,} images, "
             f"median {statistics.median(values):,.0f}"

@@ -148,6 +148,8 @@ def _prepare_images(images: list[SourceImage], max_side: int, check: Check) -> l
 
 
 def _read(location: Location) -> bytes:
+    if location.problem:
+        raise UnreadableImage(location.problem)
     if location.size == ENTIRE_FILE:
         return read_image(location.path)
     if location.size > MAX_FILE_BYTES:

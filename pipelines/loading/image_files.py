@@ -11,8 +11,9 @@ from pathlib import Path
 import numpy as np
 
 from pipelines.convert.jpeg import Prepared, UnreadableImage, prepare, read_image
-from pipelines.convert.manifest import SourceError, Split
+from pipelines.convert.manifest import Manifest, Split
 from pipelines.convert.sources.folder import find_splits
+from pipelines.convert.sources.splits import SourceOptions
 
 
 class ImageFiles:
@@ -32,14 +33,14 @@ class ImageFiles:
         self.sizes = Sizes(self._read_size, len(self._paths))
 
     @classmethod
-    def from_split(cls, split: Split) -> "ImageFiles":
-        """The images of a split, in bt-convert's order. Raises SourceError."""
-        images = list(split.images)
-        if not images:
-            reason = split.problems[0][1] if split.problems else "it is empty"
-            raise SourceError(f"{split.root} has no images that can be read ({reason})")
-        names, labels = [image.name for image in images], [image.label for image in images]
-        return cls(split.root, names, labels, split.class_names)
+    def from_split(cls, split: Split, class_names: list[str] | None = None) -> "ImageFiles":
+        """The images of a split, in bt-convert's order. Raises SourceError.
+
+        class_names: those of the training images, for a held-out split.
+        """
+        manifest = Manifest(split, class_names=class_names)
+        names, labels = zip(*((image.name, image.label) for image in manifest), strict=True)
+        return cls(split.root, names, labels, manifest.class_names)
 
     def __len__(self) -> int:
         return len(self._paths)
@@ -107,4 +108,8 @@ class Sizes:
 
 def open_folder(folder: Path) -> dict[str, ImageFiles]:
     """{"train": ..., "val": ...}, with bt-convert's splits and classes. Raises SourceError."""
-    return {name: ImageFiles.from_split(split) for name, split in find_splits(folder).items()}
+    opened: dict[str, ImageFiles] = {}
+    for name, split in find_splits(folder, SourceOptions()).items():
+        class_names = opened["train"].class_names if opened else None
+        opened[name] = ImageFiles.from_split(split, class_names)
+    return opened

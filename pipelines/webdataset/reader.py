@@ -66,6 +66,8 @@ class ShardReader:
         if self._label_locations.size:
             for index in epoch_order(len(self), seed=0, epoch=0)[:MAX_LABELS].tolist():
                 label = bytes(self._file(index, *self._label_locations[index].tolist()))
+                if label == b"-1":
+                    continue
                 if not label.isdigit() or int(label) >= self.num_classes:
                     raise ValueError(
                         f"{self.name(index)} of {self.path} has the invalid class {label!r};"
@@ -125,7 +127,7 @@ class ShardReader:
             start = offset + -(-size // BLOCK) * BLOCK
             for member in members(path, start=start):
                 if member.name == CHECKSUMS:
-                    stored = content[member.offset_data : member.offset_data + member.size]
+                    stored = content[member.offset : member.offset + member.size]
                     tables.append(np.frombuffer(stored.tobytes(), "<u4"))
         checksums = np.concatenate(tables) if tables else np.empty(0, np.uint32)
         return checksums if len(checksums) == len(self) else None

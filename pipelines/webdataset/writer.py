@@ -4,10 +4,10 @@
     shards/train-000000.idx     DALI's index, so that its reader need not search for samples
     shards/dataset.json         number of images, classes, shards with their counts and SHA-256
 
-A key is the index of the image in its split; `.cls` is its label as a decimal number and is
-missing in splits without classes. `.names` contains the source names of the images, each terminated
-by NUL, and `.crc32` the CRC-32 of each image, 4 bytes each, little-endian; readers ignore both, as
-all names that begin with a dot.
+A key is the index of the image in its split; `.cls` is its label as a decimal number, -1 without a
+class, and is missing in splits without classes. `.names` contains the source names of the images,
+each terminated by NUL, and `.crc32` the CRC-32 of each image, 4 bytes each, little-endian; readers
+ignore both, as all names that begin with a dot.
 
 An index is text (source: DALI 2.4.0, `wds2idx`): "v1.2" and the number of samples, then for each
 sample its components: extension, offset of the bytes in the archive, their number, file name.
@@ -77,7 +77,7 @@ class ShardWriter:
         checksum: int | None = None,
     ) -> None:
         """Append one image; arguments as of `BetonWriter.add`."""
-        assert (label >= 0) == self._has_classes
+        assert label < 0 or self._has_classes
         if self._next_position(len(jpeg))[0] != len(self.shards):
             self._finish_shard()
             self._begin_shard()

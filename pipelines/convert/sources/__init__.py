@@ -10,33 +10,59 @@
 | `.beton` | `beton_file.py` |
 | folder of the outputs of `--shard 1/4`, `2/4` and so on | `parts.py` |
 
-Labels are those of an image folder: indices of the sorted class names. A source with numbered
-classes keeps its numbers.
+Labels are numbers, which are kept, or names, which are numbered in sorted order as in an image
+folder. `splits.py` states how files and folders are placed into the splits.
 """
 
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 
 from pipelines.convert.manifest import SourceError, Split
 from pipelines.convert.sources import beton_file, folder, ilsvrc, image_list, parquet, parts, shards
+from pipelines.convert.sources.files import COMPRESSED_SUFFIXES, find_files, refuse_compressed
+from pipelines.convert.sources.splits import SourceOptions
 
-Finder = Callable[[Path], dict[str, Split]]
+Finder = Callable[[Path, SourceOptions], dict[str, Split]]
+
+_PLACING = {"train", "val", "all_train"}
+_OPTIONS: dict[Finder, set[str]] = {  # those that a source uses
+    folder.find_splits: {*_PLACING, "label_key"},
+    ilsvrc.find_splits: {"labels"},
+    parquet.find_splits: {*_PLACING, "image_key", "label_key"},
+    shards.find_splits: {*_PLACING, "image_key", "label_key"},
+}
 
 
-def find_splits(source: Path, labels: Path | None = None) -> dict[str, Split]:
+def find_splits(source: Path, options: SourceOptions | None = None) -> dict[str, Split]:
     """Returns {"train": ...} or {"train": ..., "val": ...}, whatever the format of `source`.
 
-    `val` has the classes of `train`, so a label means the same in both. `labels` is a file with the
-    classes of ILSVRC2012's validation images. Raises SourceError.
+    Raises SourceError, also for an option that the source does not use.
     """
+    options = options or SourceOptions()
     try:
+        source = _snapshot(source)
         find = _finder(source)
-        if labels is not None and find is not ilsvrc.find_splits:
-            raise SourceError(f"--labels {labels}: only ILSVRC2012_img_val.tar needs it")
-        return ilsvrc.find_splits(source, labels) if labels else find(source)
+        used = _OPTIONS.get(find, set()) - (set() if source.is_dir() else _PLACING)
+        for field in fields(options):
+            if getattr(options, field.name) != field.default and field.name not in used:
+                flag = f"--{field.name.replace('_', '-')}"
+                raise SourceError(f"{flag} does not apply to SOURCE {source}; leave it out")
+        return find(source, options)
     except OSError as error:
         raise SourceError(f"SOURCE {source} cannot be read: {error}") from None
+
+
+def _snapshot(source: Path) -> Path:
+    """The one revision in a folder of the Hugging Face hub's cache; any other source itself."""
+    snapshots = source / "snapshots"
+    if not (snapshots.is_dir() and (source / "blobs").is_dir()):
+        return source
+    revisions = sorted(path for path in snapshots.iterdir() if path.is_dir())
+    if len(revisions) != 1:
+        names = ", ".join(path.name for path in revisions)
+        raise SourceError(f"SOURCE {source} has {len(revisions)} revisions ({names}): name one")
+    return revisions[0]
 
 
 def _finder(source: Path) -> Finder:
@@ -52,6 +78,7 @@ def _finder(source: Path) -> Finder:
         ".txt": image_list.find_splits,
     }
     if source.suffix not in finders:
+        refuse_compressed(source)
         known = " ".join([".tar", *finders])
         raise SourceError(f"SOURCE {source} is neither a folder nor one of {known}")
     return finders[source.suffix]
@@ -62,24 +89,22 @@ def _finder_of_folder(source: Path) -> Finder:
         return shards.find_splits
     if parts.has_parts(source):
         return parts.find_splits
-    archives = [s for s in (".tar", ".parquet") if any(_find_files(source, s))]
-    if folder.contains_images(source):
-        if archives and not (source / "train").is_dir():
-            raise SourceError(
-                f"SOURCE {source} has both images and {archives[0]} files: name the folder or "
-                f"the file to convert"
-            )
-        return folder.find_splits
-    if ilsvrc.has_archive(source):
+    if ilsvrc.has_archive(source) and not folder.contains_images(source):
         return ilsvrc.find_splits
-    if any(source.rglob("*.parquet")):
+    archives = {suffix: find_files(source, suffix) for suffix in (".parquet", ".tar")}
+    if folder.contains_images(source):
+        for suffix, found in archives.items():
+            near = [path for path in found if path.removeprefix("data/").count("/") == 0]
+            if near and not (source / "train").is_dir():
+                raise SourceError(
+                    f"SOURCE {source} has both images and {suffix} files: name the folder or the "
+                    "file to convert"
+                )
+        return folder.find_splits
+    if archives[".parquet"] and archives[".tar"]:
+        raise SourceError(f"SOURCE {source} has both .parquet and .tar files: name one to convert")
+    if archives[".parquet"]:
         return parquet.find_splits
-    return shards.find_splits if any(source.rglob("*.tar")) else folder.find_splits
-
-
-def _find_files(source: Path, suffix: str) -> Iterator[str]:
-    """Files with this ending in the folder or in data/, where the hub stores them."""
-    for folder_path in (source, source / "data"):
-        if folder_path.is_dir():
-            with os.scandir(folder_path) as entries:
-                yield from (entry.name for entry in entries if entry.name.endswith(suffix))
+    if not archives[".tar"] and (packed := find_files(source, COMPRESSED_SUFFIXES)):
+        refuse_compressed(source / packed[0])
+    return shards.find_splits if archives[".tar"] else folder.find_splits

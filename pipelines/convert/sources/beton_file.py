@@ -5,7 +5,8 @@ from pathlib import Path
 
 from pipelines.beton import BetonError, BetonReader
 from pipelines.beton.layout import CHUNK
-from pipelines.convert.manifest import Location, SourceError, SourceImage, Split, numbered_names
+from pipelines.convert.manifest import FoundImage, Location, SourceError, Split, numbered_names
+from pipelines.convert.sources.splits import SourceOptions
 
 
 def val_path(path: Path) -> Path:
@@ -13,7 +14,7 @@ def val_path(path: Path) -> Path:
     return path.with_suffix(".val.beton")
 
 
-def find_splits(source: Path) -> dict[str, Split]:
+def find_splits(source: Path, options: SourceOptions) -> dict[str, Split]:
     """The file, and the `.val.beton` beside it if there is one."""
     splits = {"train": read_split(open_beton(source))}
     if (val := val_path(source)).exists():
@@ -41,7 +42,7 @@ def open_beton(path: Path) -> BetonReader:
         raise SourceError(str(error)) from None
 
 
-def _images(reader: BetonReader) -> Iterator[SourceImage]:
+def _images(reader: BetonReader) -> Iterator[FoundImage]:
     for index in range(len(reader)):
         if index % CHUNK == 0:
             reader.release()
@@ -51,4 +52,4 @@ def _images(reader: BetonReader) -> Iterator[SourceImage]:
             height, width = reader.size(index)
             prefix = b"P6 %d %d 255\n" % (width, height)  # header of a PPM, which pixels follow
         location = Location(reader.path, offset, size, checksum, prefix)
-        yield SourceImage(reader.name(index), reader.label(index), location)
+        yield FoundImage(reader.name(index), reader.label(index), location)

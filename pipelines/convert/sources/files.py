@@ -1,40 +1,86 @@
-"""What several sources share: splits by file name, sorted names, and members of tar archives."""
+"""What several sources share: a walk over folders, sorted names, and members of tar archives."""
 
 import heapq
 import json
-import re
+import os
+import posixpath
 import tarfile
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
+from pipelines.common.atomic import UNFINISHED
 from pipelines.convert.manifest import SourceError
 
 RUN_LENGTH = 50_000  # names that are sorted in memory
-_SPLIT_NAME = re.compile(r"(?:^|[^a-z])(train|val|validation|test)(?=[^a-z]|$)")
+COMPRESSED = {  # first bytes of a file: what it is, and the command that unpacks it
+    b"\x1f\x8b": ("gzip", "gunzip"),
+    b"BZh": ("bzip2", "bunzip2"),
+    b"\xfd7zXZ": ("xz", "unxz"),
+    b"\x28\xb5\x2f\xfd": ("zstd", "unzstd"),
+    b"PK\x03\x04": ("zip", "unzip"),
+}
+COMPRESSED_SUFFIXES = (".gz", ".tgz", ".bz2", ".xz", ".zst", ".zip")
 
 
-def by_split(files: list[Path]) -> dict[str, list[Path]]:
-    """Returns {"train": files, "val": files}, sorted by name; all for train if no name has a split.
+def walk(top: Path) -> Iterator[tuple[str, os.DirEntry | str]]:
+    """(folder, entry) of `top` and all folders below, through links; of an unread one, the reason.
 
-    Examples of names: `data/train-00000-of-00294.parquet`, `imagenet-val-000003.tar`. Test files
-    are left out. Raises SourceError if only test files are left.
+    The reason is empty for a link to a folder that was listed already.
     """
-    matches = {path: _SPLIT_NAME.search(path.stem.lower()) for path in sorted(files)}
-    names = {path: match[1] if match else "" for path, match in matches.items()}
-    if not any(names.values()):
-        return {"train": list(names)}
-    splits = {
-        "train": [path for path, name in names.items() if name == "train"],
-        "val": [path for path, name in names.items() if name.startswith("val")],
-    }
-    if not splits["train"]:  # validation files alone are trained on
-        splits = {"train": splits["val"]}
-    if not splits["train"]:
-        raise SourceError(f"{files[0].parent} has only files named for testing")
-    return {name: paths for name, paths in splits.items() if paths}
+    parents = {*top.resolve().parents, *top.absolute().parents}
+    seen = {_identity(folder) for folder in parents}
+    pending = [os.fspath(top)]
+    while pending:
+        folder = pending.pop()
+        try:
+            identity = _identity(folder)
+            if identity in seen:  # a link, perhaps a loop, which torchvision follows for long
+                yield folder, ""
+                continue
+            seen.add(identity)
+            with os.scandir(folder) as entries:
+                for entry in entries:
+                    yield folder, entry
+                    if entry.name[0] != "." and is_folder(entry):
+                        pending.append(entry.path)
+        except OSError as error:
+            yield folder, f"folder not readable: {error.strerror}"
+
+
+def find_files(top: Path, suffixes: str | tuple[str, ...]) -> list[str]:
+    """Paths relative to `top`, sorted, of the files below it with these endings."""
+    prefix = len(os.path.join(top, ""))
+    return sorted(
+        entry.path[prefix:]
+        for _, entry in walk(top)
+        if not isinstance(entry, str)
+        and entry.name[0] != "."
+        and entry.name.endswith(suffixes)
+        and not is_folder(entry)
+    )
+
+
+def folders_in(root: Path) -> list[str]:
+    """Sorted names of the folders in `root`, without the work folder of an OUT inside it."""
+    names = sorted(e.name for e in os.scandir(root) if is_folder(e) and e.name[0] != ".")
+    return [name for name in names if not (root / name / UNFINISHED).exists()]
+
+
+def is_folder(entry: os.DirEntry) -> bool:
+    """Whether the entry is a folder or a link to one."""
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
+
+
+def _identity(folder: str | Path) -> tuple[int, int]:
+    status = os.stat(folder)
+    return status.st_dev, status.st_ino
 
 
 def sorted_names(names: Iterable[str]) -> Iterator[str]:
@@ -55,21 +101,73 @@ def sorted_names(names: Iterable[str]) -> Iterator[str]:
         yield from heapq.merge(*(map(json.loads, file) for file in files))
 
 
-def members(path: Path, start: int = 0, end: int | None = None) -> Iterator[tarfile.TarInfo]:
+class Member(NamedTuple):
+    """A file in a tar archive, or a link to one."""
+
+    name: str
+    offset: int  # of its bytes in the file that contains the archive
+    size: int
+    missing: str = ""  # target of a link that is not in the archive
+
+
+def members(path: Path, start: int = 0, end: int | None = None) -> Iterator[Member]:
     """Yield the regular files in the archive `path`, or in the archive at its bytes [start, end).
 
-    `offset_data` is relative to the beginning of `path`. Memory does not grow with their number.
-    Raises SourceError if the archive is damaged or truncated.
+    Links follow at the end, with the bytes of their targets. Memory grows with the number of links
+    alone. Raises SourceError if the archive is damaged, truncated or compressed.
     """
+    links: dict[str, str] = {}
+    for info in _headers(path, start, end):
+        if info.isreg():
+            yield Member(info.name, info.offset_data, info.size)
+        elif info.issym():
+            links[info.name] = posixpath.join(posixpath.dirname(info.name), info.linkname)
+        elif info.islnk():
+            links[info.name] = info.linkname
+    if not links:
+        return
+    steps = {posixpath.normpath(name): posixpath.normpath(to) for name, to in links.items()}
+    targets = {name: _end_of_chain(steps, posixpath.normpath(name)) for name in links}
+    wanted = set(targets.values())
+    found = {
+        posixpath.normpath(info.name): info
+        for info in _headers(path, start, end)
+        if info.isreg() and posixpath.normpath(info.name) in wanted
+    }
+    for name, target in targets.items():
+        if target in found:
+            yield Member(name, found[target].offset_data, found[target].size)
+        else:
+            yield Member(name, 0, 0, missing=target)
+
+
+def _end_of_chain(steps: dict[str, str], name: str) -> str:
+    """The name to which links lead from `name`; a link of a loop leads to itself."""
+    seen = {name}
+    while (following := steps.get(name)) is not None and following not in seen:
+        seen.add(name := following)
+    return name
+
+
+def _headers(path: Path, start: int, end: int | None) -> Iterator[tarfile.TarInfo]:
     try:
         with open(path, "rb") as file:
             file.seek(start)
             with tarfile.open(fileobj=file, mode="r:") as archive:
-                while (member := archive.next()) is not None:
+                while (info := archive.next()) is not None:
                     archive.members.clear()  # type: ignore[attr-defined]
-                    if end is not None and member.offset >= end:
+                    if end is not None and info.offset >= end:
                         return
-                    if member.isreg():
-                        yield member
+                    yield info
     except tarfile.TarError as error:
+        refuse_compressed(path)
         raise SourceError(f"{path} is not a complete tar archive: {error}; get it again") from None
+
+
+def refuse_compressed(path: Path) -> None:
+    """Raise SourceError if the file begins like compressed data."""
+    with open(path, "rb") as file:
+        first = file.read(8)
+    for magic, (kind, command) in COMPRESSED.items():
+        if first.startswith(magic):
+            raise SourceError(f"{path} is compressed ({kind}); decompress it first: {command}")

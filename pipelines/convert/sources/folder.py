@@ -1,21 +1,23 @@
-"""Folders of images, sorted by name: labels and order of `torchvision.datasets.ImageFolder`."""
+"""Folders of images, sorted by name: labels and order of `torchvision.datasets.ImageFolder`.
 
+Images without class folders get their labels from `metadata.csv` or `metadata.jsonl`, as on the
+Hugging Face hub: a row has the image's `file_name` and its `label`.
+"""
+
+import csv
+import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from pipelines.common.atomic import UNFINISHED
 from pipelines.convert.jpeg import JPEG_EXTENSIONS
-from pipelines.convert.manifest import Location, SourceError, SourceImage, Split
-from pipelines.convert.sources.files import sorted_names
+from pipelines.convert.manifest import FoundImage, Label, Location, SourceError, Split, parse_label
+from pipelines.convert.sources.files import folders_in, is_folder, sorted_names, walk
+from pipelines.convert.sources.labels import label_key
+from pipelines.convert.sources.splits import SourceOptions, place, split_of_folder
 
 EXTENSIONS = JPEG_EXTENSIONS | {".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif"}
-# Names of the splits in any case; of several folders for one split, the first name wins.
-_SPLIT_NAMES = {
-    "train": ("train", "training"),
-    "val": ("val", "valid", "validation"),
-    "test": ("test", "testing"),
-}
+METADATA = ("metadata.csv", "metadata.jsonl")
 
 
 def is_named_like_image(name: str) -> bool:
@@ -23,97 +25,151 @@ def is_named_like_image(name: str) -> bool:
     return os.path.splitext(name)[1].lower() in EXTENSIONS
 
 
+def image_entries(top: Path) -> Iterator[os.DirEntry]:
+    """The files below `top` that are named like images."""
+    for _, entry in walk(top):
+        if isinstance(entry, str) or entry.name[0] == "." or not is_named_like_image(entry.name):
+            continue
+        if not is_folder(entry):
+            yield entry
+
+
 def contains_images(top: Path) -> bool:
     """Whether any file below `top` is named like an image; stops at the first."""
-    return any(
-        is_named_like_image(entry.name) and entry.name[0] != "." and not is_folder(entry)
-        for _, entry in _walk(top)
-        if not isinstance(entry, str)
-    )
+    return any(True for _ in image_entries(top))
 
 
-def find_splits(source: Path) -> dict[str, Split]:
-    """The splits of a folder with train/ and val/, else one split of the folder itself."""
-    folders = _folders(source)
-    named = _split_folders(folders)
-    others = set(folders) - set(named.values())
-    # train/ is a split beside val/, alone or beside only test/; beside other folders it is a class.
-    if not named or (others and not {"train", "val"} <= named.keys()):
-        return {"train": _split(source)}
-    train = named.get("train") or named.get("val")  # val/ alone is trained on
-    if train is None:
-        raise SourceError(
-            f"SOURCE {source} has only {named['test']}/: name that folder to convert its images"
-        )
-    splits = {"train": _split(source / train)}
-    if "val" in named and named["val"] != train:
-        splits["val"] = _split(source / named["val"], splits["train"].class_names)
-    for name in sorted(set(folders) - {train, named.get("val")}):
-        splits["train"].ignored[f"{name}/ beside {train}/"] += 1
+def find_splits(source: Path, options: SourceOptions) -> dict[str, Split]:
+    """The splits of a folder with train/ and val/, else one split of the folder itself.
+
+    train/ beside other folders, but neither val/ nor test/, is a class.
+    """
+    folders = folders_in(source)
+    patterns = options.train is not None or options.val is not None
+    if not patterns and (options.all_train or not any(map(split_of_folder, folders))):
+        return {"train": _split(source, [source], options)}
+    with_images = [name for name in folders if contains_images(source / name)]
+    placement = place(source, with_images, options, split_of_folder)
+    only_train = not patterns and not placement.val and not placement.left_out
+    if only_train and len(placement.train) > 1:  # classes, one of them named train
+        return {"train": _split(source, [source], options)}
+    splits = {"train": _split(source, [source / name for name in placement.train], options)}
+    if placement.val:
+        splits["val"] = _split(source, [source / name for name in placement.val], options)
+        _require_same_kind(splits["train"], splits["val"])
+    ignored = splits["train"].ignored
+    for reason, names in placement.left_out.items():
+        ignored[reason] += sum(1 for name in names for _ in image_entries(source / name))
+    for entry in os.scandir(source):
+        if entry.name not in with_images and entry.name[0] != ".":
+            ignored[f"beside {placement.train[0]}/"] += 1
     return splits
 
 
-def _split_folders(folders: list[str]) -> dict[str, str]:
-    """{"train": ..., "val": ..., "test": ...}: the folders that have names of splits."""
-    found = {}
-    for split, names in _SPLIT_NAMES.items():
-        named = [folder for folder in folders if folder.lower() in names]
-        if named:
-            found[split] = min(named, key=lambda folder: (names.index(folder.lower()), folder))
-    return found
-
-
-def _split(root: Path, class_names: list[str] | None = None) -> Split:
-    """The class folders if any contains an image, else the folder's images without classes."""
-    folders = _folders(root)
-    names = folders if class_names is None else class_names
-    unknown = sorted(set(folders) - set(names))
-    if unknown:
-        raise SourceError(
-            f"{root} has classes that train/ lacks: {', '.join(unknown[:5])} ({len(unknown)} in "
-            f"all). Add them to train/, or convert the two folders one by one"
-        )
-    if not any(contains_images(root / name) for name in folders):
-        if class_names and contains_images(root):
-            raise SourceError(
-                f"{root} has images but no class folders, unlike train/. Sort them into class "
-                f"folders, or convert train/ alone"
-            )
-        names = []
-    split = Split(root=root, class_names=names, images=())
-    split.images = _images(split, set(folders))
+def _split(source: Path, tops: Sequence[Path], options: SourceOptions) -> Split:
+    """The class folders of `tops` if any contains an image, else their images without classes."""
+    root = tops[0] if len(tops) == 1 else source
+    classes = sorted({name for top in tops for name in folders_in(top)})
+    if options.label_key or not any(contains_images(top / c) for top in tops for c in classes):
+        classes = []
+    split = Split(root=root, class_names=classes or None)
+    split.images = _images(split, tops, options)
     return split
 
 
-def _images(split: Split, folders: set[str]) -> Iterator[SourceImage]:
+def _require_same_kind(train: Split, val: Split) -> None:
+    if train.class_names and not val.class_names:
+        raise SourceError(
+            f"{val.root} has images but no class folders, unlike {train.root.name}/. Sort them into"
+            f" class folders, or convert {train.root.name}/ alone"
+        )
+
+
+def _images(split: Split, tops: Sequence[Path], options: SourceOptions) -> Iterator[FoundImage]:
     if not split.class_names:
-        is_empty = True
-        for image in _images_below(split, split.root, -1):
-            is_empty = False
-            yield image
-        if is_empty:
-            split.problems.append(("", "no " + " ".join(sorted(EXTENSIONS))))
-    for label, name in enumerate(split.class_names):
-        if name in folders:
-            yield from _images_below(split, split.root / name, label)
-    for entry in os.scandir(split.root) if split.class_names else ():
+        yield from _images_without_folders(split, tops, options)
+        return
+    for name in split.class_names:
+        for top in tops:
+            if (top / name).is_dir():
+                nested = set[str]()
+                yield from _images_below(split, top / name, name, nested)
+                if len(nested) > 1 and not options.all_train:
+                    raise SourceError(
+                        f"{top / name} has splits of its own: name it as SOURCE, or train on"
+                        " everything with --all-train, which makes it a class"
+                    )
+    for entry in (entry for top in tops for entry in os.scandir(top)):
         if entry.name.startswith("."):
             split.ignored["hidden"] += 1
-        elif is_named_like_image(entry.name) and not is_folder(entry):
-            split.ignored["images beside the class folders"] += 1
+        elif entry.name in METADATA:
+            split.ignored["beside the class folders"] += 1
+            split.unused[f"{entry.name}, because class folders count: --label-key COLUMN"] = None
+        elif not is_folder(entry):
+            split.ignored["beside the class folders"] += 1
 
 
-def _images_below(split: Split, top: Path, label: int) -> Iterator[SourceImage]:
-    """Image files below `top`, following links, sorted as in torchvision: by folder, then name."""
-    prefix = len(os.fspath(split.root)) + 1
-    for key in sorted_names(_sort_keys(split, top, prefix)):
+def _images_without_folders(
+    split: Split, tops: Sequence[Path], options: SourceOptions
+) -> Iterator[FoundImage]:
+    """All images, with the labels of the metadata."""
+    is_empty = True
+    for top in tops:
+        labels = _metadata(split, top, options)
+        for image in _images_below(split, top, None, set()):
+            is_empty = False
+            if labels:
+                name = os.path.relpath(image.location.path, top)
+                image = image._replace(label=labels.pop(name, None))
+            yield image
+        for name in labels:
+            split.problems.append((name, f"in the metadata of {top.name}/, but no such image"))
+    if is_empty:
+        split.problems.append(("", "no " + " ".join(sorted(EXTENSIONS))))
+
+
+def _metadata(split: Split, top: Path, options: SourceOptions) -> dict[str, Label]:
+    """{file name: label} of `top`; empty without metadata."""
+    found = [top / name for name in METADATA if (top / name).is_file()]
+    if not found:
+        if options.label_key:
+            raise SourceError(f"--label-key {options.label_key}: {top} has no {METADATA[0]}")
+        return {}
+    path = found[0]
+    labels: dict[str, Label] = {}
+    key, number = None, 1
+    try:
+        for row in _rows(path):
+            if number == 1:
+                key = label_key(row, options.label_key, path, split.unused, skip={"file_name"})
+            if key is not None:
+                labels[os.path.normpath(row["file_name"])] = parse_label(row.get(key))
+            number += 1
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        what = f"no {error}" if isinstance(error, KeyError) else str(error)
+        raise SourceError(f"{path}, image {number}: {what}") from None
+    return labels
+
+
+def _rows(path: Path) -> Iterator[dict]:
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        yield from csv.DictReader(file) if path.suffix == ".csv" else map(json.loads, file)
+
+
+def _images_below(split: Split, top: Path, label: Label, nested: set[str]) -> Iterator[FoundImage]:
+    """Image files below `top`, following links, sorted as in torchvision: by folder, then name.
+
+    nested: gets the splits that are names of folders in `top`.
+    """
+    prefix = len(os.path.join(split.root, ""))
+    for key in sorted_names(_sort_keys(split, top, prefix, nested)):
         name = os.path.join(*key.split("\0"))
-        yield SourceImage(name, label, Location(os.path.join(split.root, name)))
+        yield FoundImage(name, label, Location(os.path.join(split.root, name)))
 
 
-def _sort_keys(split: Split, top: Path, prefix: int) -> Iterator[str]:
+def _sort_keys(split: Split, top: Path, prefix: int, nested: set[str]) -> Iterator[str]:
     """Folder, NUL and name of every image, without the first `prefix` characters of the path."""
-    for folder, entry in _walk(top):
+    for folder, entry in walk(top):
         if isinstance(entry, str):
             if entry:
                 split.problems.append((folder[prefix:], entry))
@@ -121,49 +177,10 @@ def _sort_keys(split: Split, top: Path, prefix: int) -> Iterator[str]:
                 split.ignored["links to a folder listed already"] += 1
         elif entry.name.startswith("."):
             split.ignored["hidden"] += 1
-        elif not is_folder(entry):
-            if is_named_like_image(entry.name):
-                yield f"{folder[prefix:]}\0{entry.name}"
-            else:
-                split.ignored["not named like an image"] += 1
-
-
-def _walk(top: Path) -> Iterator[tuple[str, os.DirEntry | str]]:
-    """(folder, entry) of `top` and all folders below; for an unread folder, the reason."""
-    parents = {*top.resolve().parents, *top.absolute().parents}
-    seen = {_identity(folder) for folder in parents}
-    pending = [os.fspath(top)]
-    while pending:
-        folder = pending.pop()
-        try:
-            identity = _identity(folder)
-            if identity in seen:  # a link, perhaps a loop, which torchvision follows for long
-                yield folder, ""
-                continue
-            seen.add(identity)
-            with os.scandir(folder) as entries:
-                for entry in entries:
-                    yield folder, entry
-                    if entry.name[0] != "." and is_folder(entry):
-                        pending.append(entry.path)
-        except OSError as error:
-            yield folder, f"folder not readable: {error.strerror}"
-
-
-def _folders(root: Path) -> list[str]:
-    """Folders that may be classes; excludes the work folder of an OUT inside the source."""
-    names = sorted(e.name for e in os.scandir(root) if is_folder(e) and e.name[0] != ".")
-    return [name for name in names if not (root / name / UNFINISHED).exists()]
-
-
-def is_folder(entry: os.DirEntry) -> bool:
-    """Whether the entry is a folder or a link to one."""
-    try:
-        return entry.is_dir()
-    except OSError:  # a link to itself
-        return False
-
-
-def _identity(folder: str | Path) -> tuple[int, int]:
-    status = os.stat(folder)
-    return status.st_dev, status.st_ino
+        elif is_folder(entry):
+            if folder == os.fspath(top):
+                nested |= split_of_folder(entry.name)
+        elif is_named_like_image(entry.name):
+            yield f"{folder[prefix:]}\0{entry.name}"
+        else:
+            split.ignored["not named like an image"] += 1

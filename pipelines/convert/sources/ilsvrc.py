@@ -12,8 +12,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from pipelines.convert.jpeg import JPEG_EXTENSIONS
-from pipelines.convert.manifest import Location, SourceError, SourceImage, Split
-from pipelines.convert.sources.files import members
+from pipelines.convert.manifest import FoundImage, Location, SourceError, Split
+from pipelines.convert.sources.files import Member, members
+from pipelines.convert.sources.splits import SourceOptions
 
 TRAIN, VAL = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"
 DEVKIT = "ILSVRC2012_devkit_t12.tar.gz"
@@ -29,8 +30,9 @@ def is_archive(path: Path) -> bool:
     return path.name == VAL or _holds_archives(path)
 
 
-def find_splits(source: Path, labels: Path | None = None) -> dict[str, Split]:
-    """Both archives of a folder, or the given one. `labels`: a devkit or a text file for val."""
+def find_splits(source: Path, options: SourceOptions) -> dict[str, Split]:
+    """Both archives of a folder, or the given one. --labels: a devkit or a text file for val."""
+    labels = options.labels
     if source.is_dir():
         archives = {"train": source / TRAIN, "val": source / VAL}
     elif not _holds_archives(source):
@@ -40,12 +42,10 @@ def find_splits(source: Path, labels: Path | None = None) -> dict[str, Split]:
     else:
         raise SourceError(f"--labels {labels}: {source} contains the classes of its images")
     splits = {}
-    class_names = None
     if (train := archives.get("train")) and train.exists():
         splits["train"] = _train(train)
-        class_names = splits["train"].class_names
     if (val := archives.get("val")) and val.exists():
-        splits["val" if class_names else "train"] = _val(val, labels, class_names)
+        splits["val" if "train" in splits else "train"] = _val(val, labels)
     return splits
 
 
@@ -54,54 +54,51 @@ def _holds_archives(path: Path) -> bool:
     return first is not None and _is_class(first)
 
 
-def _is_class(member: tarfile.TarInfo) -> bool:
+def _is_class(member: Member) -> bool:
     return member.name.endswith(".tar")
 
 
 def _train(path: Path) -> Split:
     archives = sorted((m for m in members(path) if _is_class(m)), key=lambda m: m.name)
-    split = Split(root=path, class_names=[Path(m.name).stem for m in archives], images=())
+    split = Split(root=path, class_names=[Path(m.name).stem for m in archives])
 
-    def images() -> Iterator[SourceImage]:
-        for label, archive in enumerate(archives):
-            end = archive.offset_data + archive.size
-            files = members(path, archive.offset_data, end)
+    def images() -> Iterator[FoundImage]:
+        for archive in archives:
+            end = archive.offset + archive.size
+            files = members(path, archive.offset, end)
             for member in sorted(files, key=lambda member: member.name):
-                if member.offset_data + member.size > end:
+                if member.offset + member.size > end:
                     raise SourceError(f"{path}: {archive.name} in it is truncated; get it again")
                 if not _is_image(member):
                     split.ignored["not named like a JPEG"] += 1
                     continue
-                yield _image(path, member, label, split.class_names[label])
+                yield _image(path, member, Path(archive.name).stem)
 
     split.images = images()
     return split
 
 
-def _val(path: Path, labels: Path | None, class_names: list[str] | None) -> Split:
-    files = sorted((m for m in members(path) if _is_image(m)), key=lambda m: Path(m.name).name)
-    names = [Path(member.name).name for member in files]
-    classes = _classes(labels or _devkit_beside(path), names)
-    if class_names is None:
-        class_names = sorted(set(classes))
-    unknown = sorted(set(classes) - set(class_names))
-    if unknown:
-        raise SourceError(f"{path} has classes that train lacks: {', '.join(unknown[:5])}")
-    label_of = {name: label for label, name in enumerate(class_names)}
-    labelled = sorted(
-        zip([label_of[name] for name in classes], names, files, strict=True),
-        key=lambda image: image[:2],
-    )
-    images = (_image(path, m, label, class_names[label]) for label, _, m in labelled)
-    return Split(root=path, class_names=class_names, images=images)
+def _val(path: Path, labels: Path | None) -> Split:
+    split = Split(root=path)
+    files = []
+    for member in members(path):
+        if _is_image(member):
+            files.append((Path(member.name).name, member))
+        else:
+            split.ignored["not named like a JPEG"] += 1
+    files.sort(key=lambda file: file[0])
+    classes = _classes(labels or _devkit_beside(path), [name for name, _ in files])
+    labelled = sorted(zip(classes, files, strict=True), key=lambda image: (image[0], image[1][0]))
+    split.images = (_image(path, member, name) for name, (_, member) in labelled)
+    return split
 
 
-def _image(archive: Path, member: tarfile.TarInfo, label: int, class_name: str) -> SourceImage:
-    location = Location(str(archive), member.offset_data, member.size)
-    return SourceImage(f"{class_name}/{Path(member.name).name}", label, location)
+def _image(archive: Path, member: Member, class_name: str) -> FoundImage:
+    location = Location(str(archive), member.offset, member.size)
+    return FoundImage(f"{class_name}/{Path(member.name).name}", class_name, location)
 
 
-def _is_image(member: tarfile.TarInfo) -> bool:
+def _is_image(member: Member) -> bool:
     return Path(member.name).suffix.lower() in JPEG_EXTENSIONS
 
 
@@ -120,7 +117,8 @@ def _classes(labels: Path, names: list[str]) -> list[str]:
         numbers, class_names = _read_devkit(labels)
         lines = [[class_names[number]] for number in numbers]
     else:
-        lines = [line.split() for line in labels.read_text().splitlines() if line.strip()]
+        text = labels.read_text(encoding="utf-8-sig").replace(",", " ")
+        lines = [line.split() for line in text.splitlines() if line.strip()]
     if lines and all(len(line) == 2 for line in lines):
         by_stem = {Path(image).stem: name for image, name in lines}
         missing = [name for name in names if Path(name).stem not in by_stem]

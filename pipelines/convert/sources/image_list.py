@@ -1,44 +1,50 @@
-"""A text file that lists images: each line is a path and, after white space, a label.
+"""A text file that lists images: each line is a path and, after white space or a comma, a label.
 
-Paths are absolute or relative to the list's folder and may contain spaces. Labels are class names,
-numbered in sorted order, or numbers from 0 in all lines, which are kept. A list without labels has
-only paths. Images keep the order of the list.
+Paths are absolute or relative to the list's folder and may contain spaces. Labels are numbers from
+0, which are kept, with -1 for no class; or class names, numbered in sorted order. A list without
+labels has only paths. Images keep the order of the list.
 """
 
 from collections.abc import Iterator
 from pathlib import Path
 
-from pipelines.convert.manifest import Location, SourceError, SourceImage, Split, numbered_names
+from pipelines.convert.manifest import FoundImage, Location, SourceError, Split, parse_label
 from pipelines.convert.sources.folder import is_named_like_image
+from pipelines.convert.sources.splits import SourceOptions
 
 
-def find_splits(source: Path) -> dict[str, Split]:
-    """One split. The list is read twice, since its classes are needed before its images."""
-    labels = {label for _, _, label in _lines(source)}
-    if None in labels and len(labels) > 1:
-        first = next(number for number, _, label in _lines(source) if label is None)
-        raise SourceError(f"{source}, line {first}: no label, unlike other lines")
-    names = {label for label in labels if label is not None}
-    if names and all(name.isdecimal() for name in names):
-        class_names = numbered_names(max(map(int, names)) + 1)
-        label_of = {name: int(name) for name in names}  # not the index: 7 and 007 are equal
-    else:
-        class_names = sorted(names)
-        label_of = {name: label for label, name in enumerate(class_names)}
+def find_splits(source: Path, options: SourceOptions) -> dict[str, Split]:
+    """One split."""
+    return {"train": Split(root=source.parent, images=_images(source))}
 
-    def images() -> Iterator[SourceImage]:
-        for _, path, name in _lines(source):
-            yield SourceImage(path, -1 if name is None else label_of[name], Location(path))
 
-    return {"train": Split(root=source.parent, class_names=class_names, images=images())}
+def _images(source: Path) -> Iterator[FoundImage]:
+    first: tuple[int, type] | None = None  # line and kind of the first label
+    for number, path, label in _lines(source):
+        kind = type(None) if label is None else type(parse_label(label))
+        if number == 1 and not is_named_like_image(path) and not (source.parent / path).exists():
+            raise SourceError(f"{source}, line 1: no file {path}; remove the line if it is a title")
+        if first is not None and kind is not first[1]:
+            kinds = {type(None): "no label", int: "a number", str: "a name"}
+            raise SourceError(
+                f"{source}, line {number}: {kinds[kind]} where line {first[0]} has"
+                f" {kinds[first[1]]}; use one kind for all images (-1: no class)"
+            )
+        first = first or (number, kind)
+        yield FoundImage(path, parse_label(label), Location(path))
 
 
 def _lines(source: Path) -> Iterator[tuple[int, str, str | None]]:
     """(line number, path, label) of every line that is not empty."""
-    with open(source, encoding="utf-8", errors="surrogateescape") as file:
+    with open(source, encoding="utf-8-sig", errors="surrogateescape") as file:
         for number, line in enumerate(file, 1):
-            words = line.strip().rsplit(None, 1)
-            if len(words) == 2 and not is_named_like_image(words[1]):
-                yield number, words[0], words[1]
-            elif words:
-                yield number, line.strip(), None
+            if not (line := line.strip()):
+                continue
+            path, separator, label = line.rpartition(",")
+            if not (separator and is_named_like_image(path.strip())):
+                path, *rest = line.rsplit(None, 1)
+                label = rest[0] if rest else ""
+            if label and not is_named_like_image(label):
+                yield number, path.strip(), label.strip()
+            else:
+                yield number, line, None

@@ -1,43 +1,58 @@
 """Parquet files of the Hugging Face hub: columns `image` (with `bytes` and `path`) and `label`.
 
-The schema contains the class names, and labels keep their numbers; labels that are text are
-numbered in sorted order. One row group at a time is in memory.
+The schema may contain the class names; labels without names are numbers, which are kept, or text.
+One row group at a time is in memory.
 """
 
 import json
 from bisect import bisect_right
-from collections import Counter
 from collections.abc import Iterator
 from itertools import accumulate, groupby
 from pathlib import Path
+from typing import Any
 
-from pipelines.convert.manifest import Location, SourceError, SourceImage, Split, numbered_names
-from pipelines.convert.sources.files import by_split
+from pipelines.convert.manifest import (
+    FoundImage,
+    Label,
+    Location,
+    SourceError,
+    SourceImage,
+    Split,
+    parse_label,
+)
+from pipelines.convert.sources.files import find_files
+from pipelines.convert.sources.labels import label_key
+from pipelines.convert.sources.splits import SourceOptions, place, refuse_configurations
 
 BATCH = 4096  # rows of labels read at a time
+IMAGE_NAMES = ("image", "img")
 
 
-def find_splits(source: Path) -> dict[str, Split]:
+def find_splits(source: Path, options: SourceOptions) -> dict[str, Split]:
     """The training and validation files below a folder, by their names; or the given file."""
-    files = by_split(list(source.rglob("*.parquet"))) if source.is_dir() else {"train": [source]}
-    root = source if source.is_dir() else source.parent
-    class_names = _class_names(files["train"])
-    return {name: _split(root, paths, class_names) for name, paths in files.items()}
+    if source.is_file():
+        return {"train": _split(source.parent, [source], options)}
+    placement = place(source, find_files(source, ".parquet"), options)
+    if options.train is None:
+        refuse_configurations(source, placement)
+    splits = {
+        name: _split(source, [source / path for path in paths], options)
+        for name, paths in (("train", placement.train), ("val", placement.val))
+        if paths
+    }
+    for reason, paths in placement.left_out.items():
+        splits["train"].ignored[reason] += sum(_count(source / path) for path in paths)
+    return splits
 
 
-def _split(root: Path, files: list[Path], class_names: list[str]) -> Split:
-    schema = _open(files[0]).schema_arrow
-    image = next((name for name in ("image", "img") if name in schema.names), None)
-    if image is None:
-        raise SourceError(f"{files[0]} has no column image; it has {', '.join(schema.names)}")
-    ignored = Counter(f"column {name}" for name in schema.names if name not in (image, "label"))
-    return Split(
-        root=root,
-        class_names=class_names,
-        images=_images(root, files, image, class_names),
-        load=lambda images: _load(images, image),
-        ignored=ignored,
-    )
+def _split(root: Path, files: list[Path], options: SourceOptions) -> Split:
+    image = _image_column(files[0], options.image_key)
+    split = Split(root=root, load=lambda images: _load(images, image))
+    label = _label_column(files[0], image, options.label_key, split)
+    if label is not None:
+        split.class_names = _names_in_schema(files[0], label) or None
+    split.images = _images(split, files, image, label)
+    return split
 
 
 def _open(path: Path):
@@ -51,49 +66,107 @@ def _open(path: Path):
         raise SourceError(f"{path} cannot be read: {error}") from None
 
 
-def _class_names(files: list[Path]) -> list[str]:
-    """The names in the schema, else those of the labels; none without labels."""
-    schema = _open(files[0]).schema_arrow
-    if "label" not in schema.names:
+def _count(path: Path) -> int:
+    """Number of rows of a file that is left out; 1 if it cannot be read."""
+    try:
+        return _open(path).metadata.num_rows
+    except SourceError:
+        return 1
+
+
+def _image_column(path: Path, requested: str | None) -> str:
+    """The column with the bytes of the images. Raises SourceError."""
+    schema = _open(path).schema_arrow
+    from pyarrow import types
+
+    name = requested or next((name for name in IMAGE_NAMES if name in schema.names), "image")
+    if name not in schema.names:
+        raise SourceError(
+            f"{path} has no column {name}; it has {', '.join(schema.names)}: state the column of"
+            " the images with --image-key NAME"
+        )
+    column = schema.field(name).type
+    content = column
+    if types.is_struct(column) and column.get_field_index("bytes") >= 0:
+        content = column.field("bytes").type
+    if not (types.is_binary(content) or types.is_large_binary(content) or types.is_null(content)):
+        raise SourceError(
+            f"{path}: column {name} has cells of type {str(column)[:60]}, not the bytes of image"
+            " files"
+        )
+    return name
+
+
+def _label_column(path: Path, image: str, requested: str | None, split: Split) -> str | None:
+    """The column of the labels. One that is not of numbers or names is only used on request."""
+    from pyarrow import types
+
+    schema = _open(path).schema_arrow
+    name = label_key(schema.names, requested, path, split.unused, skip={image})
+    if name is None:
+        return None
+    column = schema.field(name).type
+    if types.is_dictionary(column):
+        column = column.value_type
+    kinds = types.is_integer, types.is_string, types.is_large_string, types.is_boolean
+    if any(is_kind(column) for is_kind in (*kinds, types.is_floating, types.is_null)):
+        return name
+    if requested is not None:
+        raise SourceError(f"--label-key {name}: {path} has cells of type {column} there")
+    split.unused[f"{name} of {path.name}, whose cells are of type {column}"] = None
+    return None
+
+
+def _names_in_schema(path: Path, label: str) -> list[str]:
+    """The names of the classes that the hub's metadata lists; none without them."""
+    metadata = _open(path).schema_arrow.metadata or {}
+    try:
+        features = json.loads(metadata.get(b"huggingface", b"{}")).get("info", {})["features"]
+        return [str(name) for name in features[label].get("names", [])]
+    except (ValueError, LookupError, TypeError, AttributeError):
         return []
-    metadata = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
-    label = metadata.get("info", {}).get("features", {}).get("label", {})
-    if label.get("names"):
-        return label["names"]
-    values = {value for path in files for _, value, _ in _rows(path, None)}
-    if names := {value for value in values if isinstance(value, str)}:
-        return sorted(names)
-    if not all(isinstance(value, int) for value in values):
-        raise SourceError(f"{files[0]}: its labels are neither numbers nor names")
-    return numbered_names(max(map(int, values), default=-1) + 1)
 
 
-def _images(
-    root: Path, files: list[Path], image: str, class_names: list[str]
-) -> Iterator[SourceImage]:
-    label_of = {name: label for label, name in enumerate(class_names)}
+def _images(split: Split, files: list[Path], image: str, label: str | None) -> Iterator[FoundImage]:
     for path in files:
-        for row, label, name in _rows(path, image):
-            label = max(label, -1) if isinstance(label, int) else label_of.get(label, -1)
-            name = name or f"{path.relative_to(root).with_suffix('')}/{row}"
+        for column in (image, label):
+            if column is not None and column not in _open(path).schema_arrow.names:
+                raise SourceError(f"{path} has no column {column}, unlike {files[0].name}")
+        _image_column(path, image)
+        names = _names_in_schema(path, label) if label is not None else []
+        for row, value, name in _rows(path, image, label):
+            name = name or f"{path.relative_to(split.root).with_suffix('')}/{row}"
+            try:
+                value = _named(parse_label(value), names)
+            except ValueError as error:
+                raise SourceError(f"{path}, row {row}, column {label}: {error}") from None
             # The offset is a row number, for `_load`; a size of 0 marks bytes inside an archive.
-            yield SourceImage(name, label, Location(str(path), offset=row, size=0))
+            yield FoundImage(name, value, Location(str(path), offset=row, size=0))
 
 
-def _rows(path: Path, image: str | None) -> Iterator[tuple[int, int | str, str | None]]:
+def _named(label: Label, names: list[str]) -> Label:
+    """The name of a number; files of one split may number their classes differently."""
+    if not names or not isinstance(label, int) or label < 0:
+        return label
+    if label >= len(names):
+        raise ValueError(f"label {label} is out of range: {len(names)} classes")
+    return names[label]
+
+
+def _rows(path: Path, image: str, label: str | None) -> Iterator[tuple[int, Any, str | None]]:
     """Yield (row number, label, path of the image) of every row, without reading the images."""
     file = _open(path)
     available = {column.path for column in file.schema}
-    has_paths = image is not None and f"{image}.path" in available
-    columns = [c for c in ("label", f"{image}.path" if has_paths else "") if c in available]
+    has_paths = f"{image}.path" in available
+    columns = [*([label] if label is not None else []), *([f"{image}.path"] if has_paths else [])]
     row = 0
     for batch in file.iter_batches(BATCH, columns=columns or [next(iter(available))]):
-        labels = batch["label"].to_pylist() if "label" in columns else [-1] * len(batch)
+        labels = batch[label].to_pylist() if label is not None else [None] * len(batch)
         paths = [None] * len(batch)
         if has_paths:
             paths = [value and value["path"] for value in batch[image].to_pylist()]
-        for label, name in zip(labels, paths, strict=True):
-            yield row, -1 if label is None else label, name
+        for value, name in zip(labels, paths, strict=True):
+            yield row, value, name
             row += 1
 
 
@@ -117,4 +190,8 @@ def _load(images: Iterator[SourceImage], column: str) -> Iterator[SourceImage]:
                     raise SourceError(f"{path} cannot be read: {error}") from None
             value = values[row - starts[group]].as_py()  # type: ignore[index]
             data = value.get("bytes") if isinstance(value, dict) else value
-            yield image._replace(data=data or b"")
+            if data is None:
+                outside = value.get("path") if isinstance(value, dict) else None
+                problem = "not in the file, only its path" if outside else "no bytes"
+                data = image.data._replace(problem=problem)
+            yield image._replace(data=data)

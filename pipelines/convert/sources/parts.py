@@ -12,7 +12,8 @@ from pathlib import Path
 
 from pipelines.convert.manifest import SourceError, Split
 from pipelines.convert.sources import beton_file, shards
-from pipelines.convert.sources.folder import is_folder
+from pipelines.convert.sources.files import is_folder
+from pipelines.convert.sources.splits import SourceOptions
 
 COMMON_KEYS = ("listing", "max_side", "subset")  # equal in the reports of all parts
 REQUIRED_KEYS = {*COMMON_KEYS, "part", "split", "checksum"}
@@ -23,7 +24,7 @@ def has_parts(folder: Path) -> bool:
     return any(True for _ in _reports(folder))
 
 
-def find_splits(source: Path) -> dict[str, Split]:
+def find_splits(source: Path, options: SourceOptions) -> dict[str, Split]:
     """The joined splits. Raises SourceError, which names what is missing or different."""
     parts: dict[str, list[tuple[dict, Split]]] = {"train": [], "val": []}
     for report, split in _parts(source):

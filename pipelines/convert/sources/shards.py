@@ -1,22 +1,35 @@
 """Web shards: tar archives in which `key.jpg` and `key.cls` are an image and its label.
 
+A sample's key ends at the first dot of its files' names; with `--image-key EXT` it is what precedes
+".EXT". Labels come from `.cls` or from a field of `.json`. A sample without a label has no class.
+
 Shards written by bt-convert have a `dataset.json` with the class names, and contain the names of
-their images (see `pipelines.webdataset.writer`). In all others labels are kept as they are, and a
-sample without `.cls` has no class.
+their images (see `pipelines.webdataset.writer`).
 """
 
 import json
+import re
 from collections.abc import Iterator
-from itertools import groupby
 from pathlib import Path
-from tarfile import TarInfo
+from typing import BinaryIO
 
-from pipelines.convert.manifest import Location, SourceError, SourceImage, Split, numbered_names
-from pipelines.convert.sources.files import by_split, members
+from pipelines.convert.manifest import FoundImage, Label, Location, SourceError, Split, parse_label
+from pipelines.convert.sources.files import Member, find_files, members
 from pipelines.convert.sources.folder import is_named_like_image
-from pipelines.webdataset.writer import DATASET, NAMES
+from pipelines.convert.sources.labels import label_key
+from pipelines.convert.sources.splits import (
+    SourceOptions,
+    place,
+    refuse_configurations,
+    split_of_folder,
+)
+from pipelines.webdataset.writer import CHECKSUMS, DATASET, NAMES
 
 MAX_NAMES = 1 << 28  # bytes of all names in a shard, at most
+MAX_LABEL = 1 << 16  # bytes of a file with a label
+BY_FOLDER, BY_ARCHIVE = "folder", "archive"  # values of --label-key
+
+Sample = dict[str, Member]  # extension in lower case -> file
 
 
 def has_dataset(folder: Path) -> bool:
@@ -24,13 +37,25 @@ def has_dataset(folder: Path) -> bool:
     return (folder / DATASET).is_file()
 
 
-def find_splits(source: Path) -> dict[str, Split]:
+def find_splits(source: Path, options: SourceOptions) -> dict[str, Split]:
     """The splits of a `dataset.json`, else the archives of a folder by name, or the given one."""
     if source.is_dir() and has_dataset(source):
+        if options != SourceOptions():
+            raise SourceError(f"SOURCE {source} has a {DATASET}, which flags cannot change")
         return dataset_splits(source, read_dataset(source))
-    files = {"train": [source]} if source.is_file() else by_split(list(source.rglob("*.tar")))
-    class_names: list[str] = []  # shared, so that a label means the same in both
-    return {name: _split(source, paths, class_names) for name, paths in files.items()}
+    if source.is_file():
+        return {"train": _split(source, [source], options)}
+    placement = place(source, find_files(source, ".tar"), options)
+    if options.train is None:
+        refuse_configurations(source, placement)
+    splits = {
+        name: _split(source, [source / path for path in paths], options)
+        for name, paths in (("train", placement.train), ("val", placement.val))
+        if paths
+    }
+    for reason, paths in placement.left_out.items():
+        splits["train"].ignored[reason] += sum(_count(source / path) for path in paths)
+    return splits
 
 
 def read_dataset(folder: Path) -> dict:
@@ -54,8 +79,8 @@ def dataset_splits(folder: Path, dataset: dict) -> dict[str, Split]:
     """The splits of a `dataset.json`. Raises SourceError for a missing or truncated shard."""
     splits = {}
     for name in dataset["splits"]:
-        splits[name] = _split(folder, shard_paths(folder, dataset, name), [*dataset["classes"]])
-        splits[name].max_side = 0
+        splits[name] = _split(folder, shard_paths(folder, dataset, name), SourceOptions())
+        splits[name].class_names, splits[name].max_side = [*dataset["classes"]], 0
     return splits
 
 
@@ -72,67 +97,145 @@ def shard_paths(folder: Path, dataset: dict, split: str) -> list[Path]:
     return paths
 
 
-def _split(root: Path, paths: list[Path], class_names: list[str]) -> Split:
-    split = Split(root=root, class_names=class_names, images=())
-    split.images = (image for path in paths for image in _images(split, path))
+def _split(root: Path, paths: list[Path], options: SourceOptions) -> Split:
+    split = Split(root=root)
+
+    def images() -> Iterator[FoundImage]:
+        folders: set[str] = set()  # of images without a label
+        named_like_archive = len(paths) > 1
+        for path in paths:
+            is_number = re.fullmatch(r"\w*[-_]\d+|\d+", path.stem) is not None
+            for image in _images(split, path, options):
+                if image.label is None:
+                    folder, _, name = image.name.rpartition("/")
+                    folders |= {folder} if len(folders) < 2 else set()
+                    named_like_archive &= name.startswith(path.stem) or not is_number
+                yield image
+        if len(folders) > 1:
+            split.unused[f"folders inside archives: --label-key {BY_FOLDER}"] = None
+        elif folders and named_like_archive:
+            split.unused[f"names of archives: --label-key {BY_ARCHIVE}"] = None
+
+    split.images = images()
     return split
 
 
-def _images(split: Split, path: Path) -> Iterator[SourceImage]:
-    """The samples of one shard; adds numbered classes for labels without a class name."""
-    for name, label, location in _samples(split, path):
-        if label >= len(split.class_names):
-            split.class_names += numbered_names(label + 1)[len(split.class_names) :]
-        yield SourceImage(name, label, location)
+def _images(split: Split, path: Path, options: SourceOptions) -> Iterator[FoundImage]:
+    """The images of one shard, in the order in which their samples begin."""
+    samples = _samples(split, path, options.image_key)
+    stored: Iterator[str] = iter(())
+    with open(path, "rb") as file:
+        images = [(key, _image(path, key, sample, options)) for key, sample in samples.items()]
+        num_images = sum(extension is not None for _, extension in images)
+        if (names := samples.get(NAMES)) is not None:
+            text = _read(path, file, names[""], MAX_NAMES).decode("utf-8", "surrogateescape")
+            listed = text.split("\0")[:-1]
+            if len(listed) != num_images:
+                raise SourceError(f"{path}: {num_images} images but {len(listed)} names")
+            stored = iter(listed)
+        splits: set[str] = set()
+        for key, extension in images:
+            if extension is None:
+                split.ignored["samples without an image"] += key != NAMES
+                continue
+            member = samples[key][extension]
+            name = next(stored, member.name)
+            for part in member.name.split("/")[:-1]:
+                splits |= split_of_folder(part)
+            if member.missing:
+                split.problems.append((name, f"a link to {member.missing}, which is not there"))
+                continue
+            label = _label(split, path, file, samples[key], member, options)
+            yield FoundImage(name, label, Location(str(path), member.offset, member.size))
+    if len(splits) > 1 and not options.all_train:
+        raise SourceError(
+            f"{path} contains folders of several splits: unpack it, or train on everything with"
+            " --all-train"
+        )
 
 
-def _samples(split: Split, path: Path) -> list[tuple[str, int, Location]]:
-    samples = []
-    names = b""
-    for key, group in groupby(members(path), key=lambda member: _key(member.name)):
-        components = list(group)
-        image = next((m for m in components if is_named_like_image(f"x.{_extension(m)}")), None)
-        if image is not None:
-            location = Location(str(path), image.offset_data, image.size)
-            samples.append((image.name, _label(path, components), location))
-        elif components[0].name == NAMES:
-            names = _read(path, components[0], MAX_NAMES)
+def _samples(split: Split, path: Path, image_key: str | None) -> dict[str, Sample]:
+    """The files of a shard by key, then by extension."""
+    files: dict[str, Member] = {}
+    for member in members(path):
+        split.ignored["replaced by a later file of the same name"] += member.name in files
+        files[member.name] = member
+    ending = f".{image_key}".lower()
+    keys = {name[: -len(ending)] for name in files if name.lower().endswith(ending)}
+    samples: dict[str, Sample] = {}
+    for name, member in files.items():
+        file = name.rpartition("/")[2]
+        dots = [index for index, letter in enumerate(file) if letter == "."]
+        start = len(name) - len(file)
+        if image_key is not None:  # the longest key that is an image's
+            dots = [dot for dot in reversed(dots) if name[: start + dot] in keys][:1]
+        if name == NAMES:
+            samples[NAMES] = {"": member}
+        elif file.startswith("."):
+            split.ignored["hidden"] += name != CHECKSUMS
+        elif dots:
+            key, extension = name[: start + dots[0]], file[dots[0] + 1 :].lower()
+            samples.setdefault(key, {})[extension] = member
         else:
-            split.ignored["samples without an image"] += bool(key)
-    if names:
-        stored = names.decode("utf-8", "surrogateescape").split("\0")[:-1]
-        if len(stored) != len(samples):
-            raise SourceError(f"{path}: {len(samples)} images but {len(stored)} names")
-        samples = [(name, s[1], s[2]) for name, s in zip(stored, samples, strict=True)]
+            split.ignored["files that belong to no sample"] += 1
+            if file.lower().endswith((".cls", ".json")):
+                split.unused[f"files that belong to no sample of --image-key {image_key}"] = None
     return samples
 
 
-def _key(name: str) -> str:
-    """The key that the files of a sample share: the path up to the first dot of the file name."""
-    folder, slash, file = name.rpartition("/")
-    key, dot, _ = file.partition(".")
-    return folder + slash + key if key and dot else ""
+def _image(path: Path, key: str, sample: Sample, options: SourceOptions) -> str | None:
+    """The extension of a sample's image. Raises SourceError if it has several."""
+    if options.image_key is not None:
+        extension = options.image_key.lower()
+        return extension if extension in sample else None
+    found = [extension for extension in sample if is_named_like_image(f"x.{extension}")]
+    if len(found) > 1:
+        names = ", ".join(sample[extension].name for extension in found[:3])
+        last = [extension.rpartition(".")[2] for extension in found]
+        endings = sorted({e for e in found if last.count(e.rpartition(".")[2]) == 1} or {*last})
+        raise SourceError(
+            f"{path}: {len(found)} images share the key {key} ({names}), which ends at the first"
+            f" dot; state how the image of a sample ends: --image-key {' or '.join(endings)}"
+        )
+    return found[0] if found else None
 
 
-def _extension(member: TarInfo) -> str:
-    return member.name.rpartition("/")[2].partition(".")[2]
-
-
-def _label(path: Path, components: list[TarInfo]) -> int:
-    component = next((m for m in components if _extension(m) == "cls"), None)
-    if component is None:
-        return -1
-    content = _read(path, component, 100)
+def _label(
+    split: Split, path: Path, file: BinaryIO, sample: Sample, image: Member, options: SourceOptions
+) -> Label:
+    requested = options.label_key
+    if requested == BY_FOLDER:
+        return Path(image.name).parent.name or None
+    if requested == BY_ARCHIVE:
+        return path.stem
+    source = sample.get((requested or "cls").lower())
     try:
-        return max(int(content), -1)
-    except ValueError:
-        raise SourceError(f"{path}: {component.name} is not a number") from None
+        if source is not None:
+            return parse_label(_read(path, file, source, MAX_LABEL).decode())
+        if (source := sample.get("json")) is not None:
+            content = json.loads(_read(path, file, source, MAX_LABEL))
+            fields = content if isinstance(content, dict) else {}
+            key = label_key(fields, requested, Path(".json"), split.unused)
+            return None if key is None else parse_label(fields[key])
+    except (ValueError, TypeError) as error:
+        if requested is None and source is sample.get("json"):
+            split.unused[".json without the number or name of one class"] = None
+            return None
+        raise SourceError(f"{path}: {source.name if source else ''}: {error}") from None
+    return None
 
 
-def _read(path: Path, member: TarInfo, limit: int) -> bytes:
+def _read(path: Path, file: BinaryIO, member: Member, limit: int) -> bytes:
     """Read a member. Raises SourceError if it has more than `limit` bytes."""
     if member.size > limit:
         raise SourceError(f"{path}: {member.name} has {member.size} bytes, more than {limit}")
-    with open(path, "rb") as file:
-        file.seek(member.offset_data)
-        return file.read(member.size)
+    file.seek(member.offset)
+    return file.read(member.size)
+
+
+def _count(path: Path) -> int:
+    """Number of images in an archive that is left out; 1 if it cannot be read."""
+    try:
+        return sum(is_named_like_image(member.name) for member in members(path))
+    except SourceError:
+        return 1

@@ -82,8 +82,8 @@ def test_pages(tmp_path):
 
 @pytest.mark.parametrize(
     "records",
-    [[], [(b"", 1, 1, 0)], [(b"x", 1, 1, 1)], [(b"x", 1, 1, -1)], [(b"x", 1, 1, 0)] * 2],
-    ids=["no images", "no bytes", "unknown class", "no class", "more than num_samples"],
+    [[], [(b"", 1, 1, 0)], [(b"x", 1, 1, 1)], [(b"x", 1, 1, -2)], [(b"x", 1, 1, 0)] * 2],
+    ids=["no images", "no bytes", "unknown class", "negative class", "more than num_samples"],
 )
 def test_misuse_of_the_writer_leaves_no_file(tmp_path, records):
     writer = BetonWriter(tmp_path / "out.beton", num_samples=1, class_names=["cat"])

@@ -11,7 +11,7 @@ import pipelines.webdataset.writer
 from pipelines.beton import BetonReader
 from pipelines.beton.writer import BetonWriter
 from pipelines.convert.command import main
-from pipelines.convert.manifest import Location, Manifest, SourceImage, Split
+from pipelines.convert.manifest import FoundImage, Location, Manifest, Split
 from pipelines.webdataset.writer import ShardWriter
 
 CLASSES = ["cat", "dog"]
@@ -29,7 +29,7 @@ def peak(work, *arguments) -> int:
 
 def fill_manifest(count: int, folder: Path) -> None:
     images = (
-        SourceImage(f"cat/{index}.jpg", index % 2, Location(f"{folder}/cat/{index}.jpg"))
+        FoundImage(f"cat/{index}.jpg", index % 2, Location(f"{folder}/cat/{index}.jpg"))
         for index in range(count)
     )
     manifest = Manifest(Split(root=folder, class_names=CLASSES, images=images), folder)

@@ -88,7 +88,10 @@ def test_ilsvrc_that_cannot_be_read(downloads, tmp_path, capsys):
     assert convert(downloads, out) == 2
     assert "put ILSVRC2012_devkit_t12.tar.gz beside it" in capsys.readouterr().err
     unknown = "n01440764\n" * 10 + "n00000000"
-    for text, message in (("n01440764\n" * 3, "11 lines"), (unknown, "lacks: n00000000")):
+    for text, message in (
+        ("n01440764\n" * 3, "11 lines"),
+        (unknown, "images: n00000000"),
+    ):
         labels.write_text(text)
         assert convert(downloads, out, "--labels", labels) == 2
         assert message in capsys.readouterr().err

@@ -60,7 +60,7 @@ def test_parquet_that_cannot_be_used(tmp_path, capsys):
     row = {"bytes": None, "path": "far/away.jpg"}
     parquet.write_table(pa.table({"image": [row], "label": [0]}), tmp_path / "text.parquet")
     assert convert(tmp_path / "text.parquet", tmp_path / "out.beton") == 1
-    assert "empty file" in capsys.readouterr().err
+    assert "far/away.jpg: not in the file, only its path" in capsys.readouterr().err
 
 
 # Lists

@@ -1,0 +1,31 @@
+"""Which field of a table, or of JSON beside an image, is its label."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from pipelines.convert.manifest import SourceError
+
+LABEL_NAMES = ("label", "labels", "fine_label")  # the first one that exists is the label
+
+
+def label_key(
+    names: Iterable[str],
+    requested: str | None,
+    source: Path,
+    unused: dict[str, None],
+    *,
+    skip: Iterable[str] = (),
+) -> str | None:
+    """The requested name, else the first of LABEL_NAMES; None if there is none of them.
+
+    Adds to `unused` what else could be a label: `names` without `skip`. Raises SourceError if the
+    requested one is missing.
+    """
+    names = list(names)
+    if requested is not None and requested not in names:
+        raise SourceError(f"--label-key {requested}: {source} has only {', '.join(names)}")
+    key = requested or next((name for name in LABEL_NAMES if name in names), None)
+    others = [name for name in names if name not in {key, *skip}]
+    if others:
+        unused[f"{', '.join(others)} of {source.name}: --label-key {others[0]}"] = None
+    return key

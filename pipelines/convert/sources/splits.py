@@ -1,0 +1,127 @@
+"""Which files or folders of a source are for training and which are held out.
+
+A name states its split as a folder, or as a word of a file's name: `val/000.tar`,
+`train-00000-of-00014.parquet`. What the names leave open is an error, and flags settle it.
+"""
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+from pipelines.convert.manifest import SourceError
+
+WORDS = {
+    "train": {"train", "training", "trn"},
+    "val": {"val", "valid", "validation", "dev"},
+    "test": {"test", "testing"},
+}
+FOR_TESTING, UNMATCHED = "of a test split", "matched neither by --train nor by --val"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SourceOptions:
+    """Flags of bt-convert that state what a source leaves open; see `command.Convert`."""
+
+    train: str | None = None
+    val: str | None = None
+    all_train: bool = False
+    image_key: str | None = None
+    label_key: str | None = None
+    labels: Path | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Paths, sorted, relative to the source: of both splits, and by reason those left out."""
+
+    train: list[str]
+    val: list[str]
+    left_out: dict[str, list[str]]
+
+
+def split_of_folder(name: str) -> set[str]:
+    """The split that a folder's name states, as a set; empty if none."""
+    return {split for split, words in WORDS.items() if name.lower() in words}
+
+
+def splits_of_file(path: str) -> set[str]:
+    """The splits that a file's folders and the words of its name state."""
+    *folders, name = path.split("/")
+    words = {*map(str.lower, folders), *re.findall("[a-z]+", name.rpartition(".")[0].lower())}
+    return {split for split in WORDS if words & WORDS[split]}
+
+
+def place(
+    root: Path,
+    paths: Sequence[str],
+    options: SourceOptions,
+    splits_of: Callable[[str], set[str]] = splits_of_file,
+) -> Placement:
+    """Place the paths, which are relative to `root`. Validation images alone are trained on.
+
+    Names count only if all have one, or none but "train" occurs: `bus.tar car.tar train.tar` is one
+    split. Raises SourceError, which lists what cannot be placed.
+    """
+    paths = sorted(paths)
+    if options.train is not None or options.val is not None:
+        return _place_by_pattern(root, paths, options)
+    found = {path: splits_of(path) for path in paths}
+    if options.all_train or not any(splits - {"train"} for splits in found.values()):
+        return Placement(paths, [], {})
+    if unplaced := [path for path, splits in found.items() if len(splits) != 1]:
+        raise SourceError(
+            f"{root} has names of splits, but not of one split in {_some(unplaced)}: state both"
+            " with --train GLOB and --val GLOB, or train on all with --all-train"
+        )
+    train, val, test = ([path for path in paths if split in found[path]] for split in WORDS)
+    if not train:
+        train, val = val, []
+    if not train:
+        raise SourceError(f"{root} has only a test split; train on it with --all-train")
+    return Placement(train, val, {FOR_TESTING: test} if test else {})
+
+
+def refuse_configurations(root: Path, placement: Placement) -> None:
+    """Raise SourceError if several folders have splits of their own: which one is meant?"""
+
+    def prefix(path: str) -> str:
+        folders = path.split("/")[:-1]
+        named = [index for index, name in enumerate(folders) if split_of_folder(name)]
+        return "/".join(folders[: named[0]] if named else folders)
+
+    files = (placement.train, placement.val, *placement.left_out.values())
+    prefixes = sorted({prefix(path) for paths in files for path in paths})
+    if len(prefixes) > 1 and any(splits_of_file(path) for path in placement.train):
+        raise SourceError(
+            f"{root} has splits in several folders ({_some(prefixes)}): name one of them as SOURCE,"
+            " or state the files with --train GLOB and --val GLOB"
+        )
+
+
+def _place_by_pattern(root: Path, paths: list[str], options: SourceOptions) -> Placement:
+    matched: dict[str, list[str]] = {"train": [], "val": []}
+    for split, pattern in (("train", options.train), ("val", options.val)):
+        if pattern is not None:
+            matched[split] = [path for path in paths if _matches(path, pattern)]
+            if not matched[split]:
+                raise SourceError(f"--{split} {pattern} matches nothing of {root}: {_some(paths)}")
+    if options.all_train or options.train is None:
+        raise SourceError("--val needs --train, and --all-train neither of them")
+    if both := sorted(set(matched["train"]) & set(matched["val"])):
+        raise SourceError(f"--train and --val match both {_some(both)}")
+    rest = [path for path in paths if path not in {*matched["train"], *matched["val"]}]
+    return Placement(matched["train"], matched["val"], {UNMATCHED: rest} if rest else {})
+
+
+def _matches(path: str, pattern: str) -> bool:
+    """Whether a shell pattern matches the path, its last part or one of its folders."""
+    parts = path.split("/")
+    folders = ("/".join(parts[:count]) for count in range(1, len(parts)))
+    return any(fnmatchcase(name, pattern) for name in (path, parts[-1], *folders))
+
+
+def _some(names: Sequence[str]) -> str:
+    shown = ", ".join(name or "." for name in names[:5])
+    return shown + (f" and {len(names) - 5} more" if len(names) > 5 else "")

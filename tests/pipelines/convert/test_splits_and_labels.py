@@ -1,0 +1,487 @@
+"""Splits, images and labels of a source: nothing is guessed, and nothing is lost in silence."""
+
+import io
+import json
+import os
+import tarfile
+from pathlib import Path
+
+import pytest
+from conftest import drawn_picture, jpeg_bytes
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from sample_imagenet import convert
+
+from pipelines.beton import BetonReader
+from pipelines.convert.manifest import Manifest, SourceError
+from pipelines.convert.sources import find_splits
+from pipelines.convert.sources.splits import SourceOptions
+
+JPEG = jpeg_bytes(drawn_picture(0, 16, 12))
+Link = tuple[bytes, str]  # kind and target of a link in an archive
+LINK, HARD_LINK = tarfile.SYMTYPE, tarfile.LNKTYPE
+
+
+def write_tar(path: Path, files: dict[str, bytes | Link] | list) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as archive:
+        for name, content in files.items() if isinstance(files, dict) else files:
+            info = tarfile.TarInfo(name)
+            if isinstance(content, tuple):
+                info.type, info.linkname = content
+                archive.addfile(info)
+            else:
+                info.size = len(content)
+                archive.addfile(info, io.BytesIO(content))
+
+
+def write_parquet(path: Path, columns: dict, names: list[str] | None = None) -> None:
+    pa = pytest.importorskip("pyarrow", reason="PyArrow is not installed")
+    from pyarrow import parquet
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    table = pa.table(columns)
+    if names:
+        features = {"label": {"names": names, "_type": "ClassLabel"}}
+        content = json.dumps({"info": {"features": features}})
+        table = table.replace_schema_metadata({"huggingface": content})
+    parquet.write_table(table, path)
+
+
+def cells(*names: str) -> list[dict]:
+    return [{"bytes": JPEG, "path": f"{name}.jpg"} for name in names]
+
+
+def write_files(root: Path, files: dict[str, bytes]) -> Path:
+    for name, content in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(content)
+    return root
+
+
+def listed(source: Path, **options) -> dict[str, dict[str, str | None]]:
+    """{split: {name of an image: its class}}."""
+    found: dict[str, dict[str, str | None]] = {}
+    class_names = None
+    for split, images in find_splits(source, SourceOptions(**options)).items():
+        manifest = Manifest(images, class_names=class_names)
+        class_names = manifest.class_names
+        found[split] = {i.name: [*class_names, None][i.label] for i in manifest}
+        assert len(found[split]) == len(manifest)
+    return found
+
+
+# Splits
+
+
+def write_units(root: Path, kind: str, names: str) -> Path:
+    """For every name a folder, an archive or a parquet file with one image of that name."""
+    for name in names.split():
+        image = name.replace("/", " ")
+        if kind == "folder":
+            write_files(root, {f"{name}/cat/{image}.jpg": b""})
+        elif kind == "tar":
+            write_tar(root / f"{name}.tar", {f"{image}.jpg": JPEG})
+        else:
+            write_parquet(root / f"{name}.parquet", {"image": cells(image), "label": [0]})
+    return root
+
+
+def placed(root: Path, **options) -> dict[str, str]:
+    return {
+        split: " ".join(sorted(Path(name).stem.replace(" ", "/") for name in images))
+        for split, images in listed(root, **options).items()
+    }
+
+
+BOTH = ("tar", "parquet")
+ALL = ("folder", *BOTH)
+
+
+@pytest.mark.parametrize(
+    "kinds,names,options,expected",
+    [
+        (ALL, "bus car train", {}, {"train": "bus car train"}),
+        (ALL, "train valid", {}, {"train": "train", "val": "valid"}),
+        (ALL, "Training dev TEST", {}, {"train": "Training", "val": "dev"}),
+        (ALL, "testing val", {}, {"train": "val"}),
+        (ALL, "train training val", {}, {"train": "train training", "val": "val"}),
+        (ALL, "a b c", {"train": "[ab]*", "val": "c*"}, {"train": "a b", "val": "c"}),
+        (ALL, "a train val", {"train": "a*"}, {"train": "a"}),
+        (ALL, "a test train val", {"all_train": True}, {"train": "a test train val"}),
+        (BOTH, "x-train-00000-of-2 x-val0", {}, {"train": "x-train-00000-of-2", "val": "x-val0"}),
+        (
+            BOTH,
+            "d/train/0 d/validation/0 d/test/0",
+            {},
+            {"train": "d/train/0", "val": "d/validation/0"},
+        ),
+        (BOTH, "constrain interval", {}, {"train": "constrain interval"}),
+        (BOTH, "f/1/0 f/2/0", {"train": "f/1", "val": "f/2"}, {"train": "f/1/0", "val": "f/2/0"}),
+    ],
+)
+def test_names_place_files_and_folders(tmp_path, kinds, names, options, expected):
+    for kind in kinds:
+        root = write_units(tmp_path / kind, kind, names)
+        assert placed(root, **options) == expected, kind
+
+
+@pytest.mark.parametrize(
+    "kinds,names,options,message",
+    [
+        (ALL, "train val extra", {}, "not of one split in extra"),
+        (ALL, "bus test", {}, "not of one split in bus"),
+        (ALL, "test", {}, "only a test split"),
+        (ALL, "a b", {"val": "b*"}, "--val needs --train"),
+        (ALL, "a b", {"train": "*", "val": "b*"}, "--train and --val match both b"),
+        (ALL, "a b", {"train": "c*"}, "--train c* matches nothing"),
+        (BOTH, "train_test", {}, "not of one split in train_test"),
+        (BOTH, "train/0 train/val-1", {}, "not of one split in train/val-1"),
+        (BOTH, "x/train x/val y/train", {}, "splits in several folders (x, y)"),
+        (BOTH, "d/train/0 d/partial-train/0 d/val/0", {}, "not of one split in d/partial-train/0"),
+    ],
+)
+def test_names_that_place_too_little_are_listed(tmp_path, kinds, names, options, message):
+    for kind in kinds:
+        root = write_units(tmp_path / kind, kind, names)
+        with pytest.raises(SourceError) as caught:
+            listed(root, **options)
+        assert message in str(caught.value).replace(f".{kind}", ""), kind
+
+
+def test_a_wrapper_folder_is_no_class(tmp_path):
+    for classes in (("pets",), ("cats", "dogs")):
+        root = tmp_path / classes[0]
+        for name in classes:
+            write_files(root, {f"{name}/{split}/a/0.jpg": b"" for split in ("train", "val")})
+        with pytest.raises(SourceError, match=f"{classes[0]} has splits of its own"):
+            listed(root)
+        assert set(listed(root, all_train=True)["train"].values()) == set(classes)
+
+
+def test_a_hub_cache_has_one_revision(tmp_path):
+    (tmp_path / "hub" / "blobs").mkdir(parents=True)
+    write_parquet(tmp_path / "hub/blobs/0a1b", {"image": cells("cat"), "label": [0]})
+    for revision in ("1111", "2222"):
+        folder = tmp_path / "hub" / "snapshots" / revision / "data"
+        folder.mkdir(parents=True)
+        (folder / "train-0.parquet").symlink_to(tmp_path / "hub/blobs/0a1b")
+        if revision == "1111":
+            assert listed(tmp_path / "hub") == {"train": {"cat.jpg": "0"}}
+    with pytest.raises(SourceError, match=r"2 revisions \(1111, 2222\)"):
+        find_splits(tmp_path / "hub")
+
+
+def test_linked_folders_are_followed_for_every_kind(tmp_path):
+    for kind in ALL:
+        real = write_units(tmp_path / f"real {kind}", kind, "x")
+        source = tmp_path / f"source {kind}"
+        source.mkdir()
+        (source / "train").symlink_to(real)
+        assert placed(source) == {"train": "x"}
+
+
+@pytest.mark.parametrize("flag", [{"image_key": "jpg"}, {"label_key": "x"}, {"labels": Path("l")}])
+def test_a_flag_that_the_source_does_not_use_is_refused(tmp_path, flag):
+    (tmp_path / "list.txt").write_text("0.jpg\n")
+    with pytest.raises(SourceError, match=r"--\w+-?\w* does not apply to SOURCE"):
+        find_splits(tmp_path / "list.txt", SourceOptions(**flag))
+
+
+# Images
+
+
+def test_the_key_of_a_sample(tmp_path):
+    source = tmp_path / "a.tar"
+    dotted = {f"img_1.{i}.jpg": JPEG for i in range(3)}
+    dotted |= {f"img_1.{i}.cls": b"%d" % i for i in range(3)}
+    write_tar(source, dotted)
+    with pytest.raises(SourceError, match=r"3 images share the key img_1 .*--image-key jpg$"):
+        listed(source)
+    assert listed(source, image_key="jpg")["train"] == {f"img_1.{i}.jpg": str(i) for i in range(3)}
+
+    pairs = [(f"{i}.{kind}", JPEG) for i in range(2) for kind in ("depth.png", "jpg")]
+    write_tar(
+        source, [*pairs, ("0.cls", b"cat"), ("1.cls", b"dog")]
+    )  # labels not beside the images
+    with pytest.raises(SourceError, match=r"--image-key depth\.png or jpg$"):
+        listed(source)
+    assert listed(source, image_key="JPG")["train"] == {"0.jpg": "cat", "1.jpg": "dog"}
+    assert set(listed(source, image_key="depth.png")["train"].values()) == {"cat", "dog"}
+
+    write_tar(source, [("0.jpg", b"old"), ("0.jpg", JPEG), ("0.txt", b""), ("._0.jpg", b"")])
+    split = find_splits(source)["train"]
+    (image,) = Manifest(split)
+    assert image.data.size == len(JPEG)
+    assert +split.ignored == {"hidden": 1, "replaced by a later file of the same name": 1}
+
+
+def test_links_in_archives_are_followed(tmp_path):
+    files = {
+        "a/0.jpg": JPEG,
+        "a/1.jpg": (HARD_LINK, "a/0.jpg"),
+        "b/2.jpg": (LINK, "../a/1.jpg"),
+        "b/3.jpg": (LINK, "../../outside.jpg"),
+        "b/4.jpg": (LINK, "4.jpg"),
+    }
+    write_tar(tmp_path / "a.tar", files)
+    split = find_splits(tmp_path / "a.tar")["train"]
+    assert [image.data.size for image in Manifest(split)] == 3 * [len(JPEG)]
+    reasons = ["../outside.jpg", "b/4.jpg"]
+    assert [reason.split()[3].rstrip(",") for _, reason in split.problems] == reasons
+    assert convert(tmp_path / "a.tar", tmp_path / "out.beton") == 1
+
+
+@pytest.mark.parametrize("module", ["gzip", "bz2", "lzma"])
+def test_compressed_archives_are_named(tmp_path, module):
+    write_tar(tmp_path / "a", {"0.jpg": JPEG})
+    packed = __import__(module).compress((tmp_path / "a").read_bytes())
+    for name in ("x/a.tar", "y/a.tar.gz", "z.tgz"):
+        write_files(tmp_path, {name: packed})
+        source = tmp_path / name.split("/")[0]
+        with pytest.raises(SourceError, match=r"is compressed \(\w+\); decompress it first"):
+            listed(source)
+
+
+@pytest.mark.parametrize(
+    "image,message",
+    [
+        ([cells("0"), cells("1")], "column image has cells of type list"),
+        (["0.jpg", "1.jpg"], "column image has cells of type string"),
+        ([[[0, 1]], [[2, 3]]], "column image has cells of type list"),
+        ([{"path": "0.jpg"}] * 2, "column image has cells of type struct"),
+    ],
+)
+def test_cells_without_bytes_are_named(tmp_path, image, message):
+    write_parquet(tmp_path / "0.parquet", {"image": image})
+    with pytest.raises(SourceError, match=message):
+        listed(tmp_path / "0.parquet")
+
+
+def test_columns_of_parquet_files(tmp_path):
+    write_parquet(tmp_path / "0.parquet", {"picture": cells("a"), "animal": ["cat"]})
+    with pytest.raises(SourceError, match=r"it has picture, animal: .*--image-key NAME"):
+        listed(tmp_path)
+    flags = {"image_key": "picture", "label_key": "animal"}
+    assert listed(tmp_path, **flags) == {"train": {"a.jpg": "cat"}}
+    write_parquet(tmp_path / "1.parquet", {"picture": cells("b"), "label": ["cat"]})
+    with pytest.raises(SourceError, match=r"1.parquet has no column animal, unlike 0.parquet"):
+        listed(tmp_path, **flags)
+
+
+# Labels
+
+
+@pytest.mark.parametrize(
+    "text,expected",
+    [
+        ("0.jpg -1\n1.jpg 2\n2.jpg 10\n", [None, "2", "10"]),
+        ("0.jpg 1.0\n1.jpg 2.0\n", ["1", "2"]),
+        ("\ufeff0.jpg 0\n1.jpg 1\n", ["0", "1"]),
+        ("0.jpg,cat\n1.jpg, dog\na, b.jpg cat\n", ["cat", "dog", "cat"]),
+        ("0.jpg\tcat\r\n\r\n1.jpg\tdog\r\n", ["cat", "dog"]),
+        ("file label\n0.jpg 0\n", "line 1: no file file"),
+        ("file,label\n0.jpg,cat\n", "line 1: no file file"),
+        ("0.jpg 0\n1.jpg cat\n", "line 2: a name where line 1 has a number"),
+        ("0.jpg 0\n1.jpg\n", "line 2: no label where line 1 has a number"),
+    ],
+)
+def test_lists_of_images(tmp_path, text, expected):
+    (tmp_path / "l.txt").write_bytes(text.encode())
+    if isinstance(expected, str):
+        with pytest.raises(SourceError, match=expected):
+            listed(tmp_path / "l.txt")
+    else:
+        assert list(listed(tmp_path / "l.txt")["train"].values()) == expected
+
+
+@pytest.mark.parametrize(
+    "files,key,expected",
+    [
+        ({"0.JPG": JPEG, "0.CLS": b"3\n", "1.jpg": JPEG}, None, ["3", None]),
+        ({"0.jpg": JPEG, "0.json": b'{"label": "cat"}'}, None, ["cat"]),
+        ({"0.jpg": JPEG, "0.json": b'{"label": null, "x": "dog"}'}, "x", ["dog"]),
+        ({"0.jpg": JPEG, "0.json": b'{"label": [2]}'}, None, ["2"]),
+        ({"0.jpg": JPEG, "0.target": b"7"}, "target", ["7"]),
+        ({"p/train/cat/0.jpg": JPEG, "p/train/dog/1.jpg": JPEG}, "folder", ["cat", "dog"]),
+        ({"0.jpg": JPEG}, "archive", ["a"]),
+        ({"0.jpg": JPEG, "0.json": b'{"a": 1}'}, "b", "--label-key b: .json has only a"),
+        ({"0.jpg": JPEG, "0.cls": b"1 2\xff"}, None, "a.tar: 0.cls: "),
+        ({"train/cat/0.jpg": JPEG, "val/cat/1.jpg": JPEG}, "folder", "folders of several splits"),
+    ],
+)
+def test_labels_in_web_shards(tmp_path, files, key, expected):
+    write_tar(tmp_path / "a.tar", files)
+    if isinstance(expected, str):
+        with pytest.raises(SourceError, match=expected):
+            listed(tmp_path / "a.tar", label_key=key)
+    else:
+        assert list(listed(tmp_path / "a.tar", label_key=key)["train"].values()) == expected
+
+
+@pytest.mark.parametrize(
+    "columns,key,expected",
+    [
+        ({"fine_label": [1, 0], "coarse_label": [5, 5]}, None, ["1", "0"]),
+        ({"fine_label": [1, 0], "coarse_label": [5, 5]}, "coarse_label", ["5", "5"]),
+        ({"label": [None, -1]}, None, [None, None]),
+        ({"label": ["10", "9"]}, None, ["10", "9"]),
+        ({"label": [1.0, float("nan")]}, None, ["1", None]),
+        ({"label": [0.5, 1.0]}, None, "row 0, column label: 0.5 is not the number or name"),
+        ({"label": [[0, 1], [1]]}, None, [None, None]),
+        ({"label": [[0, 1], [1]]}, "label", "--label-key label: .* has cells of type list"),
+        ({"label": [0, 1]}, "class", "--label-key class: .* has only image, label"),
+    ],
+)
+def test_labels_in_parquet_files(tmp_path, columns, key, expected):
+    write_parquet(tmp_path / "0.parquet", {"image": cells("a", "b"), **columns})
+    if isinstance(expected, str):
+        with pytest.raises(SourceError, match=expected):
+            listed(tmp_path, label_key=key)
+    else:
+        assert list(listed(tmp_path, label_key=key)["train"].values()) == expected
+
+
+@pytest.mark.parametrize(
+    "name,text,expected",
+    [
+        ("metadata.csv", "file_name,label\n0.jpg,a\nd/1.jpg,b\n", {"0.jpg": "a", "d/1.jpg": "b"}),
+        ("metadata.jsonl", '{"file_name": "0.jpg", "label": 3}\n', {"0.jpg": "3", "d/1.jpg": None}),
+        ("metadata.csv", "\ufefffile_name,text\n0.jpg,a dog\n", {"0.jpg": None, "d/1.jpg": None}),
+        ("metadata.csv", "name,label\n0.jpg,dog\n", "metadata.csv, image 1: no 'file_name'"),
+        ("metadata.jsonl", "{\n", "metadata.jsonl, image"),
+    ],
+)
+def test_labels_in_the_metadata_of_a_folder(tmp_path, name, text, expected):
+    write_files(tmp_path, {"0.jpg": JPEG, "d/1.jpg": JPEG, name: text.encode()})
+    options = {"label_key": None if "text" in text else "label"}  # else d is a class folder
+    if isinstance(expected, str):
+        with pytest.raises(SourceError, match=expected):
+            listed(tmp_path, **options)
+    elif options["label_key"]:
+        assert listed(tmp_path, **options) == {"train": expected}
+
+
+def test_metadata_of_missing_images_is_reported(tmp_path, capsys):
+    table = b"file_name,label\n0.jpg,a\n1.jpg,b\n"
+    write_files(tmp_path / "s", {"0.jpg": JPEG, "metadata.csv": table})
+    assert convert(tmp_path / "s", tmp_path / "out.beton") == 1
+    assert "1.jpg: in the metadata of s/, but no such image" in capsys.readouterr().err
+
+
+def test_classes_agree_by_name_in_both_splits(tmp_path):
+    train, val = ({"image": cells(*"ab"), "label": [0, 1]}, {"image": cells("c"), "label": [0]})
+    write_parquet(tmp_path / "train.parquet", train, ["cat", "dog"])
+    write_parquet(tmp_path / "val.parquet", val, ["dog", "cat"])
+    assert listed(tmp_path)["val"] == {"c.jpg": "dog"}
+    write_parquet(tmp_path / "val.parquet", val, ["bird"])
+    with pytest.raises(SourceError, match="training images: bird"):
+        listed(tmp_path)
+
+
+def test_labels_that_are_not_used_are_named_before_the_work(tmp_path, capsys):
+    write_tar(tmp_path / "t" / "cat.tar", {"0.jpg": JPEG})
+    write_tar(tmp_path / "t" / "dog.tar", {"0.jpg": JPEG})
+    assert convert(tmp_path / "t", tmp_path / "out.beton") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[2] == "train: not used as labels: names of archives: --label-key archive"
+
+
+@pytest.mark.parametrize("out", ["out.beton", "shards"])
+def test_images_with_and_without_classes(tmp_path, capsys, out):
+    """As in STL-10: labels of -1 stay, in every format and back."""
+    write_parquet(tmp_path / "in.parquet", {"image": cells(*"abcd"), "label": [0, -1, None, 1]})
+    flags = ["--format", "webdataset"] if out == "shards" else []
+    assert convert(tmp_path / "in.parquet", tmp_path / out, *flags) == 0
+    assert "4 images, 2 classes; without a class: 2" in capsys.readouterr().out
+    assert convert(tmp_path / out, tmp_path / "back.beton") == 0
+    assert BetonReader(tmp_path / "back.beton").labels.tolist() == [0, -1, -1, 1]
+    if out == "shards":
+        from pipelines.webdataset.reader import ShardReader
+
+        assert ShardReader(tmp_path / out).labels.tolist() == [0, -1, -1, 1]
+
+
+# The account
+
+
+def account_of(out: Path) -> tuple[int, int, int, int]:
+    report = json.loads(out.with_name(f"{out.name}.json").read_bytes())
+    ignored = sum(report["ignored"].values())
+    return report["found"], report["num_images"], len(report["rejects"]), ignored
+
+
+NAMES = st.sampled_from(["ok0.jpg", "ok1.JPEG", "bad.jpg", "notes.txt", ".hidden", "ok 2.jpg"])
+CLASSES = st.sampled_from(["cat", "dog", "cow"])
+PATHS = st.tuples(CLASSES, st.sampled_from(["", "sub/"]), NAMES)
+
+
+@settings(max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(paths=st.sets(PATHS, min_size=1, max_size=12), split=st.booleans())
+def test_the_account_of_folders_adds_up(tmp_path_factory, paths, split):
+    root = tmp_path_factory.mktemp("tree")
+    top = root / "source" / ("train" if split else "")
+    for folder, below, name in [*paths, ("cat", "", "ok9.jpg")]:
+        content = JPEG if name.startswith("ok") else b"no image"
+        write_files(top, {f"{folder}/{below}{name}": content})
+    files = [Path(folder, name) for folder, _, names in os.walk(top) for name in names]
+    paths = [file.relative_to(top) for file in files]
+    expected = {str(path): path.parts[0] for path in paths if path.name.startswith("ok")}
+    assert convert(root / "source", root / "out.beton", "--skip-broken") == 0
+    reader = BetonReader(root / "out.beton")
+    names = [*reader.class_names, None]
+    assert {reader.name(i): names[reader.label(i)] for i in range(len(reader))} == expected
+    num_bad = sum(file.name == "bad.jpg" for file in files)
+    rest = len(files) - len(expected) - num_bad
+    assert account_of(root / "out.beton") == (len(files), len(expected), num_bad, rest)
+
+
+SAMPLES = st.tuples(
+    st.sampled_from([JPEG, b"broken", None]),  # the image
+    st.sampled_from([b"0", b"4", b"-1", None]),  # the label
+    st.booleans(),  # a caption beside them
+)
+
+
+@settings(max_examples=20)
+@given(samples=st.lists(SAMPLES, min_size=1, max_size=8), shuffled=st.booleans())
+def test_the_account_of_shards_and_parquet_files_adds_up(tmp_path_factory, samples, shuffled):
+    root = tmp_path_factory.mktemp("samples")
+    samples = [(JPEG, b"4", False), *samples]
+    files = []
+    for key, (image, label, caption) in enumerate(samples):
+        parts = {"jpg": image, "cls": label, "txt": b"a" if caption else None}
+        files += [(f"s{key}.{kind}", data) for kind, data in parts.items() if data is not None]
+    write_tar(root / "a.tar", sorted(files, key=lambda file: file[0][::-1]) if shuffled else files)
+    images = [sample[0] for sample in samples]
+    labels = [-1 if label is None else int(label) for _, label, _ in samples]
+    rows = [{"bytes": image, "path": f"s{key}.jpg"} for key, image in enumerate(images)]
+    write_parquet(root / "a.parquet", {"image": rows, "label": labels})
+    stored = {f"s{key}.jpg": labels[key] for key, image in enumerate(images) if image == JPEG}
+    num_empty = sum(image is None for image in images)
+    num_found = sum(any(part for part in sample) for sample in samples)
+    for kind, found, rejected in (
+        ("tar", num_found, images.count(b"broken")),
+        ("parquet", len(rows), images.count(b"broken") + num_empty),
+    ):
+        out = root / f"{kind}.beton"
+        assert convert(root / f"a.{kind}", out, "--skip-broken") == 0
+        reader = BetonReader(out)
+        assert {reader.name(i): reader.label(i) for i in range(len(reader))} == stored
+        ignored = found - len(stored) - rejected
+        assert account_of(out) == (found, len(stored), rejected, ignored)
+
+
+def test_verification_repeats_the_account(tmp_path, capsys):
+    write_files(tmp_path / "s", {"a/0.jpg": JPEG, "a/1.txt": b"", "a/2.jpg": b"broken"})
+    line = "train: 3 found = 1 stored + 1 rejected + 1 ignored (1 not named like an image)"
+    for out, flags in (("out.beton", []), ("shards", ["--format", "webdataset"])):
+        out = tmp_path / out
+        assert convert(tmp_path / "s", out, "--skip-broken", *flags) == 0
+        assert line in capsys.readouterr().out
+        assert convert(out, "--verify") == 0
+        assert line in capsys.readouterr().out
+        path = out / "dataset.json" if flags else tmp_path / "out.beton.json"
+        path.write_text(path.read_text().replace('"found": 3', '"found": 4'))
+        assert convert(out, "--verify") == 1
+        assert "its report: the account does not add up: 4 found" in capsys.readouterr().err
