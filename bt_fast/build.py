@@ -12,7 +12,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compr
 from torch.nn.parallel import DistributedDataParallel
 
 from bt_fast.config import Config
-from bt_fast.distributed.collectives import ALONE, Group, World, broadcast_object
+from bt_fast.distributed.collectives import ALONE, Group, World
 from bt_fast.evaluate.knn_classifier import KnnData, choose_data
 from bt_fast.lars import LARS, parameter_groups
 from bt_fast.loss import weighted_sum
@@ -26,7 +26,7 @@ from bt_fast.runtime import Runtime, apply_switches, choose_runtime, prepare, sy
 from bt_fast.schedule import learning_rate
 from pipelines.beton import BetonReader
 from pipelines.crop import RandomResizedCrop
-from pipelines.loading.choose import MAX_MEASURED_BATCH, choose_loader, open_loader
+from pipelines.loading.choose import open_loader
 from pipelines.loading.datasets import open_data, open_val
 from pipelines.loading.loader import Loader
 from pipelines.webdataset.reader import ShardReader
@@ -44,7 +44,6 @@ class TrainingSetup:
     dataset: BetonReader | ShardReader
     data_identity: dict[str, int | str | None]  # must not change when the run is resumed
     loader: Loader
-    loader_reason: str  # the loader's name, and why it was chosen
     knn_data: KnnData | None
     model: BarlowTwins
     embed: Callable[[torch.Tensor], torch.Tensor]  # forward pass of the model
@@ -64,7 +63,20 @@ def build(config: Config, world: World = ALONE) -> TrainingSetup:
     num_threads = config.num_threads(world.local_size)
     dataset = open_data(config.data, "--data")
     val = open_val(config.data, config.val_data)
-    loader, loader_reason, config = build_loader(config, world, dataset, runtime.device)
+    config = replace(config, loader="native" if config.loader == "auto" else config.loader)
+    loader = open_loader(
+        config.loader,
+        dataset,
+        RandomResizedCrop(size=config.size, scale=(config.min_scale, 1.0)),
+        batch_size=config.batch_size,
+        device=runtime.device,
+        seed=config.seed,
+        rank=world.rank,
+        world_size=world.size,
+        sizes=[config.view_size(epoch) for epoch in range(config.epochs)],
+        num_threads=num_threads,
+        cache_bytes=int(config.cache_gb * 1e9),
+    )
 
     torch.manual_seed(config.seed)  # the initialisation, drawn on the CPU: identical on all devices
     model = build_model(config)
@@ -83,7 +95,6 @@ def build(config: Config, world: World = ALONE) -> TrainingSetup:
         dataset=dataset,
         data_identity={"images": len(dataset), "sha256": dataset.sha256()},
         loader=loader,
-        loader_reason=loader_reason,
         knn_data=choose_data(dataset, val, config.seed, config.probe_images),
         model=model,
         embed=runtime.compiled(data_parallel(model, config, world)),
@@ -95,41 +106,6 @@ def build(config: Config, world: World = ALONE) -> TrainingSetup:
         schedules=learning_rates(config, loader.steps_per_epoch),
         last_step=config.last_step(loader.steps_per_epoch),
     )
-
-
-def build_loader(
-    config: Config, world: World, dataset: BetonReader | ShardReader, device: torch.device
-) -> tuple[Loader, str, Config]:
-    """This rank's loader, why the first rank chose it, and the configuration that names it."""
-    open_with = functools.partial(
-        open_loader,
-        dataset=dataset,
-        crop=RandomResizedCrop(size=config.size, scale=(config.min_scale, 1.0)),
-        device=device,
-        num_threads=config.num_threads(world.local_size),
-        seed=config.seed,
-    )
-    choice = None
-    if world.is_first:
-        batch_size = min(MAX_MEASURED_BATCH, config.batch_size // world.size, len(dataset))
-        choice = choose_loader(
-            config.loader,
-            dataset,
-            config.batch_size * config.last_step(len(dataset) // config.batch_size),
-            functools.partial(open_with, batch_size=max(batch_size, 1)),
-            cache=config.cache_gb > 0,
-            device=device,
-        )
-    name, reason = broadcast_object(choice, world.group)
-    loader = open_with(
-        name,
-        batch_size=config.batch_size,
-        rank=world.rank,
-        world_size=world.size,
-        cache_bytes=int(config.cache_gb * 1e9),
-        sizes=[config.view_size(epoch) for epoch in range(config.epochs)],
-    )
-    return loader, reason, replace(config, loader=name)
 
 
 def communicators(config: Config, world: World, device: torch.device) -> tuple[Group, Group]:
@@ -258,7 +234,7 @@ def describe(setup: TrainingSetup, seconds_per_step: dict[int, float]) -> dict[s
         f" torch.compile {runtime.compile},"
         f" batch norm {form},"
         f" {setup.num_threads} decoding threads",
-        "loader": setup.loader_reason,
+        "loader": setup.config.loader,
         "kNN probe": setup.knn_data.description if setup.knn_data else "none (no classes)",
         "estimated time": f"{duration(seconds)}"
         f" ({config.batch_size * setup.last_step / seconds:.0f} images/s, without data and probes)",

@@ -92,8 +92,7 @@ class Config:
     """Deterministic kernels on a GPU, so that a run repeats bit for bit. On a CPU it always
     does."""
     loader: LoaderName = field(default="auto", metadata=_MUTABLE)
-    """Loader of the images; auto selects DALI for web shards, else native or, on a GPU where DALI
-    is installed, the faster of the two on these images. A resumed run keeps its loader."""
+    """Library that decodes and crops the images. auto: native."""
     workers: int | None = field(default=None, metadata=_MUTABLE)
     """Decoding threads per rank. Default: the usable cores, divided among a machine's ranks."""
     cache_gb: float = field(default=0.0, metadata=_MUTABLE)

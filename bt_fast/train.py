@@ -259,7 +259,7 @@ def resume(setup: TrainingSetup, run: RunDirectory | None, console: Console) -> 
     """Restore a resumed run's newest valid checkpoint on all ranks -> its step."""
     if not broadcast_object(setup.config.resume is not None, setup.world.group):
         return 0
-    step, sampler_states = 0, []
+    step = 0
     if run:
         found, problems = checkpoint.newest(run.path, set_aside=True)
         for problem in problems:
@@ -277,12 +277,10 @@ def resume(setup: TrainingSetup, run: RunDirectory | None, console: Console) -> 
                     f" {found.step} already; pass a larger value or omit it"
                 )
             found.restore(setup.model, setup.optimizer)
-            step, sampler_states = found.step, found.facts.get("readers", [])
+            step = found.step
         run.truncate_metrics(step)
         (run.path / "encoder.safetensors").unlink(missing_ok=True)  # of an earlier, shorter end
-    step, sampler_states = broadcast_object((step, sampler_states), setup.world.group)
-    if warning := setup.loader.sampler.restore(sampler_states):
-        console.print(f"warning: {warning}", style="yellow", markup=False)
+    step = broadcast_object(step, setup.world.group)
     momenta = [setup.optimizer.momentum_buffer(p) for p in setup.model.parameters()]
     broadcast_tensors([*setup.model.state_dict().values(), *momenta], setup.world.group)
     position = f"{setup.config.resume} at step {step} of {setup.last_step}"

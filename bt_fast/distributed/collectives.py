@@ -155,14 +155,6 @@ def broadcast_object(value: Any, group: Group) -> Any:
     return values[0]
 
 
-def gather_objects(value: Any, group: Group) -> list[Any]:
-    """Every rank's value, a small picklable object, in order of ranks, on every rank."""
-    values = [value] * group_size(group)
-    if group is not None:
-        dist.all_gather_object(values, value, group=group)
-    return values
-
-
 def broadcast_tensors(tensors: Iterable[torch.Tensor], group: Group) -> None:
     """Overwrite tensors with the first rank's."""
     if group is not None:

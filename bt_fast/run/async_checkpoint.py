@@ -47,7 +47,7 @@ class AsyncCheckpoints:
         self._thread.shutdown()
 
     def begin(self, step: int) -> None:
-        """Save the state after `step`, with the state of every rank's sampler: all ranks call it.
+        """Save the state after `step`: all ranks call it.
 
         Copy and comparison of weights are only queued; if weights differ, nothing is written.
         With --if-save-fails stop it returns when the write has ended.
@@ -56,17 +56,16 @@ class AsyncCheckpoints:
         if self._queued:  # the buffer is reused
             self._deferred.flush()
         compare = collectives.compare_weights(setup.model, setup.world.group)
-        states = collectives.gather_objects(setup.loader.sampler.state(step), setup.world.group)
         if self._run is not None:
             self.check(wait=True)
             self._snapshot.take(setup.model, setup.optimizer)
         self._queued = True
-        self._deferred.add(step, functools.partial(self._write, step, compare, states))
+        self._deferred.add(step, functools.partial(self._write, step, compare))
         if setup.config.if_save_fails == "stop":
             self._deferred.flush()
             self.check(wait=True)
 
-    def _write(self, step: int, compare: Callable[[], None], sampler_states: list[str]) -> None:
+    def _write(self, step: int, compare: Callable[[], None]) -> None:
         """Start writing; the copy has completed."""
         self._queued = False
         compare()
@@ -79,7 +78,7 @@ class AsyncCheckpoints:
             self._run.path,
             step,
             self._snapshot.tensors,
-            {"data": setup.data_identity, "readers": sampler_states},
+            {"data": setup.data_identity},
             keep=setup.config.keep,
         )
 

@@ -2,5 +2,4 @@
 
 from typing import Literal
 
-BackendName = Literal["native", "ffcv", "dali"]
 LoaderName = Literal["auto", "native", "ffcv", "dali"]

@@ -11,7 +11,6 @@ its checksum, or by decoding it natively if the file has none.
 
 from collections import deque
 from collections.abc import Iterable, Iterator
-from importlib.util import find_spec
 
 import numpy as np
 import torch
@@ -22,19 +21,6 @@ from pipelines.loading.native import RecordDecoder, decoding_threads
 from pipelines.webdataset.reader import ShardReader
 
 CPU = torch.device("cpu")
-INSTALL = "pip install 'bt-fast[dali]'"
-
-
-def is_installed() -> bool:
-    """Whether DALI can be imported."""
-    return find_spec("nvidia") is not None and find_spec("nvidia.dali") is not None
-
-
-def release_memory() -> None:
-    """Release GPU memory that DALI keeps of pipelines that no longer exist."""
-    from nvidia.dali import backend
-
-    backend.ReleaseUnusedMemory()
 
 
 class DaliBackend:
@@ -56,7 +42,8 @@ class DaliBackend:
             import nvidia.dali  # noqa: F401
         except ImportError as error:
             raise ValueError(
-                f"--loader dali needs NVIDIA DALI ({error}): {INSTALL}, or --loader native"
+                f"--loader dali needs NVIDIA DALI ({error}): pip install 'bt-fast[dali]', or"
+                " --loader native"
             ) from None
         self.dataset = dataset
         self.decoder = RecordDecoder(dataset)  # for checks and messages
@@ -72,7 +59,7 @@ class DaliBackend:
         def inputs():
             for request in requests:
                 self._check_new(request.samples)
-                encoded = request.encoded or [self._file(int(s)) for s in request.samples]
+                encoded = [self._file(int(sample)) for sample in request.samples]
                 pending.append((request.samples, encoded))
                 sides = np.full((len(request.samples), 2), request.size, np.float32)
                 yield encoded, request.boxes.astype(np.int32), sides

@@ -28,7 +28,6 @@ class Request:
     size: int  # side of the crops, pixels
     step: int = 0
     keys: tuple[np.ndarray, ...] = ()  # uint64 [n] per view: random keys of its augmentation
-    encoded: list[np.ndarray] | None = None  # uint8 [bytes] each, if the sampler has read them
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,8 +85,14 @@ class Sampler:
     def requests(self, first_step: int, last_step: int) -> Iterator[Request]:
         """This rank's requests for the steps first_step .. last_step - 1."""
         image_sizes = self.dataset.sizes
-        for step, samples, encoded in self.samples(first_step, last_step):
-            epoch = step // self.steps_per_epoch
+        order, order_epoch = np.empty(0, np.int64), -1
+        first_row = self.rank * self.local_batch_size
+        for step in range(first_step, last_step):
+            epoch, batch = divmod(step, self.steps_per_epoch)
+            if epoch != order_epoch:
+                order, order_epoch = epoch_order(len(self.dataset), self.seed, epoch), epoch
+            start = batch * self.batch_size + first_row
+            samples = order[start : start + self.local_batch_size]
             heights, widths = image_sizes[samples].T
             key_a, key_b = (
                 view_keys(samples, seed=self.seed, epoch=epoch, view=view) for view in (0, 1)
@@ -99,29 +104,7 @@ class Sampler:
                 keys=(key_a, key_b),
                 boxes=np.stack(boxes, axis=1),
                 size=self.sizes[min(epoch, len(self.sizes) - 1)],
-                encoded=encoded,
             )
-
-    def samples(
-        self, first_step: int, last_step: int
-    ) -> Iterator[tuple[int, np.ndarray, list[np.ndarray] | None]]:
-        """(step, this rank's indices int64 [n], encoded images if they are read) of these steps."""
-        order, order_epoch = np.empty(0, np.int64), -1
-        first_row = self.rank * self.local_batch_size
-        for step in range(first_step, last_step):
-            epoch, batch = divmod(step, self.steps_per_epoch)
-            if epoch != order_epoch:
-                order, order_epoch = epoch_order(len(self.dataset), self.seed, epoch), epoch
-            start = batch * self.batch_size + first_row
-            yield step, order[start : start + self.local_batch_size], None
-
-    def state(self, step: int) -> str:
-        """State for a checkpoint after `step` steps; empty, because the step determines it."""
-        return ""
-
-    def restore(self, states: list[str]) -> str:
-        """Continue from every rank's `state`; returns a warning if that is not possible exactly."""
-        return ""
 
 
 class Loader:

@@ -32,7 +32,7 @@ class ShardReader:
     """
 
     def __init__(self, folder: Path, split: str = "train") -> None:
-        self.path = os.fspath(folder)
+        self.path, self._split = os.fspath(folder), split
         if not has_dataset(folder):
             raise ValueError(
                 f"{folder} is a folder without {DATASET}; convert it: bt-convert {folder} out.beton"
@@ -51,6 +51,9 @@ class ShardReader:
         self._bytes = [np.memmap(path, np.uint8, "r") for path in self.archives]
         self._checksums = self._read_checksums()
         self.sizes = Sizes(self._read_size, len(self))
+
+    def __reduce__(self):
+        return type(self), (Path(self.path), self._split)
 
     def __len__(self) -> int:
         return len(self.locations)
