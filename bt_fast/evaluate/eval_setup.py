@@ -11,6 +11,7 @@ import torch
 from rich.console import Console
 from torch import nn
 
+from bt_fast.choices import Stem
 from bt_fast.config import Config, load_config
 from bt_fast.distributed.collectives import ALONE, World
 from bt_fast.evaluate.options import EvalOptions, Options
@@ -60,6 +61,7 @@ class EvalSetup:
     projector: nn.Module | None  # if requested and saved with the encoder
     description: str
     fingerprint: str  # of the encoder's weights
+    stem: Stem
     random: bool  # at random initialisation
     config: Config | None  # of the run; None for a file of weights
     seed: int  # of the run; 0 for a file of weights
@@ -76,6 +78,7 @@ class EvalSetup:
         """Everything but the protocol that a result depends on, as JSON."""
         return {
             "encoder": self.fingerprint,
+            "stem": self.stem,  # which the weights do not contain
             "random": self.random,
             "images": [subset.fingerprint for subset in subsets],
             "size": self.size,
@@ -104,13 +107,15 @@ def build_setup(
     runtime = choose_runtime(options.device, options.precision, "off", world.local_rank)
     apply_switches()
     if config is not None and options.random:  # works before the run's first checkpoint
-        architecture, small_images = config.encoder, config.small_images
+        architecture, stem = config.encoder, config.stem
     else:
-        pretrained = read_pretrained(options.run, projector=projector)
-        architecture, small_images = pretrained.architecture, pretrained.small_images
+        pretrained = read_pretrained(
+            options.run, which=options.which, stem=options.stem, projector=projector
+        )
+        architecture, stem = pretrained.architecture, pretrained.stem
     if options.random:
         torch.manual_seed(defaults.seed)  # as in pretraining
-        encoder, projector_module = build_encoder(architecture, small_images=small_images), None
+        encoder, projector_module = build_encoder(architecture, stem=stem), None
         description = f"{architecture} at random initialisation"
     else:
         encoder, projector_module = pretrained.encoder, pretrained.projector
@@ -125,6 +130,7 @@ def build_setup(
         projector=projector_module,
         description=description,
         fingerprint=digest,
+        stem=stem,
         random=options.random,
         config=config,
         seed=defaults.seed,
