@@ -15,6 +15,7 @@ from bt_fast.choices import Stem
 from bt_fast.config import Config, load_config
 from bt_fast.distributed.collectives import ALONE, World
 from bt_fast.evaluate.options import EvalOptions, Options
+from bt_fast.evaluate.overlap import warn_of_overlap
 from bt_fast.evaluate.views import Views
 from bt_fast.export.encoder_files import fingerprint, read_pretrained
 from bt_fast.models.networks import build_encoder
@@ -205,6 +206,8 @@ def run_protocol(
     """Print the rows that `measure` returns for both splits; returns the exit status."""
     setup = build_setup(options, world=world)
     train, val = open_labelled_splits(options, setup.config)
+    if world.is_first:
+        warn_of_overlap(train, val)
     rows = {"encoder": setup.description, "data": f"{train.path}, {len(train)} images"}
     rows |= measure(options, setup, train, val)[1]
     Console(soft_wrap=True).print(summary_table(f"bt-fast eval {name}", rows))
