@@ -1,7 +1,7 @@
 """Held-out images that are training images: found without decoding, and said in a warning.
 
-Images are compared by CRC-32 and length, the first hundred shared ones also byte by byte.
-bt-convert stores checksums; sets without them, image files and FFCV's files, are read if they have at most a
+Images are compared by CRC-32 and length, the first hundred shared ones also byte by byte. Sets
+without bt-convert's checksums, image files and files of FFCV, are read if they have at most a
 gigabyte. Larger ones are only compared with themselves: image files by file, under any path. 1.28
 million images take seconds and 30 MB.
 """

@@ -77,7 +77,9 @@ class ShardWriter:
         checksum: int | None = None,
     ) -> None:
         """Append one image; arguments as of `BetonWriter.add`."""
-        assert (label >= 0) == self._has_classes
+        if (label >= 0) != self._has_classes:
+            kind = "a" if label >= 0 else "no"
+            raise ValueError(f"{name} has {kind} class, unlike other images of its source")
         if self._next_position(len(jpeg))[0] != len(self.shards):
             self._finish_shard()
             self._begin_shard()

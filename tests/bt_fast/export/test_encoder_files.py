@@ -7,6 +7,7 @@ import argparse
 import collections
 import dataclasses
 import shutil
+import subprocess
 import sys
 import types
 
@@ -354,3 +355,31 @@ def test_collapse_needs_the_papers_projector(tmp_path, small_beton, capsys):
     assert main(["eval", "knn", str(tmp_path / "w.pth"), *flags]) == 0
     assert main(["eval", "knn", str(tmp_path / "w.pth"), *flags, "--collapse"]) == 2
     assert "a projector of another architecture than the paper's" in capsys.readouterr().err
+
+
+WINDOWS = """
+import os, signal, sys
+for name in ("fcntl", "resource", "pwd", "grp", "termios"):
+    sys.modules[name] = None
+for name in ("SIGUSR1", "SIGUSR2", "SIGHUP", "SIGKILL", "pthread_sigmask"):
+    delattr(signal, name)
+for name in ("O_DIRECTORY", "O_NONBLOCK", "fork", "pread", "sched_getaffinity"):
+    delattr(os, name)
+import bt_fast
+from bt_fast.cli import main
+file, out = sys.argv[1:]
+print(type(bt_fast.load_encoder(file)).__name__)
+for command in (["export", file, "--to=timm", "--out", out], ["pretrain"], ["eval", "knn", file]):
+    print(main(command))
+"""
+
+
+def test_weights_need_neither_locks_nor_signals(tmp_path):
+    """As on Windows: what Python lacks there is removed before the first import."""
+    torch.save(WEIGHTS, tmp_path / "w.pth")
+    command = [sys.executable, "-c", WINDOWS, str(tmp_path / "w.pth"), str(tmp_path / "o.pth")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    lines = done.stdout.splitlines()
+    assert [lines[0], *lines[-3:]] == ["ResNet", "0", "2", "2"], done.stderr
+    assert done.stderr.count("this command needs Linux") == done.stderr.count("\n") == 2
+    assert torch.equal(features(bt_fast.load_encoder(tmp_path / "o.pth")), EXPECTED["A"])
