@@ -109,6 +109,8 @@ def build_setup(
     apply_switches()
     if config is not None and options.random:  # works before the run's first checkpoint
         architecture, stem = config.encoder, config.stem
+        if options.stem not in (None, stem):
+            raise ValueError(f"--stem {options.stem}: the stem of {options.run} is {stem}")
     else:
         pretrained = read_pretrained(
             options.run, which=options.which, stem=options.stem, projector=projector
