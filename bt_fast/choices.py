@@ -10,6 +10,9 @@ Precision = Literal["auto", "bf16", "fp32"]
 Compile = Literal["auto", "off", "default", "reduce-overhead", "max-autotune"]
 Norm = Literal["auto", "compiled", "fused"]
 Encoder = Literal["resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "wide_resnet50_2"]
+Stem = Literal[
+    "imagenet", "cifar", "solo-learn", "3x3-maxpool", "3x3-stride2", "3x3-stride2-maxpool"
+]
 Objective = Literal[
     "barlow-twins",
     "redundancy-only",

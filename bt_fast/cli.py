@@ -50,7 +50,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     }
     for name, command in commands.items():
         if tuple(arguments[: len(name)]) == name:
-            run = partial(command, arguments[len(name) :])
+            run: Callable[[], int] = partial(command, arguments[len(name) :])
+            if name != ("export",) and not hasattr(signal, "SIGUSR1"):
+                run = _refuse_platform
             return run_command(f"bt-fast {' '.join(name)}", run)
     if arguments == ["--version"]:
         print(__version__)
@@ -83,6 +85,10 @@ def run_command(program: str, command: Callable[[], int]) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 128 + signal.SIGINT
+
+
+def _refuse_platform() -> int:
+    raise ValueError("this command needs Linux; bt-fast export and bt_fast.load_encoder work here")
 
 
 def _pretrain(arguments: list[str]) -> int:

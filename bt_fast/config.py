@@ -21,6 +21,7 @@ from bt_fast.choices import (
     Objective,
     Precision,
     RecipeName,
+    Stem,
 )
 from pipelines.branches import VIEW_A, VIEW_B, Branch
 from pipelines.common.cpu import usable_cores
@@ -213,6 +214,11 @@ class Config:
         """The number of steps of a run: the end of the schedule, or `max_steps`."""
         end = self.epochs * steps_per_epoch
         return min(end, self.max_steps if self.max_steps is not None else end)
+
+    @property
+    def stem(self) -> Stem:
+        """Stem of the encoder."""
+        return "cifar" if self.small_images else "imagenet"
 
     @property
     def title(self) -> str:

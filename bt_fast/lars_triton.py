@@ -96,14 +96,16 @@ def update(
 
 
 def match_strides(p: torch.Tensor, tensor: torch.Tensor | None, copy: bool = True) -> torch.Tensor:
-    """`tensor` if it has p's strides, else, if `copy`, a copy that has them."""
-    assert tensor is not None and tensor.dtype == p.dtype == torch.float32
+    """`tensor` if it has p's strides, else, if `copy`, a copy that has them. Raises ValueError."""
+    if tensor is None or not tensor.dtype == p.dtype == torch.float32:
+        raise ValueError("fused LARS needs float32 parameters, gradients and momentum buffers")
     strides = [
         [s for s, size in zip(t.stride(), t.shape, strict=True) if size > 1] for t in (p, tensor)
     ]
     if strides[0] == strides[1]:
         return tensor
-    assert copy, "a momentum buffer has its parameter's strides"
+    if not copy:  # as after loading a state_dict of another memory format
+        raise ValueError("fused LARS needs momentum buffers with the strides of their parameters")
     return torch.empty_like(p).copy_(tensor)
 
 

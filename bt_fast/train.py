@@ -93,7 +93,7 @@ def finish(setup: TrainingSetup, run: RunDirectory, log: RunLog, step: int, save
     if complete:
         log.info(probe_summary(metrics))
         try:  # even without a checkpoint: it is smaller
-            log.info(f"done: {export_encoder(setup.model, run.path)}")
+            log.info(f"done: {export_encoder(setup.model, setup.config.stem, run.path)}")
         except OSError as error:
             log.warn(f"encoder.safetensors was not written: {reason(error)}")
             saved = False
@@ -288,8 +288,9 @@ def resume(setup: TrainingSetup, run: RunDirectory | None, console: Console) -> 
     return step
 
 
-def export_encoder(model: BarlowTwins, folder: Path) -> Path:
-    """Write the encoder with torchvision's names; returns the file."""
+def export_encoder(model: BarlowTwins, stem: str, folder: Path) -> Path:
+    """Write the encoder with torchvision's names, and its stem; returns the file."""
     path = folder / "encoder.safetensors"
-    checkpoint.write_tensors(checkpoint.copied(model.encoder.state_dict()), path)
+    weights = checkpoint.copied(model.encoder.state_dict())
+    checkpoint.write_tensors(weights, path, {"format": "pt", "stem": stem})
     return path

@@ -56,6 +56,8 @@ INTERNAL = {
     "the batch norms of a model need the same momentum",
     "fused batch norm takes at most … channels, got …",
     "it is a compressed archive, which torch does not write",
+    "it is a TorchScript archive, which contains code; save its weights alone:"
+    " torch.save(torch.jit.load(FILE).state_dict(), ...)",
     "images must be uint8 [n, H, W, 3], got … …",
     "… images but parameters for …",
     "images must have fewer than 2 ** 29 pixels, got … x …",
@@ -68,6 +70,8 @@ INTERNAL = {
     "num_samples must not be negative, got …",
     "crops must be uint8 …, got … …; see channels_first for the other memory layout",
     "keys must be uint64 …, got …",
+    "fused LARS needs float32 parameters, gradients and momentum buffers",
+    "fused LARS needs momentum buffers with the strides of their parameters",
 }
 
 

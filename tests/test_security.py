@@ -6,12 +6,18 @@ import os
 import pickle
 import shutil
 import struct
+import subprocess
+import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
 import pytest
 import torch
+import torchvision
+from conftest import drawn_picture, jpeg_bytes, write_beton
 from hostile import jpeg_bomb, make_folder, png_bomb
+from sample_voc import write_devkit
 from tiny_runs import pretrain
 
 from bt_fast.cli import main
@@ -211,3 +217,89 @@ def test_a_record_that_decodes_to_another_size_is_refused(tmp_path, capsys):
     assert pretrain("--data", data, "--run-dir", tmp_path / "run") == 2
     error = capsys.readouterr().err
     assert "40000x40000 but was recorded as 8x8" in error and error.count("\n") == 1
+
+
+def ambiguous_archive(folder: Path) -> list[str]:
+    """Web shards whose first sample has no class, unlike the second."""
+    jpeg = jpeg_bytes(drawn_picture(0, 40, 30))
+    with tarfile.open(folder / "mixed.tar", "w") as archive:
+        for name, content in {"1.jpg": jpeg, "1.a.jpg": jpeg, "1.cls": b"1"}.items():
+            (folder / name).write_bytes(content)
+            archive.add(folder / name, name)
+    return [
+        "convert",
+        str(folder / "mixed.tar"),
+        str(folder / "out"),
+        "--format=webdataset",
+        "--workers=1",
+    ]
+
+
+def grouped_weights(folder: Path) -> list[str]:
+    """A ResNet-18 but for one convolution."""
+    weights = torchvision.models.resnet18().state_dict()
+    weights["layer3.1.conv2.weight"] = torch.zeros(256, 8, 3, 3)
+    torch.save(weights, folder / "w.pth")
+    return ["export", str(folder / "w.pth"), "--to=timm", f"--out={folder / 'o.pth'}"]
+
+
+def voc_numbers(folder: Path) -> list[str]:
+    """A class list with a number that no int8 holds."""
+    lists = write_devkit(folder) / "VOC2007" / "ImageSets" / "Main"
+    (lists / "red_test.txt").write_text((lists / "red_test.txt").read_text().replace(" 1", "300"))
+    return ["transfer", "--dataset=voc07", f"--data={folder / 'VOCdevkit'}"]
+
+
+def inat(folder: Path, category: object, name: object = "a.jpg") -> list[str]:
+    content = {
+        "images": [{"id": 1, "file_name": name}],
+        "annotations": [{"image_id": 1, "category_id": category}],
+    }
+    for split in ("train", "val"):
+        (folder / f"{split}2018.json").write_text(json.dumps(content))
+    return ["transfer", "--dataset=inat18", f"--data={folder}"]
+
+
+def short_table(folder: Path) -> list[str]:
+    """A .beton without its last byte."""
+    data = write_beton(folder / "x.beton", 4)
+    data.write_bytes(data.read_bytes()[:-1])
+    return ["pretrain", f"--data={data}", f"--run-dir={folder / 'new'}", "--device=cpu"]
+
+
+HOSTILE = {
+    "2 images share the key 1 (1.jpg, 1.a.jpg)": ambiguous_archive,
+    "layer3.1.conv2.weight is a grouped convolution": grouped_weights,
+    "red_test.txt has numbers other than -1, 0 and 1": voc_numbers,
+    "train2018.json is not in iNaturalist's format: TypeError": lambda f: inat(f, "five"),
+    "is not in iNaturalist's format: TypeError(": lambda f: inat(f, 5, name=None),
+    "label 1000000000000 is out of range": lambda f: inat(f, 10**12),
+    "truncated, or its allocation table is damaged": short_table,
+}
+IN_TURN = """
+import json, sys
+from bt_fast.cli import main
+from pipelines.convert.command import main as convert
+assert False, "python -O removes this"
+for arguments in json.loads(sys.argv[1]):
+    rest = arguments[1:]
+    print(convert(rest) if arguments[0] == "convert" else main(arguments), file=sys.stderr)
+"""
+
+
+@pytest.mark.slow
+def test_without_asserts_what_strangers_wrote_is_still_checked(labelled_run, tmp_path):
+    """`python -O` removes asserts: none of them may be a check of a file."""
+    commands = []
+    for number, make in enumerate(HOSTILE.values()):
+        (folder := tmp_path / str(number)).mkdir()
+        command = make(folder)
+        if command[0] == "transfer":
+            command = ["eval", "transfer", str(labelled_run), *command[1:], "--device=cpu"]
+        commands.append(command)
+    process = [sys.executable, "-O", "-c", IN_TURN, json.dumps(commands)]
+    done = subprocess.run(process, capture_output=True, text=True, cwd=ROOT)
+    errors = done.stderr.splitlines()
+    assert len(errors) == 2 * len(HOSTILE), done.stderr
+    for message, error, status in zip(HOSTILE, errors[::2], errors[1::2], strict=True):
+        assert message in error and status == "2", error

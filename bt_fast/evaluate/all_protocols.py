@@ -15,6 +15,7 @@ from bt_fast.evaluate.knn import measure_knn
 from bt_fast.evaluate.knn_classifier import choose_data
 from bt_fast.evaluate.linear import measure_linear
 from bt_fast.evaluate.options import EvalAll, EvalLinear, EvalSemi
+from bt_fast.evaluate.overlap import warn_of_overlap
 from bt_fast.evaluate.semi import measure_semi
 from pipelines.common.console import print_line
 
@@ -27,6 +28,8 @@ def run_all(options: EvalAll, world: World = ALONE) -> int:
     for random in (True, False):
         setup = build_setup(dataclasses.replace(options, random=random), world=world)
         train, val = open_labelled_splits(options, setup.config)
+        if random and world.is_first:
+            warn_of_overlap(train, val)
         print_line(f"{setup.description}:")
         data = choose_data(train, val, setup.seed)
         assert data is not None  # open_labelled_splits requires two classes

@@ -11,9 +11,11 @@ import torch
 from rich.console import Console
 from torch import nn
 
+from bt_fast.choices import Stem
 from bt_fast.config import Config, load_config
 from bt_fast.distributed.collectives import ALONE, World
 from bt_fast.evaluate.options import EvalOptions, Options
+from bt_fast.evaluate.overlap import warn_of_overlap
 from bt_fast.evaluate.views import Views
 from bt_fast.export.encoder_files import fingerprint, read_pretrained
 from bt_fast.models.networks import build_encoder
@@ -60,6 +62,7 @@ class EvalSetup:
     projector: nn.Module | None  # if requested and saved with the encoder
     description: str
     fingerprint: str  # of the encoder's weights
+    stem: Stem
     random: bool  # at random initialisation
     config: Config | None  # of the run; None for a file of weights
     seed: int  # of the run; 0 for a file of weights
@@ -76,6 +79,7 @@ class EvalSetup:
         """Everything but the protocol that a result depends on, as JSON."""
         return {
             "encoder": self.fingerprint,
+            "stem": self.stem,  # which the weights do not contain
             "random": self.random,
             "images": [subset.fingerprint for subset in subsets],
             "size": self.size,
@@ -104,13 +108,17 @@ def build_setup(
     runtime = choose_runtime(options.device, options.precision, "off", world.local_rank)
     apply_switches()
     if config is not None and options.random:  # works before the run's first checkpoint
-        architecture, small_images = config.encoder, config.small_images
+        architecture, stem = config.encoder, config.stem
+        if options.stem not in (None, stem):
+            raise ValueError(f"--stem {options.stem}: the stem of {options.run} is {stem}")
     else:
-        pretrained = read_pretrained(options.run, projector=projector)
-        architecture, small_images = pretrained.architecture, pretrained.small_images
+        pretrained = read_pretrained(
+            options.run, which=options.which, stem=options.stem, projector=projector
+        )
+        architecture, stem = pretrained.architecture, pretrained.stem
     if options.random:
         torch.manual_seed(defaults.seed)  # as in pretraining
-        encoder, projector_module = build_encoder(architecture, small_images=small_images), None
+        encoder, projector_module = build_encoder(architecture, stem=stem), None
         description = f"{architecture} at random initialisation"
     else:
         encoder, projector_module = pretrained.encoder, pretrained.projector
@@ -125,6 +133,7 @@ def build_setup(
         projector=projector_module,
         description=description,
         fingerprint=digest,
+        stem=stem,
         random=options.random,
         config=config,
         seed=defaults.seed,
@@ -199,6 +208,8 @@ def run_protocol(
     """Print the rows that `measure` returns for both splits; returns the exit status."""
     setup = build_setup(options, world=world)
     train, val = open_labelled_splits(options, setup.config)
+    if world.is_first:
+        warn_of_overlap(train, val)
     rows = {"encoder": setup.description, "data": f"{train.path}, {len(train)} images"}
     rows |= measure(options, setup, train, val)[1]
     Console(soft_wrap=True).print(summary_table(f"bt-fast eval {name}", rows))

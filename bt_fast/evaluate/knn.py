@@ -2,14 +2,15 @@
 
 from functools import partial
 
+import numpy as np
 import torch
 from rich.console import Console
 
 from bt_fast.config import Config
 from bt_fast.distributed.collectives import ALONE, World
 from bt_fast.evaluate.collapse import centred_rank, collapse_report, effective_rank
-from bt_fast.evaluate.eval_setup import EvalSetup, build_setup, open_splits
-from bt_fast.evaluate.features import model_outputs
+from bt_fast.evaluate.eval_setup import EvalSetup, Subset, build_setup, open_splits
+from bt_fast.evaluate.features import extract_features, model_outputs
 from bt_fast.evaluate.knn_classifier import (
     SETTINGS,
     KnnData,
@@ -18,9 +19,12 @@ from bt_fast.evaluate.knn_classifier import (
     knn_scores,
 )
 from bt_fast.evaluate.options import EvalKnn
+from bt_fast.evaluate.overlap import warn_of_overlap
 from bt_fast.run.console import summary_table
+from pipelines.loading.datasets import ImageDataset
+from pipelines.order import epoch_order
 
-_VIEW_EPOCH = -1  # epoch of the augmented views, which pretraining never reaches
+_VIEW_EPOCH = -1  # of augmented views and random samples, which pretraining never reaches
 _MAX_RANK_IMAGES = 25_600  # RankMe's number of images
 
 
@@ -33,18 +37,44 @@ def run_knn(options: EvalKnn, world: World = ALONE) -> int:
             " checkpoint, without --random"
         )
     train, val = open_splits(options, setup.config)
+    if val is not None and world.is_first:
+        warn_of_overlap(train, val)
     data = choose_data(train, val, setup.seed)
-    if data is None:
-        raise ValueError(f"--data {train.path} has fewer than two classes")
-    rows = {
-        "encoder": setup.description,
-        "data": f"{data.description} of {train.path}",
-        **measure_knn(setup, data, augmented=options.augmented)[1],
-    }
+    rows = {"encoder": setup.description}
+    if data is not None:
+        queries = Subset(images=data.queries, samples=data.query_samples)
+        rows["data"] = f"{data.description} of {train.path}"
+        rows |= measure_knn(setup, data, augmented=options.augmented)[1]
+    elif options.augmented:
+        raise ValueError(f"--augmented needs images with classes: {_missing_classes(train, val)}")
+    else:
+        images = train if val is None else val
+        order = epoch_order(len(images), setup.seed, _VIEW_EPOCH)
+        queries = Subset(images=images, samples=order[:_MAX_RANK_IMAGES])
+        rows["data"] = f"{len(queries)} images of {images.path}"
+        rows["kNN"] = f"none: {_missing_classes(train, val)}"
+        rows |= measure_rank(setup, queries)
     if options.collapse:
-        rows |= measure_collapse(setup, data)
+        rows |= measure_collapse(setup, queries)
     Console(soft_wrap=True).print(summary_table("bt-fast eval knn", rows))
     return 0
+
+
+def _missing_classes(train: ImageDataset, val: ImageDataset | None) -> str:
+    """Why there is no classification."""
+    for images, least in (train, 2), (val, 1):
+        if images is not None:
+            found = len(np.unique(images.labels[images.labels >= 0]))
+            if found < least:
+                return f"{images.path} has {'only one class' if found else 'no classes'}"
+    return f"{train.path} has too few images"
+
+
+def measure_rank(setup: EvalSetup, queries: Subset) -> dict[str, str]:
+    """Row on the features of the central crops."""
+    views, samples = setup.views(queries.images), queries.samples
+    features = extract_features(setup.encoder, views, samples, setup.crop, setup.world)
+    return {"rank of the features": _ranks(features)}
 
 
 def measure_knn(
@@ -58,21 +88,21 @@ def measure_knn(
         for k, temperature in SETTINGS
     }
     if augmented:
+        subset = Subset(images=data.queries, samples=data.query_samples)
         for view, letter in enumerate("AB"):
-            view_scores = knn_scores(
-                bank, augmented_outputs(setup, setup.encoder, data, view), data
-            )
+            outputs = augmented_outputs(setup, setup.encoder, subset, view)
+            view_scores = knn_scores(bank, outputs, data)
             values = ", ".join(f"{100 * view_scores[f'knn_{k}']:.2f} %" for k, _ in SETTINGS)
             rows[f"held-out images as view {letter}"] = values
     rows["rank of the features"] = _ranks(queries)
     return scores[f"knn_{SETTINGS[0][0]}"], rows
 
 
-def measure_collapse(setup: EvalSetup, data: KnnData) -> dict[str, str]:
-    """Rows on the embeddings of the held-out images' two views, in evaluation mode."""
+def measure_collapse(setup: EvalSetup, queries: Subset) -> dict[str, str]:
+    """Rows on the embeddings of the images' two views, in evaluation mode."""
     assert setup.projector is not None
     model = torch.nn.Sequential(setup.encoder, setup.projector)
-    z_a, z_b = (augmented_outputs(setup, model, data, view) for view in (0, 1))
+    z_a, z_b = (augmented_outputs(setup, model, queries, view) for view in (0, 1))
     return {"rank of the embeddings": _ranks(z_a), **collapse_report(z_a, z_b).rows}
 
 
@@ -86,16 +116,16 @@ def _ranks(features: torch.Tensor) -> str:
 
 
 def augmented_outputs(
-    setup: EvalSetup, model: torch.nn.Module, data: KnnData, view: int
+    setup: EvalSetup, model: torch.nn.Module, queries: Subset, view: int
 ) -> torch.Tensor:
-    """The model's outputs for one of pretraining's two views of the held-out images."""
+    """The model's outputs for one of pretraining's two views of the images."""
     config = setup.config or Config()
     batches = partial(
-        setup.views(data.queries).random,
+        setup.views(queries.images).random,
         min_scale=setup.min_scale,
         seed=setup.seed,
         epoch=_VIEW_EPOCH,
         branch=(config.view_a, config.view_b)[view],
         view=view,
     )
-    return model_outputs(model, data.query_samples, batches, setup.runtime, setup.world)
+    return model_outputs(model, queries.samples, batches, setup.runtime, setup.world)

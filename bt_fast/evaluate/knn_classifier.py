@@ -77,7 +77,11 @@ def choose_data(
     (never the classes) of both parts. `limit` caps the bank, half of it the queries. Returns None
     if the bank has fewer than two classes or there are no queries.
     """
-    if val is not None and train.class_names and val.class_names not in (None, train.class_names):
+    if (
+        val is not None
+        and train.class_names
+        and val.class_names not in (None, [], train.class_names)
+    ):
         raise ValueError(f"{val.path} has other classes than {train.path}")
     bank_samples = _shuffled_labelled(train, seed)
     if val is None:

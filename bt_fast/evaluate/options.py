@@ -7,6 +7,7 @@ from typing import Annotated, Literal, TypeVar
 import tyro
 
 from bt_fast.choices import Device, Precision
+from bt_fast.export.options import WeightsOptions
 
 Options = TypeVar("Options", bound="EvalOptions")
 
@@ -15,11 +16,11 @@ _COUNTS = ("workers", "size", "gpus", "epochs", "batch_size", "semi_epochs", "se
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class EvalOptions:
+class EvalOptions(WeightsOptions):
     """Flags that all evaluations have in common."""
 
     run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN_OR_FILE")]
-    """Folder of a pretraining run, or file of weights (bt-fast's, or the authors' resnet50.pth)."""
+    """Folder of a pretraining run, or file of weights (bt-fast's, or another program's)."""
     data: Path | None = None
     """Labelled training images: a .beton, or a folder of class folders. Default: the run's."""
     val_data: Path | None = None

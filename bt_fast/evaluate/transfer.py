@@ -15,6 +15,7 @@ from bt_fast.evaluate.eval_setup import (
     open_labelled_splits,
 )
 from bt_fast.evaluate.options import EvalTransfer
+from bt_fast.evaluate.overlap import warn_of_overlap
 from bt_fast.evaluate.supervised import Protocol, accuracy_rows, train_classifier
 from bt_fast.evaluate.transfer_datasets import inat18, places205
 from bt_fast.evaluate.voc07 import measure_voc
@@ -51,6 +52,8 @@ def _classify(options: EvalTransfer, setup: EvalSetup) -> dict[str, str]:
         train, val = places205(options.data)
     else:
         train, val = inat18(options.data)
+    if setup.world.is_first:
+        warn_of_overlap(train, val)
     epochs = options.epochs or (84 if options.dataset == "inat18" else 14)
     protocol = Protocol(
         epochs=epochs,

@@ -8,12 +8,14 @@ voc07       VOCdevkit/VOC2007: ImageSets/Main/*_trainval.txt, *_test.txt and JPE
 """
 
 import json
+import operator
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 
 from bt_fast.evaluate.eval_setup import Subset
+from pipelines.convert.manifest import numbered_names
 from pipelines.loading.image_files import ImageFiles
 
 _Labelled = tuple[list[str], list[int]]  # paths and labels
@@ -41,20 +43,23 @@ def inat18(root: Path) -> tuple[ImageFiles, ImageFiles]:
         file = _first_existing(root, [f"{split}2018.json"], "iNaturalist 2018")
         try:
             content = json.loads(file.read_text())
-            classes = {entry["image_id"]: entry["category_id"] for entry in content["annotations"]}
-            paths = [image["file_name"] for image in content["images"]]
+            classes = {
+                entry["image_id"]: operator.index(entry["category_id"])
+                for entry in content["annotations"]
+            }
+            paths = [str(PurePosixPath(image["file_name"])) for image in content["images"]]
             labels = [classes[image["id"]] for image in content["images"]]
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{file} is not in iNaturalist's format: {error!r}") from None
+        if not paths:
+            raise ValueError(f"{file} is empty")
         splits.append((paths, labels))
     return _train_and_val(root, splits)
 
 
 def _train_and_val(root: Path, splits: list[_Labelled]) -> tuple[ImageFiles, ImageFiles]:
     """Images of both splits; the classes are named "0", "1" and so on."""
-    names = [
-        str(label) for label in range(1 + max(label for _, labels in splits for label in labels))
-    ]
+    names = numbered_names(1 + max(label for _, labels in splits for label in labels))
     train, val = (ImageFiles(root, paths, labels, names) for paths, labels in splits)
     return train, val
 
@@ -80,9 +85,11 @@ def voc07(root: Path) -> tuple[list[str], VocSplit, VocSplit]:
         files = [_first_existing(main, [f"{name}_{split}.txt"], "VOC07") for name in names]
         columns = [_read_pairs(file) for file in files]
         identifiers = columns[0][0]
-        for name, (listed, _) in zip(names, columns, strict=True):
+        for name, (listed, numbers) in zip(names, columns, strict=True):
             if listed != identifiers:
                 raise ValueError(f"{main}: {name}_{split}.txt lists other images than {names[0]}'s")
+            if not set(numbers) <= {-1, 0, 1}:
+                raise ValueError(f"{main}: {name}_{split}.txt has numbers other than -1, 0 and 1")
         paths = [f"JPEGImages/{identifier}.jpg" for identifier in identifiers]
         images = ImageFiles(folder, paths, [-1] * len(paths), names)
         subset = Subset(images=images, samples=np.arange(len(paths)))

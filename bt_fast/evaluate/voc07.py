@@ -21,6 +21,7 @@ from bt_fast.distributed import collectives
 from bt_fast.evaluate.eval_directory import EvalDirectory, open_eval_directory
 from bt_fast.evaluate.eval_setup import EvalSetup
 from bt_fast.evaluate.linear_cached import cached_views, load_features
+from bt_fast.evaluate.overlap import warn_of_overlap
 from bt_fast.evaluate.transfer_datasets import VocSplit, voc07
 from pipelines.common.console import print_line
 
@@ -45,6 +46,7 @@ def measure_voc(setup: EvalSetup, root: Path) -> dict[str, Any]:
                 for split in (trainval, test)
             ]
             if folder:  # on the first rank
+                warn_of_overlap(trainval.subset.images, test.subset.images)
                 result = _classify(folder, names, files, trainval, test, num_threads)
             result = collectives.broadcast_object(result, world.group)
         return result

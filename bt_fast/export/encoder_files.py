@@ -1,36 +1,60 @@
 """Encoders from files of every known layout, as torchvision ResNets.
 
-Supported sources, read without running code from the file (safetensors, or `weights_only`):
+Read without running code from the file (safetensors, or `weights_only`):
 
     a run's folder                   encoder.safetensors, else the newest valid checkpoint
-    encoder.safetensors              torchvision's names
-    the authors' resnet50.pth        torchvision's names, with or without the classifier `fc`
-    the authors' checkpoint.pth      {"epoch", "model", "optimizer"}; module.backbone.* and so on
     files of `bt-fast export`        torchvision, timm and safetensors
+    the authors' files               resnet50.pth, with or without `fc`, and checkpoint.pth
+    files of other programs          a ResNet with torchvision's names, or numbered as in
+                                     nn.Sequential(*resnet.children()), at any place in nested
+                                     dictionaries, with any other modules beside it
 
-The layouts differ in the prefix of `conv1.weight`, not in the names after it. The architecture and
-the CIFAR stem are recognised by names and shapes.
+Layouts differ in the prefix of a ResNet's names. Names and shapes tell the architecture, but not
+stride and padding: a 7x7 stem is torchvision's, a 3x3 stem is what the file's metadata, the run's
+configuration or the caller say; the other strides are torchvision's.
 """
 
 import hashlib
 import re
 import warnings
 import zipfile
-from collections.abc import Mapping
+from collections import OrderedDict, deque
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import torch
-from safetensors.torch import load_file
+from safetensors import safe_open
 from torch import nn
 
-from bt_fast.models.networks import Encoder, build_encoder, build_projector
+from bt_fast.choices import Encoder, Stem
+from bt_fast.config import load_config
+from bt_fast.models.networks import ARCHITECTURES, STEMS, build_encoder, build_projector
 from bt_fast.run import checkpoint
+from pipelines.common.console import printable
 
 Tensors = dict[str, torch.Tensor]
 
-_STEM = "conv1.weight"
+# A name that every ResNet has, after its prefix: torchvision's, or by number.
+_MARK = re.compile(r"((?:.*\.)?)(layer1|4)\.0\.conv1\.weight", re.DOTALL)
+_NUMBERED = {"0": "conv1", "1": "bn1", "4": "layer1", "5": "layer2", "6": "layer3", "7": "layer4"}
+_PARTS = set(_NUMBERED.values())
+_PROJECTED = ("backbone", "encoder")  # names of encoders beside which `projector` is theirs
+# What training programs save beside weights, replaced by objects without behaviour.
+_SETTINGS = (
+    "__main__.exclude_bias_and_norm",  # early checkpoints of the authors: a filter of LARS
+    "argparse.Namespace",
+    *(f"numpy.{core}.multiarray.{name}" for core in ("core", "_core")
+      for name in ("scalar", "_reconstruct")),
+    "numpy.dtype",
+    "numpy.ndarray",
+)  # fmt: skip
+_DICTIONARIES = (
+    "pytorch_lightning.utilities.parsing.AttributeDict",
+    "lightning_fabric.utilities.data.AttributeDict",
+    "lightning.fabric.utilities.data.AttributeDict",
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,53 +63,73 @@ class Pretrained:
 
     encoder: nn.Module  # returns pooled features
     architecture: Encoder
-    small_images: bool  # the CIFAR stem
-    projector: nn.Sequential | None  # if the file is a checkpoint with one
+    stem: Stem
+    projector: nn.Sequential | None  # if it was requested and is beside the encoder
     source: Path  # the file or checkpoint it was read from
+    name: str  # of the encoder, if the file holds several; else ""
 
     @property
     def description(self) -> str:
-        stem = ", CIFAR stem" if self.small_images else ""
-        return f"{self.architecture}{stem}, {self.source}"
+        stem = "" if self.stem == "imagenet" else f", {self.stem} stem"
+        return f"{self.architecture}{stem}, {self.source}{self.name and f', {self.name}'}"
 
 
-def load_encoder(path: str | Path) -> nn.Module:
+def load_encoder(
+    path: str | Path, *, which: str | None = None, stem: Stem | None = None
+) -> nn.Module:
     """A pretrained encoder: images [n, 3, H, W], normalised as ImageNet's -> features [n, width].
 
     Args:
-        path: a run's folder, an encoder.safetensors, the authors' resnet50.pth or full
-            checkpoint, or a file of `bt-fast export --to torchvision|timm|safetensors`.
+        path: a run's folder, or a file of weights of bt-fast or of another program that holds a
+            ResNet with torchvision's names; see docs/evaluation.md.
+        which: the ResNet of a file that holds several, by its name in the file or a part of it,
+            such as "teacher", "encoder_q" or "momentum_backbone".
+        stem: stride, padding and max-pool of a 3x3 stem, if the file does not say: one of
+            `bt_fast.models.networks.STEMS`, "cifar" for stride 1, padding 1 and no max-pool.
     Returns:
-        a `torchvision.models.ResNet` whose `fc` is the identity, on the CPU, in evaluation mode.
+        a `torchvision.models.ResNet` whose `fc` is the identity, float32, on the CPU, in evaluation
+        mode.
     Raises:
-        ValueError: the path does not exist, cannot be read or holds no known encoder.
+        ValueError: the path does not exist, cannot be read, holds no known encoder, or could mean
+            several; the message names `--which` or `--stem`.
     """
-    return read_pretrained(Path(path)).encoder.eval()
+    return read_pretrained(Path(path), which=which, stem=stem).encoder.eval()
 
 
-def read_pretrained(path: Path, *, projector: bool = False) -> Pretrained:
+def read_pretrained(
+    path: Path, *, which: str | None = None, stem: Stem | None = None, projector: bool = False
+) -> Pretrained:
     """As `load_encoder`, with the architecture, the projector and the path of the file.
 
-    projector: from a run's folder, read the checkpoint, because encoder.safetensors has none.
+    projector: read it, too; from a run's folder, read the checkpoint, because encoder.safetensors
+    has none.
     """
     file = _weights_file(path, projector)
-    tensors = _read_tensors(file)
-    stems = [name for name in tensors if name == _STEM or name.endswith(f".{_STEM}")]
-    prefixes = [name.removesuffix(_STEM) for name in stems if ".layer" not in f".{name}"]
-    if len(prefixes) != 1:
-        raise ValueError(f"{file} holds no ResNet with torchvision's names (no {_STEM})")
-    weights = _without_prefix(prefixes[0], tensors)
-    weights = {name: value for name, value in weights.items() if not name.startswith("fc.")}
-    architecture, small_images, encoder = _matching_encoder(weights, file)
+    tensors, metadata = _read_tensors(file)
+    resnets = _find_resnets(tensors)
+    if not resnets:
+        some = ", ".join(printable(name) for name in list(tensors)[:3]) or "none"
+        raise ValueError(
+            f"{file} holds no ResNet with torchvision's names (no layer1.0.conv1.weight); its"
+            f" tensors: {some}{', ...' if len(tensors) > 3 else ''}"
+        )
+    prefix = _choose_resnet(resnets, which, file)
+    architecture = _find_architecture(resnets[prefix], file)
+    stem = _choose_stem(resnets[prefix], stem, metadata, file)
+    encoder = build_encoder(architecture, stem=stem)
+    _load(encoder, resnets[prefix])
     # The projector is a sibling of the encoder: module.backbone. -> module.projector.
-    parent = prefixes[0].rstrip(".").rpartition(".")[0]
+    parent, _, name = prefix.rstrip(".").rpartition(".")
     siblings = _without_prefix(f"{parent}.projector." if parent else "projector.", tensors)
     return Pretrained(
         encoder=encoder,
         architecture=architecture,
-        small_images=small_images,
-        projector=_matching_projector(siblings, file) if prefixes[0] and siblings else None,
+        stem=stem,
+        projector=_matching_projector(siblings, file)
+        if projector and siblings and name in _PROJECTED
+        else None,
         source=file,
+        name=_labels(resnets)[prefix] if len(resnets) > 1 else "",
     )
 
 
@@ -120,6 +164,11 @@ def _weights_file(path: Path, projector: bool) -> Path:
 
 def _reason(error: Exception) -> str:
     """One line, without torch's advice to load the file with `weights_only=False`."""
+    if pickled := re.search(r"GLOBAL (\S+)", str(error)):
+        return (
+            f"it holds a pickled {pickled[1]}, and reading that could run code; where it was"
+            " written, save weights alone: torch.save(model.state_dict(), ...)"
+        )
     if refusal := re.search(r"WeightsUnpickler error:\s+(.+)", str(error)):
         return refusal[1].splitlines()[0]
     if isinstance(error, KeyError | EOFError):  # an unknown opcode of the pickle; an empty file
@@ -127,28 +176,42 @@ def _reason(error: Exception) -> str:
     return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
-def _read_tensors(file: Path) -> Tensors:
-    """Tensors of a file by name; of a nested dictionary, those under "model" or "state_dict"."""
+def _read_tensors(file: Path) -> tuple[Tensors, Mapping[str, Any]]:
+    """(tensors of a file by name, in nested dictionaries as "outer.inner"; its metadata)."""
     try:
         if file.suffix == ".safetensors":
-            return load_file(file)
-        _refuse_compressed(file)
-        # Early checkpoints of the authors refer to a function of their script, a filter of LARS.
-        allowed: list = [(_placeholder, "__main__.exclude_bias_and_norm")]
+            with safe_open(file, "pt") as opened:
+                names = list(opened.keys())
+                return {n: opened.get_tensor(n) for n in names}, opened.metadata() or {}
+        _refuse_archive(file)
+        allowed: list = [(_Setting, name) for name in _SETTINGS]
+        allowed += [(OrderedDict, name) for name in _DICTIONARIES]
         with torch.serialization.safe_globals(allowed), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about unusual pickles; the content is checked below
             content = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises exceptions of many classes on damaged files
         raise ValueError(f"{file} cannot be read as weights: {_reason(error)}") from None
-    for key in ("model", "state_dict"):
-        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
-            content = content[key]
     if not isinstance(content, Mapping):
         raise ValueError(f"{file} holds a {type(content).__name__}, not a dictionary of tensors")
-    tensors = {str(k): value for k, value in content.items() if _is_dense(value)}
+    tensors = dict(_named_tensors(content))
     if any(tensor.nbytes > file.stat().st_size for tensor in tensors.values()):
         raise ValueError(f"{file} cannot be read as weights: its tensors are larger than it")
-    return tensors
+    metadata = getattr(content, "_metadata", None)
+    metadata = metadata.get("") if isinstance(metadata, Mapping) else None
+    return tensors, metadata if isinstance(metadata, Mapping) else {}
+
+
+def _named_tensors(content: Mapping) -> Iterator[tuple[str, torch.Tensor]]:
+    """(name, tensor) of nested dictionaries, each of which is visited once."""
+    pending, visited = deque([("", content)]), {id(content)}
+    while pending:
+        prefix, mapping = pending.popleft()
+        for key, value in mapping.items():
+            if _is_dense(value):
+                yield f"{prefix}{key}", value
+            elif isinstance(value, Mapping) and id(value) not in visited:
+                visited.add(id(value))
+                pending.append((f"{prefix}{key}.", value))
 
 
 def _is_dense(value: object) -> bool:
@@ -158,17 +221,29 @@ def _is_dense(value: object) -> bool:
     )
 
 
-def _refuse_compressed(file: Path) -> None:
-    """Raise ValueError for a compressed archive: torch never compresses, a zip bomb does."""
+def _refuse_archive(file: Path) -> None:
+    """Raise ValueError for TorchScript, which contains code, and for a compressed archive: torch
+    never compresses tensors, a zip bomb does."""
     if zipfile.is_zipfile(file):
         with zipfile.ZipFile(file) as archive:
-            if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
-                raise ValueError("it is a compressed archive, which torch does not write")
+            entries = archive.infolist()
+        if any(re.search(r"/code/|/constants\.pkl$", entry.filename) for entry in entries):
+            raise ValueError(
+                "it is a TorchScript archive, which contains code; save its weights alone:"
+                " torch.save(torch.jit.load(FILE).state_dict(), ...)"
+            )
+        if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+            raise ValueError("it is a compressed archive, which torch does not write")
 
 
-def _placeholder(*_: object) -> bool:
-    """Replaces a function that a checkpoint refers to; never called."""
-    return False
+class _Setting:
+    """Replaces an object or function of _SETTINGS, whose code is never run."""
+
+    def __new__(cls, *_: object) -> "_Setting":
+        return super().__new__(cls)
+
+    def __setstate__(self, state: object) -> None:
+        pass
 
 
 def _without_prefix(prefix: str, tensors: Tensors) -> Tensors:
@@ -176,18 +251,142 @@ def _without_prefix(prefix: str, tensors: Tensors) -> Tensors:
     return {k.removeprefix(prefix): value for k, value in tensors.items() if k.startswith(prefix)}
 
 
-def _matching_encoder(weights: Tensors, file: Path) -> tuple[Encoder, bool, nn.Module]:
-    """(architecture, CIFAR stem, network with these weights). Raises ValueError."""
-    shapes = _shapes(weights)
-    for name in get_args(Encoder):
-        for small_images in (False, True):
-            with torch.device("meta"):
-                candidate = build_encoder(name, small_images=small_images)
-            if _shapes(candidate.state_dict()) == shapes:
-                encoder = build_encoder(name, small_images=small_images)
-                _load(encoder, weights)
-                return name, small_images, encoder
-    raise ValueError(f"{file} holds none of {', '.join(get_args(Encoder))}: names or shapes differ")
+def _find_resnets(tensors: Tensors) -> dict[str, Tensors]:
+    """{prefix: tensors under torchvision's names} of every ResNet.
+
+    What is beside it, such as `fc` or a projector, is left out, except convolutions: with those
+    torchvision's ResNet would be another network.
+    """
+    marks = {found[1]: found[2] for name in tensors if (found := _MARK.fullmatch(name))}
+    resnets: dict[str, Tensors] = {
+        prefix: {}
+        for prefix, mark in marks.items()
+        if mark == "layer1" or f"{prefix}0.weight" in tensors
+    }
+    for name, tensor in tensors.items():
+        prefix = max((p for p in resnets if name.startswith(p)), key=len, default=None)
+        if prefix is not None:
+            first, dot, rest = name.removeprefix(prefix).partition(".")
+            if marks[prefix] != "layer1":
+                first = _NUMBERED.get(first, first)
+            if first in _PARTS or tensor.ndim == 4:
+                resnets[prefix][first + dot + rest] = tensor
+    return resnets
+
+
+def _labels(resnets: Mapping[str, Tensors]) -> dict[str, str]:
+    """For each prefix its first part that no other one has, else all of it."""
+    paths = {prefix: prefix.rstrip(".").split(".") for prefix in resnets}
+    labels = {}
+    for prefix, path in paths.items():
+        others = {part for other in paths if other != prefix for part in paths[other]}
+        label = next((part for part in path if part not in others), ".".join(path))
+        labels[prefix] = printable(label) or "."
+    return labels
+
+
+def _choose_resnet(resnets: Mapping[str, Tensors], which: str | None, file: Path) -> str:
+    """The prefix of the ResNet that is meant; several with equal weights are one."""
+    labels = _labels(resnets)
+    listed = ", ".join(labels.values())
+    exact = [p for p in resnets if which in (None, labels[p], p.rstrip("."))]
+    prefixes = exact or [p for p in resnets if which in p.split(".")]
+    if not prefixes:
+        raise ValueError(f"--which {which}: {file} holds only {listed}")
+    chosen = resnets[prefixes[0]]
+    for other in (resnets[prefix] for prefix in prefixes[1:]):
+        if chosen.keys() != other.keys() or any(
+            not torch.equal(tensor, other[name]) for name, tensor in chosen.items()
+        ):
+            raise ValueError(
+                f"{file} holds {len(resnets)} different ResNets ({listed}); choose one with"
+                f" --which, such as --which {next(iter(labels.values()))}"
+            )
+    return prefixes[0]
+
+
+def _choose_stem(
+    weights: Tensors, stem: Stem | None, metadata: Mapping[str, Any], file: Path
+) -> Stem:
+    """The stem that is given, recorded or the only one with this kernel. Raises ValueError."""
+    if stem not in (None, *STEMS):
+        raise ValueError(f"--stem {stem} is not one of {', '.join(STEMS)}")
+    kernel = weights["conv1.weight"].shape[-1]
+    fitting = [name for name, (size, *_) in STEMS.items() if size == kernel]
+    # Exports of early versions have no stem; a 3x3 one was "cifar".
+    known = metadata.get("stem", "cifar" if "architecture" in metadata else None)
+    if known not in fitting:
+        known = fitting[0] if len(fitting) == 1 else _stem_of_run(file)
+    known = known if known in fitting else None
+    chosen = stem or known
+    if chosen is None:
+        raise ValueError(
+            f"{file}: its stem is a {kernel}x{kernel} convolution, whose stride, padding and"
+            f" max-pool are not in the file: give --stem {', '.join(fitting)} (cifar: stride 1,"
+            " padding 1, no max-pool; solo-learn: padding 2)"
+        )
+    if chosen not in fitting or known not in (None, chosen):
+        kind = known or f"a {kernel}x{kernel} convolution"
+        raise ValueError(f"--stem {chosen}: the stem of {file} is {kind}")
+    return chosen
+
+
+def _stem_of_run(file: Path) -> Stem | None:
+    """The stem in the configuration of the run that a file belongs to, if it is a run's."""
+    parents = file.absolute().parents
+    folders = {"encoder.safetensors": parents[:1], "model.safetensors": parents[2:3]}
+    for folder in folders.get(file.name, ()):
+        try:
+            return load_config(folder, "RUN").stem
+        except (ValueError, OSError):  # not a run, or damaged
+            pass
+    return None
+
+
+def _find_architecture(weights: Tensors, file: Path) -> Encoder:
+    """The architecture with these names and shapes. Raises ValueError with the difference."""
+    stages = tuple(
+        len({name.split(".")[1] for name in weights if name.startswith(f"layer{stage}.")})
+        for stage in range(1, 5)
+    )
+    block = "Bottleneck" if "layer1.0.conv3.weight" in weights else "BasicBlock"
+    names = get_args(Encoder)
+    alike = [name for name in names if ARCHITECTURES[name][:2] == (block, stages)]
+    differences = {name: _difference(weights, name) for name in alike}
+    for name, difference in differences.items():
+        if not difference:
+            return name
+    reason = next(iter(differences.values()), f"its stages have {stages} {block} blocks")
+    raise ValueError(f"{file} holds none of {', '.join(names)}: {printable(reason)}")
+
+
+def _difference(weights: Tensors, architecture: Encoder) -> str:
+    """How the weights differ from those of the architecture with any stem; "" if they do not."""
+    with torch.device("meta"):
+        shapes = _shapes(build_encoder(architecture).state_dict())
+    found = _shapes(weights)
+    conv1 = found.pop("conv1.weight", None)
+    kernels = {(64, 3, kernel, kernel) for kernel, *_ in STEMS.values()}
+    del shapes["conv1.weight"]
+    if "conv1.0.weight" in found:
+        return "its stem has several convolutions, as that of ResNet-D"
+    if conv1 is None:
+        return "it has no conv1.weight"
+    if conv1[1:2] != (3,):
+        return f"its conv1.weight is {list(conv1)}, not that of RGB images (3 channels)"
+    if tuple(conv1) not in kernels:
+        return f"its conv1.weight is {list(conv1)}, not [64, 3, 7, 7] or [64, 3, 3, 3]"
+    if grouped := [n for n, s in found.items() if n.endswith("conv2.weight") and s[0] != s[1]]:
+        return f"{grouped[0]} is a grouped convolution, as in ResNeXt"
+    for name in sorted(shapes.keys() ^ found.keys()):
+        return f"{'it lacks' if name in shapes else 'it also has'} {name}"
+    for name, shape in shapes.items():
+        if found[name] != shape:
+            return f"{name} is {list(found[name])}, {architecture}'s is {list(shape)}"
+    for name in ("conv1.weight", *shapes):
+        if not weights[name].is_floating_point():
+            return f"{name} is {weights[name].dtype}"
+    return ""
 
 
 def _matching_projector(weights: Tensors, file: Path) -> nn.Sequential:

@@ -2,10 +2,11 @@
 
     torchvision  .pth, the names of torchvision.models.resnet*, without fc (as the authors released)
     timm         .pth, the same names: timm's resnets use torchvision's
-    safetensors  the same names, with the network's name as metadata
+    safetensors  the same names
     detectron2   .pth, the names of detectron2's ResNet, for DetectionCheckpointer
     onnx         normalised images [n, 3, H, W] -> features [n, width]; n, H and W are free
 
+The first three record architecture and stem as metadata, the .pth files as a state_dict() does.
 Images are RGB in all of them, scaled to [0, 1] and normalised with ImageNet's mean and deviation.
 detectron2's pixels lie in [0, 255]: PIXEL_MEAN and PIXEL_STD are 255 times as large, and
 INPUT.FORMAT must be RGB (its default is BGR); `bt_fast/evaluate/detectron2/` sets both.
@@ -15,6 +16,7 @@ import io
 import logging
 import os
 import re
+from collections import OrderedDict
 from pathlib import Path
 
 import safetensors.torch
@@ -23,6 +25,7 @@ from torch import nn
 
 from bt_fast.export.encoder_files import Pretrained, Tensors, read_pretrained
 from bt_fast.export.options import SUFFIXES, Export, Target
+from bt_fast.models.networks import STEMS
 from pipelines.common.atomic import atomic_file
 
 
@@ -35,7 +38,7 @@ def run_export(options: Export) -> int:
         raise ValueError(f"--out {options.out} exists; add --overwrite to replace it")
     if not options.out.parent.is_dir():
         raise ValueError(f"--out {options.out}: the folder {options.out.parent} does not exist")
-    pretrained = read_pretrained(options.source)
+    pretrained = read_pretrained(options.source, which=options.which, stem=options.stem)
     content = serialise(pretrained, options.to)
     with atomic_file(options.out, overwrite=options.overwrite) as file:
         file.write(content)
@@ -48,13 +51,15 @@ def serialise(pretrained: Pretrained, to: Target) -> bytes:
     """Content of the file. Raises ValueError for an encoder that the format cannot express."""
     if to == "onnx":
         return _onnx(pretrained.encoder)
-    weights = {name: t.detach().contiguous() for name, t in pretrained.encoder.state_dict().items()}
+    weights = OrderedDict(
+        (name, t.detach().contiguous()) for name, t in pretrained.encoder.state_dict().items()
+    )
+    metadata = {"architecture": pretrained.architecture, "stem": pretrained.stem}
     if to == "safetensors":
-        metadata = {"format": "pt", "architecture": pretrained.architecture}
-        return safetensors.torch.save(weights, metadata=metadata)
+        return safetensors.torch.save(weights, metadata={"format": "pt", **metadata})
     if to == "detectron2":
-        if pretrained.small_images:
-            raise ValueError("--to detectron2: its ResNet has no CIFAR stem")
+        if pretrained.stem != "imagenet":
+            raise ValueError(f"--to detectron2: its ResNet has no {pretrained.stem} stem")
         if pretrained.architecture.startswith("wide"):
             raise ValueError("--to detectron2: the paper's configurations have no wide ResNets")
         content: dict = {
@@ -63,6 +68,7 @@ def serialise(pretrained: Pretrained, to: Target) -> bytes:
             "matching_heuristics": True,  # res5 to roi_heads.res5, the others to backbone
         }
     else:
+        weights._metadata = {"": metadata}  # type: ignore[attr-defined]  # as of a state_dict()
         content = weights
     buffer = io.BytesIO()
     torch.save(content, buffer)
@@ -113,11 +119,10 @@ def _onnx(encoder: nn.Module) -> bytes:
 def loading_hint(pretrained: Pretrained, to: Target, out: Path) -> str:
     """Line with the Python statement or configuration that reads the file."""
     name, stem = pretrained.architecture, ""
-    if pretrained.small_images:
-        stem = (
-            "model.conv1 = torch.nn.Conv2d(3, 64, 3, padding=1, bias=False); "
-            "model.maxpool = torch.nn.Identity(); "
-        )
+    if pretrained.stem != "imagenet":
+        *sizes, max_pool = STEMS[pretrained.stem]
+        stem = f"model.conv1 = torch.nn.Conv2d(3, 64, {', '.join(map(str, sizes))}, bias=False); "
+        stem += "" if max_pool else "model.maxpool = torch.nn.Identity(); "
     lines = {
         "torchvision": f"model = torchvision.models.{name}(); {stem}"
         f'model.load_state_dict(torch.load("{out}"), strict=False)  # no fc',

@@ -6,6 +6,8 @@ from typing import Annotated, Literal
 
 import tyro
 
+from bt_fast.choices import Stem
+
 Target = Literal["torchvision", "timm", "detectron2", "safetensors", "onnx"]
 
 SUFFIXES: dict[Target, tuple[str, ...]] = {
@@ -18,7 +20,18 @@ SUFFIXES: dict[Target, tuple[str, ...]] = {
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Export:
+class WeightsOptions:
+    """Flags of every command that reads an encoder."""
+
+    which: str | None = None
+    """ResNet of a file that holds several, such as teacher, encoder_q or momentum_backbone."""
+    stem: Stem | None = None
+    """Stride, padding and max-pool of a 3x3 stem, for a file that does not record them. cifar:
+    stride 1, padding 1, no max-pool; solo-learn: padding 2."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Export(WeightsOptions):
     """Write an encoder in the format of another library."""
 
     source: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN_OR_FILE")]

@@ -31,7 +31,7 @@ from torch import nn
 from torch.func import functional_call
 from torchvision.models import resnet
 
-from bt_fast.choices import Encoder
+from bt_fast.choices import Encoder, Stem
 from bt_fast.config import Config
 from bt_fast.models.batch_norm import Activation, BatchNorm1d, BatchNorm2d, as_pair, norm_act
 
@@ -43,6 +43,16 @@ ARCHITECTURES: dict[str, tuple[str, tuple[int, ...], dict[str, Any]]] = {
     "resnet101": ("Bottleneck", (3, 4, 23, 3), {}),
     "resnet152": ("Bottleneck", (3, 8, 36, 3), {}),
     "wide_resnet50_2": ("Bottleneck", (3, 4, 6, 3), {"width_per_group": 128}),
+}
+
+# For each stem: kernel, stride and padding of its convolution, and whether a max-pool follows.
+STEMS: dict[Stem, tuple[int, int, int, bool]] = {
+    "imagenet": (7, 2, 3, True),  # torchvision's
+    "cifar": (3, 1, 1, False),  # that of `small_images`
+    "solo-learn": (3, 1, 2, False),
+    "3x3-maxpool": (3, 1, 1, True),
+    "3x3-stride2": (3, 2, 1, False),
+    "3x3-stride2-maxpool": (3, 2, 1, True),
 }
 
 
@@ -68,7 +78,8 @@ class BarlowTwins(nn.Module):
             predictor, stop_gradient: Table 6's variants; in training mode only.
         """
         super().__init__()
-        self.encoder = build_encoder(encoder, small_images=small_images, norm_layer=BatchNorm2d)
+        stem: Stem = "cifar" if small_images else "imagenet"
+        self.encoder = build_encoder(encoder, stem=stem, norm_layer=BatchNorm2d)
         widths = (feature_width(self.encoder), *projector)
         self.projector = build_projector(widths, batch_norm=projector_norm)
         self.predictor = build_projector((widths[-1],) * 3) if predictor else None
@@ -97,10 +108,11 @@ def build_model(config: Config) -> BarlowTwins:
 
 
 def build_encoder(
-    name: str, *, small_images: bool = False, norm_layer: type[nn.Module] = nn.BatchNorm2d
+    name: str, *, stem: Stem = "imagenet", norm_layer: type[nn.Module] = nn.BatchNorm2d
 ) -> nn.Module:
     """A randomly initialised ResNet that returns its pooled features.
 
+    stem: one of `STEMS`; weights of 3x3 stems fit into all of them, and only features differ.
     norm_layer: torch's batch norm, or the per-view batch norm of pretraining.
     """
     if name not in get_args(Encoder):
@@ -114,9 +126,11 @@ def build_encoder(
         **arguments,
     )
     encoder.fc = nn.Identity()
-    if small_images:
-        encoder.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
+    kernel, stride, padding, max_pool = STEMS[stem]
+    if stem != "imagenet":
+        encoder.conv1 = nn.Conv2d(3, 64, kernel, stride, padding, bias=False)
         nn.init.kaiming_normal_(encoder.conv1.weight, mode="fan_out", nonlinearity="relu")
+    if not max_pool:
         encoder.maxpool = nn.Identity()
     return encoder
 

@@ -128,10 +128,10 @@ def copied(tensors: Mapping[str, torch.Tensor]) -> Tensors:
     }
 
 
-def write_tensors(tensors: Tensors, path: Path) -> None:
+def write_tensors(tensors: Tensors, path: Path, metadata: dict[str, str] | None = None) -> None:
     """Write a safetensors file with the permissions of new files. Raises OSError."""
     try:
-        save_file(tensors, path)  # creates it readable for the owner alone
+        save_file(tensors, path, metadata)  # creates it readable for the owner alone
     except SafetensorError as error:
         what = str(error).removeprefix("Error while serializing: ").removeprefix("I/O error: ")
         raise OSError(f"{path.name}: {what}") from None

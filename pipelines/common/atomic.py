@@ -7,7 +7,6 @@ which is locked while its process runs and thus distinguished from that of a kil
 
 import contextlib
 import errno
-import fcntl
 import os
 import shutil
 from collections.abc import Iterator
@@ -36,17 +35,17 @@ def atomic_file(path: str | os.PathLike, *, overwrite: bool = False) -> Iterator
     path = Path(path)
     temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
     refuse_existing(path, overwrite)
-    with open(temporary, "w+b") as file:
-        try:
+    try:
+        with open(temporary, "w+b") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-            refuse_existing(path, overwrite)
-            os.replace(temporary, path)
-        except BaseException:  # including KeyboardInterrupt: no partial file may stay
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(temporary)
-            raise
+        refuse_existing(path, overwrite)
+        os.replace(temporary, path)
+    except BaseException:  # including KeyboardInterrupt: no partial file may stay
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+        raise
     sync(path.parent)
 
 
@@ -65,10 +64,12 @@ def work_folder(path: Path, *, resume: bool = False) -> Iterator[Path]:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         try:
+            import fcntl
+
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise
-        except OSError:  # a file system without locks
+        except (OSError, ImportError):  # a file system or platform without locks
             pass
         if not resume:
             for entry in path.iterdir():
@@ -92,6 +93,8 @@ def open_for_recovery(path: str | os.PathLike) -> BinaryIO:
 
 def sync(path: Path) -> None:
     """Sync the contents of a file, or the renames in a folder, which syncing a file does not."""
+    if not hasattr(os, "O_DIRECTORY"):  # Windows cannot open folders
+        return
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

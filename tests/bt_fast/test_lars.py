@@ -121,6 +121,18 @@ def test_the_fused_update_of_unaligned_memory():
     assert all(torch.allclose(p, q) for p, q in zip(parameters, expected, strict=True))
 
 
+@pytest.mark.parametrize("dtype,message", [(torch.half, "float32"), (torch.float, "strides")])
+def test_the_fused_update_refuses_what_its_kernels_cannot_read(dtype, message):
+    """Half precision, and a momentum buffer that was loaded in another memory format."""
+    p = torch.ones(4, 6, dtype=dtype, requires_grad=True)
+    p.grad = torch.ones_like(p)
+    optimizer = build_optimizer([p], True)
+    optimizer.state[p]["momentum"] = torch.zeros(6, 4, dtype=dtype).T
+    with pytest.raises(ValueError, match=message):
+        optimizer.step()
+    assert (p == 1).all()
+
+
 @pytest.mark.parametrize("fused", [False, True])
 def test_a_guarded_step_that_is_not_finite_changes_nothing(fused):
     parameters = mixed_parameters()

@@ -6,6 +6,7 @@ import re
 import numpy as np
 import pytest
 import torch
+from hostile import make_folder
 
 from bt_fast.cli import main
 from bt_fast.evaluate.collapse import centred_rank, collapse_report, effective_rank
@@ -66,3 +67,31 @@ def test_without_a_projector_there_is_no_collapse_report(labelled_run, capsys):
     assert "--collapse needs the trained projector" in capsys.readouterr().err
     assert main(["eval", "knn", file, *data]) == 0
     assert main(["eval", "knn", str(labelled_run), "--random", "--collapse", "--device=cpu"]) == 2
+
+
+@pytest.mark.parametrize(
+    "classes,is_val,reason",
+    [
+        ({"": 12}, False, "has no classes"),
+        ({"": 12}, True, "has no classes"),
+        ({"a": 12}, False, "has only one class"),
+        ({"a": 5, "b": 4}, False, "has too few images"),  # for a tenth of them
+    ],
+)
+def test_rank_and_collapse_need_no_classes(
+    classes, is_val, reason, labelled_run, tmp_path, capsys, monkeypatch
+):
+    """Without two classes there is no kNN, which is said; all other rows are there."""
+    monkeypatch.setenv("COLUMNS", "500")
+    folder, count = make_folder(tmp_path / "images", classes), sum(classes.values())
+    data = [labelled_run.parent / "train.beton", "--val-data", folder] if is_val else [folder]
+    flags = ["--device=cpu", "--precision=fp32", "--workers=2", "--data", *map(str, data)]
+    assert main(["eval", "knn", str(labelled_run), *flags, "--collapse"]) == 0
+    rows = re.sub(r"[│\s]+", " ", capsys.readouterr().out)
+    assert f"data {count} images of {folder} kNN none: {folder} {reason} " in rows
+    limits = re.findall(r"rank of the (\w+) RankMe [\d.]+, centred [\d.]+, of (\d+)", rows)
+    assert limits == [("features", str(count)), ("embeddings", str(count))]
+    assert "diagonal of C" in rows and "dead dimensions" in rows
+    assert main(["eval", "knn", str(labelled_run), *flags, "--augmented"]) == 2
+    message = f"--augmented needs images with classes: {folder} {reason}\n"
+    assert capsys.readouterr().err.endswith(message)

@@ -194,6 +194,8 @@ def test_a_published_list_names_the_images(labelled_run, tmp_path, capsys):
         (["linear", "--min-scale=2"], "--min-scale must be in (0, 1]"),
         (["semi", "--percent=0"], "--percent must be in (0, 100]"),
         (["semi", "--train-list=nowhere.txt"], "--train-list nowhere.txt cannot be read"),
+        (["knn", "--random", "--stem=cifar"], "is imagenet"),
+        (["knn", "--stem=cifar"], "is imagenet"),
         (["transfer"], "--data is required"),
         (["transfer", "--data=.", "--dataset=voc07"], "does not hold VOC07"),
         (["transfer", "--data=.", "--dataset=places205"], "does not hold Places-205"),

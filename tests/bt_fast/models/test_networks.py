@@ -14,7 +14,7 @@ def test_projector_matches_the_paper():
 
 
 def test_small_images_keep_their_resolution():
-    encoder = build_encoder("resnet18", small_images=True)
+    encoder = build_encoder("resnet18", stem="cifar")
     shapes = []
     encoder.layer1.register_forward_hook(lambda module, inputs, output: shapes.append(output.shape))
     encoder(torch.randn(2, 3, 32, 32))

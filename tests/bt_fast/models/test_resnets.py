@@ -9,16 +9,16 @@ from bt_fast.models import batch_norm
 from bt_fast.models.networks import ARCHITECTURES, build_encoder
 
 
-def pair(name: str, norm_layer, small_images: bool = False):
+def pair(name: str, norm_layer, stem="imagenet"):
     """Our encoder and torchvision's, with the same float64 weights; no norm's weight is zero."""
-    ours = build_encoder(name, norm_layer=norm_layer, small_images=small_images).double()
+    ours = build_encoder(name, norm_layer=norm_layer, stem=stem).double()
     for layer in ours.modules():
         if isinstance(layer, nn.BatchNorm2d):
             nn.init.uniform_(layer.weight, 0.5, 1.0)
             nn.init.uniform_(layer.bias, -0.5, 0.5)
     theirs = getattr(models, name)().double()
     theirs.fc = nn.Identity()
-    if small_images:
+    if stem == "cifar":
         theirs.conv1, theirs.maxpool = nn.Conv2d(3, 64, 3, padding=1, bias=False), nn.Identity()
     theirs.double().load_state_dict(ours.state_dict())
     ours.load_state_dict(theirs.state_dict())
@@ -27,11 +27,11 @@ def pair(name: str, norm_layer, small_images: bool = False):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "name,small_images", [*((name, False) for name in ARCHITECTURES), ("resnet18", True)]
+    "name,stem", [*((name, "imagenet") for name in ARCHITECTURES), ("resnet18", "cifar")]
 )
-def test_features_and_gradients_equal_torchvisions_for_each_view(name, small_images):
+def test_features_and_gradients_equal_torchvisions_for_each_view(name, stem):
     torch.manual_seed(0)
-    ours, theirs = pair(name, batch_norm.BatchNorm2d, small_images)
+    ours, theirs = pair(name, batch_norm.BatchNorm2d, stem)
     views = torch.randn(6, 3, 40, 40, dtype=torch.float64)
     weights = torch.randn(6, 1, dtype=torch.float64)
     features = ours(views)
