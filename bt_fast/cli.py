@@ -23,6 +23,7 @@ Barlow Twins pretraining as fast as the hardware allows.
   eval linear    train a linear classifier on the frozen encoder; --cached is quick
   eval semi      fine-tune on 1 or 10 percent of the labels
   eval transfer  evaluate on Places-205, iNaturalist 2018, VOC07 or any image folder
+  compare        curves of several runs in one picture, their results in one table
   export         write a trained encoder for torchvision, timm, detectron2 or ONNX
   doctor         check this machine: hardware, packages, rates, and what to fix
 
@@ -45,6 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands: dict[tuple[str, ...], Callable[[list[str]], int]] = {
         ("pretrain",): _pretrain,
         **{("eval", name): partial(_eval, name) for name in _EVALUATIONS},
+        ("compare",): _compare,
         ("export",): _export,
         ("doctor",): _doctor,
     }
@@ -150,6 +152,13 @@ def _export(arguments: list[str]) -> int:
     from bt_fast.export.export import run_export
 
     return run_export(options)
+
+
+def _compare(arguments: list[str]) -> int:
+    from bt_fast.run.compare import Compare, run_compare
+    from pipelines.common.flags import parse_flags
+
+    return run_compare(parse_flags(Compare, "bt-fast compare", arguments))
 
 
 def _doctor(arguments: list[str]) -> int:

@@ -308,9 +308,14 @@ def load_config(path: Path, flag: str) -> Config:
 
 def immutable_changes(config: Config, saved: Config) -> list[str]:
     """Flags that differ between two configurations and that a resumed run must not change."""
-    return [
-        f"--{field.name.replace('_', '-')}"
+    return list(differences(config, saved))
+
+
+def differences(config: Config, other: Config) -> dict[str, Any]:
+    """{flag: value in `config`} of what differs between two configurations and affects learning."""
+    return {
+        f"--{field.name.replace('_', '-')}": getattr(config, field.name)
         for field in dataclasses.fields(Config)
         if not field.metadata.get("mutable")
-        and getattr(config, field.name) != getattr(saved, field.name)
-    ]
+        and getattr(config, field.name) != getattr(other, field.name)
+    }

@@ -88,7 +88,7 @@ def finish(setup: TrainingSetup, run: RunDirectory, log: RunLog, step: int, save
     """
     metrics = run.path / "metrics.jsonl"
     with log.optional_output("curves.png"):
-        plots.curves(metrics, run.path / "curves.png")
+        plots.curves({"": metrics}, run.path / "curves.png")
     complete = step == setup.last_step
     if complete:
         log.info(probe_summary(metrics))

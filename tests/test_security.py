@@ -220,7 +220,7 @@ def test_a_record_that_decodes_to_another_size_is_refused(tmp_path, capsys):
 
 
 def ambiguous_archive(folder: Path) -> list[str]:
-    """Web shards whose first sample has no class, unlike the second."""
+    """Web shards with two images in a sample."""
     jpeg = jpeg_bytes(drawn_picture(0, 40, 30))
     with tarfile.open(folder / "mixed.tar", "w") as archive:
         for name, content in {"1.jpg": jpeg, "1.a.jpg": jpeg, "1.cls": b"1"}.items():

@@ -1,5 +1,6 @@
 """Plots of a run: a contact sheet of both views, and the curves of its metrics."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +9,9 @@ import torch
 from bt_fast.run.directory import read_metrics
 from pipelines.augment import IMAGENET_MEAN, IMAGENET_STD
 from pipelines.common.atomic import atomic_file
+
+# Axes that are logarithmic, if all values are positive.
+_LOGARITHMIC = ("Barlow Twins loss", "on-diagonal and off-diagonal term (dashed)")
 
 
 def contact_sheet(views: torch.Tensor, path: Path, count: int = 12) -> None:
@@ -33,51 +37,44 @@ def _pixels(view: torch.Tensor) -> np.ndarray:
     return np.clip(np.rint(np.nan_to_num(values)), 0, 255).astype(np.uint8)
 
 
-def curves(metrics: Path, path: Path) -> None:
-    """Draw the curves of a metrics.jsonl: loss and its terms, kNN, learning rate and images/s."""
-    records = [record for _, record in read_metrics(metrics)]
-    train = [record for record in records if record["kind"] == "train"]
-    probe = [record for record in records if record["kind"] == "probe"]
-    if not train:
-        return
-    epochs = [record["epoch"] for record in train]
-    panels = 4 if probe else 3
-    figure = _figure(4 * panels, 3.6)
-    axes = figure.subplots(1, panels)
-    loss, rate, speed = axes[0], axes[-2], axes[-1]
-
-    _terms(loss, train, {"loss": "loss", "on_diagonal": "on-diagonal"})
-    twin = loss.twinx()
-    _terms(twin, train, {"off_diagonal": "off-diagonal"}, color="C2")
-    twin.set_ylabel("off-diagonal", color="C2")
-    loss.legend()
-    loss.set_title("Barlow Twins loss")
-
-    for name in sorted({key for record in probe for key in record if key.startswith("knn_")}):
-        values = [100 * record[name] for record in probe]
-        label = f"k = {name.removeprefix('knn_')}"
-        axes[1].plot([record["epoch"] for record in probe], values, marker="o", label=label)
-        axes[1].legend()
-        axes[1].set_title("kNN accuracy, %")
-
-    rate.plot(epochs, [record["lr_weights"] for record in train])
-    rate.set_title("learning rate (weights)")
-    speed.plot(epochs, [record["images_per_s"] for record in train])
-    speed.set_ylim(bottom=0)
-    speed.set_title("images/s")
-    for axis in axes:
+def curves(runs: Mapping[str, Path], path: Path) -> None:
+    """Draw the curves of runs, {name: its metrics.jsonl}: loss and its terms, readouts of the
+    features, rank, learning rate and images/s over epochs. Dotted: before training.
+    """
+    figure = _figure(15, 7)
+    axes = figure.subplots(2, 3).flat
+    panels = [
+        (_LOGARITHMIC[0], "train", {"loss": ""}, 1),
+        (_LOGARITHMIC[1], "train", {"on_diagonal": "", "off_diagonal": "--"}, 1),
+        ("kNN and linear readout (dashed), %", "probe", {"knn_20": "", "linear": "--"}, 100),
+        ("effective rank of the features", "probe", {"rank": ""}, 1),
+        ("learning rate (weights)", "train", {"lr_weights": ""}, 1),
+        ("images/s", "train", {"images_per_s": ""}, 1),
+    ]
+    records = {name: [r for _, r in read_metrics(metrics)] for name, metrics in runs.items()}
+    for axis, (title, kind, styles, factor) in zip(axes, panels, strict=True):
+        for number, (name, of_run) in enumerate(records.items()):
+            for key, style in styles.items():
+                points = [
+                    (record["epoch"], factor * record[key])
+                    for record in of_run
+                    if record["kind"] == kind and record.get(key) is not None
+                ]
+                if not points:
+                    continue
+                label = name if key == next(iter(styles)) else None
+                axis.plot(*zip(*points, strict=True), style or "-", color=f"C{number}", label=label)
+                if kind == "probe" and points[0][0] == 0:
+                    axis.axhline(points[0][1], color=f"C{number}", linestyle=":", linewidth=0.8)
+        values = [value for line in axis.get_lines() for value in line.get_ydata()]
+        if title in _LOGARITHMIC and min(values, default=0) > 0:
+            axis.set_yscale("log")
+        axis.set_title(title)
         axis.set_xlabel("epoch")
         axis.grid(alpha=0.3)
+    if len(runs) > 1:
+        figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center")
     _write(figure, path, dpi=110)
-
-
-def _terms(axis, train: list[dict], labels: dict[str, str], **style) -> None:
-    """Plot terms of the loss, on a logarithmic axis if all values are positive."""
-    lines = {name: [record[name] for record in train] for name in labels}
-    for name, values in lines.items():
-        axis.plot([record["epoch"] for record in train], values, label=labels[name], **style)
-    if all(value is None or value > 0 for values in lines.values() for value in values):
-        axis.set_yscale("log")
 
 
 def _figure(width: float, height: float):

@@ -1,0 +1,65 @@
+"""`bt-fast compare RUN RUN...`: several runs in one table and one picture."""
+
+import statistics
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+READOUTS = ("knn_20", "linear", "rank")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Compare:
+    """Compare runs: their last loss, readouts before and after training, and all curves."""
+
+    runs: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
+    """Folders of runs, finished or not."""
+    out: Path = Path("compare.png")
+    """Picture of the curves; an existing one is replaced only with --overwrite."""
+    overwrite: bool = False
+    """Permission to replace an existing picture."""
+
+
+def run_compare(options: Compare) -> int:
+    """Print the table and draw the picture; returns the exit status."""
+    from rich.console import Console
+    from rich.table import Column, Table
+    from rich.text import Text
+
+    from bt_fast.config import differences, load_config
+    from bt_fast.run.directory import read_metrics
+    from bt_fast.run.plots import curves
+
+    if options.out.exists() and not options.overwrite:
+        raise ValueError(f"--out {options.out} exists; choose another, or replace it: --overwrite")
+    configs = [load_config(path, "RUN") for path in options.runs]
+    table = Table(Column("run", overflow="fold"), Column("differs in", overflow="fold"))
+    for title in ("epoch", "loss", "kNN, %", "linear, %", "rank", "images/s"):
+        table.add_column(title, no_wrap=True)
+    for path, config in zip(options.runs, configs, strict=True):
+        records = [record for _, record in read_metrics(path / "metrics.jsonl")]
+        if not any(record["kind"] == "train" for record in records):
+            raise ValueError(f"{path} has no metrics yet")
+        changed = differences(config, configs[0]) if config is not configs[0] else {}
+        changed.pop("--run-dir", None)
+        flags = ", ".join(f"{flag} {value}" for flag, value in changed.items())
+        table.add_row(Text(str(path)), Text(flags), *summary(records))
+    Console(soft_wrap=True).print(table)
+    curves({str(path): path / "metrics.jsonl" for path in options.runs}, options.out)
+    print(f"curves: {options.out}")
+    return 0
+
+
+def summary(records: list[dict[str, Any]]) -> list[str]:
+    """Epoch, loss, readouts "first -> last" and median images/s of a run's records."""
+    train = [record for record in records if record["kind"] == "train"]
+    probes = [record for record in records if record["kind"] == "probe"]
+    cells = [f"{train[-1]['epoch']:.4g}", f"{train[-1]['loss']:.4g}"]
+    for name in READOUTS:
+        values = [probe[name] for probe in probes if probe.get(name) is not None]
+        factor = 1 if name == "rank" else 100
+        ends = [values[0], values[-1]] if values else []
+        cells.append(" -> ".join(f"{factor * value:.1f}" for value in ends) or "none")
+    return [*cells, f"{statistics.median(record['images_per_s'] for record in train):.0f}"]

@@ -1,0 +1,68 @@
+"""`bt-fast compare`: results of runs in one table, their curves in one picture."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from bt_fast.cli import main
+from bt_fast.config import Config, to_json
+from bt_fast.run.plots import curves
+
+
+def write_run(folder: Path, config: Config, knn: tuple[float, float]) -> Path:
+    folder.mkdir()
+    (folder / "config.json").write_text(to_json(config))
+    train = [
+        {"kind": "train", "step": 10 * e, "epoch": e, "loss": 90.0 / e, "on_diagonal": 9.0,
+         "off_diagonal": -1.0, "lr_weights": 0.1, "images_per_s": 100.0 * e}
+        for e in (1, 2, 4)
+    ]  # fmt: skip
+    probe = [
+        {"kind": "probe", "step": 40 * e, "epoch": 4 * e, "knn_20": score, "rank": 9.0 + e}
+        for e, score in enumerate(knn)
+    ]
+    lines = [json.dumps(record) + "\n" for record in [*train, *probe]]
+    (folder / "metrics.jsonl").write_text("".join(lines))
+    return folder
+
+
+def test_results_and_what_differs(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    write_run(tmp_path / "a", Config(), (0.25, 0.5))
+    write_run(tmp_path / "b", replace(Config(), seed=3, run_dir=tmp_path / "b"), (0.25, 0.625))
+    out = tmp_path / "c.png"
+    command = ["compare", str(tmp_path / "a"), str(tmp_path / "b"), "--out", str(out)]
+    assert main(command) == 0
+    table = capsys.readouterr().out
+    rows = [line.replace("│", " ").split() for line in table.splitlines() if str(tmp_path) in line]
+    expected = ["4", "22.5", "25.0", "->"], ["none", "9.0", "->", "10.0", "200"]
+    assert rows[0][1:] == [*expected[0], "50.0", *expected[1]]
+    assert rows[1][1:] == ["--seed", "3", *expected[0], "62.5", *expected[1]]
+    assert Image.open(out).size[0] > 1000
+    assert main(command) == 2 and "--overwrite" in capsys.readouterr().err
+    assert main([*command, "--overwrite"]) == 0
+
+
+@pytest.mark.parametrize("metrics", ["", '{"kind": "probe", "step": 0, "epoch": 0}\n'])
+def test_a_run_without_metrics_is_named(tmp_path, capsys, metrics):
+    run = write_run(tmp_path / "a", Config(), (0.0, 0.0))
+    (run / "metrics.jsonl").write_text(metrics)
+    assert main(["compare", str(run)]) == 2
+    assert f"{run} has no metrics yet" in capsys.readouterr().err
+
+
+def test_curves_mark_the_random_initialisation(tmp_path, monkeypatch):
+    from matplotlib.figure import Figure
+
+    run = write_run(tmp_path / "a", Config(), (0.25, 0.5))
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: drawn.append(figure))
+    curves({"a": run / "metrics.jsonl"}, tmp_path / "c.png")
+    by_title = {axis.get_title(): axis for axis in drawn[0].axes}
+    readout, baseline = by_title["kNN and linear readout (dashed), %"].get_lines()
+    assert readout.get_ydata().tolist() == [25, 50] and list(baseline.get_ydata()) == [25, 25]
+    assert by_title["Barlow Twins loss"].get_yscale() == "log"  # the off-diagonal term is negative
+    assert by_title["on-diagonal and off-diagonal term (dashed)"].get_yscale() == "linear"
