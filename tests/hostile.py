@@ -13,7 +13,7 @@ from PIL import Image
 
 def saved(picture: Image.Image, format: str, **options) -> bytes:
     buffer = io.BytesIO()
-    picture.save(buffer, format, **options)
+    picture.copy().save(buffer, format, **options)  # as saving as JPEG leaves options in a picture
     return buffer.getvalue()
 
 
@@ -66,18 +66,19 @@ _STORED = {
     "a/cmyk.jpg": ("reencoded (CMYK JPEG)", saved(_picture.convert("CMYK"), "JPEG")),
     "a/rgb.jpg": ("reencoded (RGB JPEG)", saved(_picture, "JPEG", keep_rgb=True)),
     "a/extraneous.jpg": ("reencoded (Corrupt JPEG data:", _plain[:-2] + b"\x12" * 40 + _plain[-2:]),
-    "b/sixteen.png": ("reencoded (PNG)", saved(Image.fromarray(_ramp.astype(np.uint16)), "PNG")),
     "b/palette.png": (
         "reencoded (PNG)",
         saved(_picture.convert("P"), "PNG", transparency=bytes(range(256))),
     ),
     "b/alpha.png": ("reencoded (PNG)", saved(_picture.convert("RGBA"), "PNG")),
     "b/animated.gif": (
-        "reencoded (GIF)",
+        "reencoded (GIF, first frame)",
         saved(_picture, "GIF", save_all=True, append_images=[_grey]),
     ),
     "b/scan.tiff": ("reencoded (TIFF)", saved(_picture, "TIFF")),
     "b/web.webp": ("reencoded (WEBP)", saved(_picture, "WEBP")),
+    "b/really avif.jpg": ("reencoded (AVIF)", saved(_picture, "AVIF")),
+    "b/really jpeg 2000.jpg": ("reencoded (JPEG2000)", saved(_picture.convert("RGBA"), "JPEG2000")),
     "b/thin.bmp": ("reencoded (BMP)", saved(_picture.resize((3000, 1)), "BMP")),
     "b/café ☕.jpg": ("kept", _plain),
     "b/folder.jpg/inside.jpg": ("kept", _plain),
@@ -98,6 +99,16 @@ _BROKEN = {
         "more than 500 scans",
         _progressive[:-2] + b"\xff\xda\0\x08\x01\x01\0\0\x3f\0" * 600 + _plain[-2:],
     ),
+    "b/sixteen.png": (
+        "values 0 to 65535: which value is white is unknown",
+        saved(Image.fromarray(_ramp.astype(np.uint16)), "PNG"),
+    ),
+    "b/fourth band.tiff": ("which bands are", saved(_picture.convert("RGBA"), "TIFF")),
+    "b/pages.tiff": (
+        "which page",
+        saved(_large, "TIFF", save_all=True, append_images=[_grey.copy()]),
+    ),
+    "b/heic.jpg": ("HEIC, which this Pillow does not read", b"\0\0\0\x18ftypheic" + bytes(99)),
     "b/float.tiff": ("white is unknown", saved(Image.fromarray(_ramp.astype(np.float32)), "TIFF")),
     "b/dangling.jpg": ("No such file", None),
     "b/pipe.jpg": ("not a regular file", None),

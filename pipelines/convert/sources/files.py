@@ -1,12 +1,14 @@
 """What several sources share: splits by file name, sorted names, and members of tar archives."""
 
+import errno
 import heapq
 import json
+import os
 import re
 import tarfile
 import tempfile
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from itertools import islice
 from pathlib import Path
 
@@ -37,6 +39,21 @@ def by_split(files: list[Path]) -> dict[str, list[Path]]:
     return {name: paths for name, paths in splits.items() if paths}
 
 
+@contextmanager
+def temporary_files() -> Iterator[None]:
+    """Raise SourceError where TMPDIR has no space or does not exist."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT) and tempfile.tempdir:
+            raise
+        folder = tempfile.tempdir or os.environ.get("TMPDIR", "")
+        raise SourceError(
+            f"temporary files cannot be written to TMPDIR ({folder}): {error.strerror}; set TMPDIR "
+            f"to a folder with space"
+        ) from None
+
+
 def sorted_names(names: Iterable[str]) -> Iterator[str]:
     """`sorted(names)`. Of more than RUN_LENGTH names, sorted runs are merged from unnamed files."""
     names = iter(names)
@@ -44,7 +61,7 @@ def sorted_names(names: Iterable[str]) -> Iterator[str]:
     if len(run) < RUN_LENGTH:
         yield from run
         return
-    with ExitStack() as stack:
+    with temporary_files(), ExitStack() as stack:
         files = []
         while run:
             file = stack.enter_context(tempfile.TemporaryFile("w+"))

@@ -14,7 +14,8 @@ from pipelines.convert.manifest import SourceError, Split
 from pipelines.convert.sources import beton_file, shards
 from pipelines.convert.sources.folder import is_folder
 
-COMMON_KEYS = ("listing", "max_side", "subset")  # equal in the reports of all parts
+# Equal in the reports of all parts.
+COMMON_KEYS = ("listing", "max_side", "subset", "bits", "range", "bands", "page")
 REQUIRED_KEYS = {*COMMON_KEYS, "part", "split", "checksum"}
 
 
