@@ -7,6 +7,7 @@ import zlib
 from pathlib import Path
 
 import numpy as np
+import simplejpeg
 from conftest import drawn_picture, jpeg_bytes
 from PIL import Image
 
@@ -42,6 +43,14 @@ def damaged_png() -> bytes:
     return whole[:start] + other[start:end] + whole[end:]
 
 
+def jpeg_441() -> bytes:
+    """A 4:1:1 JPEG with the sampling of its transpose: luma blocks one below the other."""
+    pixels = np.asarray(drawn_picture(0, 64, 32))
+    plain = simplejpeg.encode_jpeg(np.ascontiguousarray(pixels), colorsubsampling="411")
+    frame = plain.index(b"\xff\xc0") + 5
+    return plain[:frame] + b"\0\x40\0\x20\x03\x01\x14" + plain[frame + 7 :]
+
+
 _picture = drawn_picture(0)
 _grey, _large = _picture.convert("L"), _picture.resize((900, 300))
 _plain, _progressive = jpeg_bytes(_picture), saved(_picture, "JPEG", progressive=True)
@@ -65,6 +74,7 @@ _STORED = {
     "a/really a png.JPEG": ("reencoded (PNG)", saved(_picture, "PNG")),
     "a/cmyk.jpg": ("reencoded (CMYK JPEG)", saved(_picture.convert("CMYK"), "JPEG")),
     "a/rgb.jpg": ("reencoded (RGB JPEG)", saved(_picture, "JPEG", keep_rgb=True)),
+    "a/441.jpg": ("reencoded (unusual JPEG)", jpeg_441()),
     "a/extraneous.jpg": ("reencoded (Corrupt JPEG data:", _plain[:-2] + b"\x12" * 40 + _plain[-2:]),
     "b/palette.png": (
         "reencoded (PNG)",
@@ -95,6 +105,7 @@ _BROKEN = {
     "b/damaged.png": ("checksum", damaged_png()),
     "b/bomb.png": ("13000 x 13000 pixels", png_bomb(13000, 13000)),
     "b/bomb.jpg": ("65000 x 65000 pixels", jpeg_bomb(65000, 65000)),
+    "b/truncated 441.jpg": ("Premature end", jpeg_441()[:-200]),
     "b/scans.jpg": (
         "more than 500 scans",
         _progressive[:-2] + b"\xff\xda\0\x08\x01\x01\0\0\x3f\0" * 600 + _plain[-2:],

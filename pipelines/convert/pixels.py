@@ -86,21 +86,22 @@ def read_rgb(data: bytes, flags: PixelFlags) -> tuple[Image.Image, str]:
     Raises UnreadableImage, and what Pillow raises for damaged files.
     """
     page = _tiff_page(data, flags) if data[:4] in _TIFF else _page(data, flags)
-    decided = _decide(page, flags)
-    what = ", ".join([page.name, *decided])
-    if page.samples is None or (page.num_colours and not page.is_deep):
+    what = ", ".join([page.name, *_decide(page, flags)])
+    is_deep = page.is_deep and page.samples is not None
+    if page.num_colours and not is_deep:
         return page.image().convert("RGB"), what
     bands = range(1, page.num_colours + 1) if page.num_colours else flags.bands or ()
     if max(bands) > page.num_bands:
         raise UnreadableImage(f"{_describe(page)}: it has no band {max(bands)}, as of --bands")
-    samples = page.samples()[..., [band - 1 for band in bands]]
-    low, high = 0.0, float(page.white or (1 << page.bits) - 1)
-    if page.is_deep and flags.range:
+    samples = page.samples() if page.samples else np.asarray(page.image())
+    samples = samples[..., [band - 1 for band in bands]]
+    low, high = 0.0, float(page.white or (1 << (page.bits if page.samples else 8)) - 1)
+    if is_deep and flags.range:
         low, high = flags.range
-    elif page.is_deep and flags.bits:
+    elif is_deep and flags.bits:
         high = (1 << flags.bits) - 1
-    if not (page.is_deep and flags.range) and not (samples.min() >= 0 and samples.max() <= high):
-        raise UnreadableImage(f"{_describe(page)}: it has values outside 0 to {high:g}")
+    if not (is_deep and flags.range) and not (samples.min() >= 0 and samples.max() <= high):
+        raise UnreadableImage(f"{_describe(page)}: values outside 0 to {high:g}")
     pixels = np.stack([_scale(samples[..., i], low, high) for i in range(len(bands))], axis=2)
     pixels = 255 - pixels if page.is_inverted else pixels
     return Image.fromarray(pixels if len(bands) == 3 else pixels[..., 0]).convert("RGB"), what
@@ -197,10 +198,11 @@ def _page(data: bytes, flags: PixelFlags) -> _Page:
     facts["samples"] = lambda: np.atleast_3d(np.asarray(image))
     if name == "PNG":
         _check_png(data)
-        if data[24] == 16:  # of which Pillow keeps 8, except of grey
+        if data[24] == 16:
             num_bands, num_colours = {0: (1, 1), 2: (3, 3), 4: (2, 1), 6: (4, 3)}[data[25]]
             facts |= {"bits": 16, "num_bands": num_bands, "num_colours": num_colours}
-            facts["samples"] = lambda: _png_samples(data)
+            if num_bands > 1:  # of which Pillow keeps 8 bits
+                facts["samples"] = lambda: _png_samples(data)
     elif name == "PPM":
         facts |= _state_ppm(data, image)
     elif name == "JPEG2000":
@@ -209,6 +211,8 @@ def _page(data: bytes, flags: PixelFlags) -> _Page:
         facts |= {"bits": bits, "samples": None}
     if name in ANIMATED:
         facts["num_pages"] = num_pages = getattr(image, "n_frames", 1)
+        if num_pages > 1 and facts.get("bits") == 16:
+            raise UnreadableImage("an animated PNG of 16 bits, which is not converted")
         if flags.page and num_pages > 1:
             _require_page(name, num_pages, flags)
             image.seek(flags.page - 1)
@@ -310,7 +314,9 @@ def _state_jpeg2000(data: bytes, image: ImageFile.ImageFile) -> dict:
     start = data.index(b"\xff\x4f\xff\x51") + 40
     num_bands = int.from_bytes(data[start : start + 2])
     depths = data[start + 2 : start + 2 + 3 * num_bands : 3]
-    bits, kind = max(depth & 0x7F for depth in depths) + 1, "i" if max(depths) > 0x7F else "u"
+    bits = max(depths) + 1
+    if bits > 128:  # the highest bit of a depth is the sign's
+        raise UnreadableImage("signed samples of JPEG 2000, which is not converted")
     # Two or four bands: the last is alpha if the file says so (type 1, of the whole image).
     last = struct.pack(">HHH", num_bands - 1, 1, 0)
     defined = data.find(b"cdef", 0, start)
@@ -320,9 +326,9 @@ def _state_jpeg2000(data: bytes, image: ImageFile.ImageFile) -> dict:
         or (defined > 0 and last in data[defined : defined + 6 + 6 * num_bands])
     )
     facts: dict = {} if is_known else {"num_colours": 0}
-    if bits > 8 or kind == "i":
-        facts |= {"bits": bits, "kind": kind, "samples": None}
-        if num_bands == 1 and kind == "u":  # which Pillow shifts up to 16 bits
+    if bits > 8:
+        facts |= {"bits": bits, "samples": None}
+        if num_bands == 1:  # which Pillow shifts up to 16 bits
             facts["samples"] = lambda: np.atleast_3d(np.asarray(image) >> (16 - bits))
     return facts
 

@@ -15,7 +15,7 @@ import threading
 import zlib
 from collections import deque
 from collections.abc import Generator, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 from multiprocessing import get_context
@@ -179,7 +179,7 @@ class _Workers:
             self._processes.add(self._thread_local.process)
         if self._is_closed:
             self._thread_local.process.kill()
-            raise WorkerDied("the conversion was stopped")  # not seen: pending results are dropped
+            raise CancelledError  # not seen: pending results are dropped
         return self._thread_local.process
 
     def _end_process(self) -> str:

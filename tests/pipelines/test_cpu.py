@@ -53,7 +53,7 @@ def machine(root: Path, groups: str, mounts: str, files: dict[str, str]) -> Path
             2.5,
         ),
         (
-            "4:cpuset:/\n2:cpu:/docker/1\n0::/\n",  # the container's own group is at the mount point
+            "4:cpuset:/\n2:cpu:/docker/1\n0::/\n",  # mounted: the container's group
             V1.replace("{top}", "/docker/1") + V2,
             {"cpu/cpu.cfs_quota_us": "400000", "cpu/cpu.cfs_period_us": "100000", "cpu.max": "9 1"},
             4,

@@ -6,7 +6,7 @@ import zlib
 
 import numpy as np
 import pytest
-from conftest import drawn_picture, jpeg_bytes
+from conftest import jpeg_bytes
 from hostile import saved
 from PIL import Image
 
@@ -20,6 +20,14 @@ RGB[0, :2] = [[0, 255, 0], [255, 0, 255]]
 GREY = RGB[..., :1]
 PICTURE = Image.fromarray(RGB)
 OTHER = Image.fromarray(RGB[::-1])
+
+
+def frames(format: str, first: Image.Image, second: Image.Image) -> bytes:
+    return saved(first, format, save_all=True, append_images=[second])
+
+
+def grey_picture(samples: np.ndarray) -> Image.Image:
+    return Image.fromarray(samples[..., 0])
 
 
 def grown(samples: np.ndarray, white: int, dtype: str = "u2") -> np.ndarray:
@@ -45,10 +53,8 @@ def pnm(magic: str, samples: np.ndarray, white: int) -> bytes:
     return header + samples.astype(">u2").tobytes()
 
 
-def tiff(
-    samples: np.ndarray, *, order="<", planar=1, tile=0, packed=0, tags=None, next_page=0
-) -> bytes:
-    """A TIFF of samples [height, width, bands], Deflate if it has tiles; `packed`: bits of one."""
+def tiff(samples: np.ndarray, *, order="<", planar=1, tile=0, packed=0, tags=None) -> bytes:
+    """A TIFF of samples [height, width, bands], compressed if tiled; `packed`: bits of a sample."""
     height, width, num_bands = samples.shape
     planes = [samples] if planar == 1 else [samples[..., i : i + 1] for i in range(num_bands)]
     rows, columns, parts = tile or 8, tile or width, []
@@ -109,22 +115,22 @@ DECIDED = {
     "PPM that states white": (pnm("P6", grown(RGB, 1023), 1023), {}, RGB),
     "PPM as text": (pnm("P3", grown(RGB, 1023), 1023), {}, RGB),
     "PGM of 65535": (pnm("P5", grown(GREY, 4095), 65535), {"bits": 12}, GREY),
-    "32 bits, signed, TIFF": (saved(Image.fromarray(GREY[..., 0].astype("i4")), "TIFF"), {"bits": 8}, GREY),
+    "32 bits, signed, TIFF": (saved(grey_picture(GREY.astype("i4")), "TIFF"), {"bits": 8}, GREY),
     "32 bits, unsigned": (tiff(grown(GREY, 2**32 - 1, "u4")), {"bits": 32}, GREY),
     "negative values": (tiff(GREY.astype("i2") - 128), {"range": (-128, 127)}, GREY),
     "8 bits, signed": (tiff((GREY.astype("i2") - 128).astype("i1")), {"range": (-128, 127)}, GREY),
     "floating-point": (tiff(GREY.astype("f8") / 255), {"range": (0, 1)}, GREY),
     "12 bits, packed": (tiff(grown(RGB, 4095), packed=12, tags={262: [2]}), {"bits": 12}, RGB),
     "differences, LZW": (
-        saved(
-            Image.fromarray(grown(GREY, 65535)[..., 0]), "TIFF", compression="tiff_lzw", tiffinfo={317: 2}
-        ),
+        saved(grey_picture(grown(GREY, 65535)), "TIFF", compression="tiff_lzw", tiffinfo={317: 2}),
         {"bits": 16},
         GREY,
     ),
     "differences of floats": (
         saved(
-            Image.fromarray(GREY[..., 0].astype("f4")), "TIFF", compression="tiff_adobe_deflate",
+            grey_picture(GREY.astype("f4")),
+            "TIFF",
+            compression="tiff_adobe_deflate",
             tiffinfo={317: 3},
         ),
         {"range": (0, 255)},
@@ -132,7 +138,9 @@ DECIDED = {
     ),
     "white is zero": (tiff(grown(255 - GREY, 65535), tags={262: [0]}), {"bits": 16}, GREY),
     "16-bit RGB, turned": (
-        tiff(grown(RGB, 65535)[:, ::-1].swapaxes(0, 1), tags={262: [2], 274: [6]}), {"bits": 16}, np.rot90(RGB[:, ::-1].swapaxes(0, 1), -1)
+        tiff(grown(np.rot90(RGB), 65535), tags={262: [2], 274: [6]}),
+        {"bits": 16},
+        RGB,
     ),
     "13 bands": (tiff(thirteen("u2")), BANDS_AND_RANGE, RGB),
     "13 bands, big-endian": (tiff(thirteen("i4"), order=">"), BANDS_AND_RANGE, RGB),
@@ -141,18 +149,22 @@ DECIDED = {
     "13 bands, tiles, one by one": (tiff(thirteen("u2"), tile=16, planar=2), BANDS_AND_RANGE, RGB),
     "near infrared": (tiff(NIR, tags={262: [2], 338: [0]}), {"bands": (1, 2, 3)}, RGB),
     "one band of four": (tiff(NIR, tags={262: [2], 338: [2]}), {"bands": (4,)}, GREY),
-    "three bands without colour": (tiff(RGB, tags={338: [0, 0]}), {"bands": (3, 2, 1)}, RGB[..., ::-1]),
-    "a page": (saved(OTHER, "TIFF", save_all=True, append_images=[PICTURE]), {"page": 2}, RGB),
-    "a frame": (saved(OTHER, "PNG", save_all=True, append_images=[PICTURE]), {"page": 2}, RGB),
-    "first frame": (saved(PICTURE, "PNG", save_all=True, append_images=[OTHER]), {}, RGB),
+    "three bands without colour": (
+        tiff(RGB, tags={338: [0, 0]}),
+        {"bands": (3, 2, 1)},
+        RGB[..., ::-1],
+    ),
+    "a page": (frames("TIFF", OTHER, PICTURE), {"page": 2}, RGB),
+    "a frame": (frames("PNG", OTHER, PICTURE), {"page": 2}, RGB),
+    "first frame": (frames("PNG", PICTURE, OTHER), {}, RGB),
     "JPEG 2000": (saved(PICTURE, "JPEG2000"), {}, RGB),
-    "12 bits, JPEG 2000": (
-        saved(Image.fromarray(grown(GREY, 4095)[..., 0]), "JPEG2000"), {"bits": 12}, GREY
-    ),
+    "12 bits, JPEG 2000": (saved(grey_picture(grown(GREY, 4095)), "JPEG2000"), {"bits": 12}, GREY),
     "four bands, JPEG 2000": (
-        saved(Image.fromarray(NIR), "JPEG2000", no_jp2=True), {"bands": (1, 2, 3)}, RGB
+        saved(Image.fromarray(NIR), "JPEG2000", no_jp2=True),
+        {"bands": (1, 2, 3)},
+        RGB,
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("data,flags,expected", DECIDED.values(), ids=DECIDED)
@@ -166,7 +178,7 @@ def test_what_is_decided_is_read_exactly(data, flags, expected):
 
 WHITE, BAND, PAGE = "which value is white", "which bands are red, green and blue", "which page"
 REFUSED = {
-    "16 bits, PNG": (png(grown(RGB, 4095), 2), {}, f"16-bit RGB, values 0 to 4095: {WHITE}.*--bits"),
+    "16 bits, PNG": (png(grown(RGB, 4095), 2), {}, f"16-bit RGB, values 0 to 4095: {WHITE}"),
     "too few bits": (png(grown(GREY, 4095), 0), {"bits": 11}, "values outside 0 to 2047"),
     "PGM of 65535": (pnm("P5", grown(GREY, 4095), 65535), {}, f"values 0 to 4095: {WHITE}"),
     "32 bits": (tiff(GREY.astype("i4")), {}, f"32-bit signed grey, values 0 to 255: {WHITE}"),
@@ -177,21 +189,38 @@ REFUSED = {
     "no such band": (tiff(NIR), {"bands": (1, 2, 5)}, "it has no band 5"),
     "alpha of a TIFF": (saved(PICTURE.convert("RGBA"), "TIFF"), {}, f"4 bands: {BAND}.*--bands"),
     "four bands, JPEG 2000": (saved(Image.fromarray(NIR), "JPEG2000", no_jp2=True), {}, BAND),
-    "pages": (saved(PICTURE, "TIFF", save_all=True, append_images=[OTHER]), {}, f"2 pages.*{PAGE}.*--page"),
-    "no such page": (saved(PICTURE, "TIFF", save_all=True, append_images=[OTHER]), {"page": 3}, "no page 3"),
-    "no such frame": (saved(PICTURE, "GIF", save_all=True, append_images=[OTHER]), {"page": 3}, "no page 3"),
+    "signed JPEG 2000": (
+        saved(grey_picture(grown(GREY, 4095)), "JPEG2000", signed=True),
+        {"bits": 16},
+        "signed samples",
+    ),
+    "pages": (frames("TIFF", PICTURE, OTHER), {}, f"2 pages.*{PAGE}.*--page"),
+    "no such page": (frames("TIFF", PICTURE, OTHER), {"page": 3}, "no page 3"),
+    "no such frame": (frames("GIF", PICTURE, OTHER), {"page": 3}, "no page 3"),
     "other depths": (tiff(RGB, tags={258: [8, 8, 4]}), {}, "bands of different depths"),
     "complex": (tiff(GREY, tags={339: [5]}), {}, "samples of format"),
-    "16-bit CMYK": (tiff(grown(NIR, 65535), tags={262: [5]}), {"bits": 16}, "convert it to RGB first"),
+    "16-bit CMYK": (
+        tiff(grown(NIR, 65535), tags={262: [5]}),
+        {"bits": 16},
+        "convert it to RGB first",
+    ),
     "JPEG in TIFF": (tiff(NIR, tags={259: [7]}), {"bands": (1, 2, 3)}, "compression 7"),
     "cut": (tiff(thirteen("u2"), tags={279: [1 << 20] * 5}), BANDS_AND_RANGE, "truncated TIFF"),
-    "large": (tiff(NIR, tags={256: [30_000], 257: [4000], 277: [200]}), BANDS_AND_RANGE, "more than"),
+    "large": (
+        tiff(NIR, tags={256: [30_000], 257: [4000], 277: [200]}),
+        BANDS_AND_RANGE,
+        "more than",
+    ),
     "BigTIFF, big-endian": (b"MM\0+" + bytes(99), {}, "BigTIFF"),
-    "12-bit JPEG": (jpeg_bytes(PICTURE).replace(b"\xff\xc0\0\x11\x08", b"\xff\xc0\0\x11\x0c"), {}, "precision 12"),
+    "12-bit JPEG": (
+        jpeg_bytes(PICTURE).replace(b"\xff\xc0\0\x11\x08", b"\xff\xc0\0\x11\x0c"),
+        {},
+        "precision 12",
+    ),
     "HEIC": (b"\0\0\0\x18ftypheic" + bytes(99), {}, "HEIC, which this Pillow does not read"),
     "JPEG XL": (b"\xff\x0a" + bytes(99), {}, "JPEG XL, which this Pillow does not read"),
     "damaged AVIF": (saved(PICTURE, "AVIF")[:99], {}, "a damaged AVIF"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("data,flags,message", REFUSED.values(), ids=REFUSED)
@@ -207,7 +236,7 @@ def test_avif_of_more_bits(monkeypatch):
     data = saved(PICTURE, "AVIF")  # Pillow writes 8 bits
     monkeypatch.setattr(pixels, "_avif_bits", lambda data: 10)
     for flags in ({}, {"bits": 12}, {"range": (0, 1023)}):
-        with pytest.raises(UnreadableImage, match="10-bit RGB: which value is white.* --bits 10"):
+        with pytest.raises(UnreadableImage, match=r"10-bit RGB: which value is white.* --bits 10"):
             decoded(data, **flags)
     assert np.array_equal(decoded(data, bits=10), np.asarray(Image.open(io.BytesIO(data))))
 
@@ -215,7 +244,7 @@ def test_avif_of_more_bits(monkeypatch):
 def test_smaller_copies_and_masks_are_no_pages():
     first = Image.fromarray(RGB[::2, ::2])
     first.encoderinfo = {"tiffinfo": {254: 1}}
-    data = saved(PICTURE, "TIFF", save_all=True, append_images=[first])
+    data = frames("TIFF", PICTURE, first)
     assert np.array_equal(decoded(data), RGB)
 
 
