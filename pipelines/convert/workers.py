@@ -207,6 +207,7 @@ def _serve(connection: Connection) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):  # the parent handles them
         signal.signal(number, signal.SIG_IGN)
     os.environ["OMP_NUM_THREADS"] = "1"  # there is one worker per core
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # libtiff prints there what Pillow raises
     with contextlib.suppress(EOFError, OSError):
         connection.send(None)  # it runs
         while True:

@@ -7,8 +7,10 @@ import signal
 
 import pytest
 from conftest import drawn_picture, jpeg_bytes
+from hostile import saved
 
 from pipelines.convert import workers
+from pipelines.convert.command import main
 from pipelines.convert.manifest import SourceImage
 from pipelines.convert.workers import WorkerDied, prepare_all
 
@@ -69,6 +71,13 @@ def test_a_worker_that_is_killed_once_costs_nothing(tmp_path, capsys):
     assert "A worker process ended with signal 9; 3 images are tried again" in error
 
 
+def test_a_decoder_prints_nothing(capfd):
+    data = bytearray(saved(drawn_picture(0, 40, 30), "TIFF", compression="tiff_lzw"))
+    data[100:300] = b"\xff" * 200  # of which libtiff prints "Using code not yet in table"
+    assert convert(bytes(data), PLAIN) == ["OSError: decoder error -2", ""]
+    assert capfd.readouterr().err == ""
+
+
 def test_an_image_with_which_memory_runs_out_is_named():
     with pytest.raises(WorkerDied, match=r"1\.jpg: .*signal 9.* memory; try fewer --workers"):
         convert(PLAIN, b"signal9")
@@ -85,3 +94,14 @@ def test_workers_that_do_not_start_name_the_cause(monkeypatch):
         monkeypatch.setattr("multiprocessing.context.SpawnProcess.start", fail)
         with pytest.raises(error, match=os.strerror(code)):
             convert(PLAIN)
+
+
+def test_a_continued_conversion_tries_a_crash_in_a_process_again(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(workers, "_serve", serve_or_die)
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "0.jpg").write_bytes(b"signal11")
+    (tmp_path / "images" / "1.jpg").write_bytes(PLAIN)
+    for count in (2, 1):
+        arguments = f"{tmp_path}/images {tmp_path}/out.beton --continue --workers {count}"
+        assert main(arguments.split()) == 1
+        assert "0.jpg: crashed the decoder (signal 11)\n" in capsys.readouterr().err
