@@ -7,13 +7,14 @@ import zlib
 from pathlib import Path
 
 import numpy as np
+import simplejpeg
 from conftest import drawn_picture, jpeg_bytes
 from PIL import Image
 
 
 def saved(picture: Image.Image, format: str, **options) -> bytes:
     buffer = io.BytesIO()
-    picture.save(buffer, format, **options)
+    picture.copy().save(buffer, format, **options)  # as saving as JPEG leaves options in a picture
     return buffer.getvalue()
 
 
@@ -42,6 +43,14 @@ def damaged_png() -> bytes:
     return whole[:start] + other[start:end] + whole[end:]
 
 
+def jpeg_441() -> bytes:
+    """A 4:1:1 JPEG with the sampling of its transpose: luma blocks one below the other."""
+    pixels = np.asarray(drawn_picture(0, 64, 32))
+    plain = simplejpeg.encode_jpeg(np.ascontiguousarray(pixels), colorsubsampling="411")
+    frame = plain.index(b"\xff\xc0") + 5
+    return plain[:frame] + b"\0\x40\0\x20\x03\x01\x14" + plain[frame + 7 :]
+
+
 _picture = drawn_picture(0)
 _grey, _large = _picture.convert("L"), _picture.resize((900, 300))
 _plain, _progressive = jpeg_bytes(_picture), saved(_picture, "JPEG", progressive=True)
@@ -65,19 +74,21 @@ _STORED = {
     "a/really a png.JPEG": ("reencoded (PNG)", saved(_picture, "PNG")),
     "a/cmyk.jpg": ("reencoded (CMYK JPEG)", saved(_picture.convert("CMYK"), "JPEG")),
     "a/rgb.jpg": ("reencoded (RGB JPEG)", saved(_picture, "JPEG", keep_rgb=True)),
+    "a/441.jpg": ("reencoded (unusual JPEG)", jpeg_441()),
     "a/extraneous.jpg": ("reencoded (Corrupt JPEG data:", _plain[:-2] + b"\x12" * 40 + _plain[-2:]),
-    "b/sixteen.png": ("reencoded (PNG)", saved(Image.fromarray(_ramp.astype(np.uint16)), "PNG")),
     "b/palette.png": (
         "reencoded (PNG)",
         saved(_picture.convert("P"), "PNG", transparency=bytes(range(256))),
     ),
     "b/alpha.png": ("reencoded (PNG)", saved(_picture.convert("RGBA"), "PNG")),
     "b/animated.gif": (
-        "reencoded (GIF)",
+        "reencoded (GIF, first frame)",
         saved(_picture, "GIF", save_all=True, append_images=[_grey]),
     ),
     "b/scan.tiff": ("reencoded (TIFF)", saved(_picture, "TIFF")),
     "b/web.webp": ("reencoded (WEBP)", saved(_picture, "WEBP")),
+    "b/really avif.jpg": ("reencoded (AVIF)", saved(_picture, "AVIF")),
+    "b/really jpeg 2000.jpg": ("reencoded (JPEG2000)", saved(_picture.convert("RGBA"), "JPEG2000")),
     "b/thin.bmp": ("reencoded (BMP)", saved(_picture.resize((3000, 1)), "BMP")),
     "b/café ☕.jpg": ("kept", _plain),
     "b/folder.jpg/inside.jpg": ("kept", _plain),
@@ -94,10 +105,21 @@ _BROKEN = {
     "b/damaged.png": ("checksum", damaged_png()),
     "b/bomb.png": ("13000 x 13000 pixels", png_bomb(13000, 13000)),
     "b/bomb.jpg": ("65000 x 65000 pixels", jpeg_bomb(65000, 65000)),
+    "b/truncated 441.jpg": ("Premature end", jpeg_441()[:-200]),
     "b/scans.jpg": (
         "more than 500 scans",
         _progressive[:-2] + b"\xff\xda\0\x08\x01\x01\0\0\x3f\0" * 600 + _plain[-2:],
     ),
+    "b/sixteen.png": (
+        "values 0 to 65535: which value is white is unknown",
+        saved(Image.fromarray(_ramp.astype(np.uint16)), "PNG"),
+    ),
+    "b/fourth band.tiff": ("which bands are", saved(_picture.convert("RGBA"), "TIFF")),
+    "b/pages.tiff": (
+        "which page",
+        saved(_large, "TIFF", save_all=True, append_images=[_grey.copy()]),
+    ),
+    "b/heic.jpg": ("HEIC, which this Pillow does not read", b"\0\0\0\x18ftypheic" + bytes(99)),
     "b/float.tiff": ("white is unknown", saved(Image.fromarray(_ramp.astype(np.float32)), "TIFF")),
     "b/dangling.jpg": ("No such file", None),
     "b/pipe.jpg": ("not a regular file", None),

@@ -43,7 +43,8 @@ from pipelines.beton import BetonReader
 from pipelines.beton.layout import HEADER
 from pipelines.beton.writer import BetonWriter
 from pipelines.common.flags import parse_flags
-from pipelines.convert.jpeg import prepare
+from pipelines.convert.jpeg import Prepared, prepare
+from pipelines.convert.pixels import PixelFlags
 from pipelines.loading.native import RecordDecoder
 
 FINDINGS = Path("fuzz-findings")
@@ -186,12 +187,17 @@ class Images:
             self.originals.append(saved(small, "JPEG", **options))
         for changed in small, small.convert("P"), Image.fromarray(sixteen):
             self.originals.append(saved(changed, "PNG"))
-        for other in "GIF", "BMP", "TIFF", "WEBP", "PPM":
+        for other in "GIF", "BMP", "TIFF", "WEBP", "PPM", "AVIF", "JPEG2000":
             self.originals.append(saved(small, other))
-        self.expected = [prepare(data, MAX_SIDE).jpeg for data in self.originals]
+        for deep in small.convert("RGBA"), Image.fromarray(sixteen):
+            self.originals.append(saved(deep, "TIFF", compression="tiff_lzw"))
+        self.expected = [self.prepared(data).jpeg for data in self.originals]
+
+    def prepared(self, data: bytes) -> Prepared:
+        return prepare(data, MAX_SIDE, flags=PixelFlags(bits=16, bands=(1, 2, 3)))
 
     def read(self, original: int, data: bytes) -> str:
-        result = prepare(data, MAX_SIDE)
+        result = self.prepared(data)
         pixels = simplejpeg.decode_jpeg(result.jpeg, "RGB", strict=False)
         if pixels.shape != (result.height, result.width, 3):
             return f"{pixels.shape} is stated as {result.height} x {result.width}"

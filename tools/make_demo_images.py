@@ -31,6 +31,7 @@ import tyro
 from PIL import Image, ImageDraw, ImageFilter
 
 from bt_fast.cli import run_command
+from pipelines.common.cpu import usable_cores
 
 SPLITS = ("train", "val")
 SUPERSAMPLING = 3  # scale at which polygons are drawn before averaging, for smooth edges
@@ -50,7 +51,7 @@ class Config:
     """Number of validation images, distributed evenly over the classes."""
     seed: int = 0
     """Seed of the images."""
-    workers: int = os.cpu_count() or 1
+    workers: int = usable_cores()
     """Number of worker processes."""
 
 

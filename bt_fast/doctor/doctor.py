@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 from bt_fast.doctor import hardware
 from pipelines import __version__
 from pipelines.common.atomic import atomic_file
-from pipelines.common.cpu import usable_cores
+from pipelines.common.cpu import cpu_quota, usable_cores
 
 if TYPE_CHECKING:
     from bt_fast.config import Config
@@ -184,14 +184,9 @@ def compiler() -> Row:
 
 
 def cores() -> Row:
-    """Cores that this process may use, and a container's quota of CPU time."""
-    usable, quota = usable_cores(), hardware.cpu_quota()
-    value = f"{usable} usable of {os.cpu_count()}"
-    if quota is None or quota >= usable:
-        return Row("CPU cores", value)
-    value += f", CPU time of {quota:g}"
-    problem = "bt-fast would start more threads than this container may run at once"
-    return Row("CPU cores", value, problem, f"bt-fast pretrain --workers {max(int(quota), 1)}")
+    """Cores that this process may use, by its affinity and a container's quota of CPU time."""
+    value, quota = f"{usable_cores()} usable of {os.cpu_count()}", cpu_quota()
+    return Row("CPU cores", value if quota is None else f"{value}, CPU time of {quota:g}")
 
 
 def decoding() -> Row:

@@ -90,15 +90,6 @@ def free_memory() -> int:
         return free
 
 
-def cpu_quota() -> float | None:
-    """The container's quota of CPU time, in cores; None without one."""
-    try:
-        quota, period = (_CGROUP / "cpu.max").read_text().split()
-        return int(quota) / int(period)
-    except (OSError, ValueError):  # "max", or no cgroup v2
-        return None
-
-
 def nvidia_driver() -> str | None:
     """Version of the kernel's NVIDIA driver; None without one."""
     try:

@@ -1,5 +1,6 @@
 """Console output: printable lines, and progress as a bar on a terminal or as plain lines."""
 
+import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -19,6 +20,13 @@ from rich.text import Text
 
 SECONDS_BETWEEN_LINES = 5
 Item = TypeVar("Item")
+
+
+def replace_closed_streams() -> None:
+    """Replace closed standard streams, as after `>&-`, whose numbers other files would receive."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):  # 0, 1, 2
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115  the lowest free number
 
 
 def print_line(text: str, file: TextIO | None = None) -> None:

@@ -14,8 +14,10 @@ read, 128 + signal when stopped.
 
 import contextlib
 import errno
+import math
 import os
 import re
+import resource
 import signal
 import sys
 from collections.abc import Iterator
@@ -27,14 +29,15 @@ import tyro
 
 from pipelines import __version__
 from pipelines.common.atomic import OutputExists, work_folder
-from pipelines.common.console import count_items, print_line
+from pipelines.common.console import count_items, print_line, replace_closed_streams
 from pipelines.common.cpu import usable_cores
 from pipelines.common.flags import parse_flags
 from pipelines.common.signals import Stopped, signals_raise_stopped
 from pipelines.convert.data_report import Report, account
 from pipelines.convert.journal import Journal
-from pipelines.convert.jpeg import Check
+from pipelines.convert.jpeg import OUT_OF_FILES, Check
 from pipelines.convert.manifest import Manifest, SourceError, Split
+from pipelines.convert.pixels import PixelFlags
 from pipelines.convert.sources import find_splits
 from pipelines.convert.sources.splits import SourceOptions
 from pipelines.convert.targets import BetonTarget, ShardTarget, UsageError
@@ -64,8 +67,9 @@ class Convert:
     """Longest side of stored images in pixels; larger images are resized, 0 resizes none. Default:
     512; 0 for sources written by bt-convert or FFCV."""
 
-    workers: int = usable_cores()
-    """Number of worker processes; default: one per usable core. 1 converts in the main process."""
+    workers: int = max(usable_cores(), 2)
+    """Number of worker processes; default: one per usable core, at least 2. 1 converts in the main
+    process, which ends if an image crashes the decoder."""
 
     overwrite: bool = False
     """Permission to replace an existing OUT."""
@@ -108,6 +112,21 @@ class Convert:
     """Classes of the images in ILSVRC2012_img_val.tar: ILSVRC2012_devkit_t12.tar.gz, or a text file
     with a class, or an image and its class, per line. Default: the former, beside the archive."""
 
+    bits: int | None = None
+    """Bits of an image of more than 8 (16-bit PNG, TIFF, ...): 2^bits - 1 is white, 0 black."""
+
+    range: str | None = None
+    """Values that are black and white in an image of more than 8 bits, for example 0:3000; linear
+    between, clipped beyond."""
+
+    bands: str | None = None
+    """Bands of an image with others than grey or RGB that become red, green and blue, for example
+    4,3,2, or grey, for example 8; counted from 1."""
+
+    page: int | None = None
+    """Page of a TIFF, or frame of an animation, with several; counted from 1. Default: no page, and
+    the first frame."""
+
     skip_broken: bool = False
     """Conversion without the broken images, which are listed."""
 
@@ -126,19 +145,28 @@ class BrokenImages(ValueError):
 
 def main(argv: list[str] | None = None) -> int:
     """The `bt-convert` command; returns its exit code."""
-    if (sys.argv[1:] if argv is None else argv) == ["--version"]:
-        print(__version__)
-        return 0
+    replace_closed_streams()
     try:
+        if (sys.argv[1:] if argv is None else argv) == ["--version"]:
+            print_line(__version__)
+            return 0
         config = parse_flags(Convert, "bt-convert", argv, config=(tyro.conf.FlagCreatePairsOff,))
     except ValueError as error:
         return _fail(str(error), 2)
+    except BrokenPipeError:
+        return _fail_without_reader("nothing was written")
     kept = "partial output is kept for --continue" if config.continue_ else "nothing was written"
     try:
         with signals_raise_stopped():
             _check_numbers(config)
-            only_verify = config.verify and config.out is None
-            outs = [config.source] if only_verify else convert(config)
+            outs = [config.source]
+            if not config.verify or config.out is not None:
+                written = convert(config)
+                kept = "the conversion is complete"
+                for path, summary, counts in written:
+                    print_line(f"Wrote {path}: {summary}")
+                    print_line(counts)
+                outs = list(dict.fromkeys(path for path, *_ in written))
             for out in outs if config.verify else ():
                 verify(out, workers=config.workers)
         return 0
@@ -153,21 +181,27 @@ def main(argv: list[str] | None = None) -> int:
     except (BrokenImages, DamagedResult, WorkerDied) as error:
         return _fail(str(error), 1)
     except BrokenPipeError:
-        return _fail(f"the reader of standard output has closed it; {kept}", 1)
+        return _fail_without_reader(kept)
     except OSError as error:
+        if error.errno in OUT_OF_FILES:
+            limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+            advice = "raise the limit, for example with ulimit -n 1024"
+            return _fail(f"too many open files: at most {limit} here; {advice}; {kept}", 1)
+        action = f"write {config.out}" if config.out else f"verify {config.source}"
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         advice = "; free some space or choose another folder for OUT" if full else ""
-        return _fail(f"cannot write {config.out}: {error}{advice}; {kept}", 1)
+        return _fail(f"cannot {action}: {error}{advice}; {kept}", 1)
     except ValueError as error:  # contents that no source checks for, such as invalid UTF-8
         return _fail(f"SOURCE {config.source} cannot be read: {error}", 2)
 
 
-def convert(config: Convert) -> list[Path]:
-    """Run the conversion; returns the files, or the folder, that were written.
+def convert(config: Convert) -> list[tuple[Path, str, str]]:
+    """Run the conversion; returns (file or folder that was written, summary, account) by split.
 
     Raises UsageError, SourceError, BrokenImages, OSError (such as OutputExists), WorkerDied.
     """
     out, part = _check_arguments(config)
+    flags = _pixel_flags(config)
     target: BetonTarget | ShardTarget = (
         BetonTarget(out, config.overwrite)
         if config.format == "beton"
@@ -181,6 +215,7 @@ def convert(config: Convert) -> list[Path]:
     target.check(list(splits))
     max_side = splits["train"].max_side if config.max_side is None else config.max_side
     settings = {"max_side": max_side, "subset": config.subset, "part": list(part)}
+    settings |= flags.settings()
     journal_settings = {
         "format": config.format,
         "check": config.check,
@@ -207,14 +242,15 @@ def convert(config: Convert) -> list[Path]:
                     workers=config.workers,
                     max_side=max_side,
                     check=config.check,
+                    flags=flags,
                 )
             _require_images(reports, config)
         accounts = [account(report.content({})) for report in reports.values()]
         published = target.publish(work, reports, {"source": str(config.source), **settings})
-    for (name, report), line in zip(reports.items(), accounts, strict=True):
-        print_line(f"Wrote {published[name]}: {report.summary()}")
-        print_line(line)
-    return list(dict.fromkeys(published.values()))
+    return [
+        (published[name], report.summary(), line)
+        for (name, report), line in zip(reports.items(), accounts, strict=True)
+    ]
 
 
 @contextlib.contextmanager
@@ -261,6 +297,8 @@ def _check_numbers(config: Convert) -> None:
         ("--subset", config.subset, 1),
         ("--workers", config.workers, 1),
         ("--shard-size", config.shard_size, 1),
+        ("--bits", config.bits, 1),
+        ("--page", config.page, 1),
     ):
         if value is not None and value < minimum:
             raise UsageError(f"{flag} {value}: must be {minimum} or more")
@@ -283,6 +321,26 @@ def _check_arguments(config: Convert) -> tuple[Path, tuple[int, int]]:
     return out, (number, num_parts)
 
 
+def _pixel_flags(config: Convert) -> PixelFlags:
+    """Parse --range and --bands. Raises UsageError."""
+    limits = bands = None
+    if config.range is not None:
+        try:
+            low, high = map(float, config.range.split(":"))
+        except ValueError:
+            low = high = 0
+        if not -math.inf < low < high < math.inf:
+            raise UsageError(f"--range {config.range}: must be like 0:3000, black and white")
+        if config.bits is not None:
+            raise UsageError("--bits and --range both define white; give one of them")
+        limits = low, high
+    if config.bands is not None:
+        if not re.fullmatch(r"[1-9]\d{0,4}(,[1-9]\d{0,4},[1-9]\d{0,4})?", config.bands, re.ASCII):
+            raise UsageError(f"--bands {config.bands}: must be three like 4,3,2 or one, from 1")
+        bands = tuple(map(int, config.bands.split(",")))
+    return PixelFlags(config.bits, limits, bands, config.page)
+
+
 def _require_images(reports: dict[str, Report], config: Convert) -> None:
     """Raise BrokenImages if a split has no images, or broken ones without --skip-broken."""
     num_broken = sum(len(report.rejects) for report in reports.values())
@@ -294,6 +352,11 @@ def _require_images(reports: dict[str, Report], config: Convert) -> None:
     for report in reports.values():
         if not report.num_images:
             raise BrokenImages(f"{report.split.root}: no image is readable; nothing was written")
+
+
+def _fail_without_reader(kept: str) -> int:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the interpreter flushes again at exit
+    return _fail(f"the reader of standard output has closed it; {kept}", 1)
 
 
 def _fail(message: str, code: int) -> int:

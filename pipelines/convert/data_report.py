@@ -8,6 +8,7 @@ import pipelines
 from pipelines.common.console import print_line
 from pipelines.convert.jpeg import JPEG_EXTENSIONS, Prepared
 from pipelines.convert.manifest import Manifest, Split
+from pipelines.convert.pixels import FIRST_FRAME
 
 
 class Report:
@@ -18,6 +19,7 @@ class Report:
         self.split = split
         self.manifest = manifest
         self.actions: Counter[str] = Counter()  # kept, resized, reencoded
+        self.reencoded: Counter[str] = Counter()  # why, or from which format and with which flags
         self.samples_per_class: Counter[int] = Counter()
         self.repairs: list[dict[str, str]] = []
         self.rejects = [{"path": path, "reason": reason} for path, reason in split.problems]
@@ -36,12 +38,16 @@ class Report:
         self.bytes_in += bytes_in
         self.bytes_out += len(image.jpeg)
         self.longest_side = max(self.longest_side, image.height, image.width)
+        if action == "reencoded":
+            self.reencoded[why.strip("()").partition(":")[0]] += 1
         # A PNG named .png is merely another format; a PNG named .jpg counts as repaired.
         if action == "reencoded" and Path(path).suffix.lower() in JPEG_EXTENSIONS:
             self.repairs.append({"path": path, "why": why.strip("()")})
 
     def print_problems(self) -> None:
-        """Print empty classes, and on stderr all broken images."""
+        """Print what only a flag changes, empty classes, and on stderr all broken images."""
+        if frames := sum(n for why, n in self.reencoded.items() if why.endswith(FIRST_FRAME)):
+            print_line(f"Of {frames:,} animations only the first frame is stored; see --page")
         present = self.manifest.samples_per_class
         empty = [name for label, name in enumerate(self.manifest.class_names) if not present[label]]
         if empty:
@@ -77,6 +83,7 @@ class Report:
             "num_images": self.num_images,
             "num_classes": len(names),
             "actions": dict(self.actions),
+            "reencoded": dict(self.reencoded),
             "bytes_in": self.bytes_in,
             "bytes_out": self.bytes_out,
             "longest_side": self.longest_side,

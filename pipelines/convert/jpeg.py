@@ -4,13 +4,13 @@ A plain JPEG has three components or one, 8 bits, Huffman coding and no damage: 
 libjpeg-turbo and nvJPEG agree on such files. Most images are plain JPEGs and keep their bytes.
 """
 
+import errno
 import io
 import os
 import re
 import stat
 import struct
 import warnings
-import zlib
 from dataclasses import dataclass
 from typing import Literal
 
@@ -18,13 +18,20 @@ import numpy as np
 import simplejpeg
 from PIL import Image, UnidentifiedImageError
 
+from pipelines.convert.pixels import PixelFlags, check_size, read_rgb, why_unidentified
+from pipelines.convert.tiff import UnreadableImage
+
 JPEG_EXTENSIONS = {".jpg", ".jpeg"}
-FORMATS = ("JPEG", "PNG", "BMP", "GIF", "TIFF", "WEBP", "PPM")  # the only ones Pillow may decode
+IMAGE_EXTENSIONS = JPEG_EXTENSIONS | {
+    *(".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif"),
+    *(".avif", ".jp2", ".j2k", ".heic", ".heif"),
+}
+NO_FLAGS = PixelFlags()
 PROGRESSIVE = 0xC2
 Check = Literal["full", "quick"]
 PLAIN_FRAMES = {(0xC0, 8), (0xC1, 8), (PROGRESSIVE, 8)}  # baseline, extended; all with 8 bits
+OUT_OF_FILES = (errno.EMFILE, errno.ENFILE)
 MAX_FILE_BYTES = 1 << 29  # more than MAX_PIXELS of uncompressed RGB
-MAX_PIXELS = 1 << 27  # 402 MB as RGB; compared with the header before decoding
 MAX_JPEG_SIDE = 65500  # libjpeg's limit
 MAX_SCANS = 500  # a progressive JPEG of thousands of empty scans takes minutes to decode
 JPEG_QUALITY = 95
@@ -38,10 +45,6 @@ LOST_DATA = re.compile(
 _SEGMENT = struct.Struct(">BHBHHB")  # marker, length; in a frame: bits, height, width, channels
 
 
-class UnreadableImage(ValueError):
-    """The file is not an image that decodes completely; the message is the reason."""
-
-
 @dataclass(frozen=True, slots=True)
 class Prepared:
     """A plain JPEG: its bytes, its size in pixels, and what was done to the source file."""
@@ -53,7 +56,10 @@ class Prepared:
 
 
 def read_image(path: str | os.PathLike) -> bytes:
-    """Read a regular file of at most MAX_FILE_BYTES. Raises UnreadableImage."""
+    """Read a regular file of at most MAX_FILE_BYTES.
+
+    Raises UnreadableImage, and OSError when too many files are open.
+    """
     try:
         # O_NONBLOCK: opening a named pipe would wait for a writer.
         with open(path, "rb", opener=lambda p, f: os.open(p, f | os.O_NONBLOCK)) as file:
@@ -64,18 +70,21 @@ def read_image(path: str | os.PathLike) -> bytes:
                 raise UnreadableImage(f"{status.st_size} bytes, more than {MAX_FILE_BYTES}")
             return file.read(status.st_size)
     except OSError as error:
+        if error.errno in OUT_OF_FILES:
+            raise
         raise UnreadableImage(error.strerror or str(error)) from None
 
 
-def prepare(data: bytes, max_side: int, check: Check = "full") -> Prepared:
+def prepare(
+    data: bytes, max_side: int, check: Check = "full", flags: PixelFlags = NO_FLAGS
+) -> Prepared:
     """Convert an image file to a plain JPEG, its longer side at most `max_side` pixels (0: any).
 
     A plain JPEG within `max_side` is decoded once and returned unchanged. A larger one is
     resized (bicubic, antialiased) and encoded at quality 95 with its chroma subsampling. Any other
-    image is decoded by Pillow, converted to RGB and encoded at quality 95 without subsampling.
+    image is converted to RGB, as `pixels.read_rgb` describes, and encoded at quality 95 without
+    subsampling.
 
-    As in torchvision's default loader, alpha is dropped and EXIF orientation ignored. 16-bit
-    greyscale is scaled to 8 bits, where Pillow clips it.
     `check="quick"` does not decode plain JPEGs within `max_side`: they are accepted if segments,
     markers and end are valid. That finds truncated, empty and overwritten files, but not all damage
     inside the image data.
@@ -84,9 +93,9 @@ def prepare(data: bytes, max_side: int, check: Check = "full") -> Prepared:
     if not data:
         raise UnreadableImage("empty file")
     if not data.startswith(b"\xff\xd8\xff"):
-        return _reencode(data, max_side)
+        return _reencode(data, max_side, flags)
     try:
-        return _prepare_jpeg(data, max_side, check)
+        return _prepare_jpeg(data, max_side, check, flags)
     except UnreadableImage:
         raise
     except ValueError as error:  # an error or a warning of libjpeg-turbo
@@ -94,16 +103,21 @@ def prepare(data: bytes, max_side: int, check: Check = "full") -> Prepared:
             raise UnreadableImage(str(error)) from None
         if not _has_end_marker(data):  # libjpeg reports its first warning only, Pillow none
             raise UnreadableImage(f"{error}; and premature end of JPEG file") from None
-        return _reencode(data, max_side, str(error))
+        return _reencode(data, max_side, flags, str(error))
+    except Exception as error:
+        raise UnreadableImage(f"{type(error).__name__}: {error}".rstrip(": ")) from None
 
 
-def _prepare_jpeg(data: bytes, max_side: int, check: Check) -> Prepared:
+def _prepare_jpeg(data: bytes, max_side: int, check: Check, flags: PixelFlags) -> Prepared:
     """`prepare` for data that starts like a JPEG. Raises ValueError where Pillow may decode it."""
     frame, height, width, num_channels = _jpeg_frame(data)
-    _check_size(height, width)
+    check_size(height, width)
     if frame[0] == PROGRESSIVE and data.count(b"\xff\xda") > MAX_SCANS:
         raise UnreadableImage(f"a JPEG of more than {MAX_SCANS} scans")
-    _, _, colours, subsampling = simplejpeg.decode_jpeg_header(data)
+    try:
+        _, _, colours, subsampling = simplejpeg.decode_jpeg_header(data)
+    except KeyError:  # a subsampling without a name in simplejpeg, such as 4:4:1
+        colours, subsampling = "unusual", ""
     plain = frame in PLAIN_FRAMES and colours in ("YCbCr", "Gray")
     if plain and max_side and max(height, width) > max_side:
         # Same pixels as Pillow's (both use libjpeg-turbo), but damage raises.
@@ -116,7 +130,8 @@ def _prepare_jpeg(data: bytes, max_side: int, check: Check) -> Prepared:
     simplejpeg.decode_jpeg(data, "CMYK" if num_channels == 4 else "GRAY", strict=True, **eighth)
     if plain:
         return Prepared(data, height, width, "kept")
-    return _reencode(data, max_side, f"{colours} JPEG" if frame in PLAIN_FRAMES else "unusual JPEG")
+    why = f"{colours} JPEG" if frame in PLAIN_FRAMES else "unusual JPEG"
+    return _reencode(data, max_side, flags, why)
 
 
 def _jpeg_frame(data: bytes) -> tuple[tuple[int, int], int, int, int]:
@@ -157,52 +172,19 @@ def _has_valid_structure(data: bytes) -> bool:
     return len(escapes) > 0 and followers[-1] == 0xD9 and inner.all() and not runs
 
 
-def _reencode(data: bytes, max_side: int, why: str | None = None) -> Prepared:
-    """Decode with Pillow and encode again; `why` defaults to the name of the format."""
+def _reencode(data: bytes, max_side: int, flags: PixelFlags, why: str = "") -> Prepared:
+    """Decode with Pillow and encode again; `why` defaults to what was read and decided."""
     try:
         with warnings.catch_warnings():  # of large images, EXIF, palettes: all handled here
             warnings.simplefilter("ignore")
-            image = Image.open(io.BytesIO(data), formats=FORMATS)
-            _check_size(image.height, image.width)
-            if image.format == "PNG":
-                _check_png(data)
-            pixels = np.asarray(_to_rgb(image))
-            return _encode(pixels, max_side, f"reencoded ({why or image.format})")
+            image, what = read_rgb(data, flags)
+            return _encode(np.asarray(image), max_side, f"reencoded ({why or what})")
     except UnreadableImage:
         raise
     except UnidentifiedImageError:
-        raise UnreadableImage(why or "not an image") from None
+        raise UnreadableImage(why or why_unidentified(data) or "not an image") from None
     except Exception as error:  # Pillow's decoders raise nearly anything on damaged files
-        raise UnreadableImage(str(error) or type(error).__name__) from None
-
-
-def _check_png(data: bytes) -> None:
-    """Compare the checksums of all critical chunks; Pillow compares only some."""
-    position = len(b"\x89PNG\r\n\x1a\n")
-    while position < len(data):
-        length = int.from_bytes(data[position : position + 4])
-        name = data[position + 4 : position + 8]
-        end = position + 12 + length
-        if end > len(data):
-            raise UnreadableImage("truncated PNG")
-        stored = int.from_bytes(data[end - 4 : end])
-        if name[:1].isupper() and zlib.crc32(memoryview(data)[position + 4 : end - 4]) != stored:
-            raise UnreadableImage("a damaged PNG (checksum mismatch)")
-        if name == b"IEND":
-            return
-        position = end
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    """Convert to 8-bit RGB as Pillow does, except that 16-bit greyscale is scaled, not clipped."""
-    if image.mode == "F":
-        raise UnreadableImage("floating-point pixels: which value is white is unknown")
-    if image.mode.startswith("I"):  # "I;16" and its byte orders; "I": 16-bit PGM or 32-bit TIFF
-        values = np.asarray(image).astype(np.int64)
-        if values.min() < 0 or values.max() > 65535:
-            raise UnreadableImage("32-bit pixels: which value is white is unknown")
-        image = Image.fromarray(((values + 128) // 257).astype(np.uint8))
-    return image.convert("RGB")
+        raise UnreadableImage(f"{type(error).__name__}: {error}".rstrip(": ")) from None
 
 
 def _encode(pixels: np.ndarray, max_side: int, action: str, subsampling: str = "444") -> Prepared:
@@ -226,8 +208,3 @@ def _shrink(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
     shrunk = np.empty((height, width, pixels.shape[2]), np.uint8)
     resize(np.require(pixels, requirements="W"), shrunk)  # Pillow's arrays are read-only
     return shrunk
-
-
-def _check_size(height: int, width: int) -> None:
-    if height * width > MAX_PIXELS:
-        raise UnreadableImage(f"{width} x {height} pixels, more than {MAX_PIXELS}")

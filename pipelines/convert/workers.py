@@ -3,39 +3,46 @@
 Every worker has its own pipe, and a thread of this process that sends tasks and waits for results.
 (ProcessPoolExecutor shares one result queue: a worker that dies while writing to it leaves a
 partial message and a locked queue, and all others wait forever.) The death of a worker closes its
-pipe, and so does the death of its parent, so neither outlives the other for long.
+pipe, and so does the death of its parent, so neither outlives the other for long. Each image of a
+dead worker's task is tried in a process of its own: one that crashes that one, too, is broken.
 """
 
 import contextlib
 import os
 import signal
+import sys
 import threading
 import zlib
 from collections import deque
 from collections.abc import Generator, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 
+from pipelines.common.console import print_line
 from pipelines.convert.jpeg import (
     MAX_FILE_BYTES,
+    NO_FLAGS,
+    OUT_OF_FILES,
     Check,
     Prepared,
-    UnreadableImage,
     prepare,
     read_image,
 )
 from pipelines.convert.manifest import ENTIRE_FILE, Location, SourceError, SourceImage
+from pipelines.convert.pixels import PixelFlags
+from pipelines.convert.tiff import UnreadableImage
 
-Task = tuple[list[SourceImage], int, Check]  # images, max_side, check
+Task = tuple[list[SourceImage], int, Check, PixelFlags]  # images, max_side, check, flags
 CHUNK_SIZE = 8  # images per task: enough to hide the transfer, few enough to bound the memory
 TASKS_PER_WORKER = 3  # in flight, so that no worker waits for the writer
+CRASHED = "crashed the decoder"
 
 
 class WorkerDied(RuntimeError):
-    """A worker process ended unexpectedly, most likely killed because memory ran out."""
+    """A worker process cannot be started, or was killed, most likely because memory ran out."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,14 +56,20 @@ class Outcome:
 
 
 def prepare_all(
-    images: Iterator[SourceImage], *, workers: int, max_side: int, check: Check
+    images: Iterator[SourceImage],
+    *,
+    workers: int,
+    max_side: int,
+    check: Check,
+    flags: PixelFlags = NO_FLAGS,
 ) -> Generator[tuple[SourceImage, Outcome], None, None]:
     """Yield every image with its outcome, in order; at most 32 images per worker are in memory.
 
-    Raises WorkerDied; SourceError when an archive can no longer be read.
+    Raises WorkerDied; SourceError when an archive can no longer be read; OSError when too many
+    files are open.
     """
     chunks = iter(lambda: list(islice(images, CHUNK_SIZE)), [])
-    tasks = ((chunk, max_side, check) for chunk in chunks)
+    tasks = ((chunk, max_side, check, flags) for chunk in chunks)
     if workers == 1:
         for task in tasks:
             yield from zip(task[0], _prepare_images(*task), strict=True)
@@ -73,73 +86,148 @@ def prepare_all(
             yield from zip(chunk, future.result(), strict=True)
 
 
-class _Workers:
-    """`count` processes that run `_prepare_images`, each served by a thread of this process."""
+class _Process:
+    """A worker process that runs `_prepare_images`. Raises WorkerDied if it does not start."""
 
-    def __init__(self, count: int) -> None:
-        # A fork server starts workers quickly, without inherited threads or open files.
-        self._context = get_context("forkserver")
-        self._processes: list = []
-        self._thread_local = threading.local()
-        self._threads = ThreadPoolExecutor(count)
+    # A new interpreter has no inherited threads or open files. (A fork server starts quicker, but
+    # needs a socket in TMPDIR, whose path may be too long or not writable.)
+    context = get_context("spawn")
+    lock = threading.Lock()  # held while a process starts or ends
 
-    def submit(self, task: Task) -> Future[list[Outcome]]:
-        return self._threads.submit(self._run, task)
-
-    def _run(self, task: Task) -> list[Outcome]:
+    def __init__(self) -> None:
         try:
-            if not hasattr(self._thread_local, "connection"):
-                self._thread_local.connection = self._start_process()
-            self._thread_local.connection.send(task)
-            result = self._thread_local.connection.recv()
+            self._connection, other_end = self.context.Pipe()
+            self._process = self.context.Process(target=_serve, args=(other_end,), daemon=True)
+            with self.lock:
+                self._process.start()
+            other_end.close()
+        except OSError as error:
+            if error.errno in OUT_OF_FILES:
+                raise
+            raise _not_started(str(error)) from None
+        try:
+            self._connection.recv()
         except (EOFError, OSError):
-            raise WorkerDied(
-                "a worker process died, most likely for lack of memory; try fewer --workers"
-            ) from None
-        if isinstance(result, SourceError):
+            raise _not_started(f"it ended at once, with {self.end()}") from None
+
+    def run(self, task: Task) -> list[Outcome] | None:
+        """The outcomes of the task's images; None if the process died."""
+        try:
+            self._connection.send(task)
+            result = self._connection.recv()
+        except (EOFError, OSError):
+            return None
+        if isinstance(result, Exception):
             raise result
         return result
 
-    def _start_process(self) -> Connection:
-        connection, worker_connection = self._context.Pipe()
-        process = self._context.Process(target=_serve, args=(worker_connection,), daemon=True)
-        process.start()
-        worker_connection.close()
-        self._processes.append(process)
-        return connection
+    def kill(self) -> None:
+        """Stop it immediately."""
+        self._process.kill()
+
+    def end(self) -> str:
+        """Let it finish, if it has not died; returns how it ended, such as "signal 11"."""
+        self._connection.close()
+        with self.lock:
+            self._process.join()
+        code = self._process.exitcode or 0
+        return f"signal {-code}" if code < 0 else f"status {code}"
+
+
+class _Workers:
+    """`count` processes, each started and served by a thread of this process."""
+
+    def __init__(self, count: int) -> None:
+        self._processes: set[_Process] = set()
+        self._thread_local = threading.local()
+        self._threads = ThreadPoolExecutor(count)
+        self._is_closed = False
+
+    def submit(self, task: Task) -> Future[list[Outcome]]:
+        try:
+            return self._threads.submit(self._run, task)
+        except RuntimeError as error:  # the system starts no more threads
+            raise _not_started(str(error)) from None
+
+    def _run(self, task: Task) -> list[Outcome]:
+        outcomes = self._process().run(task)
+        if outcomes is None:
+            cause = self._end_process()
+            if not self._is_closed:
+                again = f"{len(task[0])} images are tried again, each in a new process"
+                print_line(f"A worker process ended with {cause}; {again}", file=sys.stderr)
+            outcomes = [self._run_alone(([image], *task[1:])) for image in task[0]]
+        return outcomes
+
+    def _run_alone(self, task: Task) -> Outcome:
+        """The outcome of one image, in a process of its own."""
+        outcomes = self._process().run(task)
+        cause = self._end_process()
+        if outcomes is not None:
+            return outcomes[0]
+        if cause == "signal 9":
+            raise WorkerDied(
+                f"{task[0][0].name}: its worker process was killed (signal 9), most likely for lack"
+                f" of memory; try fewer --workers"
+            )
+        return Outcome(0, reason=f"{CRASHED} ({cause})")
+
+    def _process(self) -> _Process:
+        """The process of this thread, started if it has none."""
+        if not hasattr(self._thread_local, "process"):
+            self._thread_local.process = _Process()
+            self._processes.add(self._thread_local.process)
+        if self._is_closed:
+            self._thread_local.process.kill()
+            raise CancelledError  # not seen: pending results are dropped
+        return self._thread_local.process
+
+    def _end_process(self) -> str:
+        process = self._thread_local.__dict__.pop("process")
+        self._processes.discard(process)
+        return process.end()
 
     def close(self) -> None:
         """Stop all workers immediately and discard pending results."""
+        self._is_closed = True
         self._threads.shutdown(wait=False, cancel_futures=True)
-        for process in self._processes:
-            process.terminate()  # closes its pipe, which ends the wait of its thread
+        for process in [*self._processes]:
+            process.kill()  # closes its pipe, which ends the wait of its thread
         self._threads.shutdown(wait=True)
         for process in self._processes:
-            process.terminate()  # also a process that started in the meantime
-            process.join()
+            process.end()
+
+
+def _not_started(reason: str) -> WorkerDied:
+    return WorkerDied(f"a worker process cannot be started: {reason}; try fewer --workers")
 
 
 def _serve(connection: Connection) -> None:
     """Main function of a worker process: process tasks until the pipe is closed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
+    for number in (signal.SIGINT, signal.SIGTERM):  # the parent handles them
+        signal.signal(number, signal.SIG_IGN)
     os.environ["OMP_NUM_THREADS"] = "1"  # there is one worker per core
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # libtiff prints there what Pillow raises
     with contextlib.suppress(EOFError, OSError):
+        connection.send(None)  # it runs
         while True:
             task = connection.recv()
             try:
                 connection.send(_prepare_images(*task))
-            except SourceError as error:
+            except (SourceError, OSError) as error:
                 connection.send(error)
 
 
-def _prepare_images(images: list[SourceImage], max_side: int, check: Check) -> list[Outcome]:
+def _prepare_images(
+    images: list[SourceImage], max_side: int, check: Check, flags: PixelFlags
+) -> list[Outcome]:
     outcomes = []
     for image in images:
         num_bytes = 0
         try:
             data = image.data if isinstance(image.data, bytes) else _read(image.data)
             num_bytes = len(data)
-            prepared = prepare(data, max_side, check)
+            prepared = prepare(data, max_side, check, flags)
             outcome = Outcome(num_bytes, prepared, zlib.crc32(prepared.jpeg))
         except UnreadableImage as error:
             outcome = Outcome(num_bytes, reason=str(error))
@@ -158,6 +246,8 @@ def _read(location: Location) -> bytes:
         with open(location.path, "rb", buffering=0) as file:
             data = os.pread(file.fileno(), location.size, location.offset)
     except OSError as error:
+        if error.errno in OUT_OF_FILES:
+            raise
         raise SourceError(f"{location.path} cannot be read: {error.strerror}") from None
     if len(data) < location.size:
         raise SourceError(f"{location.path} has become shorter since its images were listed")

@@ -10,18 +10,26 @@ from pipelines.convert.data_report import Report
 from pipelines.convert.journal import Journal
 from pipelines.convert.jpeg import Check
 from pipelines.convert.manifest import SourceError, SourceImage
+from pipelines.convert.pixels import PixelFlags
 from pipelines.convert.targets import Writer
-from pipelines.convert.workers import Outcome, prepare_all
+from pipelines.convert.workers import CRASHED, Outcome, prepare_all
 
 
 def write_split(
-    writer: Writer, journal: Journal, report: Report, *, workers: int, max_side: int, check: Check
+    writer: Writer,
+    journal: Journal,
+    report: Report,
+    *,
+    workers: int,
+    max_side: int,
+    check: Check,
+    flags: PixelFlags,
 ) -> None:
     """Convert and write all images of the report's manifest; record them in journal and report.
 
     Raises SourceError when the source disappears, OSError when writing fails, WorkerDied.
     """
-    prepare = functools.partial(prepare_all, max_side=max_side, check=check)
+    prepare = functools.partial(prepare_all, max_side=max_side, check=check, flags=flags)
     with progress(report.name, len(report.manifest)) as advance:
         for entry, outcome, is_new in _outcomes(writer, journal, report, prepare, workers):
             if (image := outcome.image) is None:
@@ -52,7 +60,8 @@ def _outcomes(
         for outcome in recovered:
             image = next(images)
             if outcome.image is None:  # if repaired since, its JPEG moves all that follow
-                ((_, outcome),) = prepare(report.split.load(iter([image])), workers=1)
+                alone = 2 if outcome.reason.startswith(CRASHED) else 1  # 2: in a process
+                ((_, outcome),) = prepare(report.split.load(iter([image])), workers=alone)
                 if outcome.image is not None:
                     images = itertools.chain([image], images)
                     break

@@ -1,5 +1,6 @@
 """What several sources share: a walk over folders, sorted names, and members of tar archives."""
 
+import errno
 import heapq
 import json
 import os
@@ -7,7 +8,7 @@ import posixpath
 import tarfile
 import tempfile
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
@@ -83,6 +84,21 @@ def _identity(folder: str | Path) -> tuple[int, int]:
     return status.st_dev, status.st_ino
 
 
+@contextmanager
+def temporary_files() -> Iterator[None]:
+    """Raise SourceError where TMPDIR has no space or does not exist."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT) and tempfile.tempdir:
+            raise
+        folder = tempfile.tempdir or os.environ.get("TMPDIR", "")
+        raise SourceError(
+            f"temporary files cannot be written to TMPDIR ({folder}): {error.strerror}; set TMPDIR "
+            f"to a folder with space"
+        ) from None
+
+
 def sorted_names(names: Iterable[str]) -> Iterator[str]:
     """`sorted(names)`. Of more than RUN_LENGTH names, sorted runs are merged from unnamed files."""
     names = iter(names)
@@ -90,7 +106,7 @@ def sorted_names(names: Iterable[str]) -> Iterator[str]:
     if len(run) < RUN_LENGTH:
         yield from run
         return
-    with ExitStack() as stack:
+    with temporary_files(), ExitStack() as stack:
         files = []
         while run:
             file = stack.enter_context(tempfile.TemporaryFile("w+"))

@@ -10,19 +10,18 @@ import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from pipelines.convert.jpeg import JPEG_EXTENSIONS
+from pipelines.convert.jpeg import IMAGE_EXTENSIONS
 from pipelines.convert.manifest import FoundImage, Label, Location, SourceError, Split, parse_label
 from pipelines.convert.sources.files import folders_in, is_folder, sorted_names, walk
 from pipelines.convert.sources.labels import label_key
 from pipelines.convert.sources.splits import SourceOptions, place, split_of_folder
 
-EXTENSIONS = JPEG_EXTENSIONS | {".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif"}
 METADATA = ("metadata.csv", "metadata.jsonl")
 
 
 def is_named_like_image(name: str) -> bool:
     """Whether a file name has the extension of an image format."""
-    return os.path.splitext(name)[1].lower() in EXTENSIONS
+    return os.path.splitext(name)[1].lower() in IMAGE_EXTENSIONS
 
 
 def image_entries(top: Path) -> Iterator[os.DirEntry]:
@@ -125,7 +124,7 @@ def _images_without_folders(
         for name in labels:
             split.problems.append((name, f"in the metadata of {top.name}/, but no such image"))
     if is_empty:
-        split.problems.append(("", "no " + " ".join(sorted(EXTENSIONS))))
+        split.problems.append(("", "no " + " ".join(sorted(IMAGE_EXTENSIONS))))
 
 
 def _metadata(split: Split, top: Path, options: SourceOptions) -> dict[str, Label]:

@@ -15,7 +15,8 @@ from pipelines.convert.sources import beton_file, shards
 from pipelines.convert.sources.files import is_folder
 from pipelines.convert.sources.splits import SourceOptions
 
-COMMON_KEYS = ("listing", "max_side", "subset")  # equal in the reports of all parts
+# Equal in the reports of all parts.
+COMMON_KEYS = ("listing", "max_side", "subset", "bits", "range", "bands", "page")
 REQUIRED_KEYS = {*COMMON_KEYS, "part", "split", "checksum"}
 
 

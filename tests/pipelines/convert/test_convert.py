@@ -1,9 +1,11 @@
 """`bt-convert`: stored images, rejected images, wrong usage, and no partial output."""
 
+import io
 import json
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import drawn_picture, jpeg_bytes
 from hostile import BROKEN, STORED, make_folder, make_hostile_folder
@@ -109,6 +111,52 @@ def test_an_unreadable_folder_is_reported_as_broken(folder, tmp_path, monkeypatc
     monkeypatch.setattr(os, "scandir", guarded)
     assert convert(folder, tmp_path / "out.beton") == 1
     assert "dog: folder not readable: Permission denied" in capsys.readouterr().err
+
+
+# Pixels whose meaning flags decide
+
+
+def test_pixel_flags(tmp_path, capsys):
+    """They are in the report, must be the same for --continue, and --verify ignores them."""
+    (tmp_path / "images").mkdir()
+    ramp = np.linspace(0, 4095, 64 * 64).reshape(64, 64).astype(np.uint16)
+    pages = [Image.fromarray(page) for page in (ramp[::-1], ramp)]
+    pages[0].save(tmp_path / "images" / "1.tif", save_all=True, append_images=pages[1:])
+    drawn_picture(0).save(tmp_path / "images" / "2.gif", save_all=True, append_images=pages)
+    command = [tmp_path / "images", tmp_path / "out.beton", "--workers", 1]
+    assert convert(*command, "--bits", 12) == 1
+    assert "2 pages of 16-bit grey, values 0 to 4095: which page is" in capsys.readouterr().err
+    assert convert(*command, "--bits=12", "--page=2", "--verify") == 0
+    report = json.loads((tmp_path / "out.beton.json").read_text())
+    assert [report[key] for key in ("bits", "range", "bands", "page")] == [12, None, None, 2]
+    assert report["reencoded"] == {"TIFF, page 2, bits 12": 1, "GIF, page 2": 1}
+    stored = Image.open(io.BytesIO(BetonReader(tmp_path / "out.beton").image(0).tobytes()))
+    assert np.abs(np.asarray(stored.convert("L")) - ramp * (255 / 4095)).max() < 5
+
+    assert convert(*command[:1], tmp_path / "x.beton", "--range=0:4095", "--continue") == 1
+    assert convert(*command[:1], tmp_path / "x.beton", "--range=0:3000", "--continue") == 2
+    assert "range was [0.0, 4095.0]" in capsys.readouterr().err
+
+
+def test_the_first_frame_of_an_animation_is_reported(tmp_path, capsys):
+    (tmp_path / "images").mkdir()
+    frames = [drawn_picture(seed) for seed in range(2)]
+    frames[0].save(tmp_path / "images" / "1.gif", save_all=True, append_images=frames[1:])
+    assert convert(tmp_path / "images", tmp_path / "out.beton", "--workers", 1) == 0
+    assert "Of 1 animations only the first frame is stored" in capsys.readouterr().out
+    report = json.loads((tmp_path / "out.beton.json").read_text())
+    assert report["reencoded"] == {"GIF, first frame": 1}
+
+
+@pytest.mark.parametrize(
+    "flags",
+    ["--bits=0", "--page=0", "--range=5", "--range=9:1", "--range=0:nan", "--bands=1,2"]
+    + ["--bands=0", "--bands=4,3,2,1", "--bits=8 --range=0:9"],
+)
+def test_invalid_pixel_flags(folder, tmp_path, capsys, flags):
+    assert convert(folder, tmp_path / "out.beton", *flags.split()) == 2
+    error = capsys.readouterr().err
+    assert flags.split("=")[0] in error and error.count("\n") == 1
 
 
 # Folder layouts

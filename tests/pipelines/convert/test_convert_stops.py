@@ -1,10 +1,12 @@
 """A conversion that is stopped leaves no partial output, and no process waits forever."""
 
+import errno
 import os
 import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import pytest
@@ -66,7 +68,7 @@ def test_a_killed_conversion(many, tmp_path, capsys):
     small = make_folder(tmp_path / "small", {"cat": 2})
     child = start_conversion(many, out)
     family = descendants(child.pid)
-    assert len(family) >= 3  # the fork server and two workers
+    assert len(family) >= 3  # the resource tracker and two workers
     assert main([str(small), str(out)]) == 2
     assert "by another bt-convert" in capsys.readouterr().err
 
@@ -100,12 +102,68 @@ def test_a_signal(many, tmp_path, number, flags, kept):
     assert names_in(tmp_path) == kept
 
 
-def test_a_dead_worker(many, tmp_path):
-    child = start_conversion(many, tmp_path / "out.beton")
-    server_and_workers = descendants(child.pid)
-    (worker, *_) = [pid for pid in server_and_workers if int(status(pid)[1]) != child.pid]
-    os.kill(worker, signal.SIGKILL)
-    _, errors = child.communicate(timeout=300)
-    assert child.returncode == 1
-    assert "a worker process died" in errors and "Traceback" not in errors
-    assert names_in(tmp_path) == []
+STREAMS = {
+    ">&-": 0,  # closed
+    ">&- 2>&- <&-": 0,
+    "| true": 1,  # its reader has gone
+}
+
+
+@pytest.mark.parametrize("streams", STREAMS)
+@pytest.mark.parametrize("workers", [1, 2])
+def test_closed_standard_streams(tmp_path, streams, workers):
+    make_folder(tmp_path / "images", {"a": 2})
+    command = " ".join(COMMAND) + f" {tmp_path}/images {tmp_path}/out.beton --workers {workers}"
+    shell = f"set -o pipefail; (sleep 0.1; {command}) {streams}"
+    done = subprocess.run(["bash", "-c", shell], cwd=ROOT, text=True, stderr=subprocess.PIPE)
+    assert done.returncode == STREAMS[streams]
+    names = ["images"] if done.returncode else ["images", "out.beton", "out.beton.json"]
+    assert names_in(tmp_path) == names
+    message = "bt-convert: the reader of standard output has closed it; nothing was written\n"
+    assert done.stderr == (message if done.returncode else "")
+
+
+def test_a_reader_that_goes_after_the_conversion(tmp_path, monkeypatch, capsys):
+    make_folder(tmp_path / "images", {"a": 2})
+    monkeypatch.setattr("os.dup2", lambda *_: None)
+
+    def fail(*_, **__):
+        raise BrokenPipeError
+
+    monkeypatch.setattr("pipelines.convert.command.verify", fail)
+    assert main([f"{tmp_path}/images", f"{tmp_path}/out.beton", "--verify", "--workers=1"]) == 1
+    assert "closed it; the conversion is complete" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("tmpdir", ["missing", "x" * 120])
+def test_workers_need_no_tmpdir(tmp_path, tmpdir):
+    """Neither one that exists nor one whose path is short enough for a socket."""
+    make_folder(tmp_path / "images", {"a": 2})
+    (tmp_path / ("x" * 120)).mkdir()
+    command = [*COMMAND, f"{tmp_path}/images", f"{tmp_path}/out.beton", "--workers=2"]
+    environment = {**os.environ, "TMPDIR": str(tmp_path / tmpdir)}
+    subprocess.run(command, cwd=ROOT, env=environment, check=True, stdout=subprocess.DEVNULL)
+
+
+def test_too_few_open_files(tmp_path):
+    make_folder(tmp_path / "images", {"a": 2})
+    command = [*COMMAND, f"{tmp_path}/images", f"{tmp_path}/out.beton", "--workers=2"]
+    limited = ["bash", "-c", 'ulimit -n 16; exec "$@"', "-", *command]
+    done = subprocess.run(limited, cwd=ROOT, text=True, capture_output=True)
+    assert done.returncode == 1
+    assert "too many open files: at most 16 here" in done.stderr and done.stderr.count("\n") == 1
+    assert names_in(tmp_path) == ["images"]
+
+
+def test_a_full_tmpdir_is_not_blamed_on_out(tmp_path, monkeypatch, capsys):
+    make_folder(tmp_path / "images", {"a": 4})
+    monkeypatch.setattr("pipelines.convert.sources.files.RUN_LENGTH", 2)
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    simulated = types.SimpleNamespace(TemporaryFile=full, tempdir="/full")
+    monkeypatch.setattr("pipelines.convert.sources.files.tempfile", simulated)
+    assert main([f"{tmp_path}/images", f"{tmp_path}/out.beton", "--workers=1"]) == 2
+    assert "to TMPDIR (/full): No space left on device" in capsys.readouterr().err
+    assert names_in(tmp_path) == ["images"]

@@ -42,10 +42,10 @@ def test_parts_that_do_not_belong_together(imagenet_folder, parts, tmp_path, cap
     assert is_refused("has parts 1, 3 of 3")
     (parts / "p2.beton").write_bytes(saved[parts / "p1.beton"])
     assert is_refused("is not the file that p2.beton.json describes")
-    flags = ["--shard", "2/3", "--overwrite", "--max-side", 90]
+    flags = ["--shard", "2/3", "--overwrite", "--max-side", 90, "--bits", 12]
     assert convert(imagenet_folder, parts / "p2.beton", *flags) == 0
     capsys.readouterr()
-    assert is_refused("they differ in max_side")
+    assert is_refused("they differ in max_side, bits")
     (parts / "p3.val.beton").unlink()
     assert is_refused("has parts 1, 2 of 3")
 

@@ -36,13 +36,6 @@ def test_larger_images_are_shrunk_with_antialiasing():
     assert np.abs(aliased - expected).mean() > 4  # shows that the bound above can fail
 
 
-def test_sixteen_bit_greys_are_scaled_not_clipped():
-    ramp = np.linspace(0, 65535, 256 * 64).reshape(64, 256).astype(np.uint16)
-    prepared = prepare(saved(Image.fromarray(ramp), "PNG"), 0)
-    stored = np.asarray(Image.open(io.BytesIO(prepared.jpeg)).convert("L"), float)
-    assert np.abs(stored - ramp / 257).max() < 4
-
-
 @pytest.mark.parametrize("cut", [0.02, 0.3, 0.7, 0.95, 0.999])
 @pytest.mark.parametrize("options", [{}, {"progressive": True}, {"optimize": True}])
 def test_a_truncated_jpeg_is_never_kept(cut, options):

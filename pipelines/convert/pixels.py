@@ -1,0 +1,339 @@
+"""Decodes an image file to 8-bit RGB if it is known what its samples mean.
+
+| samples | read |
+|---|---|
+| grey, RGB, CMYK, YCbCr or a palette of at most 8 bits, alpha if the format defines it | always |
+| several frames of an animation | always: the first, or that of `--page` |
+| several pages of a TIFF | with `--page` |
+| other bands: a fourth, or alpha, in a TIFF; bands without a defined meaning | with `--bands` |
+| more than 8 bits, or a sign | with `--bits` or `--range`, or if the file defines white (PPM) |
+| floating-point numbers | with `--range` |
+
+A flag has no effect on files that do not leave open what it decides. As in torchvision's default
+loader, alpha is dropped and EXIF orientation ignored.
+"""
+
+import functools
+import io
+import re
+import struct
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image, ImageFile, features
+
+from pipelines.convert.tiff import (
+    BANDS,
+    EXTRA_SAMPLES,
+    HEIGHT,
+    PHOTOMETRIC,
+    WIDTH,
+    UnreadableImage,
+    read_pages,
+)
+
+MAX_PIXELS = 1 << 27  # 402 MB as RGB; compared with the header before decoding
+# The only formats that Pillow may decode, with what it must be built with.
+FORMATS = {"JPEG": "", "PNG": "", "BMP": "", "GIF": "", "TIFF": "", "WEBP": "webp", "PPM": ""}
+FORMATS |= {"AVIF": "avif", "JPEG2000": "jpg_2000", "HEIF": ""}
+FIRST_FRAME = "first frame"
+ANIMATED = ("GIF", "PNG", "WEBP", "AVIF", "HEIF")
+_TIFF = (b"II*\0", b"MM\0*", b"II\0*", b"MM*\0", b"II+\0", b"MM\0+")  # two are common errors
+_TIFF_BANDS = {0: 1, 1: 1, 2: 3, 3: 1, 5: 4, 6: 3, 8: 3, 9: 3}  # of each photometric tag
+
+
+@dataclass(frozen=True, slots=True)
+class PixelFlags:
+    """What flags of bt-convert decide where files leave it open."""
+
+    bits: int | None = None  # white is 2**bits - 1
+    range: tuple[float, float] | None = None  # black and white
+    bands: tuple[int, ...] | None = None  # red, green and blue, or grey; counted from 1
+    page: int | None = None  # counted from 1
+
+    def settings(self) -> dict:
+        """For the report and the journal."""
+        lists = {"range": self.range and [*self.range], "bands": self.bands and [*self.bands]}
+        return {"bits": self.bits, **lists, "page": self.page}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Page:
+    """A page or frame of a file, and what the file states about its samples."""
+
+    name: str  # of the format
+    image: Callable[[], Image.Image]  # decoded by Pillow
+    samples: Callable[[], np.ndarray] | None  # [height, width, bands]; None: only Pillow has them
+    num_pages: int = 1
+    bits: int = 8
+    kind: str = "u"  # u, i or f: unsigned, signed or floating-point
+    num_bands: int
+    num_colours: int  # 1: the first band is grey; 3: RGB; 0: undefined
+    white: int = 0  # 0: not stated for more than 8 bits
+    is_inverted: bool = False  # 0 is white
+
+    @property
+    def is_deep(self) -> bool:
+        """Whether Pillow's 8 bits are not the samples."""
+        return self.bits > 8 or self.kind != "u"
+
+
+def read_rgb(data: bytes, flags: PixelFlags) -> tuple[Image.Image, str]:
+    """Returns the RGB image, and the name of its format with what decided, for the report.
+
+    Raises UnreadableImage, and what Pillow raises for damaged files.
+    """
+    page = _tiff_page(data, flags) if data[:4] in _TIFF else _page(data, flags)
+    what = ", ".join([page.name, *_decide(page, flags)])
+    is_deep = page.is_deep and page.samples is not None
+    if page.num_colours and not is_deep:
+        return page.image().convert("RGB"), what
+    bands = range(1, page.num_colours + 1) if page.num_colours else flags.bands or ()
+    if max(bands) > page.num_bands:
+        raise UnreadableImage(f"{_describe(page)}: it has no band {max(bands)}, as of --bands")
+    samples = page.samples() if page.samples else np.asarray(page.image())
+    samples = samples[..., [band - 1 for band in bands]]
+    low, high = 0.0, float(page.white or (1 << (page.bits if page.samples else 8)) - 1)
+    if is_deep and flags.range:
+        low, high = flags.range
+    elif is_deep and flags.bits:
+        high = (1 << flags.bits) - 1
+    if not (is_deep and flags.range) and not (samples.min() >= 0 and samples.max() <= high):
+        raise UnreadableImage(f"{_describe(page)}: values outside 0 to {high:g}")
+    pixels = np.stack([_scale(samples[..., i], low, high) for i in range(len(bands))], axis=2)
+    pixels = 255 - pixels if page.is_inverted else pixels
+    return Image.fromarray(pixels if len(bands) == 3 else pixels[..., 0]).convert("RGB"), what
+
+
+def _decide(page: _Page, flags: PixelFlags) -> list[str]:
+    """What flags decide for this page. Raises UnreadableImage if any of it remains unknown."""
+    decided, unknown = [], []
+    if page.num_pages > 1:
+        if flags.page:
+            decided.append(f"page {flags.page}")
+        elif page.name in ANIMATED:
+            decided.append(FIRST_FRAME)
+        else:
+            unknown.append(("which page is meant", "--page N"))
+    if not page.num_colours:
+        if flags.bands:
+            decided.append(f"bands {','.join(map(str, flags.bands))}")
+        else:
+            unknown.append(("which bands are red, green and blue", "--bands 3,2,1 or one for grey"))
+    if page.is_deep:
+        scale_only = page.samples is None  # Pillow scales to 8 bits
+        if flags.range and not scale_only:
+            decided.append("range {:g} to {:g}".format(*flags.range))
+        elif flags.bits and page.kind != "f" and (flags.bits == page.bits or not scale_only):
+            decided.append(f"bits {flags.bits}")
+        elif not page.white:
+            advice = f"--bits {page.bits}" if scale_only else "--range MIN:MAX"
+            if page.kind != "f" and not scale_only:
+                advice = f"--bits N (12: 4095 is white) or {advice}"
+            unknown.append(("which value is white", advice))
+    if unknown:
+        questions, answers = (" and ".join(texts) for texts in zip(*unknown, strict=True))
+        raise UnreadableImage(
+            f"{_describe(page)}: {questions} is unknown; give bt-convert {answers}"
+        )
+    return decided
+
+
+def _describe(page: _Page) -> str:
+    """What the file states; and, of more than 8 bits, the values that are seen."""
+    depth = f"{page.bits}-bit " + {"i": "signed ", "f": "floating-point "}.get(page.kind, "")
+    pages = f"{page.num_pages} pages of " if page.num_pages > 1 else ""
+    bands = {1: "grey", 3: "RGB"}.get(page.num_colours, f"{page.num_bands} bands")
+    seen = f"{page.name}, {pages}{depth}{bands}"
+    if not page.is_deep or page.samples is None:
+        return seen
+    samples = page.samples()
+    return f"{seen}, values {samples.min():g} to {samples.max():g}"
+
+
+def _scale(samples: np.ndarray, low: float, high: float) -> np.ndarray:
+    """uint8 of the same shape: `low` is 0, `high` 255, linear between and clipped beyond."""
+    scaled = np.subtract(samples, low, dtype=np.float64)
+    scaled *= 255 / (high - low)
+    if np.isnan(scaled).any():
+        raise UnreadableImage("pixels that are not numbers (NaN)")
+    return np.rint(scaled.clip(0, 255)).astype(np.uint8)
+
+
+def check_size(height: int, width: int) -> None:
+    """Raise UnreadableImage for more than MAX_PIXELS."""
+    if height * width > MAX_PIXELS:
+        raise UnreadableImage(f"{width} x {height} pixels, more than {MAX_PIXELS}")
+
+
+def why_unidentified(data: bytes) -> str:
+    """Why Pillow does not identify a file: its name, if not every Pillow reads the format."""
+    name = ""
+    if data.startswith((b"\0\0\0\x0cjP  ", b"\xff\x4f\xff\x51")):
+        name = "JPEG2000"
+    elif data.startswith((b"\0\0\0\x0cJXL ", b"\xff\x0a")):
+        name = "JPEG XL"
+    elif brand := re.match(rb"....ftyp(?:(avi[fs])|hei[cxms]|hev[cx]|mif1|msf1)", data, re.DOTALL):
+        name = "AVIF" if brand[1] else "HEIC"
+    if {"HEIC": "HEIF"}.get(name, name) in formats():
+        return f"a damaged {name}"
+    return name and f"{name}, which this Pillow does not read; convert it to JPEG first"
+
+
+@functools.cache
+def formats() -> tuple[str, ...]:
+    """Names of the FORMATS that this Pillow reads, by itself or with a plug-in."""
+    Image.init()
+    return tuple(n for n, f in FORMATS.items() if n in Image.OPEN and (not f or features.check(f)))
+
+
+def _page(data: bytes, flags: PixelFlags) -> _Page:
+    """The page of any file but a TIFF."""
+    image = Image.open(io.BytesIO(data), formats=formats())
+    check_size(image.height, image.width)
+    name, num_bands = image.format or "", len(image.getbands())
+    facts: dict = {"num_bands": num_bands, "num_colours": 1 if num_bands < 3 else 3}
+    facts["samples"] = lambda: np.atleast_3d(np.asarray(image))
+    if name == "PNG":
+        _check_png(data)
+        if data[24] == 16:
+            num_bands, num_colours = {0: (1, 1), 2: (3, 3), 4: (2, 1), 6: (4, 3)}[data[25]]
+            facts |= {"bits": 16, "num_bands": num_bands, "num_colours": num_colours}
+            if num_bands > 1:  # of which Pillow keeps 8 bits
+                facts["samples"] = lambda: _png_samples(data)
+    elif name == "PPM":
+        facts |= _state_ppm(data, image)
+    elif name == "JPEG2000":
+        facts |= _state_jpeg2000(data, image)
+    elif name == "AVIF" and (bits := _avif_bits(data)) > 8:
+        facts |= {"bits": bits, "samples": None}
+    if name in ANIMATED:
+        facts["num_pages"] = num_pages = getattr(image, "n_frames", 1)
+        if num_pages > 1 and facts.get("bits") == 16:
+            raise UnreadableImage("an animated PNG of 16 bits, which is not converted")
+        if flags.page and num_pages > 1:
+            _require_page(name, num_pages, flags)
+            image.seek(flags.page - 1)
+    return _Page(name=name, image=lambda: image, **facts)
+
+
+def _tiff_page(data: bytes, flags: PixelFlags) -> _Page:
+    """The page of a TIFF; smaller copies and masks are no pages."""
+    pages = read_pages(data)
+    complete = [index for index, page in enumerate(pages) if page.is_complete] or [0]
+    index = complete[0]
+    if flags.page and len(complete) > 1:
+        _require_page("TIFF", len(pages), flags)
+        index = flags.page - 1
+    page = pages[index]
+    check_size(page.number(HEIGHT), page.number(WIDTH))
+    photometric, num_bands = page.number(PHOTOMETRIC), page.number(BANDS, 1)
+    is_known = num_bands == _TIFF_BANDS.get(photometric) and not page.numbers(EXTRA_SAMPLES)
+    is_deep = page.bits > 8 or page.kind != "u"
+    if photometric > 2 and not (is_known and not is_deep):
+        raise UnreadableImage(
+            f"TIFF of {num_bands} bands of {page.bits} bits in colour space {photometric}, which is"
+            f" not converted; convert it to RGB first"
+        )
+
+    def image() -> Image.Image:
+        opened = Image.open(io.BytesIO(data), formats=["TIFF"])
+        opened.seek(index)
+        return opened
+
+    return _Page(
+        name="TIFF",
+        image=image,
+        samples=page.samples,
+        num_pages=len(complete),
+        bits=page.bits,
+        kind=page.kind,
+        num_bands=num_bands,
+        num_colours=(1 if num_bands == 1 else 3) if is_known else 0,
+        is_inverted=photometric == 0,
+    )
+
+
+def _require_page(name: str, num_pages: int, flags: PixelFlags) -> None:
+    if flags.page and flags.page > num_pages:
+        raise UnreadableImage(
+            f"{name}, {num_pages} pages: it has no page {flags.page}, as of --page"
+        )
+
+
+def _check_png(data: bytes) -> None:
+    """Compare the checksums of all critical chunks; Pillow compares only some."""
+    position = len(b"\x89PNG\r\n\x1a\n")
+    while position < len(data):
+        length = int.from_bytes(data[position : position + 4])
+        name = data[position + 4 : position + 8]
+        end = position + 12 + length
+        if end > len(data):
+            raise UnreadableImage("truncated PNG")
+        stored = int.from_bytes(data[end - 4 : end])
+        if name[:1].isupper() and zlib.crc32(memoryview(data)[position + 4 : end - 4]) != stored:
+            raise UnreadableImage("a damaged PNG (checksum mismatch)")
+        if name == b"IEND":
+            return
+        position = end
+
+
+def _png_samples(data: bytes) -> np.ndarray:
+    """uint16 [height, width, bands] of a PNG of 16 bits."""
+    import torch  # here because few data sets need it
+    from torchvision.io import ImageReadMode, decode_image
+
+    encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+    return decode_image(encoded, ImageReadMode.UNCHANGED).permute(1, 2, 0).numpy()
+
+
+def _state_ppm(data: bytes, image: ImageFile.ImageFile) -> dict:
+    """The white of a PGM or PPM of more than 8 bits. 65535 may only mean the two bytes."""
+    if image.mode == "F":
+        return {"bits": 32, "kind": "f"}
+    start = image.tile[0].offset
+    header = re.sub(rb"#[^\r\n]*", b"", data[:start]).split()
+    white = int(header[3]) if header[0] in (b"P2", b"P3", b"P5", b"P6") else 255
+    if white < 256:
+        return {}
+    shape = image.height, image.width, 1 if header[0] in (b"P2", b"P5") else 3
+
+    def samples() -> np.ndarray:
+        if header[0] in (b"P2", b"P3"):
+            numbers = re.sub(rb"#[^\r\n]*", b"", data[start:]).split()
+            return np.array(numbers[: np.prod(shape)], np.int64).reshape(shape)
+        return np.frombuffer(data, ">u2", int(np.prod(shape)), start).reshape(shape)
+
+    return {"bits": white.bit_length(), "white": white % 65535, "samples": samples}
+
+
+def _state_jpeg2000(data: bytes, image: ImageFile.ImageFile) -> dict:
+    """Depth and bands, by the codestream's first segment (SIZ) and the channel definition."""
+    start = data.index(b"\xff\x4f\xff\x51") + 40
+    num_bands = int.from_bytes(data[start : start + 2])
+    depths = data[start + 2 : start + 2 + 3 * num_bands : 3]
+    bits = max(depths) + 1
+    if bits > 128:  # the highest bit of a depth is the sign's
+        raise UnreadableImage("signed samples of JPEG 2000, which is not converted")
+    # Two or four bands: the last is alpha if the file says so (type 1, of the whole image).
+    last = struct.pack(">HHH", num_bands - 1, 1, 0)
+    defined = data.find(b"cdef", 0, start)
+    is_known = (
+        num_bands in (1, 3)
+        or image.mode in ("CMYK", "PA")
+        or (defined > 0 and last in data[defined : defined + 6 + 6 * num_bands])
+    )
+    facts: dict = {} if is_known else {"num_colours": 0}
+    if bits > 8:
+        facts |= {"bits": bits, "samples": None}
+        if num_bands == 1:  # which Pillow shifts up to 16 bits
+            facts["samples"] = lambda: np.atleast_3d(np.asarray(image) >> (16 - bits))
+    return facts
+
+
+def _avif_bits(data: bytes) -> int:
+    """Bits of the deepest image in an AVIF, by the decoder configurations (av1C)."""
+    found = (data[match.end() + 1] >> 5 & 0b11 for match in re.finditer(b"av1C\x81", data))
+    return max(({0b10: 10, 0b11: 12}.get(depth, 8) for depth in found), default=8)
