@@ -34,7 +34,7 @@ ENTRIES = re.findall(r"^\| `(.+?)` \|", DOCUMENT.read_text(), re.M)
 _LISTED = ("Broken: ", "Damaged: ")  # lines that may stand before the last
 ERRORS = {
     *("ValueError", "UsageError", "SourceError", "BetonError", "BrokenImages", "DamagedResult"),
-    *("WorkerDied", "UnreadableImage"),
+    *("WorkerDied", "UnreadableImage", "NotFinite"),
 }
 # Not the last word of a command line: what only a program can do wrong, reasons inside another
 # message of the list, and warnings.
@@ -284,7 +284,7 @@ CASES = [
     Case("… cannot change when a run is resumed", "pretrain --resume {run} --epochs 9"),
     Case("… belongs to another model", RESUME, forged_checkpoint),
     Case("… is in use by …", RESUME, locked_run),
-    Case("the loss was not finite for", PRETRAIN, not_finite),
+    Case("the loss or its gradients were", PRETRAIN, not_finite),
     Case("image … is not what was converted", PRETRAIN + " --data x.beton", damaged_image),
     Case("…: too short", PRETRAIN + " --data x.beton", writes("x.beton")),
     Case(

@@ -25,6 +25,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from bt_fast.finite import require_finite
 from bt_fast.models.networks import Encoder, build_encoder, build_projector
 from bt_fast.run import checkpoint
 
@@ -58,7 +59,8 @@ def load_encoder(path: str | Path) -> nn.Module:
     Returns:
         a `torchvision.models.ResNet` whose `fc` is the identity, on the CPU, in evaluation mode.
     Raises:
-        ValueError: the path does not exist, cannot be read or holds no known encoder.
+        ValueError: the path does not exist, cannot be read, holds no known encoder, or its weights
+            are not finite.
     """
     return read_pretrained(Path(path)).encoder.eval()
 
@@ -80,13 +82,17 @@ def read_pretrained(path: Path, *, projector: bool = False) -> Pretrained:
     # The projector is a sibling of the encoder: module.backbone. -> module.projector.
     parent = prefixes[0].rstrip(".").rpartition(".")[0]
     siblings = _without_prefix(f"{parent}.projector." if parent else "projector.", tensors)
-    return Pretrained(
+    pretrained = Pretrained(
         encoder=encoder,
         architecture=architecture,
         small_images=small_images,
         projector=_matching_projector(siblings, file) if prefixes[0] and siblings else None,
         source=file,
     )
+    for module in (pretrained.encoder, pretrained.projector):
+        if module is not None:
+            require_finite(module.state_dict(), str(file), "choose another file or checkpoint")
+    return pretrained
 
 
 def fingerprint(module: nn.Module) -> str:
