@@ -228,7 +228,8 @@ def failing_rank(box: Sandbox) -> None:
     """The second of two ranks, whose collective fails."""
     two_ranks(box)
     world = World(rank=1, size=2, local_rank=1, local_size=2)
-    box.patch("bt_fast.distributed.ranks.join", lambda device, timeout: world)
+    box.patch("bt_fast.distributed.ranks.meet", lambda timeout, limit: world)
+    box.patch("bt_fast.distributed.ranks.join", lambda world, timeout, on_gpu: None)
     box.patch("bt_fast.distributed.ranks.unresponsive_ranks", lambda world: [0])
     box.patch("bt_fast.train.pretrain", raises(RuntimeError("connection closed\nby peer")))
     box.patch("os._exit", lambda status: raises(SystemExit(status))())
@@ -307,6 +308,7 @@ CASES = [
         KNN + " --data {data} --val-data x.beton",
         lambda box: write_beton(box.path / "x.beton", 8, num_classes=1),
     ),
+    Case("--gpus …, but this machine has … GPUs; choose", KNN + " --gpus 4 --device auto", no_gpu),
     Case("--out … exists; add --overwrite", "export {run} --to timm --out x.pth", writes("x.pth")),
     Case("…; see … --help", "export {run} --to pdf --out x.pth"),
     Case("--to onnx needs more", "export {run} --to onnx --out x.onnx", without("onnxscript")),

@@ -8,6 +8,7 @@ import pytest
 
 from bt_fast.cli import main, parse_pretrain
 from bt_fast.config import from_json, immutable_changes, to_json
+from bt_fast.distributed.launcher import Placement, several_machines
 from bt_fast.recipes import RECIPES
 from pipelines.branches import VIEW_A
 
@@ -52,6 +53,45 @@ def test_what_does_not_parse_is_one_line_with_the_way_out(arguments, message, ca
     assert main(arguments) == 2
     error = capsys.readouterr().err
     assert message in error and "--help" in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("num_gpus", [0, 2, 8])
+@pytest.mark.parametrize(
+    "flags,words",
+    [
+        ("--gpus 32", "--gpus 32 --run-dir SHARED_FOLDER"),
+        ("--run-dir x --gpus 32", "--run-dir x --gpus 32"),
+        ("--run_dir=x --gpus=8 --gpus=32", "--run_dir=x --gpus=32"),
+        (
+            "--projector 9 9 --gpus 32 --resume x --projector 8 7",
+            "--gpus 32 --resume x --projector 8 7",
+        ),
+        ("--gpus 32 --seed -1 --seed -2", "--gpus 32 --seed -2 --run-dir SHARED_FOLDER"),
+    ],
+)
+def test_the_suggested_command_has_every_flag_once(flags, words, num_gpus):
+    placement = Placement(num_ranks=32, num_local_gpus=num_gpus, srun=None, on_gpus=True)
+    message, command = several_machines(flags.split(), placement, 8).splitlines()
+    assert command.endswith(f"-m bt_fast.cli pretrain {words}")
+    num_machines = 16 if num_gpus == 2 else 4
+    assert f"has {num_gpus or 'no'} GPUs" in message
+    assert f"on each of {num_machines} machines" in message
+    assert f"--nnodes {num_machines} --nproc-per-node {32 // num_machines} " in command
+
+
+@pytest.mark.parametrize(
+    "flags,message",
+    [
+        (["--batch-size", "12"], "or run the same command on a machine with 3 GPUs"),
+        ([], "--batch-size 2048 does not divide by 3 ranks"),
+        (["--batch-size", "3"], "--batch-size 3 is less than 2 for each of 3 ranks"),
+    ],
+)
+def test_more_gpus_than_there_are_for_one_machine(flags, message, capsys, monkeypatch):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    assert main(["pretrain", "--gpus", "3", *flags]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
 
 
 def test_unknown_commands_and_help(capsys):
