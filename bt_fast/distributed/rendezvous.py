@@ -48,11 +48,15 @@ def num_restarts() -> int:
 def is_rank() -> bool:
     """Whether the environment says which rank this process is. Raises ValueError if it does in
     part."""
-    if "RANK" not in os.environ and (size := integer("WORLD_SIZE", 1)) > 1:
-        raise ValueError(
-            f"WORLD_SIZE is {size}, but RANK is not set: set it for every rank, or unset WORLD_SIZE"
-        )
-    return "RANK" in os.environ
+    if "RANK" in os.environ:
+        return True
+    for name in ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE"):  # the second one by Open MPI's mpirun
+        if (size := integer(name, 1)) > 1:
+            raise ValueError(
+                f"{name} is {size}, but RANK is not set: start the ranks with torchrun or srun, set"
+                f" it for every rank, or unset {name} to run alone"
+            )
+    return False
 
 
 def rank_and_size() -> tuple[int, int]:

@@ -14,7 +14,16 @@ from bt_fast import runtime
 from bt_fast.cli import main
 from bt_fast.distributed import ranks, rendezvous, slurm
 
-PREFIXES = ("RANK", "WORLD_", "LOCAL_", "MASTER_", "SLURM_", "TORCHELASTIC", "CUDA_VISIBLE")
+PREFIXES = (
+    "RANK",
+    "WORLD_",
+    "LOCAL_",
+    "MASTER_",
+    "SLURM_",
+    "TORCHELASTIC",
+    "CUDA_VISIBLE",
+    "OMPI_",
+)
 
 
 @pytest.fixture
@@ -52,6 +61,7 @@ TASK = "SLURM_JOB_ID=7 SLURM_STEP_ID=0 SLURM_STEP_NUM_TASKS=2 SLURM_PROCID=0 SLU
     [
         ("RANK=0", "RANK is set, but not WORLD_SIZE: start the ranks with torchrun or srun"),
         ("WORLD_SIZE=2", "WORLD_SIZE is 2, but RANK is not set"),
+        ("OMPI_COMM_WORLD_SIZE=4", "OMPI_COMM_WORLD_SIZE is 4, but RANK is not set"),
         ("RANK=x WORLD_SIZE=2", "the environment variable RANK is 'x', but must be a number"),
         ("RANK=0 WORLD_SIZE=two", "the environment variable WORLD_SIZE is 'two'"),
         ("RANK=-1 WORLD_SIZE=2", "the environment variable RANK is '-1'"),
