@@ -105,9 +105,10 @@ def _pretrain(arguments: list[str]) -> int:
 
 def parse_pretrain(arguments: Sequence[str]) -> Config:
     """Flags -> Config, whose defaults are those of recipe and ablation, or of the resumed run."""
+    from bt_fast import authors_flags
     from bt_fast.ablations import ablate
     from bt_fast.recipes import RECIPES
-    from pipelines.common.flags import last_value, parse_flags, renamed_flags
+    from pipelines.common.flags import last_value, renamed_flags
 
     arguments = renamed_flags(arguments, RENAMED)
     resume, recipe, ablation = (
@@ -117,7 +118,7 @@ def parse_pretrain(arguments: Sequence[str]) -> Config:
     default = saved if saved is not None else RECIPES.get(recipe or "imagenet", Config)()
     if saved is None and ablation is not None:
         default = ablate(default, ablation)
-    config = parse_flags(Config, "bt-fast pretrain", arguments, default=default)
+    config = authors_flags.parse(Config, "bt-fast pretrain", arguments, authors_flags.MAIN, default)
     if saved is not None:
         changed = immutable_changes(config, saved)
         if "--run-dir" in changed:
@@ -133,11 +134,12 @@ def parse_pretrain(arguments: Sequence[str]) -> Config:
 
 
 def _eval(name: str, arguments: list[str]) -> int:
+    from bt_fast import authors_flags
     from bt_fast.evaluate import options
-    from pipelines.common.flags import parse_flags
 
     module, flags, function = _EVALUATIONS[name]
-    parsed = parse_flags(getattr(options, flags), f"bt-fast eval {name}", arguments)
+    program, cls = f"bt-fast eval {name}", getattr(options, flags)
+    parsed = authors_flags.parse(cls, program, arguments, authors_flags.EVALUATE)
     from bt_fast.evaluate.command import run_evaluation
 
     evaluate = getattr(importlib.import_module(f"bt_fast.evaluate.{module}"), function)

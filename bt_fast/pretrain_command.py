@@ -13,11 +13,12 @@ from rich.console import Console
 from bt_fast.config import Config, load_config
 from bt_fast.distributed import launcher, slurm
 from bt_fast.distributed.collectives import ALONE, World, require_divisible_batch
-from bt_fast.distributed.ranks import adopt_rank, num_restarts, run_rank
+from bt_fast.distributed.ranks import adopt_rank, run_rank
+from bt_fast.distributed.rendezvous import num_restarts
 from bt_fast.distributed.signals import EXIT_REFUSED, EXIT_STOPPED, StopFlag
 from bt_fast.run.console import summary_table
 from bt_fast.run.directory import RunDirectory, choose_path, make_folder
-from pipelines.loading.datasets import open_data, require_full_batches
+from pipelines.loading.datasets import open_data, require_equal_shares, require_full_batches
 
 _STATUS = "BT_FAST_STATUS"  # a file for the exit status, which torchrun does not pass on
 
@@ -46,6 +47,7 @@ def run_pretrain(config: Config, arguments: Sequence[str], stop: StopFlag) -> in
     if placement.srun is None and num_ranks == 1:
         return _train(config, stop, ALONE)
     if not placement.fits:
+        require_equal_shares(config.batch_size, num_ranks)
         require_divisible_batch(config.batch_size, num_ranks, config.bn_group)
         print(
             launcher.several_machines(arguments, placement, config.gpus_per_node), file=sys.stderr

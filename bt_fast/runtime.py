@@ -62,7 +62,7 @@ def choose_runtime(
     compile: Compile,
     local_rank: int = 0,
 ) -> Runtime:
-    """Resolve `auto`, and bind this process to its GPU, whose index is the local rank.
+    """Resolve `auto`, and bind this process to its GPU (see `gpu_index`).
 
     bf16 where the hardware multiplies it, fp32 elsewhere; torch.compile on CUDA only, because on
     a CPU compiling takes longer than a typical run. On a GPU torch gets one CPU thread: the cores
@@ -78,10 +78,27 @@ def choose_runtime(
         compile = "default" if device == "cuda" else "off"
     if device == "cpu":
         return Runtime(device=torch.device("cpu"), precision=precision, compile=compile)
-    gpu = torch.device("cuda", local_rank)
+    gpu = torch.device("cuda", gpu_index(local_rank))
     torch.cuda.set_device(gpu)
     torch.set_num_threads(1)
     return Runtime(device=gpu, precision=precision, compile=compile)
+
+
+def gpu_index(local_rank: int) -> int:
+    """Index of the GPU of a rank of this machine: its only visible one, or the local rank.
+
+    Raises ValueError if the rank has no GPU of its own.
+    """
+    count = torch.cuda.device_count()
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if count == 1 and visible is not None:  # a launcher shows each rank its own
+        return 0
+    if local_rank >= count:
+        raise ValueError(
+            f"LOCAL_RANK is {local_rank}, but there are {count} GPUs (CUDA_VISIBLE_DEVICES is"
+            f" {visible}); start one rank per GPU of each machine"
+        )
+    return local_rank
 
 
 def has_bf16(device: str) -> bool:

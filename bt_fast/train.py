@@ -66,15 +66,18 @@ def pretrain(config: Config, stop: StopFlag, world: World = ALONE) -> int:
     stop.training = True
     with contextlib.ExitStack() as stack:
         run = stack.enter_context(RunDirectory(make_folder(config))) if world.is_first else None
-        step = resume(setup, run, console)
+        step, skipped_in_a_row = resume(setup, run, console)
         if run:
             run.record_start(setup.config, setup.runtime)
         log = stack.enter_context(RunLog(console, run.path if run else None, step, setup.last_step))
         if run:
             log.info(f"run directory: {run.path}")
+        log.skipped_in_a_row = skipped_in_a_row
         deferred = Deferred(setup.runtime.device)
         with AsyncCheckpoints(setup, run, log, deferred) as checkpoints:
             step = train(setup, run, log, stop, checkpoints, deferred, step)
+        if step == setup.last_step:
+            require_applied(log, step, fewer_than=1)
         status = 0 if step == setup.last_step else EXIT_STOPPED
         if run:
             status = finish(setup, run, log, step, checkpoints.saved)
@@ -130,9 +133,9 @@ def train(
     if probe_is_due(setup, step) and not broadcast_object(run and has_probe(run, step), group):
         probe(setup, log, step)
 
-    # Since the last log line: its step, seconds of training, skipped updates.
-    logged_step, clock = step, Clock(device)
-    num_skipped = torch.zeros((), dtype=torch.int32, device=device)
+    logged_step, clock = step, Clock(device)  # the last log line, seconds of training since then
+    # Skipped updates: since the last log line, and without an applied one between them.
+    skipped = torch.tensor([0, log.skipped_in_a_row], dtype=torch.int32, device=device)
     stop_request = StopRequest(group)
     batches = setup.loader.batches(step, setup.last_step)
     views_of_steps = prefetch(batches, (config.view_a, config.view_b), setup.runtime)
@@ -144,7 +147,9 @@ def train(
         # One update.
         rates = set_learning_rates(setup, step)
         on_diagonal, off_diagonal, applied = update(setup, views)
-        num_skipped += ~applied
+        is_skipped = ~applied
+        skipped += is_skipped
+        skipped[1] *= is_skipped
         step += 1
         if deferred.pending:  # nothing is called in a step in which nothing is due
             deferred.run(step)
@@ -156,16 +161,16 @@ def train(
         # Log, save, probe.
         is_last = step == setup.last_step
         if step % config.log_every == 0 or step == 1 or is_last:
-            values = torch.stack([on_diagonal, off_diagonal, num_skipped.float()])
+            values = torch.stack([on_diagonal, off_diagonal, *skipped.float()])
             values = values.to("cpu", non_blocking=True)  # page-locked if it comes from a GPU
             since = step - logged_step
             write = functools.partial(write_log_line, setup, log, step, since, rates)
             deferred.add(step, functools.partial(write, values, clock.lap()))
             logged_step = step
-            num_skipped.zero_()
+            skipped[0].zero_()
         if step % save_every == 0 or is_last or stopping:
             with clock.paused():
-                checkpoints.begin(step)
+                checkpoints.begin(step, skipped[1])
         if stopping and not is_last:
             break
         if probe_is_due(setup, step):
@@ -225,10 +230,10 @@ def write_log_line(
     """Log the steps since the previous line. Raises ValueError after too many skipped updates.
 
     step: the last of these steps. seconds: returns the time that they took.
-    values: float [3], on the CPU: on-diagonal and off-diagonal term, skipped updates.
+    values: float [4], on the CPU: on-diagonal and off-diagonal term, `skipped` of `train`.
     """
     config = setup.config
-    on_diagonal, off_diagonal, num_skipped = values.tolist()
+    on_diagonal, off_diagonal, num_skipped, in_a_row = values.tolist()
     log.training(
         {
             "step": step,
@@ -241,25 +246,32 @@ def write_log_line(
             "skipped": int(num_skipped),
         }
     )
-    log.skipped_in_a_row = log.skipped_in_a_row + num_steps if num_skipped == num_steps else 0
-    if not num_skipped:
-        return
-    log.warn(
-        f"{int(num_skipped)} of the last {num_steps} updates skipped before step {step}: the"
-        " loss or its gradients were not finite"
-    )
-    if log.skipped_in_a_row >= MAX_SKIPPED:
+    log.skipped_in_a_row = int(in_a_row)
+    if num_skipped:
+        log.warn(
+            f"{int(num_skipped)} of the last {num_steps} updates skipped before step {step}: the"
+            " loss or its gradients were not finite"
+        )
+    require_applied(log, step, fewer_than=MAX_SKIPPED)
+
+
+def require_applied(log: RunLog, step: int, *, fewer_than: int) -> None:
+    """Raise ValueError unless fewer of the last updates up to `step` were skipped."""
+    count = log.skipped_in_a_row
+    if count >= fewer_than:
         raise ValueError(
-            f"the loss was not finite for {log.skipped_in_a_row} steps in a row. No checkpoint"
-            " contains them: resume, or start again with lower --lr-weights and --lr-biases"
+            f"the loss or its gradients were not finite in the last {count} steps, whose updates"
+            " were skipped. No checkpoint contains them: start again with lower --lr-weights and"
+            f" --lr-biases, or remove the checkpoints from step {step - count} on and resume"
         )
 
 
-def resume(setup: TrainingSetup, run: RunDirectory | None, console: Console) -> int:
-    """Restore a resumed run's newest valid checkpoint on all ranks -> its step."""
+def resume(setup: TrainingSetup, run: RunDirectory | None, console: Console) -> tuple[int, int]:
+    """Restore a resumed run's newest valid checkpoint on all ranks -> (its step, how many of the
+    last updates before it were skipped)."""
     if not broadcast_object(setup.config.resume is not None, setup.world.group):
-        return 0
-    step = 0
+        return 0, 0
+    step, skipped_in_a_row = 0, 0
     if run:
         found, problems = checkpoint.newest(run.path, set_aside=True)
         for problem in problems:
@@ -277,15 +289,15 @@ def resume(setup: TrainingSetup, run: RunDirectory | None, console: Console) -> 
                     f" {found.step} already; pass a larger value or omit it"
                 )
             found.restore(setup.model, setup.optimizer)
-            step = found.step
+            step, skipped_in_a_row = found.step, found.facts.get("skipped_in_a_row", 0)
         run.truncate_metrics(step)
         (run.path / "encoder.safetensors").unlink(missing_ok=True)  # of an earlier, shorter end
-    step = broadcast_object(step, setup.world.group)
+    step, skipped_in_a_row = broadcast_object((step, skipped_in_a_row), setup.world.group)
     momenta = [setup.optimizer.momentum_buffer(p) for p in setup.model.parameters()]
     broadcast_tensors([*setup.model.state_dict().values(), *momenta], setup.world.group)
     position = f"{setup.config.resume} at step {step} of {setup.last_step}"
     console.print(f"resuming {printable(position, console.encoding)}", markup=False)
-    return step
+    return step, skipped_in_a_row
 
 
 def export_encoder(model: BarlowTwins, stem: str, folder: Path) -> Path:

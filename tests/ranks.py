@@ -84,7 +84,8 @@ def _rank(rank: int, size: int, port: int, folder: str, function, arguments) -> 
         MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
     )  # fmt: skip
     try:
-        world = ranks.join(torch.device("cpu"), timeout=300)
+        world = ranks.meet(300, "300 s")
+        ranks.join(world, 300, on_gpu=False)
         result = function(world, *arguments)
         torch.save(result, Path(folder) / f"{rank}.pt")
         collectives.barrier(world.group)

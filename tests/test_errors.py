@@ -34,7 +34,7 @@ ENTRIES = re.findall(r"^\| `(.+?)` \|", DOCUMENT.read_text(), re.M)
 _LISTED = ("Broken: ", "Damaged: ")  # lines that may stand before the last
 ERRORS = {
     *("ValueError", "UsageError", "SourceError", "BetonError", "BrokenImages", "DamagedResult"),
-    *("WorkerDied", "UnreadableImage"),
+    *("WorkerDied", "UnreadableImage", "NotFinite"),
 }
 # Not the last word of a command line: what only a program can do wrong, reasons inside another
 # message of the list, and warnings.
@@ -232,7 +232,8 @@ def failing_rank(box: Sandbox) -> None:
     """The second of two ranks, whose collective fails."""
     two_ranks(box)
     world = World(rank=1, size=2, local_rank=1, local_size=2)
-    box.patch("bt_fast.distributed.ranks.join", lambda device, timeout: world)
+    box.patch("bt_fast.distributed.ranks.meet", lambda timeout, limit: world)
+    box.patch("bt_fast.distributed.ranks.join", lambda world, timeout, on_gpu: None)
     box.patch("bt_fast.distributed.ranks.unresponsive_ranks", lambda world: [0])
     box.patch("bt_fast.train.pretrain", raises(RuntimeError("connection closed\nby peer")))
     box.patch("os._exit", lambda status: raises(SystemExit(status))())
@@ -288,7 +289,7 @@ CASES = [
     Case("… cannot change when a run is resumed", "pretrain --resume {run} --epochs 9"),
     Case("… belongs to another model", RESUME, forged_checkpoint),
     Case("… is in use by …", RESUME, locked_run),
-    Case("the loss was not finite for", PRETRAIN, not_finite),
+    Case("the loss or its gradients were", PRETRAIN, not_finite),
     Case("image … is not what was converted", PRETRAIN + " --data x.beton", damaged_image),
     Case("…: too short", PRETRAIN + " --data x.beton", writes("x.beton")),
     Case(
@@ -311,6 +312,7 @@ CASES = [
         KNN + " --data {data} --val-data x.beton",
         lambda box: write_beton(box.path / "x.beton", 8, num_classes=1),
     ),
+    Case("--gpus …, but this machine has … GPUs; choose", KNN + " --gpus 4 --device auto", no_gpu),
     Case("--out … exists; add --overwrite", "export {run} --to timm --out x.pth", writes("x.pth")),
     Case("…; see … --help", "export {run} --to pdf --out x.pth"),
     Case("--to onnx needs more", "export {run} --to onnx --out x.onnx", without("onnxscript")),

@@ -16,7 +16,7 @@ from typing import Literal, get_args
 import torch
 
 from bt_fast.distributed.collectives import World
-from bt_fast.distributed.ranks import num_restarts
+from bt_fast.distributed.rendezvous import num_restarts
 
 VARIABLE = "BT_FAST_FAULT"
 Kind = Literal["exit", "exception", "kill", "hang", "nan", "memory"]

@@ -24,8 +24,9 @@ import torch
 from torch.distributed import TCPStore
 
 from bt_fast.distributed import slurm
-from bt_fast.distributed.ranks import RESTARTS
+from bt_fast.distributed.rendezvous import RESTARTS
 from bt_fast.distributed.signals import EXIT_REFUSED, EXIT_STOPPED, EXIT_UNSAVED, StopFlag
+from pipelines.common.flags import last_value, without_repetition
 
 MAX_RESTARTS = 3
 _GRACE_PERIOD = 10.0  # seconds for ranks to report and exit after one has died
@@ -67,23 +68,28 @@ def start_ranks(placement: Placement, command: Sequence[str], stop: StopFlag) ->
 
 
 def several_machines(arguments: Sequence[str], placement: Placement, gpus_per_machine: int) -> str:
-    """The command for each machine, to pretrain on more GPUs than this one has.
+    """The message with the command for each machine, to pretrain on more GPUs than this one has.
 
     gpus_per_machine: of the other machines, if this one has none.
     """
+    here = placement.num_local_gpus or "no"
+    message = (
+        f"bt-fast pretrain: --gpus {placement.num_ranks}, but this machine has {here} GPUs;"
+        " add --slurm PARTITION on a Slurm cluster, --device cpu to try it with processes, or run"
+    )
     most = min(placement.num_local_gpus or gpus_per_machine, placement.num_ranks)
     per_machine = next(n for n in range(most, 0, -1) if placement.num_ranks % n == 0)
     num_machines = placement.num_ranks // per_machine
-    run_dir = "" if "--resume" in arguments else " --run-dir SHARED_FOLDER"
+    if num_machines == 1:
+        return f"{message} the same command on a machine with {per_machine} GPUs"
+    if all(last_value(flag, arguments) is None for flag in ("--resume", "--run-dir")):
+        arguments = [*arguments, "--run-dir", "SHARED_FOLDER"]
     return (
-        f"bt-fast pretrain: --gpus {placement.num_ranks}, but this machine has"
-        f" {placement.num_local_gpus} GPUs; add --slurm PARTITION on a Slurm cluster, --device cpu"
-        f" to try it with processes, or run this on each of {num_machines} machines with"
-        f" {per_machine} GPUs each:\n"
+        f"{message} this on each of {num_machines} machines with {per_machine} GPUs each:\n"
         f"  torchrun --nnodes {num_machines} --nproc-per-node {per_machine}"
         " --rdzv-backend c10d --rdzv-endpoint FIRST_MACHINE:29500 --rdzv-id bt-fast"
-        f" --max-restarts {MAX_RESTARTS} -m bt_fast.cli pretrain {shlex.join(arguments)}"
-        f"{run_dir}"
+        f" --max-restarts {MAX_RESTARTS} -m bt_fast.cli pretrain"
+        f" {shlex.join(without_repetition(arguments))}"
     )
 
 

@@ -1,7 +1,7 @@
 """Ranks of a command: joining each other, running, and ending together.
 
-The environment variables are torchrun's (RANK, WORLD_SIZE, MASTER_ADDR, ...), set by torchrun,
-`slurm.adopt_environment` or bt-fast's `launcher`.
+The environment variables are torchrun's, set by torchrun, `slurm.adopt_environment` or bt-fast's
+`launcher`; see `rendezvous`.
 """
 
 import os
@@ -14,44 +14,53 @@ from typing import NoReturn
 import torch
 import torch.distributed as dist
 
-from bt_fast.distributed import slurm
-from bt_fast.distributed.collectives import ALONE, World
+from bt_fast.distributed import rendezvous, slurm
+from bt_fast.distributed.collectives import World
 from bt_fast.distributed.signals import EXIT_REFUSED
-from bt_fast.runtime import OUT_OF_MEMORY, is_out_of_memory
+from bt_fast.runtime import OUT_OF_MEMORY, gpu_index, is_out_of_memory
 
 # Set to 1, a single rank has a process group too: collectives and their streams run on one GPU.
 SINGLE_RANK_GROUP = "BT_FAST_GROUP_OF_ONE"
-RESTARTS = "BT_FAST_RESTARTS"  # set by `launcher`
 
 _stores: list[dist.Store] = []
 
 
 def adopt_rank() -> bool:
     """Whether torchrun, srun or bt-fast's launcher started this process as one of the ranks; a
-    task of srun first gets torchrun's environment variables."""
+    task of srun first gets torchrun's environment variables. Raises ValueError if they say it in
+    part."""
     slurm.adopt_environment()
-    return "RANK" in os.environ
+    return rendezvous.is_rank()
 
 
 def run_rank(
-    program: str, run: Callable[[World], int], *, device: str, gpus: int | None, timeout: float
+    program: str,
+    run: Callable[[World], int],
+    *,
+    device: str,
+    gpus: int | None,
+    timeout: float,
+    join_timeout: float | None = None,
 ) -> int:
     """Join the other ranks and run; returns the exit status. An error ends the process.
 
-    A CPU rank's threads are limited to its part of the cores. Raises ValueError if the number of
-    ranks is not `gpus`.
+    A CPU rank's threads are limited to its part of the cores.
+    timeout: of collectives, seconds, as set by --timeout. join_timeout: of the ranks' rendezvous;
+    default: the same.
+    Raises ValueError if the number of ranks is not `gpus`, or they do not find each other.
     """
-    world = world_from_environment()
-    if gpus not in (None, world.size):
+    _, size = rendezvous.rank_and_size()
+    if gpus not in (None, size):
         raise ValueError(
-            f"--gpus {gpus}, but {world.size} ranks were started; leave --gpus out or start as many"
+            f"--gpus {gpus}, but {size} ranks were started; leave --gpus out or start as many"
         )
     on_gpu = device != "cpu" and torch.cuda.is_available()
-    if not on_gpu and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(torch.get_num_threads() // world.local_size, 1))
-    here = torch.device("cuda", world.local_rank) if on_gpu else torch.device("cpu")
-    world = join(here, timeout)
+    limit = f"{timeout:g} s (--timeout)" if join_timeout is None else f"{join_timeout:g} s"
+    world = meet(join_timeout or timeout, limit)
     try:
+        join(world, timeout, on_gpu=on_gpu)
+        if not on_gpu and "OMP_NUM_THREADS" not in os.environ:
+            torch.set_num_threads(max(torch.get_num_threads() // world.local_size, 1))
         status = run(world)
     except (RuntimeError, ValueError, OSError) as error:
         if world.size == 1:
@@ -88,45 +97,43 @@ def _abort(program: str, world: World, error: Exception) -> NoReturn:
     os._exit(EXIT_REFUSED if refused else 1)
 
 
-def world_from_environment() -> World:
-    """This process's rank as the environment defines it; ALONE if it defines none."""
-    if "RANK" not in os.environ:
-        return ALONE
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-    rank, size, local_rank, local_size = (int(os.environ[name]) for name in names)
+def meet(timeout: float, limit: str) -> World:
+    """Wait for all ranks of the environment -> which of them this process is.
+
+    timeout: seconds; limit: its description for messages. Raises ValueError if ranks are missing.
+    """
+    rank, size = rendezvous.rank_and_size()
+    has_group = size > 1 or os.environ.get(SINGLE_RANK_GROUP) == "1"
+    hosts = [""] * size
+    if has_group and not _stores:
+        store, hosts = rendezvous.meet(rank, size, timeout, limit)
+        _stores.append(store)
+    local_rank, local_size = rendezvous.local_rank_and_size(rank, hosts)
     return World(
         rank=rank,
         size=size,
         local_rank=local_rank,
         local_size=local_size,
-        single_rank_group=os.environ.get(SINGLE_RANK_GROUP) == "1",
+        single_rank_group=size == 1 and has_group,
     )
 
 
-def num_restarts() -> int:
-    """How often this run was started before: by torchrun, Slurm's requeue, or bt-fast."""
-    counts = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT", RESTARTS)
-    return sum(int(os.environ.get(name, "0")) for name in counts)
-
-
-def join(device: torch.device, timeout: float) -> World:
-    """Join the process group of the environment; timeout: of every collective, seconds."""
-    world = world_from_environment()
-    if (world.size > 1 or world.single_rank_group) and not dist.is_initialized():
-        # Collectives of two communicators run on a GPU in the order in which the host starts them,
-        # which is the same on every rank. Unordered, each could wait for the other's resources.
-        os.environ.setdefault("NCCL_LAUNCH_ORDER_IMPLICIT", "1")
-        # gloo carries tensors on the CPU: stop requests, and everything of CPU ranks.
-        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(
-            backend,
-            store=_rendezvous_store(world, timedelta(seconds=timeout)),
-            rank=world.rank,
-            world_size=world.size,
-            timeout=timedelta(seconds=timeout),
-            device_id=device if device.type == "cuda" else None,
-        )
-    return world
+def join(world: World, timeout: float, *, on_gpu: bool) -> None:
+    """Create the process group; timeout: of every collective, seconds."""
+    if not _stores or dist.is_initialized():
+        return
+    # Collectives of two communicators run on a GPU in the order in which the host starts them,
+    # which is the same on every rank. Unordered, each could wait for the other's resources.
+    os.environ.setdefault("NCCL_LAUNCH_ORDER_IMPLICIT", "1")
+    # gloo carries tensors on the CPU: stop requests, and everything of CPU ranks.
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
+        store=_stores[-1],
+        rank=world.rank,
+        world_size=world.size,
+        timeout=timedelta(seconds=timeout),
+        device_id=torch.device("cuda", gpu_index(world.local_rank)) if on_gpu else None,
+    )
 
 
 def leave() -> None:
@@ -153,18 +160,3 @@ def claim_error_report() -> bool:
         return not _stores or _stores[-1].add("reported", 1) == 1
     except RuntimeError:  # the store has ended with its process
         return True
-
-
-def _rendezvous_store(world: World, timeout: timedelta) -> dist.Store:
-    """The store in which ranks publish their addresses: the launcher's, or rank 0's."""
-    at_launcher = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    store = dist.TCPStore(
-        os.environ["MASTER_ADDR"],
-        int(os.environ["MASTER_PORT"]),
-        world.size,
-        is_master=world.is_first and not at_launcher,
-        timeout=timeout,
-    )
-    # A launcher's store outlives a restart, and the addresses of ranks that died are in it.
-    _stores.append(dist.PrefixStore(f"bt-fast/start {num_restarts()}", store))
-    return _stores[-1]

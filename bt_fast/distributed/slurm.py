@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 
 from bt_fast.config import Config
+from bt_fast.distributed.rendezvous import integer
 from bt_fast.distributed.signals import EXIT_STOPPED
 
 SCRIPT = "slurm.sbatch"
@@ -107,8 +108,8 @@ def srun(world_size: int, *, on_gpus: bool) -> list[str] | None:
     inside = "SLURM_JOB_ID" in job and "SLURM_STEP_ID" not in job and shutil.which("srun")
     if not inside:
         return None
-    num_nodes = int(job.get("SLURM_JOB_NUM_NODES", "1"))
-    num_tasks = int(job.get("SLURM_NTASKS", num_nodes))
+    num_nodes = integer("SLURM_JOB_NUM_NODES", 1)
+    num_tasks = integer("SLURM_NTASKS", num_nodes)
     if num_nodes == 1 and world_size != num_tasks:
         return None
     units = "GPUs" if on_gpus else "CPUs"
@@ -129,22 +130,26 @@ def srun(world_size: int, *, on_gpus: bool) -> list[str] | None:
 
 
 def adopt_environment() -> None:
-    """Inside a step of several tasks, set torchrun's environment variables from Slurm's."""
-    if "RANK" in os.environ or int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) == 1:
+    """Inside a step of several tasks, set torchrun's environment variables from Slurm's.
+
+    In a terminal's shell (srun --pty), whose variables are those of its task, nothing is set: the
+    commands that a user types there are no tasks.
+    """
+    job = os.environ
+    size = integer("SLURM_STEP_NUM_TASKS", 1)
+    if "RANK" in job or size == 1 or "SLURM_PROCID" not in job:
         return
-    if "SLURM_PROCID" not in os.environ:
+    is_task = integer("SLURM_TASK_PID", os.getpid()) == os.getpid()
+    if not is_task and any(name.startswith("SLURM_PTY_") for name in job):
         return
-    size, per_node = os.environ["SLURM_STEP_NUM_TASKS"], os.environ["SLURM_STEP_TASKS_PER_NODE"]
-    os.environ.update(
-        RANK=os.environ["SLURM_PROCID"],
-        WORLD_SIZE=size,
-        LOCAL_RANK=os.environ["SLURM_LOCALID"],
-        LOCAL_WORLD_SIZE=per_node.partition("(")[0].partition(",")[0],
-    )
-    os.environ.setdefault("MASTER_ADDR", first_host(os.environ["SLURM_STEP_NODELIST"]))
+    job.update(RANK=str(integer("SLURM_PROCID")), WORLD_SIZE=str(size))
+    if "SLURM_LOCALID" in job:
+        job["LOCAL_RANK"] = job["SLURM_LOCALID"]
+    if "SLURM_STEP_NODELIST" in job:
+        job.setdefault("MASTER_ADDR", first_host(job["SLURM_STEP_NODELIST"]))
     # Identical on all ranks, rarely in use, and below the ephemeral ports.
-    step = 31 * int(os.environ["SLURM_JOB_ID"]) + int(os.environ["SLURM_STEP_ID"])
-    os.environ.setdefault("MASTER_PORT", str(20_000 + step % 10_000))
+    step = 31 * integer("SLURM_JOB_ID", 0) + integer("SLURM_STEP_ID", 0)
+    job.setdefault("MASTER_PORT", str(20_000 + step % 10_000))
 
 
 def first_host(nodes: str) -> str:

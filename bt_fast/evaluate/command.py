@@ -13,6 +13,7 @@ from bt_fast.evaluate.options import Options
 # Seconds. The first rank may select classifiers for hours while the others wait for the result; a
 # rank that dies is noticed by the launcher.
 _TIMEOUT = 4 * 3600.0
+_JOIN_TIMEOUT = 600.0  # seconds, for all ranks to start
 
 
 def run_evaluation(
@@ -27,13 +28,19 @@ def run_evaluation(
 
     if adopt_rank():
         return run_rank(
-            f"bt-fast eval {name}", run, device=options.device, gpus=options.gpus, timeout=_TIMEOUT
+            f"bt-fast eval {name}",
+            run,
+            device=options.device,
+            gpus=options.gpus,
+            timeout=_TIMEOUT,
+            join_timeout=_JOIN_TIMEOUT,
         )
     placement = launcher.place_ranks(options.gpus, options.device, use_srun=False)
     if not placement.fits:
         raise ValueError(
-            f"--gpus {placement.num_ranks}, but this machine has {placement.num_local_gpus}; choose"
-            " fewer, or start the ranks of several machines with torchrun or srun"
+            f"--gpus {placement.num_ranks}, but this machine has"
+            f" {placement.num_local_gpus or 'no'} GPUs; choose fewer, add --device cpu, or start"
+            " the ranks of several machines with torchrun or srun"
         )
     if placement.num_ranks == 1:
         return evaluate(options, ALONE)

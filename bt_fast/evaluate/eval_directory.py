@@ -20,6 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from bt_fast.distributed.collectives import World, broadcast_object
+from bt_fast.finite import require_finite
 from bt_fast.run.directory import RunDirectory
 from pipelines.common.atomic import atomic_file
 from pipelines.common.console import print_line
@@ -61,8 +62,10 @@ class EvalDirectory(RunDirectory):
             raise ValueError(f"{file} is damaged ({error}); delete it to start over") from None
 
     def finish(self, result: dict[str, Any], tensors: Tensors | None = None) -> dict[str, Any]:
-        """Write the result and the classifier, remove the state; returns the result."""
+        """Write the result and the classifier, remove the state; returns the result. Raises
+        NotFinite for a classifier that is not finite."""
         if tensors is not None:
+            require_finite(tensors, "the classifier", "lower the learning rates")
             self._write("classifier.safetensors", tensors, {})
         self.write("result.json", json.dumps(result, indent=2) + "\n")
         (self.path / "state.safetensors").unlink(missing_ok=True)

@@ -8,6 +8,7 @@ import torch
 
 from bt_fast.distributed.collectives import ALONE, World, gather_slices
 from bt_fast.evaluate.views import Views
+from bt_fast.finite import require_finite
 from bt_fast.runtime import Runtime
 
 
@@ -29,7 +30,8 @@ def model_outputs(
 ) -> torch.Tensor:
     """The model's outputs for the samples in evaluation mode: float32 [n, width], on every rank.
 
-    Each rank reads its slice of the images. The model is left in its previous mode.
+    Each rank reads its slice of the images. The model is left in its previous mode. Raises
+    NotFinite if a row is not finite, or so long that its norm is not.
 
     Args:
         samples: int64 [n], at least one.
@@ -47,7 +49,10 @@ def model_outputs(
         if advance is not None:
             advance(len(images) * world.size)
     model.train(was_training)
-    return gather_slices(torch.cat(outputs)[: len(local)], len(samples), world.group)
+    rows = gather_slices(torch.cat(outputs)[: len(local)], len(samples), world.group)
+    way_out = "evaluate an earlier checkpoint or another encoder"
+    require_finite({"its features": rows.norm(dim=1)}, "the encoder", way_out)
+    return rows
 
 
 def count_correct(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

@@ -29,6 +29,7 @@ from bt_fast.distributed import collectives
 from bt_fast.evaluate.eval_directory import EvalDirectory, open_eval_directory
 from bt_fast.evaluate.eval_setup import EvalSetup, Subset
 from bt_fast.evaluate.features import count_correct, model_outputs
+from bt_fast.finite import require_finite
 from pipelines.common.atomic import atomic_file
 from pipelines.common.console import progress
 from pipelines.order import epoch_order
@@ -115,8 +116,10 @@ def cached_views(
 
 
 def load_features(file: Path, device: torch.device) -> torch.Tensor:
-    """A file of `cached_views`: float16 [n, F]."""
-    return torch.from_numpy(np.load(file)).to(device)
+    """A file of `cached_views`: float16 [n, F]. Raises NotFinite, as for features above 65504."""
+    features = torch.from_numpy(np.load(file)).to(device)
+    require_finite({"its features": features}, str(file), "evaluate another encoder")
+    return features
 
 
 def choose_and_fit(

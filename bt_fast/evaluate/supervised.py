@@ -28,8 +28,9 @@ from bt_fast.distributed import collectives
 from bt_fast.distributed.collectives import ALONE, World
 from bt_fast.evaluate.eval_directory import EvalDirectory, open_eval_directory
 from bt_fast.evaluate.eval_setup import EvalSetup, Subset
-from bt_fast.evaluate.features import count_correct
+from bt_fast.evaluate.features import count_correct, extract_features
 from bt_fast.evaluate.views import Views
+from bt_fast.finite import NotFinite
 from bt_fast.models import batch_norm
 from bt_fast.models.networks import feature_width
 from bt_fast.runtime import prepare
@@ -138,6 +139,10 @@ def _train(
         _restore(trained, optimizer, tensors)
         print_line(f"{name}: continuing after epoch {first} of {protocol.epochs}")
     train_views, val_views = setup.views(train.images), setup.views(val.images)
+    # A first batch: without it, features that are not finite look like a learning rate too high.
+    extract_features(
+        setup.encoder, train_views, train.samples[: protocol.batch_size], setup.crop, setup.world
+    )
     report_every = max(1, protocol.epochs // 10)
     with progress(name, (protocol.epochs - first) * len(train)) as advance:
         for epoch in range(first, protocol.epochs):
@@ -229,18 +234,27 @@ def _sum_gradients(parameters: list[nn.Parameter], world: World) -> None:
 def accuracy(
     model: nn.Module, views: Views, samples: np.ndarray, crop: float, world: World = ALONE
 ) -> tuple[float, float]:
-    """(top-1, top-5) on central crops, every sample counted once. The model is in eval mode."""
+    """(top-1, top-5) on central crops, every sample counted once. The model is in eval mode.
+
+    Raises NotFinite if a logit is not finite: it would count as the largest.
+    """
     local_samples = world.local_slice(samples)
     labels = torch.from_numpy(views.images.labels[local_samples]).to(views.runtime.device)
-    num_correct = torch.zeros(2, dtype=torch.int64, device=labels.device)
+    counts = torch.zeros(3, dtype=torch.int64, device=labels.device)  # top-1, top-5, not finite
     start = 0
     for images in views.central(local_samples, crop):
         with views.runtime.autocast():
             logits = model(images).float()
-        num_correct += count_correct(logits, labels[start : start + len(logits)])
+        counts[:2] += count_correct(logits, labels[start : start + len(logits)])
+        counts[2] += (~logits.isfinite()).any(1).sum()
         start += len(logits)
-    top1, top5 = (collectives.all_reduce(num_correct, world.group) / len(samples)).tolist()
-    return top1, top5
+    top1, top5, num_not_finite = collectives.all_reduce(counts, world.group).tolist()
+    if num_not_finite:
+        raise NotFinite(
+            f"the logits of {num_not_finite} of {len(samples)} held-out images are not finite;"
+            " evaluate another encoder, or lower the learning rates"
+        )
+    return top1 / len(samples), top5 / len(samples)
 
 
 def _state(trained: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:

@@ -30,6 +30,7 @@ from torch import nn
 
 from bt_fast.choices import Encoder, Stem
 from bt_fast.config import load_config
+from bt_fast.finite import require_finite
 from bt_fast.models.networks import ARCHITECTURES, STEMS, build_encoder, build_projector
 from bt_fast.run import checkpoint
 from pipelines.common.console import printable
@@ -91,7 +92,7 @@ def load_encoder(
         mode.
     Raises:
         ValueError: the path does not exist, cannot be read, holds no known encoder, or could mean
-            several; the message names `--which` or `--stem`.
+            several; the message names `--which` or `--stem`; or its weights are not finite.
     """
     return read_pretrained(Path(path), which=which, stem=stem).encoder.eval()
 
@@ -121,7 +122,7 @@ def read_pretrained(
     # The projector is a sibling of the encoder: module.backbone. -> module.projector.
     parent, _, name = prefix.rstrip(".").rpartition(".")
     siblings = _without_prefix(f"{parent}.projector." if parent else "projector.", tensors)
-    return Pretrained(
+    pretrained = Pretrained(
         encoder=encoder,
         architecture=architecture,
         stem=stem,
@@ -131,6 +132,10 @@ def read_pretrained(
         source=file,
         name=_labels(resnets)[prefix] if len(resnets) > 1 else "",
     )
+    for module in (pretrained.encoder, pretrained.projector):
+        if module is not None:
+            require_finite(module.state_dict(), str(file), "choose another file or checkpoint")
+    return pretrained
 
 
 def fingerprint(module: nn.Module) -> str:

@@ -6,12 +6,15 @@ time: the next one waits for it, and so does the end of a run, however it ends.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
+
+import torch
 
 from bt_fast.build import TrainingSetup
 from bt_fast.deferred import Deferred
 from bt_fast.distributed import collectives
+from bt_fast.finite import queue_finite_check
 from bt_fast.run import checkpoint
 from bt_fast.run.console import RunLog, reason
 from bt_fast.run.directory import RunDirectory
@@ -46,29 +49,43 @@ class AsyncCheckpoints:
         self.check(wait=True)
         self._thread.shutdown()
 
-    def begin(self, step: int) -> None:
+    def begin(self, step: int, skipped_in_a_row: torch.Tensor) -> None:
         """Save the state after `step`: all ranks call it.
 
-        Copy and comparison of weights are only queued; if weights differ, nothing is written.
+        Copy, check and comparison of the state are only queued. If it is not finite or weights
+        differ between ranks, nothing is written.
+        skipped_in_a_row: int scalar on the device, the updates skipped without one between them.
         With --if-save-fails stop it returns when the write has ended.
         """
         setup = self._setup
         if self._queued:  # the buffer is reused
             self._deferred.flush()
-        compare = collectives.compare_weights(setup.model, setup.world.group)
+        weights, momentum = checkpoint.state(setup.model, setup.optimizer)
+        checks = (
+            collectives.compare_weights(setup.model, setup.world.group),
+            queue_finite_check(
+                weights | {f"momentum of {name}": value for name, value in momentum.items()},
+                f"step {step} was not saved",
+                "start again with lower --lr-weights and --lr-biases",
+            ),
+        )
+        count = skipped_in_a_row.clone().to("cpu", non_blocking=True)
         if self._run is not None:
             self.check(wait=True)
             self._snapshot.take(setup.model, setup.optimizer)
         self._queued = True
-        self._deferred.add(step, functools.partial(self._write, step, compare))
+        self._deferred.add(step, functools.partial(self._write, step, checks, count))
         if setup.config.if_save_fails == "stop":
             self._deferred.flush()
             self.check(wait=True)
 
-    def _write(self, step: int, compare: Callable[[], None]) -> None:
+    def _write(
+        self, step: int, checks: Iterable[Callable[[], None]], skipped_in_a_row: torch.Tensor
+    ) -> None:
         """Start writing; the copy has completed."""
         self._queued = False
-        compare()
+        for check in checks:
+            check()
         if self._run is None:
             return
         setup = self._setup
@@ -78,7 +95,7 @@ class AsyncCheckpoints:
             self._run.path,
             step,
             self._snapshot.tensors,
-            {"data": setup.data_identity},
+            {"data": setup.data_identity, "skipped_in_a_row": int(skipped_in_a_row)},
             keep=setup.config.keep,
         )
 

@@ -27,6 +27,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from bt_fast.finite import require_finite
 from pipelines.common.atomic import sync
 
 _FILES = ("model.safetensors", "optimizer.safetensors")
@@ -43,9 +44,13 @@ class Checkpoint:
     facts: dict[str, Any]
 
     def restore(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        """Copy the tensors into model and optimizer. Raises ValueError if they do not fit."""
+        """Copy the tensors into model and optimizer. Raises ValueError if they do not fit or are
+        not finite."""
         weights, momentum = (_load(self.folder / name) for name in _FILES)
         parameters = dict(model.named_parameters())
+        for tensors in (weights, momentum):
+            way_out = "remove this folder to resume from an earlier checkpoint"
+            require_finite(tensors, str(self.folder), way_out)
         _require_same(weights, model.state_dict(), self.folder)
         _require_same(momentum, {name: parameters.get(name) for name in momentum}, self.folder)
         for name, tensor in model.state_dict().items():
@@ -53,6 +58,16 @@ class Checkpoint:
         for name, tensor in momentum.items():
             buffer = torch.empty_like(parameters[name]).copy_(tensor)
             optimizer.state[parameters[name]]["momentum"] = buffer
+
+
+def state(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> tuple[Tensors, Tensors]:
+    """(parameters and batch statistics, momentum by parameter name), on their device."""
+    momentum = {
+        name: optimizer.state[parameter]["momentum"]
+        for name, parameter in model.named_parameters()
+        if "momentum" in optimizer.state.get(parameter, {})
+    }
+    return model.state_dict(), momentum
 
 
 class Snapshot:
@@ -64,16 +79,11 @@ class Snapshot:
     def take(
         self, model: torch.nn.Module, optimizer: torch.optim.Optimizer
     ) -> tuple[Tensors, Tensors]:
-        """(parameters and batch statistics, momentum by parameter name), row-major on the CPU.
+        """The `state`, row-major on the CPU.
 
         Valid until the next call; from a GPU, once the queued work has completed.
         """
-        momentum = {
-            name: optimizer.state[parameter]["momentum"]
-            for name, parameter in model.named_parameters()
-            if "momentum" in optimizer.state.get(parameter, {})
-        }
-        for tensors, copies in zip((model.state_dict(), momentum), self.tensors, strict=True):
+        for tensors, copies in zip(state(model, optimizer), self.tensors, strict=True):
             for name, tensor in tensors.items():
                 if name not in copies:
                     copies[name] = torch.empty(
@@ -103,8 +113,8 @@ def write(
             write_tensors(part, path)
             files[name] = {"size": path.stat().st_size, "sha256": _sha256(path)}
             sync(path)
-        state = {"step": step, "facts": facts, "files": files}
-        text = json.dumps({**state, "sha256": _sha256_of_state(state)}, indent=2)
+        content = {"step": step, "facts": facts, "files": files}
+        text = json.dumps({**content, "sha256": _sha256_of_state(content)}, indent=2)
         (temporary / "state.json").write_text(text)
         sync(temporary / "state.json")
         sync(temporary)

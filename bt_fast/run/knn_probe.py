@@ -8,6 +8,7 @@ from bt_fast.build import TrainingSetup
 from bt_fast.distributed.collectives import broadcast_tensors
 from bt_fast.evaluate.knn_classifier import extract_knn_features, knn_scores
 from bt_fast.evaluate.views import Views
+from bt_fast.finite import NotFinite
 from bt_fast.run.console import RunLog
 from bt_fast.run.directory import RunDirectory, read_metrics
 
@@ -19,7 +20,8 @@ def has_probe(run: RunDirectory, step: int) -> bool:
 
 
 def probe(setup: TrainingSetup, log: RunLog, step: int) -> None:
-    """Log the kNN accuracy of the present encoder. All ranks call it, and divide the images."""
+    """Log the kNN accuracy of the present encoder, or warn that its features are not finite. All
+    ranks call it, and divide the images."""
     if setup.knn_data is None:
         return
     started = time.perf_counter()
@@ -29,9 +31,13 @@ def probe(setup: TrainingSetup, log: RunLog, step: int) -> None:
     open_views = partial(
         Views, runtime=setup.runtime, size=config.size, num_threads=setup.num_threads
     )
-    features = extract_knn_features(
-        setup.model.encoder, setup.knn_data, open_views, config.probe_crop, setup.world
-    )
+    try:
+        features = extract_knn_features(
+            setup.model.encoder, setup.knn_data, open_views, config.probe_crop, setup.world
+        )
+    except NotFinite as error:
+        log.warn(f"no kNN probe at step {step}: {error}")
+        return
     log.probe(
         {
             "step": step,

@@ -49,9 +49,21 @@ def last_value(flag: str, arguments: Sequence[str]) -> str | None:
     found = None
     for index, argument in enumerate(arguments):
         name, equals, value = argument.partition("=")
-        if name == flag:
+        if name.replace("_", "-") == flag:
             found = value if equals else next(iter(arguments[index + 1 :]), None)
     return found
+
+
+def without_repetition(arguments: Sequence[str]) -> list[str]:
+    """The arguments with the last occurrence only of each flag, with its values."""
+    flags: dict[str, list[str]] = {}
+    name = ""
+    for argument in arguments:
+        if argument.startswith("--"):
+            name = argument.partition("=")[0].replace("_", "-")
+            flags.pop(name, None)
+        flags.setdefault(name, []).append(argument)
+    return [argument for words in flags.values() for argument in words]
 
 
 def renamed_flags(arguments: Sequence[str], names: Mapping[str, str]) -> list[str]:

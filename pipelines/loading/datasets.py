@@ -54,12 +54,17 @@ def open_val(data: Path, val_data: Path | None) -> BetonReader | ShardReader | N
     return BetonReader(beside) if beside.exists() else None
 
 
+def require_equal_shares(batch_size: int, world_size: int) -> None:
+    """Raise ValueError unless the ranks can divide a batch."""
+    if batch_size < 1 or batch_size % world_size:
+        raise ValueError(f"--batch-size {batch_size} does not divide by {world_size} ranks")
+
+
 def require_full_batches(
     batch_size: int, world_size: int, num_images: int, path: str | Path
 ) -> None:
     """Raise ValueError unless the ranks can divide a batch and there are images for one."""
-    if batch_size < 1 or batch_size % world_size:
-        raise ValueError(f"--batch-size {batch_size} does not divide by {world_size} ranks")
+    require_equal_shares(batch_size, world_size)
     if batch_size > num_images:
         raise ValueError(
             f"--batch-size {batch_size} is more than the {num_images} images of {path};"

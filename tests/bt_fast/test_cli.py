@@ -1,13 +1,16 @@
 """The command line: a user error is one line and a non-zero exit; nothing is overwritten."""
 
 import os
+import re
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from bt_fast import authors_flags
 from bt_fast.cli import main, parse_pretrain
 from bt_fast.config import from_json, immutable_changes, to_json
+from bt_fast.distributed.launcher import Placement, several_machines
 from bt_fast.recipes import RECIPES
 from pipelines.branches import VIEW_A
 
@@ -52,6 +55,93 @@ def test_what_does_not_parse_is_one_line_with_the_way_out(arguments, message, ca
     assert main(arguments) == 2
     error = capsys.readouterr().err
     assert message in error and "--help" in error and error.count("\n") == 1
+
+
+MAIN_PY = """/data/imagenet/ --epochs 1000 --batch-size 2048 --learning-rate-weights 0.2
+ --learning-rate-biases 0.0048 --weight-decay 1e-6 --lambd 0.0051 --projector 8192-8192-8192
+ --print-freq 100 --checkpoint-dir c --workers 8"""
+EVALUATE_PY = "/data r.pth --weights finetune --train-percent 1 --lr-backbone 0.005"
+
+
+@pytest.mark.parametrize(
+    "command,parts",
+    [
+        ("pretrain --projector 8192-8192-8192", ["--projector 8192 8192 8192"]),
+        ("pretrain --projector=64,32", ["--projector 64,32 is --projector 64 32"]),
+        ("pretrain --learning-rate-weights 0.2", ["--learning-rate-weights is --lr-weights"]),
+        ("pretrain --learning_rate_biases=1", ["--learning-rate-biases is --lr-biases"]),
+        ("pretrain --checkpoint-dir x", ["--checkpoint-dir is --run-dir"]),
+        ("pretrain --scale-loss 0.024", ["--scale-loss is --lr-biases, for its effect"]),
+        ("pretrain --print-freq=9", ["--print-freq is --log-every"]),
+        ("pretrain --epochs 9 imagenet", ["is --data out.beton, after bt-convert imagenet"]),
+        ("pretrain x.beton --epochs 9", ["DIR (x.beton) is --data x.beton;"]),
+        (
+            f"pretrain {MAIN_PY}",
+            ["DIR (/data/imagenet/) is --data out.beton", "--lr-weights", "--lr-biases"]
+            + ["--log-every", "--projector 8192 8192 8192", "--run-dir"],
+        ),
+        ("eval linear d r.pth --lr-classifier 1", ["DIR FILE is FILE --data DIR", "is --lr of"]),
+        (f"eval semi {EVALUATE_PY}", ["--weights is bt-fast eval linear (freeze)", "--percent of"]),
+        ("eval knn d r.pth", ["DIR FILE is FILE --data DIR"]),
+    ],
+)
+def test_the_authors_flags_are_met_with_ours(command, parts, capsys):
+    assert main(command.split()) == 2
+    error = capsys.readouterr().err
+    assert error.endswith("; see docs/coming-from-barlowtwins.md\n") and error.count("\n") == 1
+    assert all(part in error for part in parts)
+
+
+@pytest.mark.parametrize("flags", ["--foo 1 2", "--epoch 3 x", "--workers"])
+def test_a_flag_of_neither_program_is_named(flags, capsys):
+    assert main(["pretrain", *flags.split()]) == 2
+    error = capsys.readouterr().err
+    assert flags.split()[0] in error and "barlowtwins" not in error
+
+
+@pytest.mark.parametrize("name", [*authors_flags.MAIN, *authors_flags.EVALUATE])
+def test_the_document_lists_the_authors_flags(name):
+    document = Path(__file__).parents[2] / "docs" / "coming-from-barlowtwins.md"
+    assert re.search(rf"`[^`]*{name}[ `]", document.read_text())
+
+
+@pytest.mark.parametrize("num_gpus", [0, 2, 8])
+@pytest.mark.parametrize(
+    "flags,words",
+    [
+        ("--gpus 32", "--gpus 32 --run-dir SHARED_FOLDER"),
+        ("--run-dir x --gpus 32", "--run-dir x --gpus 32"),
+        ("--run_dir=x --gpus=8 --gpus=32", "--run_dir=x --gpus=32"),
+        (
+            "--projector 9 9 --gpus 32 --resume x --projector 8 7",
+            "--gpus 32 --resume x --projector 8 7",
+        ),
+        ("--gpus 32 --seed -1 --seed -2", "--gpus 32 --seed -2 --run-dir SHARED_FOLDER"),
+    ],
+)
+def test_the_suggested_command_has_every_flag_once(flags, words, num_gpus):
+    placement = Placement(num_ranks=32, num_local_gpus=num_gpus, srun=None, on_gpus=True)
+    message, command = several_machines(flags.split(), placement, 8).splitlines()
+    assert command.endswith(f"-m bt_fast.cli pretrain {words}")
+    num_machines = 16 if num_gpus == 2 else 4
+    assert f"has {num_gpus or 'no'} GPUs" in message
+    assert f"on each of {num_machines} machines" in message
+    assert f"--nnodes {num_machines} --nproc-per-node {32 // num_machines} " in command
+
+
+@pytest.mark.parametrize(
+    "flags,message",
+    [
+        (["--batch-size", "12"], "or run the same command on a machine with 3 GPUs"),
+        ([], "--batch-size 2048 does not divide by 3 ranks"),
+        (["--batch-size", "3"], "--batch-size 3 is less than 2 for each of 3 ranks"),
+    ],
+)
+def test_more_gpus_than_there_are_for_one_machine(flags, message, capsys, monkeypatch):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    assert main(["pretrain", "--gpus", "3", *flags]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
 
 
 def test_unknown_commands_and_help(capsys):

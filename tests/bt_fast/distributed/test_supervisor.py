@@ -11,7 +11,7 @@ import pytest
 from tiny_runs import wait_until
 
 from bt_fast.distributed import launcher
-from bt_fast.distributed.ranks import RESTARTS
+from bt_fast.distributed.rendezvous import RESTARTS
 from bt_fast.distributed.signals import EXIT_STOPPED, STOP_SIGNALS, StopFlag
 
 

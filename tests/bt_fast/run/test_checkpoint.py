@@ -120,6 +120,15 @@ def test_another_models_checkpoint_is_refused(tmp_path):
         checkpoint.newest(tmp_path)[0].restore(other, LARS(other.parameters(), 0.1))
 
 
+def test_a_checkpoint_that_is_not_finite_is_refused(tmp_path):
+    """An earlier version wrote it."""
+    model, optimizer = small_model()
+    model[1].running_var[2] = torch.nan
+    save(tmp_path, 1, model, optimizer)
+    with pytest.raises(ValueError, match=r"values of 1\.running_var are not finite"):
+        checkpoint.newest(tmp_path)[0].restore(*small_model())
+
+
 def forge(folder, **changes) -> None:
     """Change state.json including its hash, as an attacker could."""
     state = json.loads((folder / "state.json").read_text()) | changes

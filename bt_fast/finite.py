@@ -1,0 +1,38 @@
+"""Numbers that are not finite, found on the device that holds them."""
+
+from collections.abc import Callable, Mapping
+
+import torch
+
+
+class NotFinite(ValueError):
+    """A tensor that must be finite is not."""
+
+
+@torch.no_grad()
+def queue_finite_check(
+    tensors: Mapping[str, torch.Tensor], source: str, way_out: str
+) -> Callable[[], None]:
+    """Queue a check that all values are finite, without waiting for the device.
+
+    Call the result when the queued work has completed: it raises NotFinite, one line with the
+    source, its first tensor with a value that is NaN or infinite, and the way out.
+    """
+    values = {k: t for k, t in tensors.items() if t.is_floating_point() and t.numel()}
+    if not values:
+        return lambda: None
+    # The largest magnitude is not finite if any value is not; unlike isfinite, it takes no memory.
+    largest = torch._foreach_norm(list(values.values()), torch.inf)
+    finite = torch.stack(largest).isfinite().to("cpu", non_blocking=True)
+
+    def check() -> None:
+        for name, is_finite in zip(values, finite.tolist(), strict=True):
+            if not is_finite:
+                raise NotFinite(f"{source}: values of {name} are not finite; {way_out}")
+
+    return check
+
+
+def require_finite(tensors: Mapping[str, torch.Tensor], source: str, way_out: str) -> None:
+    """Raise NotFinite now unless all values are finite; see `queue_finite_check`."""
+    queue_finite_check(tensors, source, way_out)()
