@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.nn.parallel import DistributedDataParallel
@@ -27,9 +28,12 @@ from bt_fast.schedule import learning_rate
 from pipelines.beton import BetonReader
 from pipelines.crop import RandomResizedCrop
 from pipelines.loading.choose import open_loader
-from pipelines.loading.datasets import open_data, open_val
+from pipelines.loading.datasets import ImageDataset, open_data, open_val
 from pipelines.loading.loader import Loader
+from pipelines.order import epoch_order
 from pipelines.webdataset.reader import ShardReader
+
+MAX_UNLABELLED = 4096  # images of a probe without classes: twice the width of the features
 
 
 @dataclass(kw_only=True, slots=True)
@@ -45,6 +49,7 @@ class TrainingSetup:
     data_identity: dict[str, int | str | None]  # must not change when the run is resumed
     loader: Loader
     knn_data: KnnData | None
+    held_out: tuple[ImageDataset, np.ndarray]  # images of probes and their samples, int64 [n]
     model: BarlowTwins
     embed: Callable[[torch.Tensor], torch.Tensor]  # forward pass of the model
     # (z_a, z_b) -> on-diagonal and off-diagonal term
@@ -85,6 +90,7 @@ def build(config: Config, world: World = ALONE) -> TrainingSetup:
     batch_norm.set_process_group(model, norm_group)
     if batch_norm.choose_norm(config.norm, runtime.device) == "fused":
         batch_norm.fuse(model)
+    knn_data = choose_data(dataset, val, config.seed, config.probe_images)
     objective = objective_function(config.objective, config.temperature, loss_group)
     return TrainingSetup(
         config=config,
@@ -95,7 +101,8 @@ def build(config: Config, world: World = ALONE) -> TrainingSetup:
         dataset=dataset,
         data_identity={"images": len(dataset), "sha256": dataset.sha256()},
         loader=loader,
-        knn_data=choose_data(dataset, val, config.seed, config.probe_images),
+        knn_data=knn_data,
+        held_out=held_out_images(knn_data, dataset if val is None else val, config),
         model=model,
         embed=runtime.compiled(data_parallel(model, config, world)),
         objective=runtime.compiled(objective),
@@ -106,6 +113,16 @@ def build(config: Config, world: World = ALONE) -> TrainingSetup:
         schedules=learning_rates(config, loader.steps_per_epoch),
         last_step=config.last_step(loader.steps_per_epoch),
     )
+
+
+def held_out_images(
+    knn_data: KnnData | None, images: ImageDataset, config: Config
+) -> tuple[ImageDataset, np.ndarray]:
+    """The kNN probe's queries; without classes a random sample of `images`."""
+    if knn_data is not None:
+        return knn_data.queries, knn_data.query_samples
+    order = epoch_order(len(images), config.seed, epoch=-1)
+    return images, order[: min(max(config.probe_images // 2, 1), MAX_UNLABELLED)]
 
 
 def communicators(config: Config, world: World, device: torch.device) -> tuple[Group, Group]:
@@ -198,6 +215,15 @@ def expected_seconds(setup: TrainingSetup, seconds_per_step: dict[int, float]) -
     )
 
 
+def _describe_probe(setup: TrainingSetup) -> str:
+    if setup.config.probe_every == 0:
+        return "none (--probe-every 0)"
+    if setup.knn_data is not None:
+        return f"kNN and linear: {setup.knn_data.description}"
+    images, samples = setup.held_out
+    return f"rank and loss of {len(samples)} images of {images.path}, without classes"
+
+
 def describe(setup: TrainingSetup, seconds_per_step: dict[int, float]) -> dict[str, str]:
     """The rows of the table shown before a run starts."""
     config, runtime, dataset = setup.config, setup.runtime, setup.dataset
@@ -235,7 +261,7 @@ def describe(setup: TrainingSetup, seconds_per_step: dict[int, float]) -> dict[s
         f" batch norm {form},"
         f" {setup.num_threads} decoding threads",
         "loader": setup.config.loader,
-        "kNN probe": setup.knn_data.description if setup.knn_data else "none (no classes)",
+        "probe": _describe_probe(setup),
         "estimated time": f"{duration(seconds)}"
         f" ({config.batch_size * setup.last_step / seconds:.0f} images/s, without data and probes)",
     }

@@ -160,8 +160,10 @@ class Config:
 
     # Probe, log, checkpoints
     probe_every: int = field(default=10, metadata=_MUTABLE)
-    """Epochs between kNN probes; 0 = none. Probes also run before the first step and after the
-    last."""
+    """Epochs between probes of the features; 0 = none. Probes also run before the first step and
+    after the last."""
+    probe_minutes: float = field(default=0.0, metadata=_MUTABLE)
+    """Minutes of training after which the next end of an epoch has a probe, too; 0 = none."""
     probe_images: int = field(default=20_000, metadata=_MUTABLE)
     """Maximum number of images in the probe's feature bank; half as many queries."""
     probe_crop: float = 0.875
@@ -235,7 +237,11 @@ class Config:
 _RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("epochs batch_size size gpus_per_node log_every keep", lambda n: n >= 1, "must be at least 1"),
     ("probe_images gpus max_steps workers", lambda n: n >= 1, "must be at least 1"),
-    ("probe_every save_every warmup_epochs", lambda x: x >= 0, "must not be negative"),
+    (
+        "probe_every probe_minutes save_every warmup_epochs",
+        lambda x: x >= 0,
+        "must not be negative",
+    ),
     ("cache_gb lambd weight_decay bn_group", lambda x: x >= 0, "must not be negative"),
     ("lr_weights lr_biases grad_scale", lambda x: x > 0, "must be positive"),
     ("timeout temperature", lambda x: x > 0, "must be positive"),

@@ -8,6 +8,7 @@ is one number, the step; order and views are functions of it.
 
 import contextlib
 import functools
+import time
 from collections.abc import Callable
 from pathlib import Path
 from shlex import quote
@@ -36,7 +37,7 @@ from bt_fast.run import checkpoint, plots
 from bt_fast.run.async_checkpoint import AsyncCheckpoints
 from bt_fast.run.console import Clock, RunLog, reason, summary_table
 from bt_fast.run.directory import RunDirectory, choose_path, make_folder
-from bt_fast.run.knn_probe import has_probe, probe, probe_summary
+from bt_fast.run.probe import has_probe, probe, probe_summary
 from pipelines.common.console import printable
 
 MAX_SKIPPED = 10  # consecutive skipped updates before a run gives up
@@ -132,6 +133,7 @@ def train(
     # Also the probe that a killed run missed after its last checkpoint.
     if probe_is_due(setup, step) and not broadcast_object(run and has_probe(run, step), group):
         probe(setup, log, step)
+    probed = time.monotonic()
 
     logged_step, clock = step, Clock(device)  # the last log line, seconds of training since then
     # Skipped updates: since the last log line, and without an applied one between them.
@@ -173,10 +175,11 @@ def train(
                 checkpoints.begin(step, skipped[1])
         if stopping and not is_last:
             break
-        if probe_is_due(setup, step):
+        if probe_is_due(setup, step) or time_for_probe(setup, step, probed):
             deferred.flush()
             with clock.paused():
                 probe(setup, log, step)
+            probed = time.monotonic()
     deferred.flush()
     return step
 
@@ -186,6 +189,14 @@ def probe_is_due(setup: TrainingSetup, step: int) -> bool:
     epoch, batch = divmod(step, setup.loader.steps_per_epoch)
     every = setup.config.probe_every
     return every > 0 and (step in (0, setup.last_step) or (batch == 0 and epoch % every == 0))
+
+
+def time_for_probe(setup: TrainingSetup, step: int, since: float) -> bool:
+    """Whether --probe-minutes have passed on the first rank; asked at the ends of epochs."""
+    minutes = setup.config.probe_minutes
+    if not minutes or step % setup.loader.steps_per_epoch:
+        return False
+    return broadcast_object(time.monotonic() - since >= 60 * minutes, setup.world.group)
 
 
 def update(

@@ -157,15 +157,21 @@ class RunLog:
         )
 
     def probe(self, record: dict) -> None:
-        """The kNN accuracies at one step."""
+        """The readouts at one step."""
         self._record("probe", record)
-        scores = ", ".join(
-            f"k={name.removeprefix('knn_')}: {100 * value:.2f} %"
+        parts = [
+            f"{name.replace('knn_', 'kNN k=')} {100 * value:.2f} %"
             for name, value in record.items()
-            if name.startswith("knn_")
-        )
+            if name.startswith("knn_") or name == "linear"
+        ]
+        if "rank" in record:
+            parts.append(
+                f"rank {record['rank']:.1f}; held out: on-diagonal"
+                f" {record['held_out_on_diagonal']:.4g},"
+                f" off-diagonal {record['held_out_off_diagonal']:.4g}"
+            )
         when = "at random initialisation" if record["step"] == 0 else f"epoch {record['epoch']:.4g}"
-        self.info(f"kNN probe, {when}: {scores} ({duration(record['seconds'])})")
+        self.info(f"probe, {when}: {', '.join(parts)} ({duration(record['seconds'])})")
 
     def _record(self, kind: str, record: dict) -> None:
         for name, file, encode in self._files:

@@ -13,7 +13,7 @@ from bt_fast.build import build
 from bt_fast.cli import main, parse_pretrain
 from bt_fast.deferred import GPU_DELAY, Deferred
 from bt_fast.finite import NotFinite, require_finite
-from bt_fast.run.knn_probe import probe
+from bt_fast.run.probe import probe
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
@@ -180,4 +180,4 @@ def test_a_probe_of_features_that_are_not_finite_is_a_warning(small_beton):
     warnings: list[str] = []
     probe(setup, SimpleNamespace(warn=warnings.append), 8)
     (warning,) = warnings
-    assert "no kNN probe at step 8: the encoder: values of its features" in warning
+    assert "no probe at step 8: the encoder: values of its features" in warning

@@ -10,6 +10,7 @@ from PIL import Image
 from tiny_runs import learned, metrics, pretrain, same
 
 from bt_fast.cli import main
+from bt_fast.run.probe import READOUTS
 
 
 def test_a_run_leaves_everything_in_its_directory(finished):
@@ -23,7 +24,9 @@ def test_a_run_leaves_everything_in_its_directory(finished):
             assert record["images_per_s"] > 0 and record["skipped"] == 0
     probes = [record for record in records if record["kind"] == "probe"]
     assert [record["step"] for record in probes] == [0, 8, 12]
-    assert all(0 <= record["knn_20"] <= 1 and 0 <= record["knn_200"] <= 1 for record in probes)
+    assert all(0 <= record[name] <= 1 for record in probes for name in READOUTS)
+    assert all(1 <= record["rank"] <= 512 for record in probes)
+    assert all(record["held_out_on_diagonal"] > 0 for record in probes)
     for name in ("views.png", "curves.png"):
         with Image.open(finished / name) as picture:
             assert picture.width > 300 and len(np.unique(np.array(picture))) > 20
@@ -54,11 +57,23 @@ def test_learning_happens(tmp_path):
     assert np.mean(losses[len(losses) // 2 :]) < 0.8 * losses[0]
 
 
-def test_images_without_classes_train_without_probe(tmp_path):
+def test_images_without_classes_have_the_readouts_without_labels(tmp_path):
     data = write_beton(tmp_path / "data.beton", 20, num_classes=1)
     flags = ("--data", data, "--run-dir", tmp_path / "run", "--epochs", 1)
     assert pretrain(*flags) == 0
-    assert all(record["kind"] == "train" for record in metrics(tmp_path / "run"))
+    probes = [record for record in metrics(tmp_path / "run") if record["kind"] == "probe"]
+    names = {"kind", "step", "epoch", "seconds"}
+    assert [record.keys() - names for record in probes] == 2 * [
+        {"rank", "held_out_on_diagonal", "held_out_off_diagonal"}
+    ]
+
+
+def test_probes_by_time_are_at_ends_of_epochs(small_beton, tmp_path):
+    flags = ["--data", small_beton, "--run-dir", tmp_path, "--epochs", 3, "--probe-every", 99]
+    assert pretrain(*flags, "--probe-minutes", 1e-6) == 0
+    probes = [record["step"] for record in metrics(tmp_path) if record["kind"] == "probe"]
+    per_epoch = probes[-1] // 3
+    assert probes == [0, per_epoch, 2 * per_epoch, 3 * per_epoch]
 
 
 @pytest.mark.parametrize("flags,index", [([], -1), (["--random"], 0)])

@@ -27,7 +27,7 @@ def test_every_record_is_kept_and_shown(tmp_path, terminal):
     assert [record["kind"] for record in kept] == ["train", "train", "probe"]
     assert kept[0]["off_diagonal"] == 100.0
     shown = (tmp_path / "screen").read_text()
-    assert "loss 3" in shown and "k=20: 50.00 %" in shown and "mind [the] gap" in shown
+    assert "loss 3" in shown and "kNN k=20 50.00 %" in shown and "mind [the] gap" in shown
     assert ("\x1b[" in shown) == terminal
     assert any((tmp_path / "tensorboard").iterdir())
 

@@ -1,0 +1,106 @@
+"""Probes of a run: what its features are good for, while it trains, and a summary at the end.
+
+With classes: kNN accuracies, and a linear readout by ridge regression on the same features. Always:
+the features' effective rank, and the loss's terms on two views of held-out images, as many as a
+batch has.
+"""
+
+import time
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from bt_fast.build import TrainingSetup
+from bt_fast.distributed.collectives import broadcast_tensors
+from bt_fast.evaluate.collapse import effective_rank
+from bt_fast.evaluate.features import extract_features, model_outputs
+from bt_fast.evaluate.knn_classifier import knn_scores
+from bt_fast.evaluate.ridge import ridge_accuracy
+from bt_fast.evaluate.views import Views
+from bt_fast.finite import NotFinite
+from bt_fast.loss import correlation_terms
+from bt_fast.run.console import RunLog
+from bt_fast.run.directory import RunDirectory, read_metrics
+
+_VIEW_EPOCH = -1  # of the views of held-out images, which training never reaches
+READOUTS = {"knn_20": "kNN (k = 20)", "knn_200": "kNN (k = 200)", "linear": "linear"}
+
+
+def has_probe(run: RunDirectory, step: int) -> bool:
+    """Whether the metrics contain a probe at this step."""
+    records = read_metrics(run.path / "metrics.jsonl")
+    return any(r["kind"] == "probe" and r["step"] == step for _, r in records)
+
+
+def probe(setup: TrainingSetup, log: RunLog, step: int) -> None:
+    """Log the readouts of the present encoder, or warn that its features are not finite. All ranks
+    call it, and divide the images."""
+    started = time.perf_counter()
+    # With --bn-group statistics differ; the first rank's are saved.
+    broadcast_tensors([setup.statistics.running], setup.world.group)
+    try:
+        readouts = measure(setup)
+    except NotFinite as error:
+        log.warn(f"no probe at step {step}: {error}")
+        return
+    epoch, seconds = step / setup.loader.steps_per_epoch, time.perf_counter() - started
+    log.probe({"step": step, "epoch": epoch, **readouts, "seconds": seconds})
+
+
+def measure(setup: TrainingSetup) -> dict[str, float]:
+    """The readouts by name, the same on every rank."""
+    config, world = setup.config, setup.world
+    images, samples = setup.held_out
+    open_views = partial(
+        Views, runtime=setup.runtime, size=config.size, num_threads=setup.num_threads
+    )
+    views = open_views(images)
+    encoder, crop = setup.model.encoder, config.probe_crop
+    features = extract_features(encoder, views, samples, crop, world)
+    readouts: dict[str, float] = {}
+    if (data := setup.knn_data) is not None:  # whose queries are the held-out images
+        bank = extract_features(encoder, open_views(data.bank), data.bank_samples, crop, world)
+        labels = torch.from_numpy(data.bank.labels[data.bank_samples]).to(bank.device)
+        query_labels = torch.from_numpy(images.labels[samples]).to(bank.device)
+        readouts |= knn_scores(bank, features, data)
+        readouts["linear"] = ridge_accuracy(bank, labels, features, query_labels, data.num_classes)
+    z_a, z_b = (
+        model_outputs(
+            setup.model,
+            samples[: config.batch_size],
+            partial(
+                views.random,
+                min_scale=config.min_scale,
+                seed=config.seed,
+                epoch=_VIEW_EPOCH,
+                branch=branch,
+                view=view,
+            ),
+            setup.runtime,
+            world,
+        )
+        for view, branch in enumerate((config.view_a, config.view_b))
+    )
+    on_diagonal, off_diagonal = correlation_terms(z_a, z_b)
+    return readouts | {
+        "rank": effective_rank(features),
+        "held_out_on_diagonal": on_diagonal.item(),
+        "held_out_off_diagonal": off_diagonal.item(),
+    }
+
+
+def probe_summary(metrics: Path) -> str:
+    """One line with the readouts of the first and the last probe of a run."""
+    records = [record for _, record in read_metrics(metrics) if record["kind"] == "probe"]
+    if len(records) < 2:
+        return "no probes to compare"
+    first, last = records[0], records[-1]
+    readouts = [
+        f"{title} {100 * first[name]:.1f} % -> {100 * last[name]:.1f} %"
+        for name, title in READOUTS.items()
+        if name in first and name in last
+    ]
+    if "rank" in first:
+        readouts.append(f"rank {first['rank']:.1f} -> {last['rank']:.1f}")
+    return f"epoch {first['epoch']:g} -> {last['epoch']:g}: {', '.join(readouts)}"
