@@ -103,6 +103,10 @@ def test_a_wrong_environment_is_one_line(command, variables, message, environmen
             "the host no.such.host (MASTER_ADDR), which is unknown here: ",
         ),
         (
+            "RANK=0 WORLD_SIZE=2 MASTER_ADDR=a..b MASTER_PORT={port}",
+            "the host a..b (MASTER_ADDR), which is unknown here: it is no name of a host",
+        ),
+        (
             f"{TASK} {STORE}",
             "the missing ranks 1 of 2, expected at 127.0.0.1:{port}; to run alone in a shell of"
             " this Slurm step, set SLURM_STEP_NUM_TASKS=1",
