@@ -5,6 +5,7 @@ The environment variables are torchrun's, set by torchrun, `slurm.adopt_environm
 """
 
 import os
+import socket
 import sys
 import time
 from collections.abc import Callable
@@ -119,9 +120,18 @@ def meet(timeout: float, limit: str) -> World:
 
 
 def join(world: World, timeout: float, *, on_gpu: bool) -> None:
-    """Create the process group; timeout: of every collective, seconds."""
+    """Create the process group; timeout: of every collective, seconds. Raises ValueError if two
+    ranks have the same GPU."""
     if not _stores or dist.is_initialized():
         return
+    device = torch.device("cuda", gpu_index(world.local_rank)) if on_gpu else None
+    if device is not None:
+        uuid = torch.cuda.get_device_properties(device).uuid
+        if _stores[-1].add(f"ranks of GPU {uuid}", 1) > 1:
+            raise ValueError(
+                f"two ranks have the same GPU, {device} of {socket.gethostname()}; start one rank"
+                " per GPU, or give each its own in CUDA_VISIBLE_DEVICES"
+            )
     # Collectives of two communicators run on a GPU in the order in which the host starts them,
     # which is the same on every rank. Unordered, each could wait for the other's resources.
     os.environ.setdefault("NCCL_LAUNCH_ORDER_IMPLICIT", "1")
@@ -132,7 +142,7 @@ def join(world: World, timeout: float, *, on_gpu: bool) -> None:
         rank=world.rank,
         world_size=world.size,
         timeout=timedelta(seconds=timeout),
-        device_id=torch.device("cuda", gpu_index(world.local_rank)) if on_gpu else None,
+        device_id=device,
     )
 
 

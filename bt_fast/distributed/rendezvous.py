@@ -102,8 +102,9 @@ def meet(rank: int, size: int, timeout: float, limit: str) -> tuple[dist.Store, 
                 socket.getaddrinfo(host, port)
             else:
                 socket.create_connection((host, port), _CONNECT_LIMIT).close()
-        except socket.gaierror as error:
-            return f"the host {host} (MASTER_ADDR), which is unknown here: {error.strerror}"
+        except (socket.gaierror, UnicodeError) as error:
+            reason = getattr(error, "strerror", "it is no name of a host")
+            return f"the host {host} (MASTER_ADDR), which is unknown here: {reason}"
         except OSError as error:
             return f"rank 0 at {host}:{port}: {error.strerror or error}"
         store = _open_store(host, port, size, is_server)

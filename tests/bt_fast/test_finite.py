@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from sample_voc import write_devkit
 from tiny_runs import TINY, evaluate, metrics, pretrain
 
 from bt_fast import train
@@ -137,6 +138,7 @@ def damage(file, value: float) -> None:
 
 
 PROTOCOLS = ["all", "knn", "linear", "linear --cached", "semi", "transfer"]
+PROTOCOLS += ["transfer --dataset=voc07"]
 
 
 @pytest.mark.parametrize(
@@ -148,6 +150,9 @@ def test_evaluations_of_an_encoder_that_is_not_finite_say_so(
 ):
     """NaN weights; and finite ones whose features overflow."""
     file, data = tmp_path / "encoder.safetensors", labelled_run.parent / "train.beton"
+    if "voc07" in command:
+        pytest.importorskip("sklearn")
+        data = write_devkit(tmp_path).parent
     file.write_bytes((labelled_run / "encoder.safetensors").read_bytes())
     damage(file, value)
     assert evaluate(file, tmp_path / "out", *command.split(), "--size=32", "--data", data) == 2

@@ -5,6 +5,7 @@ import socket
 import subprocess
 import sys
 import threading
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -13,6 +14,7 @@ import torch
 from bt_fast import runtime
 from bt_fast.cli import main
 from bt_fast.distributed import ranks, rendezvous, slurm
+from bt_fast.distributed.collectives import World
 
 PREFIXES = (
     "RANK",
@@ -99,6 +101,10 @@ def test_a_wrong_environment_is_one_line(command, variables, message, environmen
         (
             "RANK=1 WORLD_SIZE=2 MASTER_ADDR=no.such.host MASTER_PORT={port}",
             "the host no.such.host (MASTER_ADDR), which is unknown here: ",
+        ),
+        (
+            "RANK=0 WORLD_SIZE=2 MASTER_ADDR=a..b MASTER_PORT={port}",
+            "the host a..b (MASTER_ADDR), which is unknown here: it is no name of a host",
         ),
         (
             f"{TASK} {STORE}",
@@ -245,3 +251,18 @@ def test_the_gpu_of_a_rank(visible, count, local_rank, index, environment, monke
     else:
         with pytest.raises(ValueError, match=index):
             runtime.gpu_index(local_rank)
+
+
+def test_two_ranks_of_the_same_gpu_are_refused(environment, monkeypatch):
+    environment("CUDA_VISIBLE_DEVICES=0")
+    monkeypatch.setattr(ranks, "_stores", [torch.distributed.HashStore()])
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    gpu = SimpleNamespace(uuid="c1-48")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
+    monkeypatch.setattr(torch.distributed, "init_process_group", mock.Mock())
+    worlds = [World(rank=rank, size=3, local_rank=rank, local_size=3) for rank in range(3)]
+    ranks.join(worlds[0], 1.0, on_gpu=True)
+    with pytest.raises(ValueError, match="two ranks have the same GPU, cuda:0 of"):
+        ranks.join(worlds[1], 1.0, on_gpu=True)
+    gpu.uuid = "c1-49"  # as where the launcher shows every rank its own
+    ranks.join(worlds[2], 1.0, on_gpu=True)
