@@ -15,12 +15,12 @@ from torch.nn.parallel import DistributedDataParallel
 from bt_fast.config import Config
 from bt_fast.distributed.collectives import ALONE, Group, World
 from bt_fast.evaluate.knn_classifier import KnnData, choose_data
-from bt_fast.lars import LARS, parameter_groups
 from bt_fast.loss import weighted_sum
 from bt_fast.loss_variants import objective_function
 from bt_fast.models import batch_norm
 from bt_fast.models.batch_norm import RunningStatistics
 from bt_fast.models.networks import BarlowTwins, build_model
+from bt_fast.optimizers import GuardedOptimizer, build_optimizer
 from bt_fast.prefetch import NUM_BATCHES_IN_MEMORY
 from bt_fast.run.console import duration
 from bt_fast.runtime import Runtime, apply_switches, choose_runtime, prepare, synchronise
@@ -55,7 +55,7 @@ class TrainingSetup:
     # (z_a, z_b) -> on-diagonal and off-diagonal term
     objective: Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
     statistics: RunningStatistics  # of the model's batch norms
-    optimizer: LARS
+    optimizer: GuardedOptimizer
     schedules: dict[str, Callable[[int], float]]  # parameter group -> learning rate of a step
     last_step: int
 
@@ -107,9 +107,7 @@ def build(config: Config, world: World = ALONE) -> TrainingSetup:
         embed=runtime.compiled(data_parallel(model, config, world)),
         objective=runtime.compiled(objective),
         statistics=RunningStatistics(model),
-        optimizer=LARS(
-            parameter_groups(model.parameters()), lr=0.0, weight_decay=config.weight_decay
-        ),
+        optimizer=build_optimizer(config.optimizer, model, config.weight_decay),
         schedules=learning_rates(config, loader.steps_per_epoch),
         last_step=config.last_step(loader.steps_per_epoch),
     )
@@ -254,6 +252,7 @@ def describe(setup: TrainingSetup, seconds_per_step: dict[int, float]) -> dict[s
         + (f" + predictor ({parameters[2]:.1f} M)" if config.predictor else ""),
         "objective": config.objective + f", lambda {config.lambd:g}",
         "batch": batch,
+        "optimizer": config.optimizer,
         "steps": schedule,
         "warm-up": warmup,
         "device": f"{runtime.device.type}, {runtime.precision},"

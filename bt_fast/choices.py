@@ -13,6 +13,7 @@ Encoder = Literal["resnet18", "resnet34", "resnet50", "resnet101", "resnet152", 
 Stem = Literal[
     "imagenet", "cifar", "solo-learn", "3x3-maxpool", "3x3-stride2", "3x3-stride2-maxpool"
 ]
+OptimizerName = Literal["lars", "adamw", "sgd"]
 Objective = Literal[
     "barlow-twins",
     "redundancy-only",

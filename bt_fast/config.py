@@ -19,6 +19,7 @@ from bt_fast.choices import (
     LoaderName,
     Norm,
     Objective,
+    OptimizerName,
     Precision,
     RecipeName,
     Stem,
@@ -145,6 +146,8 @@ class Config:
     lambd: float = 5e-3
     """Weight of the off-diagonal (redundancy reduction) term (paper: 5e-3; released code:
     5.1e-3)."""
+    optimizer: OptimizerName = "lars"
+    """Optimizer: lars as in the paper; adamw or sgd for small batches and short runs."""
     lr_weights: float = 0.2
     """Learning rate of matrices at batch 256."""
     lr_biases: float = 0.0048

@@ -304,8 +304,8 @@ def resume(setup: TrainingSetup, run: RunDirectory | None, console: Console) -> 
         run.truncate_metrics(step)
         (run.path / "encoder.safetensors").unlink(missing_ok=True)  # of an earlier, shorter end
     step, skipped_in_a_row = broadcast_object((step, skipped_in_a_row), setup.world.group)
-    momenta = [setup.optimizer.momentum_buffer(p) for p in setup.model.parameters()]
-    broadcast_tensors([*setup.model.state_dict().values(), *momenta], setup.world.group)
+    state = checkpoint.state(setup.model, setup.optimizer)
+    broadcast_tensors([tensor for part in state for tensor in part.values()], setup.world.group)
     position = f"{setup.config.resume} at step {step} of {setup.last_step}"
     console.print(f"resuming {printable(position, console.encoding)}", markup=False)
     return step, skipped_in_a_row

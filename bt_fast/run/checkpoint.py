@@ -3,7 +3,7 @@
     checkpoints/
       step-00000626/
         model.safetensors        parameters and batch statistics
-        optimizer.safetensors    momentum, by parameter name
+        optimizer.safetensors    state of the optimizer, by parameter name
         state.json               step, facts, size and SHA-256 of each file, and its own SHA-256;
                                  written last
 
@@ -46,28 +46,27 @@ class Checkpoint:
     def restore(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Copy the tensors into model and optimizer. Raises ValueError if they do not fit or are
         not finite."""
-        weights, momentum = (_load(self.folder / name) for name in _FILES)
-        parameters = dict(model.named_parameters())
-        for tensors in (weights, momentum):
-            way_out = "remove this folder to resume from an earlier checkpoint"
+        saved = tuple(_load(self.folder / name) for name in _FILES)
+        way_out = "remove this folder to resume from an earlier checkpoint"
+        for tensors, current in zip(saved, state(model, optimizer), strict=True):
             require_finite(tensors, str(self.folder), way_out)
-        _require_same(weights, model.state_dict(), self.folder)
-        _require_same(momentum, {name: parameters.get(name) for name in momentum}, self.folder)
-        for name, tensor in model.state_dict().items():
-            tensor.copy_(weights[name])
-        for name, tensor in momentum.items():
-            buffer = torch.empty_like(parameters[name]).copy_(tensor)
-            optimizer.state[parameters[name]]["momentum"] = buffer
+            _require_same(tensors, current, self.folder)
+        for tensors, current in zip(saved, state(model, optimizer), strict=True):
+            for name, tensor in current.items():
+                tensor.copy_(tensors[name])
 
 
 def state(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> tuple[Tensors, Tensors]:
-    """(parameters and batch statistics, momentum by parameter name), on their device."""
-    momentum = {
-        name: optimizer.state[parameter]["momentum"]
+    """(parameters and batch statistics, the optimizer's state), on their device.
+
+    Names of the latter: PARAMETER for LARS's momentum, else PARAMETER@KEY, such as @exp_avg.
+    """
+    of_optimizer = {
+        name if key == "momentum" else f"{name}@{key}": value
         for name, parameter in model.named_parameters()
-        if "momentum" in optimizer.state.get(parameter, {})
+        for key, value in optimizer.state.get(parameter, {}).items()
     }
-    return model.state_dict(), momentum
+    return model.state_dict(), of_optimizer
 
 
 class Snapshot:

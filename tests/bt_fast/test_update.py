@@ -1,5 +1,7 @@
 """One training step: the paper's update, or none."""
 
+import functools
+
 import numpy as np
 import pytest
 import torch
@@ -11,20 +13,24 @@ from bt_fast.build import build, measure_step_seconds
 from bt_fast.cli import parse_pretrain
 from bt_fast.evaluate.features import extract_features
 from bt_fast.evaluate.views import Views
+from bt_fast.optimizers import build_optimizer
 from bt_fast.prefetch import augment_batch
+from bt_fast.run import checkpoint
 from pipelines import augment
 
 
-def test_a_step_that_is_not_finite_changes_nothing(small_beton, tmp_path):
-    setup = build(parse_pretrain([*TINY, "--data", str(small_beton)]))
+@pytest.mark.parametrize("optimizer", ["lars", "adamw", "sgd"])
+@pytest.mark.parametrize("first", [True, False])  # a first step that is skipped, or a later one
+def test_a_step_that_is_not_finite_changes_nothing(small_beton, optimizer, first):
+    setup = build(parse_pretrain([*TINY, "--data", str(small_beton), "--optimizer", optimizer]))
     train.set_learning_rates(setup, 5)
     views = torch.randn(32, 3, 32, 32)
-    assert train.update(setup, views)[2]
+    assert first or train.update(setup, views)[2]
 
     def state():
-        parameters, statistics = list(setup.model.parameters()), setup.statistics
-        momenta = [setup.optimizer.state[p]["momentum"] for p in parameters]
-        tensors = [*parameters, *momenta, statistics.running, statistics.counts]
+        _, of_optimizer = checkpoint.state(setup.model, setup.optimizer)
+        parameters, statistics = setup.model.parameters(), setup.statistics
+        tensors = [*parameters, *of_optimizer.values(), statistics.running, statistics.counts]
         return [tensor.detach().clone() for tensor in tensors]
 
     before = state()
@@ -33,7 +39,39 @@ def test_a_step_that_is_not_finite_changes_nothing(small_beton, tmp_path):
     assert all(map(torch.equal, state(), before))
     views[19, 0, 0, 0] = 0.0
     assert train.update(setup, views)[2]
-    assert not any(map(torch.equal, state(), before))
+    is_same = list(map(torch.equal, state(), before))
+    assert not (all(is_same) if first else any(is_same))  # at first, some gradients are 0
+
+
+@pytest.mark.parametrize(
+    "name,theirs",
+    [
+        ("adamw", torch.optim.AdamW),
+        ("sgd", functools.partial(torch.optim.SGD, momentum=0.9)),
+    ],
+)
+def test_other_optimizers_are_torchs_without_decay_of_biases(name, theirs):
+    torch.manual_seed(0)
+    models = [torch.nn.Linear(5, 4) for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    ours = build_optimizer(name, models[0], weight_decay=0.1)
+    decays = {"weight": 0.1, "bias": 0.0}
+    parameters = models[1].named_parameters()
+    groups = [{"params": [p], "weight_decay": decays[name]} for name, p in parameters]
+    theirs = theirs(groups, lr=0.01, foreach=False)
+    for group in ours.param_groups:
+        group["lr"] = 0.01
+    for step in range(4):
+        inputs = torch.randn(3, 5)
+        for model in models:
+            model.zero_grad()
+            model(inputs).square().sum().backward()
+        guard = torch.tensor(float("nan") if step == 1 else 1.0)
+        assert ours.step(guard=guard) == (step != 1)
+        if step != 1:
+            theirs.step()
+    for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        assert torch.allclose(a, b, rtol=1e-6)
 
 
 def test_rehearsal_leaves_no_trace(small_beton):

@@ -1,0 +1,72 @@
+"""Optimizers of a run. LARS is the paper's; AdamW and SGD serve short runs and small batches.
+
+All of them can be guarded: a step whose guard or gradients are not finite changes nothing, which is
+decided on the device, without waiting for it. Biases and norm parameters have no weight decay.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from bt_fast.choices import OptimizerName
+from bt_fast.lars import LARS, parameter_groups
+
+SGD_MOMENTUM = 0.9
+
+
+def _guarded_step(step: Callable[[], Any], optimizer: Any, guard: torch.Tensor) -> torch.Tensor:
+    """torch's fused optimizers skip a step where `found_inf` is 1, as for a loss scaler."""
+    gradients = [
+        p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None
+    ]
+    applied = torch.isfinite(guard) & torch.isfinite(nn.utils.get_total_norm(gradients))
+    optimizer.grad_scale, optimizer.found_inf = None, (~applied).float()
+    step()
+    return applied
+
+
+class AdamW(torch.optim.AdamW):
+    """torch's fused AdamW with a guard."""
+
+    def step(self, *, guard: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        """Update -> whether it was applied, a bool scalar on the device; see `LARS.step`."""
+        return _guarded_step(super().step, self, guard)
+
+
+class SGD(torch.optim.SGD):
+    """torch's fused SGD with a guard."""
+
+    def step(self, *, guard: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        """Update -> whether it was applied, a bool scalar on the device; see `LARS.step`."""
+        return _guarded_step(super().step, self, guard)
+
+
+GuardedOptimizer = LARS | AdamW | SGD
+
+
+def build_optimizer(name: OptimizerName, model: nn.Module, weight_decay: float) -> GuardedOptimizer:
+    """The optimizer of that name, with its state, for all parameters; rates are set every step."""
+    parameters = list(model.parameters())
+    groups = parameter_groups(parameters)
+    options: dict[str, Any] = {"lr": 0.0, "weight_decay": weight_decay}
+    if name == "lars":
+        lars = LARS(groups, **options)
+        for p in parameters:
+            lars.momentum_buffer(p)
+        return lars
+    groups[1]["weight_decay"] = 0.0
+    # torch would create the state in the first step, and a skipped one leaves it uninitialised.
+    if name == "sgd":
+        sgd = SGD(groups, momentum=SGD_MOMENTUM, fused=True, **options)
+        sgd.state.update((p, {"momentum_buffer": torch.zeros_like(p)}) for p in parameters)
+        return sgd
+    adamw = AdamW(groups, fused=True, **options)
+    for p in parameters:
+        adamw.state[p] = {
+            "step": torch.zeros((), device=p.device),
+            "exp_avg": torch.zeros_like(p),
+            "exp_avg_sq": torch.zeros_like(p),
+        }
+    return adamw
