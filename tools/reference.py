@@ -16,8 +16,9 @@ import torch
 from PIL import Image, ImageFilter, ImageOps
 from torch import nn
 
+from bt_fast.choices import Stem
 from bt_fast.lars import parameter_groups
-from bt_fast.models.networks import build_projector, feature_width
+from bt_fast.models.networks import build_encoder, build_projector, feature_width
 from pipelines.augment import IMAGENET_MEAN, IMAGENET_STD, VIEW_A, VIEW_B, Branch
 from pipelines.beton import BetonReader
 
@@ -100,14 +101,17 @@ class Images(torch.utils.data.Dataset):
         return self.views(self.decode(index))
 
 
-def loader(dataset, batch_size: int, workers: int) -> torch.utils.data.DataLoader:
-    """The released code's DataLoader, adapted to small data sets for a fair comparison: workers
-    persist, and an epoch repeats the images until it has eight batches per worker. Workers are
-    forked from a process that has not initialised CUDA.
+def loader(
+    dataset, batch_size: int, workers: int, *, epochs: bool = False
+) -> torch.utils.data.DataLoader:
+    """The released code's DataLoader; workers are forked from a process without CUDA.
+
+    Adapted to small data sets for a fair comparison of speed: workers persist, and an epoch repeats
+    the images until it has eight batches per worker; with `epochs` it has every image once.
     """
     processes = multiprocessing.get_context("forkserver")
     processes.set_forkserver_preload([__name__])
-    num_samples = max(len(dataset), 8 * workers * batch_size)
+    num_samples = len(dataset) if epochs else max(len(dataset), 8 * workers * batch_size)
     return torch.utils.data.DataLoader(
         dataset,
         batch_size=batch_size,
@@ -128,11 +132,18 @@ def endless(batches: Iterable) -> Iterator:
 class Step:
     """Model, optimizer and one training step on views [n, 3, H, W] on the device."""
 
-    def __init__(self, encoder: str, projector: tuple[int, ...], device: torch.device) -> None:
-        import torchvision
-
-        backbone = getattr(torchvision.models, encoder)(zero_init_residual=True)
-        backbone.fc = nn.Identity()
+    def __init__(
+        self,
+        encoder: str,
+        projector: tuple[int, ...],
+        device: torch.device,
+        *,
+        stem: Stem = "imagenet",
+        lambd: float = LAMBD,
+        weight_decay: float = 1e-6,
+    ) -> None:
+        self.lambd = lambd
+        backbone = build_encoder(encoder, stem=stem)
         layers = build_projector((feature_width(backbone), *projector))
         for i, layer in enumerate(layers):
             if isinstance(layer, nn.BatchNorm1d):
@@ -142,19 +153,24 @@ class Step:
         self.amp = torch.autocast(device.type, torch.float16, enabled=device.type == "cuda")
         self.scaler = torch.amp.GradScaler(device.type, enabled=device.type == "cuda")
         groups = parameter_groups(self.model.parameters())
-        self.optimizer = Lars(groups, 0.0, weight_decay=1e-6)
+        self.optimizer = Lars(groups, 0.0, weight_decay=weight_decay)
 
     def forward(self, view_a: torch.Tensor, view_b: torch.Tensor):
         """-> z_a, z_b [n, D]."""
         with self.amp:
             return self.model(view_a), self.model(view_b)
 
-    def loss(self, z_a: torch.Tensor, z_b: torch.Tensor) -> torch.Tensor:
+    def terms(self, z_a: torch.Tensor, z_b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """On-diagonal and off-diagonal term."""
         with self.amp:
             correlation = self.norm(z_a).T @ self.norm(z_b) / len(z_a)  # [D, D]
             on = torch.diagonal(correlation).sub(1).pow(2).sum()
             off = correlation.pow(2).sum() - torch.diagonal(correlation).pow(2).sum()
-            return on + LAMBD * off
+            return on, off
+
+    def loss(self, z_a: torch.Tensor, z_b: torch.Tensor) -> torch.Tensor:
+        on, off = self.terms(z_a, z_b)
+        return on + self.lambd * off
 
     def backward(self, loss: torch.Tensor) -> None:
         self.scaler.scale(loss).backward()
@@ -163,10 +179,15 @@ class Step:
         self.scaler.step(self.optimizer)
         self.scaler.update()
 
-    def __call__(self, view_a: torch.Tensor, view_b: torch.Tensor) -> None:
+    def __call__(
+        self, view_a: torch.Tensor, view_b: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """One update -> its on-diagonal and off-diagonal term."""
         self.optimizer.zero_grad()
-        self.backward(self.loss(*self.forward(view_a, view_b)))
+        on, off = self.terms(*self.forward(view_a, view_b))
+        self.backward(on + self.lambd * off)
         self.update()
+        return on.detach(), off.detach()
 
 
 class Lars(torch.optim.Optimizer):
