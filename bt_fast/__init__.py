@@ -1,6 +1,7 @@
 """bt-fast: Barlow Twins pretraining as fast as the hardware allows.
 
     pretrain(recipe="cifar10", data=...)    train an encoder -> Run (path, encoder, metrics)
+    embed(path, data, out=...)              features of a data set -> file
     load_encoder(path)                      images [n, 3, H, W] -> features [n, width]
     barlow_twins_loss(z_a, z_b)             embeddings [n, D] of both views -> scalar
     LARS(params, lr)                        the paper's optimizer
@@ -19,6 +20,7 @@ from pipelines import __version__
 if TYPE_CHECKING:
     from bt_fast.api import Run, pretrain
     from bt_fast.config import Config
+    from bt_fast.evaluate.embed import embed
     from bt_fast.export.encoder_files import load_encoder
     from bt_fast.lars import LARS
     from bt_fast.loss import barlow_twins_loss
@@ -41,6 +43,7 @@ _MODULES = {
     "VIEW_A": "pipelines.branches",
     "VIEW_B": "pipelines.branches",
     "barlow_twins_loss": "bt_fast.loss",
+    "embed": "bt_fast.evaluate.embed",
     "load_encoder": "bt_fast.export.encoder_files",
     "open_data": "pipelines.loading.datasets",
     "open_loader": "pipelines.loading.choose",
@@ -51,6 +54,7 @@ __all__ = [  # noqa: RUF022 (in the order of help)
     "Run",
     "Config",
     "load_encoder",
+    "embed",
     "barlow_twins_loss",
     "LARS",
     "TwoViewAugment",

@@ -23,6 +23,7 @@ Barlow Twins pretraining as fast as the hardware allows.
   eval linear    train a linear classifier on the frozen encoder; --cached is quick
   eval semi      fine-tune on 1 or 10 percent of the labels
   eval transfer  evaluate on Places-205, iNaturalist 2018, VOC07 or any image folder
+  embed          write the features of all images of a data set to a file
   compare        curves of several runs in one picture, their results in one table
   export         write a trained encoder for torchvision, timm, detectron2 or ONNX
   doctor         check this machine: hardware, packages, rates, and what to fix
@@ -30,13 +31,14 @@ Barlow Twins pretraining as fast as the hardware allows.
 bt-fast COMMAND --help lists a command's options. bt-convert makes a .beton from an image folder.
 """
 
-# `bt-fast eval NAME`: the module of the protocol, its flags and its function.
+# Commands that evaluate an encoder: the module, its flags and its function.
 _EVALUATIONS = {
-    "all": ("all_protocols", "EvalAll", "run_all"),
-    "knn": ("knn", "EvalKnn", "run_knn"),
-    "linear": ("linear", "EvalLinear", "run_linear"),
-    "semi": ("semi", "EvalSemi", "run_semi"),
-    "transfer": ("transfer", "EvalTransfer", "run_transfer"),
+    "eval all": ("all_protocols", "EvalAll", "run_all"),
+    "eval knn": ("knn", "EvalKnn", "run_knn"),
+    "eval linear": ("linear", "EvalLinear", "run_linear"),
+    "eval semi": ("semi", "EvalSemi", "run_semi"),
+    "eval transfer": ("transfer", "EvalTransfer", "run_transfer"),
+    "embed": ("embed", "Embed", "run_embed"),
 }
 
 
@@ -45,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     commands: dict[tuple[str, ...], Callable[[list[str]], int]] = {
         ("pretrain",): _pretrain,
-        **{("eval", name): partial(_eval, name) for name in _EVALUATIONS},
+        **{tuple(name.split()): partial(_eval, name) for name in _EVALUATIONS},
         ("compare",): _compare,
         ("export",): _export,
         ("doctor",): _doctor,
@@ -138,7 +140,7 @@ def _eval(name: str, arguments: list[str]) -> int:
     from bt_fast.evaluate import options
 
     module, flags, function = _EVALUATIONS[name]
-    program, cls = f"bt-fast eval {name}", getattr(options, flags)
+    program, cls = f"bt-fast {name}", getattr(options, flags)
     parsed = authors_flags.parse(cls, program, arguments, authors_flags.EVALUATE)
     from bt_fast.evaluate.command import run_evaluation
 

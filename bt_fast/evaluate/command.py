@@ -1,4 +1,4 @@
-"""`bt-fast eval NAME` on one or more ranks, of which the first one prints and writes."""
+"""Evaluations and `bt-fast embed` on one or more ranks; the first one prints and writes."""
 
 import os
 import sys
@@ -17,9 +17,12 @@ _JOIN_TIMEOUT = 600.0  # seconds, for all ranks to start
 
 
 def run_evaluation(
-    name: str, options: Options, arguments: Sequence[str], evaluate: Callable[[Options, World], int]
+    command: str,
+    options: Options,
+    arguments: Sequence[str],
+    evaluate: Callable[[Options, World], int],
 ) -> int:
-    """Run `bt-fast eval NAME` with these arguments on all ranks; returns the exit status."""
+    """Run a command such as "eval knn" with these arguments on all ranks -> the exit status."""
 
     def run(world: World) -> int:
         if not world.is_first:
@@ -28,7 +31,7 @@ def run_evaluation(
 
     if adopt_rank():
         return run_rank(
-            f"bt-fast eval {name}",
+            f"bt-fast {command}",
             run,
             device=options.device,
             gpus=options.gpus,
@@ -45,7 +48,7 @@ def run_evaluation(
     if placement.num_ranks == 1:
         return evaluate(options, ALONE)
     with StopFlag() as stop:
-        status = launcher.start_ranks(placement, ["eval", name, *arguments], stop)
+        status = launcher.start_ranks(placement, [*command.split(), *arguments], stop)
     if status == EXIT_STOPPED:
         print("stopped; the same command continues", file=sys.stderr)
     return status

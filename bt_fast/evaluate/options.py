@@ -149,3 +149,13 @@ class EvalTransfer(EvalOptions):
     """Smallest random crop, fraction of the image's area."""
     seed: int = 0
     """Seed of the classifier's initialisation, the order and the crops."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Embed(EvalOptions):
+    """Write the features of all images of a data set to a file, with their names and labels."""
+
+    out: Path = Path("features.npy")
+    """Output file: .npy, beside which a .csv has names and labels, or .parquet with all columns."""
+    overwrite: bool = False
+    """Permission to replace an existing file."""

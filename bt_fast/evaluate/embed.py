@@ -1,0 +1,169 @@
+"""`bt-fast embed`: the features of all images of a data set as a file, for other programs.
+
+    features.npy       float32 [n, width], one row per image; read with numpy.load(mmap_mode="r")
+    features.csv       beside it: name, label (-1: none) and class of each row
+    features.parquet   instead of both: columns name, label, class and feature (a list of float32)
+
+Rows are in the order of the data. Images are read in chunks, which are written as they are
+computed: memory does not grow with their number, and an interrupted command continues.
+"""
+
+import csv
+import io
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+
+from bt_fast.distributed.collectives import ALONE, World, broadcast_object
+from bt_fast.evaluate.eval_setup import EvalSetup, Subset, build_setup, open_splits
+from bt_fast.evaluate.features import extract_features
+from bt_fast.evaluate.options import Embed
+from bt_fast.models.networks import feature_width
+from bt_fast.run.console import summary_table
+from pipelines.common.atomic import atomic_file, work_folder
+from pipelines.common.console import print_line, progress
+from pipelines.loading.datasets import ImageDataset
+
+CHUNK = 4096  # images
+
+
+def run_embed(options: Embed, world: World = ALONE) -> int:
+    """Write the file; returns the exit status."""
+    if options.out.suffix not in (".npy", ".parquet"):
+        raise ValueError(f"--out {options.out} must end in .npy or .parquet")
+    if options.out.suffix == ".parquet":
+        _pyarrow()
+    if options.out.exists() and not options.overwrite:
+        raise ValueError(f"--out {options.out} exists; choose another, or replace it: --overwrite")
+    setup = build_setup(options, world=world)
+    images, _ = open_splits(options, setup.config)
+    identity = setup.identity(Subset(images=images, samples=np.arange(len(images))))
+    if world.is_first:
+        partial = options.out.with_name(f"{options.out.name}.partial")
+        with work_folder(partial, resume=True) as work:
+            _write_features(setup, images, work, identity)
+            _publish(work / "features.npy", images, options.out)
+        shape = f"{len(images)} x {feature_width(setup.encoder)}"
+        rows = {"encoder": setup.description, "data": images.path, "features": shape}
+        Console(soft_wrap=True).print(
+            summary_table("bt-fast embed", rows | {"out": str(options.out)})
+        )
+    else:
+        _write_features(setup, images, None, identity)
+    return 0
+
+
+def embed(
+    run: str | Path, data: str | Path | None = None, *, out: str | Path, **flags: Any
+) -> Path:
+    """Write the features of all images of `data` to `out`, in this process; see the module.
+
+    Args:
+        run: folder of a run, or file of weights.
+        data: a .beton or a folder of images; default: the run's training images.
+        out: a .npy, beside which a .csv has names and labels, or a .parquet.
+        flags: further flags of `bt-fast embed` by name, such as size=224 or which="teacher".
+    Returns:
+        `out`.
+    Raises:
+        ValueError: as the command, with the flag's name.
+    """
+    path = Path(out)
+    data = None if data is None else Path(data)
+    run_embed(Embed(run=Path(run), data=data, out=path, **flags))
+    return path
+
+
+def _write_features(
+    setup: EvalSetup, images: ImageDataset, work: Path | None, identity: dict[str, Any]
+) -> None:
+    """Compute what the work folder lacks; all ranks divide every chunk, the first one writes."""
+    shape = len(images), feature_width(setup.encoder)
+    done = 0
+    if work is not None:
+        done = _number_done(work, identity)
+        if not done:
+            np.lib.format.open_memmap(work / "features.npy", "w+", np.float32, shape)
+        else:
+            print_line(f"continuing after {done:,} of {len(images):,} images")
+    done = broadcast_object(done, setup.world.group)
+    views = setup.views(images)
+    with progress("embedding", len(images) - done) as advance:
+        for start in range(done, len(images), CHUNK):
+            samples = np.arange(start, min(start + CHUNK, len(images)))
+            features = extract_features(setup.encoder, views, samples, setup.crop, setup.world)
+            if work is not None:
+                file = np.lib.format.open_memmap(work / "features.npy", "r+")
+                file[samples] = features.cpu().numpy()
+                file.flush()
+                state = {"identity": identity, "done": int(samples[-1]) + 1}
+                with atomic_file(work / "state.json", overwrite=True) as state_file:
+                    state_file.write(json.dumps(state).encode())
+            advance(len(samples))
+
+
+def _number_done(work: Path, identity: dict[str, Any]) -> int:
+    """Number of images whose features an interrupted command left."""
+    try:
+        state = json.loads((work / "state.json").read_bytes())
+        return int(state["done"]) if state["identity"] == identity else 0
+    except (OSError, ValueError, KeyError, TypeError):
+        return 0
+
+
+def _publish(features: Path, images: ImageDataset, out: Path) -> None:
+    """Move the complete file to its name, with names, labels and classes."""
+    if out.suffix == ".parquet":
+        features = _write_parquet(features, images)
+    else:
+        with atomic_file(out.with_suffix(".csv"), overwrite=True) as file:
+            text = io.TextIOWrapper(file, "utf-8", "surrogateescape", newline="")
+            writer = csv.writer(text)
+            writer.writerow(["name", "label", "class"])
+            writer.writerows(row for rows in _rows(images) for row in rows)
+            text.flush()
+            text.detach()
+    os.replace(features, out)
+
+
+def _rows(images: ImageDataset) -> Iterator[list[tuple[str, int, str]]]:
+    """(name, label, class) of every image, in chunks."""
+    names = [*(images.class_names or map(str, range(images.num_classes))), ""]
+    for start in range(0, len(images), CHUNK):
+        indices = range(start, min(start + CHUNK, len(images)))
+        labels = images.labels[start : indices.stop].tolist()
+        yield [
+            (images.name(i), label, names[label]) for i, label in zip(indices, labels, strict=True)
+        ]
+
+
+def _write_parquet(features: Path, images: ImageDataset) -> Path:
+    pa, parquet = _pyarrow()
+    values = np.load(features, mmap_mode="r")
+    columns = ("name", pa.string()), ("label", pa.int64()), ("class", pa.string())
+    schema = pa.schema([*columns, ("feature", pa.list_(pa.float32(), values.shape[1]))])
+    path, start = features.with_suffix(".parquet"), 0
+    with parquet.ParquetWriter(path, schema) as writer:
+        for rows in _rows(images):
+            part = pa.array(values[start : start + len(rows)].ravel())
+            start += len(rows)
+            lists = pa.FixedSizeListArray.from_arrays(part, values.shape[1])
+            texts = [list(column) for column in zip(*rows, strict=True)]
+            writer.write_table(pa.table([*texts, lists], schema=schema))
+    return path
+
+
+def _pyarrow():
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError:
+        raise ValueError(
+            "--out .parquet needs PyArrow: pip install pyarrow; or choose .npy"
+        ) from None
+    return pyarrow, parquet

@@ -1,0 +1,104 @@
+"""`bt-fast embed`: features of all images, in order, whole or not at all, continued when killed."""
+
+import csv
+
+import numpy as np
+import pytest
+import torch
+
+import bt_fast
+from bt_fast.cli import main
+from bt_fast.evaluate import embed as module
+from pipelines.beton import BetonReader
+from pipelines.crop import center_boxes, crop_and_resize
+
+FLAGS = ["--device=cpu", "--precision=fp32", "--workers=1"]
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch):
+    monkeypatch.setattr(module, "CHUNK", 10)
+
+
+def expected_features(run, reader: BetonReader, size: int = 32) -> np.ndarray:
+    """One image at a time: decoded by Pillow, cropped, normalised, through `load_encoder`."""
+    import io
+
+    from PIL import Image
+
+    from pipelines.augment import IMAGENET_MEAN, IMAGENET_STD
+
+    encoder, rows = bt_fast.load_encoder(run), []
+    for index in range(len(reader)):
+        pixels = np.array(Image.open(io.BytesIO(reader.image(index).tobytes())).convert("RGB"))
+        (box,) = center_boxes(1.0, *np.array([pixels.shape[:2]]).T)
+        view = np.empty((size, size, 3), np.uint8)
+        crop_and_resize(pixels, box, out=view)
+        values = (view / 255 - IMAGENET_MEAN) / IMAGENET_STD
+        with torch.no_grad():
+            rows.append(encoder(torch.tensor(values).float().permute(2, 0, 1)[None])[0].numpy())
+    return np.stack(rows)
+
+
+def test_features_names_and_labels_in_order(labelled_run, small_beton, tmp_path, capsys):
+    out = tmp_path / "f.npy"
+    command = ["embed", str(labelled_run), "--data", str(small_beton), "--out", str(out), *FLAGS]
+    command += ["--size=32", "--crop=1.0"]
+    assert main(command) == 0
+    reader = BetonReader(small_beton)
+    features = np.load(out, mmap_mode="r")
+    assert features.dtype == np.float32 and features.shape[0] == len(reader)
+    assert np.allclose(features, expected_features(labelled_run, reader), rtol=1e-3, atol=1e-3)
+    rows = list(csv.DictReader(out.with_suffix(".csv").open()))
+    assert [row["name"] for row in rows] == [reader.name(i) for i in range(len(reader))]
+    assert [int(row["label"]) for row in rows] == reader.labels.tolist()
+    assert main(command) == 2 and "--overwrite" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["f.csv", "f.npy"]
+
+
+def test_an_interrupted_command_continues(labelled_run, small_beton, tmp_path, monkeypatch, capsys):
+    real, calls = module.extract_features, []
+
+    def killed(*arguments):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return real(*arguments)
+
+    def run(name):
+        flags = [f"--data={small_beton}", f"--out={tmp_path / name}", *FLAGS]
+        return main(["embed", str(labelled_run), *flags])
+
+    assert run("whole.npy") == 0
+    monkeypatch.setattr(module, "extract_features", killed)
+    assert run("parts.npy") == 130 and not (tmp_path / "parts.npy").exists()
+    assert run("parts.npy") == 0 and len(calls) == 3 + 5  # 64 images in chunks of 10
+    assert "continuing after 20 of 64 images" in capsys.readouterr().out
+    assert (tmp_path / "parts.npy").read_bytes() == (tmp_path / "whole.npy").read_bytes()
+
+
+def test_parquet_and_the_function(labelled_run, small_beton, tmp_path):
+    parquet = pytest.importorskip("pyarrow.parquet", reason="PyArrow is not installed")
+    flags = {"device": "cpu", "precision": "fp32", "workers": 1}
+    out = bt_fast.embed(labelled_run, small_beton, out=tmp_path / "f.parquet", **flags)
+    bt_fast.embed(labelled_run, small_beton, out=tmp_path / "f.npy", **flags)
+    table = parquet.read_table(out).to_pydict()
+    reader = BetonReader(small_beton)
+    assert table["label"] == reader.labels.tolist()
+    assert table["class"] == [reader.class_names[label] for label in reader.labels]
+    assert np.array_equal(np.array(table["feature"], np.float32), np.load(tmp_path / "f.npy"))
+
+
+@pytest.mark.parametrize("out,message", [("f.txt", "must end in .npy or .parquet")])
+def test_wrong_names_are_refused(labelled_run, tmp_path, capsys, out, message):
+    assert main(["embed", str(labelled_run), f"--out={tmp_path / out}"]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_ranks_divide_the_images(labelled_run, small_beton, tmp_path):
+    for name, ranks in (("one", "1"), ("two", "2")):
+        flags = [f"--data={small_beton}", f"--out={tmp_path / name}.npy", f"--gpus={ranks}", *FLAGS]
+        assert main(["embed", str(labelled_run), *flags]) == 0
+    one, two = (np.load(tmp_path / f"{name}.npy") for name in ("one", "two"))
+    assert np.allclose(one, two, rtol=1e-4, atol=1e-5)
