@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
-from bt_fast.config import RENAMED, Config, immutable_changes, load_config
+from bt_fast.config import RENAMED, Config, extended, immutable_changes, load_config
 from pipelines import __version__
 
 _USAGE = """bt-fast COMMAND [OPTIONS]
@@ -128,10 +128,14 @@ def parse_pretrain(arguments: Sequence[str]) -> Config:
                 f"--run-dir {config.run_dir}: a resumed run stays where --resume says; leave it out"
             )
         if changed:
+            longer = ", or continue with a longer schedule: --extend N" * ("--epochs" in changed)
             raise ValueError(
                 f"{' '.join(changed)} cannot change when a run is resumed, because what it learns"
-                " would differ; leave it out or start a new run"
+                f" would differ; leave it out or start a new run{longer}"
             )
+        return extended(config, saved)
+    if config.extend is not None:
+        raise ValueError(f"--extend {config.extend} continues a run: add --resume RUN")
     return config
 
 

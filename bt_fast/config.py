@@ -104,6 +104,11 @@ class Config:
     # Length
     epochs: int = 1000
     """Number of epochs: the length of the schedule."""
+    extend: int | None = field(default=None, metadata=_MUTABLE)
+    """Number of epochs of a longer schedule, with which --resume continues a run: its learning
+    rates are those that a schedule of this length has at the same step."""
+    peak: float = field(default=1.0, metadata=_MUTABLE)
+    """Factor on the learning rates of the schedule of --extend."""
     max_steps: int | None = field(default=None, metadata=_MUTABLE)
     """Maximum number of steps; the schedule keeps its length."""
     batch_size: int = 2048
@@ -246,7 +251,7 @@ _RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
         "must not be negative",
     ),
     ("cache_gb lambd weight_decay bn_group", lambda x: x >= 0, "must not be negative"),
-    ("lr_weights lr_biases grad_scale", lambda x: x > 0, "must be positive"),
+    ("lr_weights lr_biases grad_scale peak", lambda x: x > 0, "must be positive"),
     ("timeout temperature", lambda x: x > 0, "must be positive"),
     ("min_scale probe_crop", lambda x: 0 < x <= 1, "must be in (0, 1]"),
     ("epochs", lambda n: n <= 10**6, "must be at most 1000000"),
@@ -313,6 +318,28 @@ def load_config(path: Path, flag: str) -> Config:
     if not file.is_file():
         raise ValueError(f"{flag} {path} is not the folder of a run (it has no config.json)")
     return from_json(file.read_bytes(), file)
+
+
+def extended(config: Config, saved: Config) -> Config:
+    """The configuration with --extend and --peak applied; `saved` is that of the resumed run."""
+    if config.extend is None:
+        if config.peak != 1.0:
+            raise ValueError(f"--peak {config.peak:g} is a factor of --extend; give both")
+        return config
+    if config.extend < saved.epochs:
+        raise ValueError(
+            f"--extend {config.extend}: the run's schedule has {saved.epochs} epochs already"
+        )
+    # A run that was extended and restarted has the new schedule, and the factor, already.
+    factor = 1.0 if config.extend == saved.epochs else config.peak
+    return dataclasses.replace(
+        config,
+        epochs=config.extend,
+        lr_weights=factor * config.lr_weights,
+        lr_biases=factor * config.lr_biases,
+        extend=None,
+        peak=1.0,
+    )
 
 
 def immutable_changes(config: Config, saved: Config) -> list[str]:

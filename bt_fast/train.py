@@ -16,8 +16,8 @@ from shlex import quote
 import torch
 from rich.console import Console
 
-from bt_fast.build import TrainingSetup, build, describe, measure_step_seconds
-from bt_fast.config import Config
+from bt_fast.build import TrainingSetup, build, describe, learning_rates, measure_step_seconds
+from bt_fast.config import Config, load_config
 from bt_fast.deferred import Deferred
 from bt_fast.distributed import collectives, fault_injection
 from bt_fast.distributed.collectives import (
@@ -306,6 +306,15 @@ def resume(setup: TrainingSetup, run: RunDirectory | None, console: Console) -> 
     step, skipped_in_a_row = broadcast_object((step, skipped_in_a_row), setup.world.group)
     state = checkpoint.state(setup.model, setup.optimizer)
     broadcast_tensors([tensor for part in state for tensor in part.values()], setup.world.group)
+    if run and (before := load_config(run.path, "--resume")).epochs != setup.config.epochs:
+        rates = [
+            learning_rates(config, setup.loader.steps_per_epoch)["weights"](step)
+            for config in (before, setup.config)
+        ]
+        console.print(
+            f"the schedule has {setup.config.epochs} epochs instead of {before.epochs}: the"
+            f" learning rate of the next step is {rates[1]:.4g} instead of {rates[0]:.4g}"
+        )
     position = f"{setup.config.resume} at step {step} of {setup.last_step}"
     console.print(f"resuming {printable(position, console.encoding)}", markup=False)
     return step, skipped_in_a_row

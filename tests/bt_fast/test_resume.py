@@ -16,6 +16,7 @@ from tiny_runs import TINY, comparable, learned, metrics, pretrain, same, start,
 
 from bt_fast import train
 from bt_fast.cli import main
+from bt_fast.config import load_config
 from bt_fast.distributed.signals import EXIT_STOPPED
 
 
@@ -45,6 +46,32 @@ def test_other_optimizers_resume_exactly(small_beton, tmp_path, optimizer):
     assert pretrain(*flags, "--run-dir", tmp_path / "parts", "--max-steps", 3) == 0
     assert main(["pretrain", "--resume", str(tmp_path / "parts"), "--max-steps", "5"]) == 0
     assert same(learned(tmp_path / "whole"), learned(tmp_path / "parts"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stopped_at", [5, 12])  # in the middle, and at the end
+def test_a_longer_schedule_continues_a_run(small_beton, tmp_path, capsys, stopped_at):
+    """Up to the extension the short schedule's rates, then those of a run of 5 epochs."""
+    run, flags = tmp_path / "run", ["--data", small_beton, "--probe-every", 0, "--log-every", 1]
+    assert pretrain(*flags, "--run-dir", run, "--max-steps", stopped_at) == 0
+    resume = ["pretrain", "--resume", str(run), "--max-steps", "15"]
+    assert main([*resume, "--epochs", "5"]) == 2
+    assert "or continue with a longer schedule: --extend N" in capsys.readouterr().err
+    assert main([*resume, "--extend", "2"]) == 2
+    assert main([*resume, "--peak", "2"]) == 2
+    capsys.readouterr()
+    assert main([*resume, "--extend", "5", "--peak", "0.5"]) == 0
+    output = capsys.readouterr().out
+    assert pretrain(*flags, "--run-dir", tmp_path / "long", "--epochs", 5, "--max-steps", 15) == 0
+    rates = {record["step"]: record["lr_weights"] for record in metrics(run)}
+    long_rates = {record["step"]: record["lr_weights"] for record in metrics(tmp_path / "long")}
+    after = range(stopped_at + 1, 16)
+    assert [rates[step] for step in after] == [0.5 * long_rates[step] for step in after]
+    assert "the schedule has 5 epochs instead of 3: the learning rate of the next" in output
+    # A restart with the same arguments, as a launcher does, changes nothing more.
+    assert main([*resume[:3], "--max-steps", "16", "--extend", "5", "--peak", "0.5"]) == 0
+    assert {record["step"]: record["lr_weights"] for record in metrics(run)}[15] == rates[15]
+    assert load_config(run, "RUN").lr_weights == 1.5  # of the recipe's 3
 
 
 @pytest.mark.slow
