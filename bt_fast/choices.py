@@ -14,6 +14,7 @@ Stem = Literal[
     "imagenet", "cifar", "solo-learn", "3x3-maxpool", "3x3-stride2", "3x3-stride2-maxpool"
 ]
 OptimizerName = Literal["lars", "adamw", "sgd"]
+Tracker = Literal["none", "wandb"]
 Objective = Literal[
     "barlow-twins",
     "redundancy-only",

@@ -23,6 +23,7 @@ from bt_fast.choices import (
     Precision,
     RecipeName,
     Stem,
+    Tracker,
 )
 from pipelines.branches import VIEW_A, VIEW_B, Branch
 from pipelines.common.cpu import usable_cores
@@ -176,6 +177,9 @@ class Config:
     """Maximum number of images in the probe's feature bank; half as many queries."""
     probe_crop: float = 0.875
     """Central crop of the probe, as a fraction of the short side (0.875 = resize 256, crop 224)."""
+    tracker: Tracker = field(default="none", metadata=_MUTABLE)
+    """Experiment tracker beside metrics.jsonl and TensorBoard; wandb records offline without a
+    network."""
     log_every: int = field(default=10, metadata=_MUTABLE)
     """Steps between log lines; values are read from the device only for them."""
     save_every: int = field(default=0, metadata=_MUTABLE)

@@ -38,6 +38,7 @@ from bt_fast.run.async_checkpoint import AsyncCheckpoints
 from bt_fast.run.console import Clock, RunLog, reason, summary_table
 from bt_fast.run.directory import RunDirectory, choose_path, make_folder
 from bt_fast.run.probe import has_probe, probe, probe_summary
+from bt_fast.run.tracker import require_wandb
 from pipelines.common.console import printable
 
 MAX_SKIPPED = 10  # consecutive skipped updates before a run gives up
@@ -51,6 +52,8 @@ def pretrain(config: Config, stop: StopFlag, world: World = ALONE) -> int:
     console = Console(soft_wrap=True, quiet=not world.is_first)
     if world.is_first:
         choose_path(config)  # raises now, before minutes of preparation
+        if config.tracker == "wandb":
+            require_wandb()
     setup = build(config, world)
     if broadcast_object(setup.data_identity, world.group) != setup.data_identity:
         raise ValueError(f"--data {config.data} of rank {world.rank} is not that of rank 0")
@@ -70,7 +73,8 @@ def pretrain(config: Config, stop: StopFlag, world: World = ALONE) -> int:
         step, skipped_in_a_row = resume(setup, run, console)
         if run:
             run.record_start(setup.config, setup.runtime)
-        log = stack.enter_context(RunLog(console, run.path if run else None, step, setup.last_step))
+        folder = run.path if run else None
+        log = stack.enter_context(RunLog(console, folder, step, setup.last_step, setup.config))
         if run:
             log.info(f"run directory: {run.path}")
         log.skipped_in_a_row = skipped_in_a_row

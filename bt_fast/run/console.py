@@ -10,6 +10,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -17,7 +18,9 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from rich.table import Column, Table
 from rich.text import Text
 
+from bt_fast.config import Config
 from bt_fast.run.metrics import RecordFile, metrics_line, open_events, tensorboard_events
+from bt_fast.run.tracker import WandbFile
 from pipelines.common.console import printable
 
 _PLAIN_INTERVAL = 5.0  # seconds between plain lines
@@ -65,20 +68,28 @@ class RunLog:
     """Console and record files of one run; a context manager, which restores the terminal."""
 
     def __init__(
-        self, console: Console, folder: Path | None, first_step: int, last_step: int
+        self,
+        console: Console,
+        folder: Path | None,
+        first_step: int,
+        last_step: int,
+        config: Config | None = None,
     ) -> None:
-        """folder: None on ranks that write nothing."""
+        """folder: None on ranks that write nothing. config: of a run with a tracker."""
         self.console = console
         self.first_step, self.last_step = first_step, last_step
         self.started = time.perf_counter()
         self.skipped_in_a_row = 0  # updates skipped up to the newest log line
         self._failed: set[str] = set()
-        self._files: list[tuple[str, RecordFile, Callable[[str, dict], bytes]]] = []
+        self._files: list[tuple[str, Any, Callable[[str, dict], Any]]] = []
         if folder is not None:
             self._files = [
                 ("metrics.jsonl", RecordFile(folder / "metrics.jsonl"), metrics_line),
                 ("tensorboard", open_events(folder, first_step), tensorboard_events),
             ]
+            if config is not None and config.tracker == "wandb":
+                with self.optional_output("wandb"):
+                    self._files.append(("wandb", WandbFile(folder, config), lambda *r: r))
         self._last_plain = 0.0
         self._progress = Progress(
             TextColumn("epoch {task.fields[epoch]:.2f}"),
