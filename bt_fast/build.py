@@ -2,7 +2,6 @@
 
 import functools
 import inspect
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -13,17 +12,15 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compr
 from torch.nn.parallel import DistributedDataParallel
 
 from bt_fast.config import Config
-from bt_fast.distributed.collectives import ALONE, Group, World
+from bt_fast.distributed.collectives import ALONE, Group, World, all_reduce, require_divisible_batch
 from bt_fast.evaluate.knn_classifier import KnnData, choose_data
-from bt_fast.loss import weighted_sum
 from bt_fast.loss_variants import objective_function
 from bt_fast.models import batch_norm
 from bt_fast.models.batch_norm import RunningStatistics
 from bt_fast.models.networks import BarlowTwins, build_model
 from bt_fast.optimizers import GuardedOptimizer, build_optimizer
-from bt_fast.prefetch import NUM_BATCHES_IN_MEMORY
 from bt_fast.run.console import duration
-from bt_fast.runtime import Runtime, apply_switches, choose_runtime, prepare, synchronise
+from bt_fast.runtime import Runtime, apply_switches, choose_runtime, prepare
 from bt_fast.schedule import learning_rate
 from pipelines.beton import BetonReader
 from pipelines.crop import RandomResizedCrop
@@ -51,7 +48,8 @@ class TrainingSetup:
     knn_data: KnnData | None
     held_out: tuple[ImageDataset, np.ndarray]  # images of probes and their samples, int64 [n]
     model: BarlowTwins
-    embed: Callable[[torch.Tensor], torch.Tensor]  # forward pass of the model
+    parallel: torch.nn.Module  # the model, or DDP around it
+    embed: Callable[[torch.Tensor], torch.Tensor]  # its forward pass
     # (z_a, z_b) -> on-diagonal and off-diagonal term
     objective: Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
     statistics: RunningStatistics  # of the model's batch norms
@@ -65,6 +63,7 @@ def build(config: Config, world: World = ALONE) -> TrainingSetup:
     runtime = choose_runtime(config.device, config.precision, config.compile, world.local_rank)
     apply_switches(deterministic=config.deterministic)
 
+    require_divisible_batch(config.batch_size, world.size, config.bn_group, config.accumulate)
     num_threads = config.num_threads(world.local_size)
     dataset = open_data(config.data, "--data")
     val = open_val(config.data, config.val_data)
@@ -91,6 +90,7 @@ def build(config: Config, world: World = ALONE) -> TrainingSetup:
     if batch_norm.choose_norm(config.norm, runtime.device) == "fused":
         batch_norm.fuse(model)
     knn_data = choose_data(dataset, val, config.seed, config.probe_images)
+    parallel = data_parallel(model, config, world)
     objective = objective_function(config.objective, config.temperature, loss_group)
     return TrainingSetup(
         config=config,
@@ -104,7 +104,8 @@ def build(config: Config, world: World = ALONE) -> TrainingSetup:
         knn_data=knn_data,
         held_out=held_out_images(knn_data, dataset if val is None else val, config),
         model=model,
-        embed=runtime.compiled(data_parallel(model, config, world)),
+        parallel=parallel,
+        embed=runtime.compiled(parallel),
         objective=runtime.compiled(objective),
         statistics=RunningStatistics(model),
         optimizer=build_optimizer(config.optimizer, model, config.weight_decay),
@@ -133,6 +134,14 @@ def communicators(config: Config, world: World, device: torch.device) -> tuple[G
     return world.new_group(device, size=config.bn_group, timeout=config.timeout), shared
 
 
+def average_statistics(setup: TrainingSetup) -> None:
+    """With --bn-group, let the running statistics of all ranks be their mean, as if they had been
+    averaged in every step; all ranks call it."""
+    if setup.config.bn_group not in (0, setup.world.size):
+        running = setup.statistics.running
+        running.copy_(all_reduce(running.clone(), setup.world.group) / setup.world.size)
+
+
 def learning_rates(config: Config, steps_per_epoch: int) -> dict[str, Callable[[int], float]]:
     """The learning rate of a step, for each of the optimizer's parameter groups by name."""
     schedule = functools.partial(
@@ -159,48 +168,6 @@ def data_parallel(model: BarlowTwins, config: Config, world: World) -> torch.nn.
     if config.compress_gradients:
         parallel.register_comm_hook(world.group, bf16_compress_hook)
     return parallel
-
-
-def measure_step_seconds(setup: TrainingSetup) -> dict[int, float]:
-    """Run forward and backward passes on noise -> {view size: expected seconds per step}.
-
-    On a GPU this compiles, allocates, and shows before the run starts whether a step fits in
-    memory, for every view size of the run. A CPU rehearses only the last size with a part of the
-    batch, as much work as ten 224 px images, and scales the time.
-    """
-    config, device = setup.config, setup.runtime.device
-    seconds: dict[int, float] = {}
-    for size in sorted({config.view_size(epoch) for epoch in range(config.epochs)}, reverse=True):
-        if device.type == "cpu" and seconds:
-            seconds[size] = seconds[config.size] * (size / config.size) ** 2
-            continue
-        local_batch = n = config.batch_size // setup.world.size
-        if device.type == "cpu":
-            n = min(n, max(2, 10 * 224**2 // size**2))
-        for _ in range(2 if device.type == "cpu" else 3):  # compiles, then records CUDA graphs
-            synchronise(device)
-            started = time.perf_counter()
-            _forward_and_backward(setup, n, size)
-            synchronise(device)
-        seconds[size] = (time.perf_counter() - started) * local_batch / n
-    return seconds
-
-
-def _forward_and_backward(setup: TrainingSetup, n: int, size: int) -> None:
-    """A step on noise, with memory allocated for the batches that are prepared beside it."""
-    noise = torch.randn(2 * n, 3, size, size, device=setup.runtime.device)
-    noise = noise.to(setup.runtime.view_dtype, memory_format=torch.channels_last)
-    ahead = (
-        [torch.empty_like(noise) for _ in range(NUM_BATCHES_IN_MEMORY - 1)] if noise.is_cuda else []
-    )
-    with setup.autocast:
-        z_a, z_b = setup.embed(noise).chunk(2)
-    on_diagonal, off_diagonal = setup.objective(z_a, z_b)
-    loss = weighted_sum(on_diagonal, off_diagonal, setup.config.lambd)
-    loss.backward()
-    setup.optimizer.step(guard=torch.full_like(loss.detach(), torch.nan))  # changes nothing
-    setup.optimizer.zero_grad(set_to_none=True)
-    del ahead
 
 
 def expected_seconds(setup: TrainingSetup, seconds_per_step: dict[int, float]) -> float:
@@ -238,6 +205,8 @@ def describe(setup: TrainingSetup, seconds_per_step: dict[int, float]) -> dict[s
     batch = f"{config.batch_size} images"
     if setup.world.size > 1:
         batch += f", {config.batch_size // setup.world.size} on each of {setup.world.size} ranks"
+    if config.accumulate > 1:
+        batch += f", in {config.accumulate} parts one after the other"
     seconds = expected_seconds(setup, seconds_per_step)
     form: str = batch_norm.choose_norm(config.norm, runtime.device)
     if form == "compiled" and runtime.compile == "off":

@@ -115,7 +115,9 @@ class Config:
     batch_size: int = 2048
     """Global batch size, divided equally among the ranks."""
     accumulate: int = 1
-    """Batches per update. Only 1 is supported: the loss is a function of the global batch."""
+    """Number of parts in which each rank computes its batch, one after the other, with the memory
+    of one part and one more forward pass. The gradient is that of the whole batch; batch norm's
+    statistics are those of a part."""
 
     # Views
     size: int = 224
@@ -248,7 +250,7 @@ class Config:
 # Names of fields, the condition on their values, and the message if it does not hold.
 _RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("epochs batch_size size gpus_per_node log_every keep", lambda n: n >= 1, "must be at least 1"),
-    ("probe_images gpus max_steps workers", lambda n: n >= 1, "must be at least 1"),
+    ("probe_images gpus max_steps workers accumulate", lambda n: n >= 1, "must be at least 1"),
     (
         "probe_every probe_minutes save_every warmup_epochs",
         lambda x: x >= 0,
@@ -262,13 +264,6 @@ _RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("batch_size", lambda n: n >= 2, "must be at least 2"),
     ("seed", lambda n: abs(n) < 2**63, "must fit into 64 bits"),
     ("projector", lambda widths: widths and min(widths) > 0, "needs positive widths"),
-    (
-        "accumulate",
-        lambda n: n == 1,
-        "must be 1 (the loss and its batch statistics are functions of the global batch, so the"
-        " summed gradients of its parts belong to another loss; choose a smaller --batch-size with"
-        " its learning rate, or more GPUs)",
-    ),
 )
 
 

@@ -48,7 +48,7 @@ def run_pretrain(config: Config, arguments: Sequence[str], stop: StopFlag) -> in
         return _train(config, stop, ALONE)
     if not placement.fits:
         require_equal_shares(config.batch_size, num_ranks)
-        require_divisible_batch(config.batch_size, num_ranks, config.bn_group)
+        require_divisible_batch(config.batch_size, num_ranks, config.bn_group, config.accumulate)
         print(
             launcher.several_machines(arguments, placement, config.gpus_per_node), file=sys.stderr
         )
@@ -113,7 +113,7 @@ def check(config: Config, num_ranks: int) -> None:
     """Raise ValueError for what every rank would refuse, so that it is reported once."""
     dataset = open_data(config.data, "--data")
     require_full_batches(config.batch_size, num_ranks, len(dataset), config.data)
-    require_divisible_batch(config.batch_size, num_ranks, config.bn_group)
+    require_divisible_batch(config.batch_size, num_ranks, config.bn_group, config.accumulate)
     if config.resume is not None:
         RunDirectory(config.resume).close()
 

@@ -16,7 +16,7 @@ from shlex import quote
 import torch
 from rich.console import Console
 
-from bt_fast.build import TrainingSetup, build, describe, learning_rates, measure_step_seconds
+from bt_fast.build import TrainingSetup, build, describe, learning_rates
 from bt_fast.config import Config, load_config
 from bt_fast.deferred import Deferred
 from bt_fast.distributed import collectives, fault_injection
@@ -39,6 +39,7 @@ from bt_fast.run.console import Clock, RunLog, reason, summary_table
 from bt_fast.run.directory import RunDirectory, choose_path, make_folder
 from bt_fast.run.probe import has_probe, probe, probe_summary
 from bt_fast.run.tracker import require_wandb
+from bt_fast.step import compute_gradients, measure_step_seconds
 from pipelines.common.console import printable
 
 MAX_SKIPPED = 10  # consecutive skipped updates before a run gives up
@@ -210,18 +211,12 @@ def update(
 
     Returns (on-diagonal term, off-diagonal term, applied): scalars on the device.
     """
-    with setup.autocast:
-        z_a, z_b = setup.embed(views).chunk(2)  # [n, D] each
-    on_diagonal, off_diagonal = setup.objective(z_a, z_b)
-    loss = weighted_sum(on_diagonal, off_diagonal, setup.config.lambd)
-    # DDP averages gradients over ranks; each rank's is its summand of the true one.
-    (loss * (setup.config.grad_scale * setup.world.size)).backward()
-
-    applied = setup.optimizer.step(guard=loss.detach())
+    on_diagonal, off_diagonal, loss = compute_gradients(setup, views)
+    applied = setup.optimizer.step(guard=loss)
     assert applied is not None
     setup.optimizer.zero_grad(set_to_none=True)
     setup.statistics.update(applied)
-    return on_diagonal.detach(), off_diagonal.detach(), applied
+    return on_diagonal, off_diagonal, applied
 
 
 def set_learning_rates(setup: TrainingSetup, step: int) -> dict[str, float]:

@@ -127,7 +127,7 @@ def run(options: Profile, world) -> int:
 
 def measure(report, options: Profile, world):
     """Fill the report in order of priority; yields the name of each measurement."""
-    from bt_fast.build import measure_step_seconds
+    from bt_fast.step import measure_step_seconds
     from tools import breakdown, rivals, stages, timing
 
     setup, runtime, seconds = report.setup, report.setup.runtime, options.seconds

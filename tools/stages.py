@@ -19,13 +19,14 @@ import numpy as np
 import torch
 
 from bt_fast import train
-from bt_fast.build import TrainingSetup, build, measure_step_seconds
+from bt_fast.build import TrainingSetup, build
 from bt_fast.config import Config
 from bt_fast.distributed.collectives import World, barrier, broadcast_object
 from bt_fast.loss import weighted_sum
 from bt_fast.plan import step_costs
 from bt_fast.prefetch import augment_batch, prefetch
 from bt_fast.runtime import Runtime, synchronise
+from bt_fast.step import measure_step_seconds
 from pipelines.augment import Draw
 from pipelines.crop import crop_and_resize
 from pipelines.loading.native import IMAGES_PER_TASK, NativeBackend

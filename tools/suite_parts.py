@@ -16,13 +16,14 @@ import numpy as np
 import torch
 
 from bt_fast import cli
-from bt_fast.build import TrainingSetup, build, measure_step_seconds
+from bt_fast.build import TrainingSetup, build
 from bt_fast.cli import parse_pretrain
 from bt_fast.lars import LARS, parameter_groups
 from bt_fast.models.networks import BarlowTwins
 from bt_fast.plan import step_costs
 from bt_fast.prefetch import prefetch
 from bt_fast.runtime import apply_switches
+from bt_fast.step import measure_step_seconds
 from pipelines import augment
 from pipelines.beton import BetonReader
 from pipelines.beton.writer import BetonWriter

@@ -77,10 +77,19 @@ def require_equal_groups(num_ranks: int, size: int) -> None:
         )
 
 
-def require_divisible_batch(batch_size: int, num_ranks: int, bn_group: int) -> None:
-    """Raise ValueError unless `num_ranks` can divide a batch and form batch-norm groups."""
+def require_divisible_batch(
+    batch_size: int, num_ranks: int, bn_group: int, accumulate: int = 1
+) -> None:
+    """Raise ValueError unless ranks, each in `accumulate` parts, can divide a batch and form
+    batch-norm groups."""
     if batch_size < 2 * num_ranks:
         raise ValueError(f"--batch-size {batch_size} is less than 2 for each of {num_ranks} ranks")
+    local_batch = batch_size // num_ranks
+    if local_batch % accumulate or local_batch < 2 * accumulate:
+        raise ValueError(
+            f"--accumulate {accumulate} does not divide the {local_batch} images of a rank into"
+            " equal parts of at least 2"
+        )
     require_equal_groups(num_ranks, bn_group)
 
 

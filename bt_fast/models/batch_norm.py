@@ -252,6 +252,7 @@ class RunningStatistics:
             raise ValueError("the batch norms of a model need the same momentum")
         for layer in self.layers:
             layer.updated_externally = True
+        self._parts: list[torch.Tensor] = []  # statistics of parts of a batch, [V, values] each
         self.running = self._flatten("running_mean", "running_var")
         self.counts = self._flatten("num_batches_tracked")
 
@@ -264,11 +265,20 @@ class RunningStatistics:
         return flat
 
     @torch.no_grad()
+    def record(self) -> None:
+        """Keep the statistics of the last forward pass, of one part of a batch, for `update`."""
+        values = [value for layer in self.layers for value in layer.batch_statistics]
+        assert len(values) == 2 * len(self.layers), "needs a forward pass in training mode"
+        self._parts.append(torch.cat(values, 1))
+
+    @torch.no_grad()
     def update(self, applied: torch.Tensor) -> None:
-        """Update by the last forward pass if `applied`, a bool scalar on the device, is true."""
-        parts = [part for layer in self.layers for part in layer.batch_statistics]
-        assert len(parts) == 2 * len(self.layers), "update needs a forward pass in training mode"
-        batch = torch.cat(parts, 1)
+        """Update if `applied`, a bool scalar on the device, is true: by the last forward pass, or
+        by the mean of the recorded ones."""
+        if not self._parts:
+            self.record()
+        batch = self._parts[0] if len(self._parts) == 1 else torch.stack(self._parts).mean(0)
+        self._parts = []
         for layer in self.layers:
             layer.batch_statistics = ()
         updated = _moving_average(self.running, batch, self.layers[0].momentum)

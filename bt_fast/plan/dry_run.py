@@ -50,7 +50,7 @@ def plan(config: Config, world_size: int) -> dict[str, str]:
         num_images = IMAGENET_IMAGES
         data = f"{config.data} does not exist yet; assuming ImageNet-1k"
     require_full_batches(config.batch_size, world_size, num_images, config.data)
-    require_divisible_batch(config.batch_size, world_size, config.bn_group)
+    require_divisible_batch(config.batch_size, world_size, config.bn_group, config.accumulate)
     steps_per_epoch = num_images // config.batch_size
     steps = config.epochs * steps_per_epoch
     last_step = config.last_step(steps_per_epoch)
@@ -74,6 +74,11 @@ def plan(config: Config, world_size: int) -> dict[str, str]:
         "data": f"{num_images} images ({data})",
         "batch norm": f"over the samples of {norm_ranks} ranks"
         + ("" if norm_ranks == world_size else ", not of all as in the paper"),
+        **(
+            {"parts": f"{config.accumulate} per rank and step, with one more forward pass"}
+            if config.accumulate > 1
+            else {}
+        ),
         "steps": f"{config.epochs} epochs x {steps_per_epoch}"
         + (f", stopping after {last_step}" if last_step < steps else ""),
         "loss": f"{method} method over {config.batch_size} x {config.projector[-1]}"
@@ -154,7 +159,7 @@ def memory_bytes(
     cast = costs.itemsize if costs.itemsize < 4 else 0  # the weights in bf16
     return {
         "weights, gradients, momentum": (3 * 4 + cast) * costs.num_parameters,
-        "activations": images * costs.saved_bytes,
+        "activations": images / config.accumulate * costs.saved_bytes,
         # The current views count as activations; the crops of two batches are uint8.
         "views and loss": ((NUM_BATCHES_IN_MEMORY - 1) * costs.itemsize + 2) * views + loss_bytes,
         "CUDA and its libraries": RESERVED_BYTES,
@@ -181,7 +186,8 @@ def single_gpu(config: Config, costs: "ModelCosts", images: int, gpu: GpuModel) 
     loss_flop = step_costs.loss_flop(choose_method(images, width), images, width)
     return StepTimes(
         images=images,
-        encoder=encoder,
+        # Parts are computed forwards twice; a forward pass is a third of both.
+        encoder=encoder * (4 / 3 if config.accumulate > 1 else 1),
         backward=encoder * 2 / 3,
         loss=2 * loss_flop / flop_per_s,  # TF32
         optimizer=step_costs.lars_bytes(costs.num_parameters) / bytes_per_s,

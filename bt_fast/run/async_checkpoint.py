@@ -11,7 +11,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 
-from bt_fast.build import TrainingSetup
+from bt_fast.build import TrainingSetup, average_statistics
 from bt_fast.deferred import Deferred
 from bt_fast.distributed import collectives
 from bt_fast.finite import queue_finite_check
@@ -60,6 +60,7 @@ class AsyncCheckpoints:
         setup = self._setup
         if self._queued:  # the buffer is reused
             self._deferred.flush()
+        average_statistics(setup)
         weights, momentum = checkpoint.state(setup.model, setup.optimizer)
         checks = (
             collectives.compare_weights(setup.model, setup.world.group),

@@ -11,8 +11,7 @@ from pathlib import Path
 
 import torch
 
-from bt_fast.build import TrainingSetup
-from bt_fast.distributed.collectives import broadcast_tensors
+from bt_fast.build import TrainingSetup, average_statistics
 from bt_fast.evaluate.collapse import effective_rank
 from bt_fast.evaluate.features import extract_features, model_outputs
 from bt_fast.evaluate.knn_classifier import knn_scores
@@ -37,8 +36,7 @@ def probe(setup: TrainingSetup, log: RunLog, step: int) -> None:
     """Log the readouts of the present encoder, or warn that its features are not finite. All ranks
     call it, and divide the images."""
     started = time.perf_counter()
-    # With --bn-group statistics differ; the first rank's are saved.
-    broadcast_tensors([setup.statistics.running], setup.world.group)
+    average_statistics(setup)
     try:
         readouts = measure(setup)
     except NotFinite as error:

@@ -9,13 +9,14 @@ from conftest import with_torchs_batch_norm
 from tiny_runs import TINY
 
 from bt_fast import train
-from bt_fast.build import build, measure_step_seconds
+from bt_fast.build import build
 from bt_fast.cli import parse_pretrain
 from bt_fast.evaluate.features import extract_features
 from bt_fast.evaluate.views import Views
 from bt_fast.optimizers import build_optimizer
 from bt_fast.prefetch import augment_batch
 from bt_fast.run import checkpoint
+from bt_fast.step import measure_step_seconds
 from pipelines import augment
 
 
@@ -72,6 +73,36 @@ def test_other_optimizers_are_torchs_without_decay_of_biases(name, theirs):
             theirs.step()
     for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True):
         assert torch.allclose(a, b, rtol=1e-6)
+
+
+def test_parts_need_the_memory_of_one_part(small_beton):
+    """Bytes that are saved for the backward pass at the same time, of the encoder's tensors."""
+
+    class Saved:
+        peak = now = 0
+        weights: frozenset[int] = frozenset()
+
+        def __init__(self, tensor):
+            storage = tensor.untyped_storage()
+            self.tensor = tensor
+            self.size = 0 if storage.data_ptr() in Saved.weights else storage.nbytes()
+            Saved.now += self.size
+            Saved.peak = max(Saved.peak, Saved.now)
+
+        def __del__(self):
+            Saved.now -= self.size
+
+    peaks = {}
+    for parts in (1, 4):
+        flags = ["--data", str(small_beton), "--batch-size=32", f"--accumulate={parts}"]
+        setup = build(parse_pretrain([*TINY, *flags]))
+        Saved.peak = Saved.now = 0
+        parameters = setup.model.parameters()
+        Saved.weights = frozenset(p.untyped_storage().data_ptr() for p in parameters)
+        with torch.autograd.graph.saved_tensors_hooks(Saved, lambda saved: saved.tensor):
+            assert train.update(setup, torch.randn(64, 3, 32, 32))[2]
+        peaks[parts] = Saved.peak
+    assert 0.24 < peaks[4] / peaks[1] < 0.3
 
 
 def test_rehearsal_leaves_no_trace(small_beton):

@@ -10,12 +10,13 @@ from conftest import write_photo_beton
 from ranks import TINY, Traffic, embeddings, run_ranks
 
 from bt_fast import loss, train
-from bt_fast.build import build
+from bt_fast.build import average_statistics, build
 from bt_fast.cli import parse_pretrain
 from bt_fast.distributed.collectives import ALONE, World, compare_weights
 from bt_fast.models import batch_norm
 from bt_fast.models.networks import BarlowTwins
 from bt_fast.prefetch import prefetch
+from bt_fast.run import checkpoint
 
 SLOW = pytest.mark.slow
 SHAPES = [(16, 40), (64, 12), (8, 8), (16, 10), (8, 3)]  # the last two do not divide by ranks
@@ -134,7 +135,12 @@ def test_batch_norm_over_ranks_equals_one_over_the_whole_batch(size, group_size,
 
 
 def updates(
-    world: World, data: str, dtype: torch.dtype, at_full_rate: bool, backend: str = ""
+    world: World,
+    data: str,
+    dtype: torch.dtype,
+    at_full_rate: bool,
+    backend: str = "",
+    flags: tuple[str, ...] = (),
 ) -> dict:
     """Ten steps of a run: their loss, the gradients of the first, the weights after the last.
 
@@ -145,7 +151,7 @@ def updates(
     compile = f"--compile={'default' if backend else 'off'}"
     torch.set_default_dtype(dtype)
     try:
-        setup = build(parse_pretrain([*TINY, compile, "--data", data]), world)
+        setup = build(parse_pretrain([*TINY, compile, "--data", data, *flags]), world)
     finally:
         torch.set_default_dtype(torch.float32)
     branches = setup.config.view_a, setup.config.view_b
@@ -164,7 +170,9 @@ def updates(
         on_diagonal, off_diagonal, applied = train.update(setup, views.to(dtype))
         assert applied
         terms.append((on_diagonal + 5e-3 * off_diagonal).item())
-    return {"terms": terms, "gradients": gradients, "state": dict(setup.model.state_dict())}
+    average_statistics(setup)
+    state = checkpoint.state(setup.model, setup.optimizer)
+    return {"terms": terms, "gradients": gradients, "state": state[0], "momentum": state[1]}
 
 
 def apart(ours: torch.Tensor, wanted: torch.Tensor) -> float:
@@ -206,6 +214,25 @@ def require_equal_updates(
         for name, wanted in alone["state"].items():
             assert apart(rank["state"][name], wanted) < of_state, name
             assert torch.equal(rank["state"][name], ranks[0]["state"][name]), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_ranks,per_rank", [(1, 4), (2, 2)])
+def test_parts_of_a_batch_update_as_ranks_with_their_own_statistics(tmp_path, num_ranks, per_rank):
+    """--accumulate on one rank, and on two with DDP, against four ranks with --bn-group 1."""
+    data = str(write_photo_beton(tmp_path / "data.beton", 160))
+    arguments = data, torch.float64, True, ""
+    wanted = run_ranks(4, updates, *arguments, ("--bn-group=1",))[0]
+    flags = (f"--accumulate={per_rank}", "--bn-group=1")
+    parts = run_ranks(num_ranks, updates, *arguments, flags)[0]
+    assert parts["terms"] == pytest.approx(wanted["terms"], rel=1e-12)
+    for name, gradient in wanted["gradients"].items():
+        assert apart(parts["gradients"][name], gradient) < 1e-10, name
+    for part in ("state", "momentum"):
+        for name, value in wanted[part].items():
+            assert apart(parts[part][name], value) < 1e-9, name
+    whole = updates(ALONE, *arguments)  # batch norm over the whole batch gives other numbers
+    assert whole["terms"] != pytest.approx(wanted["terms"], rel=1e-6)
 
 
 def collectives_of_the_papers_model(world: World) -> dict:
