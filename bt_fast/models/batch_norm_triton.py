@@ -29,13 +29,14 @@ side effects, so that CUDA graphs can capture them. Triton's interpreter runs th
 """
 
 import contextlib
-import functools
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from bt_fast.distributed.collectives import Group, all_reduce, group_size
 
@@ -73,11 +74,6 @@ class Tiling(NamedTuple):
     def options(self) -> dict[str, int]:
         options = {"num_warps": self.num_warps}
         return options | ({"maxnreg": self.max_registers} if self.max_registers else {})
-
-    def launch(self, kernel: triton.JITFunction, grid: tuple[int, int, int], *args, **constants):
-        """Run the kernel with those of this tiling's constants that it takes."""
-        own = {name: n for name, n in self.constants.items() if name in kernel.arg_names}
-        kernel[grid](*args, **own, **constants, **self.options)
 
 
 # Chosen for an H100, which has 132 SMs, and timed on one with ResNet-50 and 256 images.
@@ -166,17 +162,16 @@ class _NormAct(torch.autograd.Function):
         sums = all_reduce(sums, group, overwrite=True)
         saved: list[Tensor | None]
         if pool:
-            y, maxima, argmax, moments = torch.ops.bt_fast.norm_pool_forward(
+            y, *saved, moments = torch.ops.bt_fast.norm_pool_forward(
                 x, sums, weight, bias, count, eps
             )
-            saved = [maxima, argmax]
         else:
             addend = residual if residual_weight is None else None
             y, bits, moments = torch.ops.bt_fast.norm_forward(
                 norm_inputs, addend, sums, weights, biases, count, eps, relu
             )
             saved = [bits if residual is not None else None]
-        ctx.save_for_backward(moments, *norm_inputs, *weights, *biases, *saved)
+        ctx.save_for_backward(moments, bias, *norm_inputs, *weights, *saved)
         ctx.options, ctx.count, ctx.num_norms = options, count, len(norm_inputs)
         ctx.has_residual = residual is not None
         ctx.mark_non_differentiable(moments)
@@ -189,34 +184,30 @@ class _NormAct(torch.autograd.Function):
     def backward(ctx, g, g_alias, _):
         _, _, relu, pool, _, group = ctx.options
         n = ctx.num_norms
-        moments, *rest = ctx.saved_tensors
-        norm_inputs, weights, biases = rest[:n], rest[n : 2 * n], rest[2 * n : 3 * n]
-        saved = rest[3 * n :]
+        moments, bias, *rest = ctx.saved_tensors
+        norm_inputs, weights, saved = rest[:n], rest[n : 2 * n], rest[2 * n :]
         gradients = [gradient for gradient in (g, g_alias) if gradient is not None]
         if not gradients:
             return (None,) * 7
         masked, sums, grad_weights, grad_biases = torch.ops.bt_fast.norm_sums(
             gradients, [saved[0]] if pool else norm_inputs, None if pool else saved[0],
-            moments, weights, biases, relu,
+            moments, weights[0], bias, relu,
         )  # fmt: skip
         is_masked = ctx.has_residual or len(gradients) == 2
         g = masked if is_masked else gradients[0]
         sums = all_reduce(sums, group, overwrite=True)
         if pool:
             grad_x = torch.ops.bt_fast.norm_pool_backward(
-                g, saved[1], norm_inputs[0], moments, sums, weights[0], biases[0], ctx.count
+                g, saved[1], norm_inputs[0], moments, sums, weights[0], bias, ctx.count
             )
             return grad_x, grad_weights[0], grad_biases[0], None, None, None, None
-        grad_inputs = torch.ops.bt_fast.norm_backward(
-            g, norm_inputs, moments, sums, weights, biases, ctx.count, relu and not is_masked
+        grad_x, *grad_residual = torch.ops.bt_fast.norm_backward(
+            g, norm_inputs, moments, sums, weights, bias, ctx.count, relu and not is_masked
         )
+        of_residual = (g if ctx.has_residual else None, None, None)
         if n == 2:
-            return (
-                grad_inputs[0], grad_weights[0], grad_biases[0], grad_inputs[1], grad_weights[1],
-                grad_biases[1], None,
-            )  # fmt: skip
-        grad_residual = g if ctx.has_residual else None
-        return grad_inputs[0], grad_weights[0], grad_biases[0], grad_residual, None, None, None
+            of_residual = (*grad_residual, grad_weights[1], grad_biases[1])
+        return grad_x, grad_weights[0], grad_biases[0], *of_residual, None
 
 
 class _Partition(NamedTuple):
@@ -229,12 +220,8 @@ class _Partition(NamedTuple):
     num_parts: int  # ranges of rows
     num_views: int
 
-    @property
-    def grid(self) -> tuple[int, int, int]:
-        return self.num_blocks, self.num_parts, self.num_views
 
-
-def make_partition(x: Tensor, num_views: int, tiling: Tiling) -> _Partition:
+def _make_partition(x: Tensor, num_views: int, tiling: Tiling) -> _Partition:
     """The partition of x [V n, C, ...], a function of its shape alone."""
     channels = x.shape[1]
     num_rows = x.numel() // (num_views * channels)
@@ -246,14 +233,37 @@ def make_partition(x: Tensor, num_views: int, tiling: Tiling) -> _Partition:
     return _Partition(num_rows, channels, rows_per_part, num_blocks, num_parts, num_views)
 
 
-_OPERATORS = (
-    "norm_moments",
-    "norm_forward",
-    "norm_sums",
-    "norm_backward",
-    "norm_pool_forward",
-    "norm_pool_backward",
-)
+def _launch(
+    kernel: triton.JITFunction, tiling: Tiling, partition: _Partition, *args, **others
+) -> None:
+    """Run a kernel with those constants of the tiling that it takes; see `_has_memory`."""
+    if _has_memory(args[0]):
+        constants = {k: n for k, n in tiling.constants.items() if k in kernel.arg_names}
+        kernel[partition.num_blocks, partition.num_parts, partition.num_views](
+            *args, num_rows=partition.num_rows, channels=partition.channels,
+            rows_per_part=partition.rows_per_part, VIEWS=partition.num_views,
+            **others, **constants, **tiling.options,
+        )  # fmt: skip
+
+
+def _launch_pool(
+    kernel: triton.JITFunction, x: Tensor, pooled: Tensor, num_views: int, *args, **others
+) -> None:
+    """Run a kernel of the max-pool of x, whose result has the shape of `pooled`."""
+    height, width = pooled.shape[2:]
+    grid = triton.cdiv(x.shape[1], BLOCK_CHANNELS), triton.cdiv(height, POOL_ROWS), len(x)
+    if _has_memory(x):
+        kernel[grid](
+            *args, len(x) // num_views, *x.shape[1:], height, width, **others, VIEWS=num_views,
+            ROWS=POOL_ROWS, BLOCK=POOL_BLOCK, BLOCK_CHANNELS=BLOCK_CHANNELS, **POOL_OPTIONS,
+        )  # fmt: skip
+
+
+def _has_memory(x: Tensor) -> bool:
+    """Whether x has values; the compiler and dry runs only need the shapes of results."""
+    return not (x.is_meta or isinstance(x, FakeTensor))
+
+
 # For 2 million channels in two views: more than the projector of any GPU has.
 _NUM_COUNTERS = 1 << 16
 # By device: numbers of finished programs, for `_is_last`; zero between kernels.
@@ -273,14 +283,14 @@ def initialise(device: torch.device) -> None:
         from torch._inductor.lowering import FALLBACK_ALLOW_LIST
 
         for name in _OPERATORS:
-            FALLBACK_ALLOW_LIST.add(f"bt_fast::{name}")
+            FALLBACK_ALLOW_LIST.add(name)
 
 
 def _finished_counters(device: torch.device) -> Tensor:
     if device in _finished:
         return _finished[device]
     counters = torch.zeros(_NUM_COUNTERS, dtype=torch.int32, device=device)
-    if type(counters) is Tensor:  # not a fake tensor of the compiler or a test
+    if not isinstance(counters, FakeTensor):  # of the compiler or a test
         _finished[device] = counters
     return counters
 
@@ -295,22 +305,16 @@ def _counters(x: Tensor, partition: _Partition) -> Tensor:
 
 def _channels_last(x: Tensor) -> Tensor:
     """x, or a copy, with its channels contiguous in memory."""
-    if x.ndim == 4:
-        return x.contiguous(memory_format=torch.channels_last)
-    return x.contiguous()
+    return x.contiguous(memory_format=_memory_format(x))
 
 
 def _empty_like(x: Tensor) -> Tensor:
     """Uninitialised tensor like x, channels-last."""
-    if x.ndim == 4:
-        return torch.empty_like(x, memory_format=torch.channels_last)
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
+    return torch.empty_like(x, memory_format=_memory_format(x))
 
 
-def _empty_bits(x: Tensor) -> Tensor:
-    """Uninitialised tensor of one bit per value of x: uint8 [rows, channels / 8]."""
-    channels = x.shape[1]
-    return x.new_empty(x.numel() // channels, triton.cdiv(channels, 8), dtype=torch.uint8)
+def _memory_format(x: Tensor) -> torch.memory_format:
+    return torch.channels_last if x.ndim == 4 else torch.contiguous_format
 
 
 # Operators --------------------------------------------------------------------------------------
@@ -318,38 +322,37 @@ def _empty_bits(x: Tensor) -> Tensor:
 # Sums and moments have three dimensions, views and channels in one: a tensor of four dimensions
 # between two operators may be given the strides of a channels-last image by the compiler.
 
-_operator = functools.partial(
-    torch.library.custom_op, mutates_args=(), tags=[torch.Tag.needs_fixed_stride_order]
-)
+_OPERATORS: list[str] = []
 
 
-@_operator("bt_fast::norm_moments")
+def _operator(function: Callable[..., Any]) -> Any:
+    """Register a function that allocates its results and launches a kernel: for tensors without
+    memory, it computes the results' shapes."""
+    name = f"bt_fast::{function.__name__}"
+    tags = [torch.Tag.needs_fixed_stride_order]
+    operator = torch.library.custom_op(name, function, mutates_args=(), tags=tags)
+    operator.register_fake(function)
+    _OPERATORS.append(name)
+    return operator
+
+
+@_operator
 def norm_moments(xs: list[Tensor], num_views: int) -> Tensor:
     """For each x [V n, C, ...], the sums of x and of x^2: float64 [norms, 2, V * C]."""
-    partition = make_partition(xs[0], num_views, MOMENTS)
+    partition = _make_partition(xs[0], num_views, MOMENTS)
     counters = _counters(xs[0], partition)
-    sums = _norm_moments_result(xs, num_views)
+    sums = xs[0].new_empty(len(xs), 2, num_views * partition.channels, dtype=torch.float64)
     for x, sums_of_x in zip(xs, sums, strict=True):
         shape = num_views, partition.num_parts, 2, partition.channels
-        MOMENTS.launch(
-            _norm_moments, partition.grid,
-            _channels_last(x), x.new_empty(shape, dtype=torch.float32), sums_of_x, counters,
-            partition.num_rows, partition.channels, partition.rows_per_part,
-            VIEWS=num_views, FIRST_ROWS=FIRST_ROWS,
+        partials = x.new_empty(shape, dtype=torch.float32)
+        _launch(
+            _norm_moments, MOMENTS, partition, _channels_last(x), partials, sums_of_x, counters,
+            FIRST_ROWS=FIRST_ROWS,
         )  # fmt: skip
     return sums
 
 
-def _norm_moments_result(xs, num_views) -> Tensor:
-    return xs[0].new_empty(len(xs), 2, num_views * xs[0].shape[1], dtype=torch.float64)
-
-
-@norm_moments.register_fake
-def _(xs, num_views):
-    return _norm_moments_result(xs, num_views)
-
-
-@_operator("bt_fast::norm_forward")
+@_operator
 def norm_forward(
     xs: list[Tensor],
     residual: Tensor | None,
@@ -363,128 +366,92 @@ def norm_forward(
     """relu(norm(x) + residual) for xs = [x], relu(norm(x) + norm(r)) for xs = [x, r].
 
     sums: over all ranks, from `norm_moments`; count: values per channel and view in them.
-    Returns y; the mask y > 0, one bit per value (empty without residual); and float32
-    [norms, 3, V * C]: mean, 1 / deviation, unbiased variance.
+    Returns y; the mask y > 0, one bit per value, uint8 [rows, C / 8] (empty without residual); and
+    float32 [norms, 3, V * C]: mean, 1 / deviation, unbiased variance.
     """
-    num_views = sums.shape[2] // xs[0].shape[1]
-    tiling = FORWARD if len(xs) == 1 else TWO_NORMS
-    partition = make_partition(xs[0], num_views, tiling)
-    xs = [_channels_last(x) for x in xs]
-    added = xs[1] if len(xs) == 2 else residual
-    y, bits, moments = _norm_forward_results(xs, residual, sums)
-    last = len(xs) - 1
-    tiling.launch(
-        _norm_forward, partition.grid,
-        xs[0], _channels_last(added) if added is not None else y, y, bits,
-        sums, moments, weights[0], biases[0], weights[last], biases[last],
-        partition.num_rows, partition.channels, partition.rows_per_part, count, eps,
-        VIEWS=num_views, RELU=relu, RESIDUAL=added is not None, NORMS=len(xs),
+    x, num_norms, channels = _channels_last(xs[0]), len(xs), xs[0].shape[1]
+    added = xs[1] if num_norms == 2 else residual
+    y = _empty_like(x)
+    num_rows = 0 if added is None else x.numel() // channels
+    bits = x.new_empty(num_rows, triton.cdiv(channels, 8), dtype=torch.uint8)
+    moments = sums.new_empty(num_norms, 3, *sums.shape[2:], dtype=torch.float32)
+    tiling = FORWARD if num_norms == 1 else TWO_NORMS
+    _launch(
+        _norm_forward, tiling, _make_partition(x, sums.shape[2] // channels, tiling),
+        x, y if added is None else _channels_last(added), y, bits,
+        sums, moments, weights[0], biases[0], weights[-1], biases[-1], count=count, eps=eps,
+        RELU=relu, RESIDUAL=added is not None, NORMS=num_norms,
     )  # fmt: skip
     return y, bits, moments
 
 
-def _norm_forward_results(xs, residual, sums) -> tuple[Tensor, Tensor, Tensor]:
-    has_residual = residual is not None or len(xs) == 2
-    bits = _empty_bits(xs[0]) if has_residual else xs[0].new_empty(0, dtype=torch.uint8)
-    moments = sums.new_empty(len(xs), 3, *sums.shape[2:], dtype=torch.float32)
-    return _empty_like(xs[0]), bits, moments
-
-
-@norm_forward.register_fake
-def _(xs, residual, sums, weights, biases, count, eps, relu):
-    return _norm_forward_results(xs, residual, sums)
-
-
-@_operator("bt_fast::norm_sums")
+@_operator
 def norm_sums(
     gradients: list[Tensor],
     xs: list[Tensor],
     bits: Tensor | None,
     moments: Tensor,
-    weights: list[Tensor],
-    biases: list[Tensor],
+    weight: Tensor,
+    bias: Tensor,
     relu: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The reductions of the backward pass.
 
     gradients: one or two gradients of y, which are added. bits: the mask y > 0, if it cannot be
-    recomputed from x.
+    recomputed from x by weight and bias of its norm.
     Returns the masked gradient (empty if not needed later: one gradient and no bits); sums of the
     masked gradient g and of g (x - mean), float32 [norms, 2, V * C]; and this rank's gradients of
     the weights and of the biases (the same for two norms), each [norms, C].
     """
-    num_views = moments.shape[2] // xs[0].shape[1]
-    tiling = SUMS if len(xs) == 1 else TWO_NORMS
-    partition = make_partition(xs[0], num_views, tiling)
-    masked, sums, grad_weights, grad_biases = _norm_sums_results(gradients, xs, bits, moments)
-    num_sums = 1 + len(xs)
-    partials = sums.new_empty(num_views, partition.num_parts, num_sums, partition.channels)
     gradients = [_channels_last(g) for g in gradients]
-    tiling.launch(
-        _norm_sums, partition.grid,
+    num_norms, _, width = moments.shape
+    channels = xs[0].shape[1]
+    is_written = bits is not None or len(gradients) == 2
+    masked = _empty_like(gradients[0]) if is_written else gradients[0].new_empty(0)
+    sums = moments.new_empty(num_norms, 2, width)
+    grad_weights, grad_biases = (moments.new_empty(num_norms, channels) for _ in range(2))
+    tiling = SUMS if num_norms == 1 else TWO_NORMS
+    partition = _make_partition(xs[0], width // channels, tiling)
+    partials = sums.new_empty(partition.num_views, partition.num_parts, 1 + num_norms, channels)
+    _launch(
+        _norm_sums, tiling, partition,
         gradients[0], gradients[-1], _channels_last(xs[0]), _channels_last(xs[-1]),
-        bits if bits is not None else masked, masked, moments, weights[0], biases[0],
+        masked if bits is None else bits, masked, moments, weight, bias,
         partials, sums, grad_weights, grad_biases, _counters(xs[0], partition),
-        partition.num_rows, partition.channels, partition.rows_per_part,
-        VIEWS=num_views, RELU=relu, BITS=bits is not None, GRADIENTS=len(gradients), NORMS=len(xs),
+        RELU=relu, BITS=bits is not None, GRADIENTS=len(gradients), NORMS=num_norms,
     )  # fmt: skip
     return masked, sums, grad_weights, grad_biases
 
 
-def _norm_sums_results(gradients, xs, bits, moments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    num_norms, _, width = moments.shape
-    channels = xs[0].shape[1]
-    is_written = bits is not None or len(gradients) == 2
-    return (
-        _empty_like(gradients[0]) if is_written else gradients[0].new_empty(0),
-        moments.new_empty(num_norms, 2, width),
-        moments.new_empty(num_norms, channels),
-        moments.new_empty(num_norms, channels),
-    )
-
-
-@norm_sums.register_fake
-def _(gradients, xs, bits, moments, weights, biases, relu):
-    return _norm_sums_results(gradients, xs, bits, moments)
-
-
-@_operator("bt_fast::norm_backward")
+@_operator
 def norm_backward(
     g: Tensor,
     xs: list[Tensor],
     moments: Tensor,
     sums: Tensor,
     weights: list[Tensor],
-    biases: list[Tensor],
+    bias: Tensor,
     count: int,
     relu: bool,
 ) -> list[Tensor]:
     """d L / d x of every norm.
 
-    g: gradient of y; relu: whether the kernel masks it by y > 0. sums: over all ranks.
+    g: gradient of y; relu: whether the kernel masks it by y > 0, from the bias of the first norm.
+    sums: over all ranks.
     """
-    num_views = moments.shape[2] // xs[0].shape[1]
-    tiling = BACKWARD if len(xs) == 1 else TWO_NORMS
-    partition = make_partition(xs[0], num_views, tiling)
     xs = [_channels_last(x) for x in xs]
     grad_inputs = [_empty_like(x) for x in xs]
-    last = len(xs) - 1
-    tiling.launch(
-        _norm_backward, partition.grid,
-        _channels_last(g), xs[0], xs[last], grad_inputs[0], grad_inputs[last],
-        moments, sums, weights[0], biases[0], weights[last],
-        partition.num_rows, partition.channels, partition.rows_per_part, count,
-        VIEWS=num_views, RELU=relu, NORMS=len(xs),
+    tiling = BACKWARD if len(xs) == 1 else TWO_NORMS
+    _launch(
+        _norm_backward, tiling,
+        _make_partition(xs[0], moments.shape[2] // xs[0].shape[1], tiling),
+        _channels_last(g), xs[0], xs[-1], grad_inputs[0], grad_inputs[-1],
+        moments, sums, weights[0], bias, weights[-1], count=count, RELU=relu, NORMS=len(xs),
     )  # fmt: skip
     return grad_inputs
 
 
-@norm_backward.register_fake
-def _(g, xs, moments, sums, weights, biases, count, relu):
-    return [_empty_like(x) for x in xs]
-
-
-@_operator("bt_fast::norm_pool_forward")
+@_operator
 def norm_pool_forward(
     x: Tensor, sums: Tensor, weight: Tensor, bias: Tensor, count: int, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -494,34 +461,19 @@ def norm_pool_forward(
     Returns y; x at the maximum of each window; the maximum's index in the window, uint8 (see
     `_window_index`; the first of equals, as in torch); and moments as `norm_forward`.
     """
-    num_views = sums.shape[2] // x.shape[1]
-    x = _channels_last(x)
-    y, maxima, argmax, moments = _norm_pool_forward_results(x, sums)
-    height, width = y.shape[2:]
-    num_blocks = triton.cdiv(x.shape[1], BLOCK_CHANNELS)
-    _norm_pool_forward[(num_blocks, triton.cdiv(height, POOL_ROWS), len(x))](
-        x, y, maxima, argmax, sums, moments, weight, bias,
-        len(x) // num_views, *x.shape[1:], height, width, count, eps,
-        VIEWS=num_views, ROWS=POOL_ROWS, BLOCK=POOL_BLOCK, BLOCK_CHANNELS=BLOCK_CHANNELS,
-        **POOL_OPTIONS,
+    n, channels, height, width = x.shape
+    shape = n, channels, (height + 1) // 2, (width + 1) // 2
+    y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    maxima, argmax = torch.empty_like(y), torch.empty_like(y, dtype=torch.uint8)
+    moments = sums.new_empty(1, 3, *sums.shape[2:], dtype=torch.float32)
+    _launch_pool(
+        _norm_pool_forward, x, y, sums.shape[2] // channels,
+        _channels_last(x), y, maxima, argmax, sums, moments, weight, bias, count=count, eps=eps,
     )  # fmt: skip
     return y, maxima, argmax, moments
 
 
-def _norm_pool_forward_results(x, sums) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    n, channels, height, width = x.shape
-    shape = n, channels, (height + 1) // 2, (width + 1) // 2
-    y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
-    moments = sums.new_empty(1, 3, *sums.shape[2:], dtype=torch.float32)
-    return y, torch.empty_like(y), torch.empty_like(y, dtype=torch.uint8), moments
-
-
-@norm_pool_forward.register_fake
-def _(x, sums, weight, bias, count, eps):
-    return _norm_pool_forward_results(x, sums)
-
-
-@_operator("bt_fast::norm_pool_backward")
+@_operator
 def norm_pool_backward(
     g: Tensor,
     argmax: Tensor,
@@ -533,23 +485,12 @@ def norm_pool_backward(
     count: int,
 ) -> Tensor:
     """d L / d x; g: gradient of the pooled result; argmax: from `norm_pool_forward`."""
-    num_views = moments.shape[2] // x.shape[1]
-    x = _channels_last(x)
     grad_x = _empty_like(x)
-    height, width = g.shape[2:]
-    num_blocks = triton.cdiv(x.shape[1], BLOCK_CHANNELS)
-    _norm_pool_backward[(num_blocks, triton.cdiv(height, POOL_ROWS), len(x))](
-        _channels_last(g), argmax, x, grad_x, moments, sums, weight, bias,
-        len(x) // num_views, *x.shape[1:], height, width, count,
-        VIEWS=num_views, ROWS=POOL_ROWS, BLOCK=POOL_BLOCK, BLOCK_CHANNELS=BLOCK_CHANNELS,
-        **POOL_OPTIONS,
+    _launch_pool(
+        _norm_pool_backward, x, g, moments.shape[2] // x.shape[1], _channels_last(g), argmax,
+        _channels_last(x), grad_x, moments, sums, weight, bias, count=count,
     )  # fmt: skip
     return grad_x
-
-
-@norm_pool_backward.register_fake
-def _(g, argmax, x, moments, sums, weight, bias, count):
-    return _empty_like(x)
 
 
 # Kernels ----------------------------------------------------------------------------------------
@@ -573,28 +514,27 @@ def _load_channels(base, row, channels, channel, inside):
 
 
 @triton.jit
-def _mean_and_inverse(sums, norm, view, channel, inside, channels, count, eps, VIEWS: tl.constexpr):
-    """Mean, 1 / deviation and biased variance of a norm in one view, from float64 sums."""
+def _statistics(
+    sums, moments, part, image, num_images, norm, view, channel, inside, channels, count, eps,
+    VIEWS: tl.constexpr,
+):  # fmt: skip
+    """Mean and 1 / deviation of a norm in one view, from float64 sums. Of the programs that compute
+    them, that of part 0 of the view's first image stores them, and the unbiased variance."""
     inverse_count = 1.0 / tl.cast(count, tl.float64)
     row = norm * 2 * VIEWS + view
     mean = _load_channels(sums, row, channels, channel, inside) * inverse_count
     mean_square = _load_channels(sums, row + VIEWS, channels, channel, inside) * inverse_count
     variance = tl.maximum(mean_square - mean * mean, 0.0, propagate_nan=tl.PropagateNan.ALL)
     inverse = tl.div_rn(1.0, tl.sqrt_rn(variance.to(tl.float32) + eps))
-    return mean.to(tl.float32), inverse, variance
-
-
-@triton.jit
-def _store_moments(
-    moments, norm, view, channel, inside, channels, mean, inverse, variance, count,
-    VIEWS: tl.constexpr,
-):  # fmt: skip
-    n = tl.cast(count, tl.float64)
-    pointers = moments + (norm * 3 * VIEWS + view) * channels + channel
-    tl.store(pointers, mean, inside)
-    tl.store(pointers + VIEWS * channels, inverse, inside)
-    unbiased = variance * (n / (n - 1.0))
-    tl.store(pointers + 2 * VIEWS * channels, unbiased.to(tl.float32), inside)
+    mean = mean.to(tl.float32)
+    if (part == 0) & (image % num_images == 0):
+        n = tl.cast(count, tl.float64)
+        pointers = moments + (norm * 3 * VIEWS + view) * channels + channel
+        tl.store(pointers, mean, inside)
+        tl.store(pointers + VIEWS * channels, inverse, inside)
+        unbiased = variance * (n / (n - 1.0))
+        tl.store(pointers + 2 * VIEWS * channels, unbiased.to(tl.float32), inside)
+    return mean, inverse
 
 
 @triton.jit
@@ -615,11 +555,11 @@ def _is_last(finished, num_programs):
 @triton.jit
 def _add_parts(
     partials, view, index, channel, inside, channels, num_parts,
-    NUM_SUMS: tl.constexpr, BLOCK_PARTS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr,
+    NUM_SUMS: tl.constexpr, BLOCK_PARTS: tl.constexpr,
 ):  # fmt: skip
     """Sum number `index` over all parts of a view, in a fixed order: float64 [BLOCK_CHANNELS]."""
     ACC_ROWS: tl.constexpr = BLOCK_PARTS // 4
-    accumulator = tl.zeros([ACC_ROWS, BLOCK_CHANNELS], tl.float64)
+    accumulator = tl.zeros([ACC_ROWS, channel.shape[0]], tl.float64)
     for start in range(0, num_parts, BLOCK_PARTS):
         part = start + tl.arange(0, BLOCK_PARTS)
         row = (view * num_parts + part) * NUM_SUMS + index
@@ -679,11 +619,9 @@ def _norm_moments(
     tl.store(pointers, tl.sum(acc_x, 0), inside)
     tl.store(pointers + channels, tl.sum(acc_square, 0), inside)
     if _is_last(finished + block * VIEWS + view, num_parts):
-        sum_x = _add_parts(
-            partials, view, 0, channel, inside, channels, num_parts, 2, BLOCK_PARTS, BLOCK_CHANNELS
-        )
+        sum_x = _add_parts(partials, view, 0, channel, inside, channels, num_parts, 2, BLOCK_PARTS)
         sum_square = _add_parts(
-            partials, view, 1, channel, inside, channels, num_parts, 2, BLOCK_PARTS, BLOCK_CHANNELS
+            partials, view, 1, channel, inside, channels, num_parts, 2, BLOCK_PARTS
         )
         result = sums + view * channels + channel
         count = tl.cast(num_rows, tl.float64)
@@ -720,24 +658,15 @@ def _norm_forward(
     block, part, view = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     channel = block * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
     inside = channel < channels
-    mean, inverse, variance = _mean_and_inverse(
-        sums, 0, view, channel, inside, channels, count, eps, VIEWS
+    mean, inverse = _statistics(
+        sums, moments, part, 0, 1, 0, view, channel, inside, channels, count, eps, VIEWS
     )
-    if part == 0:
-        _store_moments(
-            moments, 0, view, channel, inside, channels, mean, inverse, variance, count, VIEWS
-        )
     scale = inverse * tl.load(weight + channel, inside, other=0.0)
     shift = tl.load(bias + channel, inside, other=0.0)
     if NORMS == 2:
-        residual_mean, residual_inverse, variance = _mean_and_inverse(
-            sums, 1, view, channel, inside, channels, count, eps, VIEWS
+        residual_mean, residual_inverse = _statistics(
+            sums, moments, part, 0, 1, 1, view, channel, inside, channels, count, eps, VIEWS
         )
-        if part == 0:
-            _store_moments(
-                moments, 1, view, channel, inside, channels, residual_mean, residual_inverse,
-                variance, count, VIEWS,
-            )  # fmt: skip
         residual_scale = residual_inverse * tl.load(residual_weight + channel, inside, other=0.0)
         shift += tl.load(residual_bias + channel, inside, other=0.0)
     part_start = part * rows_per_part
@@ -757,37 +686,28 @@ def _norm_forward(
             if NORMS == 2:
                 addend = (addend - residual_mean[None, :]) * residual_scale[None, :]
             value += addend
-            _store_bits(
-                bits + first_row * num_bytes, value, row, byte, part_rows, num_bytes,
-                BLOCK_ROWS, BLOCK_CHANNELS,
-            )  # fmt: skip
+            _store_bits(bits + first_row * num_bytes, value, row, byte, part_rows, num_bytes)
         if RELU:
             value = _relu(value)
         tl.store(y + begin + offsets, value.to(y.dtype.element_ty), mask)
 
 
 @triton.jit
-def _store_bits(
-    bits, value, row, byte, num_rows, num_bytes,
-    BLOCK_ROWS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr,
-):  # fmt: skip
+def _store_bits(bits, value, row, byte, num_rows, num_bytes):
     """Store where the gradient passes: where value <= 0 is false."""
     passes = tl.where(value <= 0.0, 0, 1).to(tl.int32)
-    passes = tl.reshape(passes, [BLOCK_ROWS, BLOCK_CHANNELS // 8, 8])
+    passes = tl.reshape(passes, [value.shape[0], value.shape[1] // 8, 8])
     packed = tl.sum(passes << tl.arange(0, 8)[None, None, :], 2).to(tl.uint8)
     mask = (row < num_rows)[:, None] & (byte < num_bytes)[None, :]
     tl.store(bits + row[:, None] * num_bytes + byte[None, :], packed, mask)
 
 
 @triton.jit
-def _load_bits(
-    bits, row, byte, num_rows, num_bytes,
-    BLOCK_ROWS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr,
-):  # fmt: skip
+def _load_bits(bits, row, byte, num_rows, num_bytes):
     mask = (row < num_rows)[:, None] & (byte < num_bytes)[None, :]
     packed = tl.load(bits + row[:, None] * num_bytes + byte[None, :], mask, other=0).to(tl.int32)
     passes = (packed[:, :, None] >> tl.arange(0, 8)[None, None, :]) & 1
-    return tl.reshape(passes, [BLOCK_ROWS, BLOCK_CHANNELS]) != 0
+    return tl.reshape(passes, [row.shape[0], 8 * byte.shape[0]]) != 0
 
 
 @triton.jit
@@ -828,10 +748,7 @@ def _norm_sums(
             gradient += _load(second_g + begin + offsets, mask)
         value = _load(x + begin + offsets, mask)
         if BITS:
-            passes = _load_bits(
-                bits + first_row * num_bytes, row, byte, part_rows, num_bytes,
-                BLOCK_ROWS, BLOCK_CHANNELS,
-            )  # fmt: skip
+            passes = _load_bits(bits + first_row * num_bytes, row, byte, part_rows, num_bytes)
             gradient = tl.where(passes, gradient, 0.0)
         elif RELU:
             gradient = _relu_gradient(gradient, _affine(value, mean, scale, shift))
@@ -855,9 +772,8 @@ def _norm_sums(
             gradient = tl.zeros([BLOCK_CHANNELS], tl.float64)  # of the bias; of a norm's weight
             for v in tl.static_range(VIEWS):
                 total = _add_parts(
-                    partials, v, index, channel, inside, channels, num_parts,
-                    NUM_SUMS, BLOCK_PARTS, BLOCK_CHANNELS,
-                )  # fmt: skip
+                    partials, v, index, channel, inside, channels, num_parts, NUM_SUMS, BLOCK_PARTS
+                )
                 if index == 0:
                     gradient += total
                     for norm in tl.static_range(NORMS):
@@ -952,13 +868,10 @@ def _norm_pool_forward(
     view = image // num_images
     channel = block * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
     inside = channel < channels
-    mean, inverse, variance = _mean_and_inverse(
-        sums, 0, view, channel, inside, channels, count, eps, VIEWS
-    )
-    if (row_block == 0) & (image % num_images == 0):
-        _store_moments(
-            moments, 0, view, channel, inside, channels, mean, inverse, variance, count, VIEWS
-        )
+    mean, inverse = _statistics(
+        sums, moments, row_block, image, num_images, 0, view, channel, inside, channels, count, eps,
+        VIEWS,
+    )  # fmt: skip
     scale = inverse * tl.load(weight + channel, inside, other=0.0)
     shift = tl.load(bias + channel, inside, other=0.0)
     # Normalisation preserves the order of values or reverses it. (If the weight is exactly 0, all
