@@ -44,31 +44,29 @@ def inputs(form: str, shape: tuple[int, ...], *, offset: float = 0.5, seed: int 
     return tensors
 
 
-def definition(form: str, x, weight, bias, residual=None, *affine, group=None, relu=F.relu):
-    """The form in torch operations and `batch_norm.normalise`; affine: of the residual's norm."""
-    y = batch_norm.normalise(x, weight, bias, eps=EPS, group=group)[0]
+def _form(norm, form: str, x, weight, bias, residual=None, *affine, relu=F.relu):
+    """The form in torch operations; affine: of the residual's norm."""
+    y = norm(x, weight, bias)
     if residual is not None:
-        if affine:
-            residual = batch_norm.normalise(residual, *affine, eps=EPS, group=group)[0]
-        y = y + residual
+        y = y + (norm(residual, *affine) if affine else residual)
     if form != "norm":
         y = relu(y)
     return F.max_pool2d(y, 3, 2, 1) if form == "pool" else y
 
 
-def torch_reference(form: str, x, weight, bias, residual=None, *affine):
+def definition(*arguments, **options):
+    """The form with `batch_norm.normalise`."""
+    return _form(lambda *t: batch_norm.normalise(*t, eps=EPS)[0], *arguments, **options)
+
+
+def torch_reference(*arguments):
     """The form with torch's batch norm, one view at a time."""
 
-    def layer(x, *affine):
+    def norm(x, *affine):
         views = x.chunk(2)
         return torch.cat([F.batch_norm(v, None, None, *affine, True, eps=EPS) for v in views])
 
-    y = layer(x, weight, bias)
-    if residual is not None:
-        y = y + (layer(residual, *affine) if affine else residual)
-    if form != "norm":
-        y = F.relu(y)
-    return F.max_pool2d(y, 3, 2, 1) if form == "pool" else y
+    return _form(norm, *arguments)
 
 
 def fused(form: str, x, weight, bias, residual=None, *affine, group=None):

@@ -129,26 +129,19 @@ def norm_act(
         all ranks, float32 [norms, 2, V, C].
     """
     assert relu or not (pool or residual is not None), "the norm alone has no residual and no pool"
-    options = _Options(num_views, eps, relu, pool, two_consumers, group)
+    options = num_views, eps, relu, pool, two_consumers, group
     residual_affine = residual_norm or (None, None)
-    y, alias, moments = _NormAct.apply(x, weight, bias, residual, *residual_affine, options)
+    y, alias, moments = _NormAct.apply(x, weight, bias, residual, *residual_affine, *options)
     moments = moments.unflatten(2, (num_views, -1))
     return y, y if alias is None else alias, moments[:, ::2]
 
 
-class _Options(NamedTuple):
-    num_views: int
-    eps: float
-    relu: bool
-    pool: bool
-    two_consumers: bool
-    group: Group
-
-
 class _NormAct(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, residual, residual_weight, residual_bias, options):
-        num_views, eps, relu, pool, two_consumers, group = options
+    def forward(
+        ctx, x, weight, bias, residual, residual_weight, residual_bias,
+        num_views, eps, relu, pool, two_consumers, group,
+    ):  # fmt: skip
         norm_inputs, weights, biases = [x], [weight], [bias]
         if residual_weight is not None:
             norm_inputs.append(residual)
@@ -172,7 +165,7 @@ class _NormAct(torch.autograd.Function):
             )
             saved = [bits if residual is not None else None]
         ctx.save_for_backward(moments, bias, *norm_inputs, *weights, *saved)
-        ctx.options, ctx.count, ctx.num_norms = options, count, len(norm_inputs)
+        ctx.options, ctx.count, ctx.num_norms = (relu, pool, group), count, len(norm_inputs)
         ctx.has_residual = residual is not None
         ctx.mark_non_differentiable(moments)
         if not torch.compiler.is_compiling():  # the compiler removes unused zeros
@@ -182,13 +175,13 @@ class _NormAct(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, g, g_alias, _):
-        _, _, relu, pool, _, group = ctx.options
+        relu, pool, group = ctx.options
         n = ctx.num_norms
         moments, bias, *rest = ctx.saved_tensors
         norm_inputs, weights, saved = rest[:n], rest[n : 2 * n], rest[2 * n :]
         gradients = [gradient for gradient in (g, g_alias) if gradient is not None]
         if not gradients:
-            return (None,) * 7
+            return (None,) * 12
         masked, sums, grad_weights, grad_biases = torch.ops.bt_fast.norm_sums(
             gradients, [saved[0]] if pool else norm_inputs, None if pool else saved[0],
             moments, weights[0], bias, relu,
@@ -200,14 +193,14 @@ class _NormAct(torch.autograd.Function):
             grad_x = torch.ops.bt_fast.norm_pool_backward(
                 g, saved[1], norm_inputs[0], moments, sums, weights[0], bias, ctx.count
             )
-            return grad_x, grad_weights[0], grad_biases[0], None, None, None, None
+            return grad_x, grad_weights[0], grad_biases[0], *[None] * 9
         grad_x, *grad_residual = torch.ops.bt_fast.norm_backward(
             g, norm_inputs, moments, sums, weights, bias, ctx.count, relu and not is_masked
         )
         of_residual = (g if ctx.has_residual else None, None, None)
         if n == 2:
             of_residual = (*grad_residual, grad_weights[1], grad_biases[1])
-        return grad_x, grad_weights[0], grad_biases[0], *of_residual, None
+        return grad_x, grad_weights[0], grad_biases[0], *of_residual, *[None] * 6
 
 
 class _Partition(NamedTuple):

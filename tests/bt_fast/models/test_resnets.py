@@ -1,4 +1,4 @@
-"""The ResNets' forward pass against torchvision's."""
+"""The ResNets' forward pass against torchvision's, and the projector."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ from torch import nn
 from torchvision import models
 
 from bt_fast.models import batch_norm
-from bt_fast.models.networks import ARCHITECTURES, build_encoder
+from bt_fast.models.networks import ARCHITECTURES, BarlowTwins, build_encoder
 
 
 def pair(name: str, norm_layer, stem="imagenet"):
@@ -68,3 +68,11 @@ def test_initialisation_equals_torchvisions(name):
     theirs.fc = nn.Identity()
     assert list(ours) == list(theirs.state_dict())
     assert all(map(torch.equal, ours.values(), theirs.state_dict().values()))
+
+
+def test_projector_matches_the_paper():
+    model = BarlowTwins("resnet50", (8192, 8192, 8192))
+    layers = [type(layer).__name__ for layer in model.projector]
+    assert layers == ["Linear", "BatchNorm1d", "ReLU", "Linear", "BatchNorm1d", "ReLU", "Linear"]
+    assert all(layer.bias is None for layer in model.projector if hasattr(layer, "in_features"))
+    assert sum(p.numel() for p in model.parameters()) == 23_508_032 + 151_027_712
