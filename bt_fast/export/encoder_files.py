@@ -193,7 +193,7 @@ def _read_tensors(file: Path) -> tuple[Tensors, Mapping[str, Any]]:
         allowed += [(OrderedDict, name) for name in _DICTIONARIES]
         with torch.serialization.safe_globals(allowed), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about unusual pickles; the content is checked below
-            content = torch.load(file, map_location="cpu", weights_only=True)
+            content = torch.load(file, map_location="cpu", weights_only=True)  # noqa: TID251
     except Exception as error:  # torch raises exceptions of many classes on damaged files
         raise ValueError(f"{file} cannot be read as weights: {_reason(error)}") from None
     if not isinstance(content, Mapping):
