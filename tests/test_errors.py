@@ -54,7 +54,6 @@ INTERNAL = {
     "a training batch holds two views of every image, got … rows",
     "batch norm needs more than one value per channel and view",
     "the batch norms of a model need the same momentum",
-    "fused batch norm takes at most … channels, got …",
     "it is a compressed archive, which torch does not write",
     "it is a TorchScript archive, which contains code; save its weights alone:"
     " torch.save(torch.jit.load(FILE).state_dict(), ...)",

@@ -223,6 +223,7 @@ def _make_partition(x: Tensor, num_views: int, tiling: Tiling) -> _Partition:
     rows_per_part = max(triton.cdiv(num_rows, parts), tiling.min_rows)
     rows_per_part = triton.cdiv(rows_per_part, ROW_MULTIPLE) * ROW_MULTIPLE
     num_parts = triton.cdiv(num_rows, rows_per_part)
+    assert num_blocks * num_views <= _NUM_COUNTERS
     return _Partition(num_rows, channels, rows_per_part, num_blocks, num_parts, num_views)
 
 
@@ -269,7 +270,7 @@ def initialise(device: torch.device) -> None:
     Must be called before a model is compiled or a CUDA graph captured. All norms of a device must
     run on one stream.
     """
-    _finished_counters(device)
+    _counters(device)
     # For an operator not in this list, torch 2.11 prints the arguments with the expressions that
     # they were computed from, which exceeds the memory for a deep network.
     with contextlib.suppress(ImportError, AttributeError):
@@ -279,20 +280,12 @@ def initialise(device: torch.device) -> None:
             FALLBACK_ALLOW_LIST.add(name)
 
 
-def _finished_counters(device: torch.device) -> Tensor:
+def _counters(device: torch.device) -> Tensor:
     if device in _finished:
         return _finished[device]
     counters = torch.zeros(_NUM_COUNTERS, dtype=torch.int32, device=device)
     if not isinstance(counters, FakeTensor):  # of the compiler or a test
         _finished[device] = counters
-    return counters
-
-
-def _counters(x: Tensor, partition: _Partition) -> Tensor:
-    counters = _finished_counters(x.device)
-    if partition.num_blocks * partition.num_views > len(counters):
-        limit = BLOCK_CHANNELS * (len(counters) // partition.num_views)
-        raise ValueError(f"fused batch norm takes at most {limit} channels, got {x.shape[1]}")
     return counters
 
 
@@ -333,7 +326,7 @@ def _operator(function: Callable[..., Any]) -> Any:
 def norm_moments(xs: list[Tensor], num_views: int) -> Tensor:
     """For each x [V n, C, ...], the sums of x and of x^2: float64 [norms, 2, V * C]."""
     partition = _make_partition(xs[0], num_views, MOMENTS)
-    counters = _counters(xs[0], partition)
+    counters = _counters(xs[0].device)
     sums = xs[0].new_empty(len(xs), 2, num_views * partition.channels, dtype=torch.float64)
     for x, sums_of_x in zip(xs, sums, strict=True):
         shape = num_views, partition.num_parts, 2, partition.channels
@@ -410,7 +403,7 @@ def norm_sums(
         _norm_sums, tiling, partition,
         gradients[0], gradients[-1], _channels_last(xs[0]), _channels_last(xs[-1]),
         masked if bits is None else bits, masked, moments, weight, bias,
-        partials, sums, grad_weights, grad_biases, _counters(xs[0], partition),
+        partials, sums, grad_weights, grad_biases, _counters(xs[0].device),
         RELU=relu, BITS=bits is not None, GRADIENTS=len(gradients), NORMS=num_norms,
     )  # fmt: skip
     return masked, sums, grad_weights, grad_biases
