@@ -145,7 +145,7 @@ def measure(kernel: Kernel, capability: int) -> tuple[str, list[str]]:
     found = re.findall(r"(REG|STACK|LOCAL):(\d+)", _cuobjdump(cubin, "--dump-resource-usage"))
     usage = {name: int(value) for name, value in found}
     registers, local, stack = usage["REG"], usage["LOCAL"], usage["STACK"]
-    opcodes, is_loop = main_loop(parse(_cuobjdump(cubin, "--dump-sass")))
+    opcodes, is_loop = main_loop(_cuobjdump(cubin, "--dump-sass"))
     widths = [num_bytes(opcode) for opcode in opcodes if num_bytes(opcode)]
     per_byte = len(opcodes) / sum(widths) if widths else math.inf
     text = (
@@ -176,27 +176,6 @@ def _cuobjdump(cubin: bytes, flag: str) -> str:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
-def parse(listing: str) -> dict[int, tuple[str, list[int]]]:
-    """Opcode, with modifiers, and addresses of the next instructions of each instruction, by
-    address, from the output of `cuobjdump --dump-sass` for one kernel."""
-    lines = re.findall(r"/\*([0-9a-f]{4,})\*/ +(@!?U?P\w+ +)?([A-Z][\w.]*)(.*?);", listing)
-    addresses = [int(line[0], 16) for line in lines]
-    program = {}
-    for address, (_, predicate, opcode, operands), following in zip(
-        addresses, lines, [*addresses[1:], None], strict=True
-    ):
-        name, words = opcode.partition(".")[0], operands.split()
-        if name in ("BRX", "JMX", "JMP"):
-            raise ValueError(f"{opcode} at {address:04x}: indirect jumps are not supported")
-        # BRA.U UP0, 0x100 and BRA.DIV UR4, 0x100 depend on their first operand.
-        is_conditional = bool(predicate) or (name == "BRA" and len(words) > 1)
-        successors = [int(words[-1], 16)] if name == "BRA" else []
-        if following is not None and (name not in ("BRA", "EXIT", "RET") or is_conditional):
-            successors.append(following)
-        program[address] = opcode, successors
-    return program
-
-
 def num_bytes(opcode: str) -> int:
     """Bytes per thread of a load or store of global memory; 0 for other instructions."""
     name, *modifiers = opcode.split(".")
@@ -206,47 +185,35 @@ def num_bytes(opcode: str) -> int:
     return next((widths[m] for m in modifiers if m in widths), 4)
 
 
-def main_loop(program: dict[int, tuple[str, list[int]]]) -> tuple[list[str], bool]:
+def main_loop(listing: str) -> tuple[list[str], bool]:
     """Returns the opcodes of the main loop and True, or of the program and False.
 
+    listing: output of `cuobjdump --dump-sass` for one kernel.
+    A loop extends from the target of a backward branch to the branch, without an unconditional exit
+    between them: behind it are blocks that the compiler moved out of a loop, which do not count.
     The main loop is the innermost loop with accesses to global memory that moves most bytes per
-    thread. Slow paths in the loop and predicated instructions count once; called functions and NOP
-    do not count.
+    thread. Predicated instructions count once; NOP does not count.
     """
-    after = {address: successors for address, (_, successors) in program.items()}
-    before: dict[int, list[int]] = {address: [] for address in program}
-    for address, successors in after.items():
-        for successor in successors:
-            before[successor].append(address)
-    entry = min(program)
-    reachable = _reachable(entry, after)
-    # A backward branch closes a loop if all paths to it contain its target; otherwise it comes from
-    # a block that the compiler moved to the end.
-    loops: dict[int, set[int]] = {}  # by the first instruction
-    for address in reachable:
-        for target in after[address]:
-            if target <= address and address not in _reachable(entry, after, without=target):
-                loops.setdefault(target, {target}).update(_reachable(address, before, target))
+    lines = re.findall(r"/\*([0-9a-f]{4,})\*/ +(@!?U?P\w+ +)?([A-Z][\w.]*)(.*?);", listing)
+    addresses = [int(address, 16) for address, *_ in lines]
+    opcodes = [opcode for _, _, opcode, _ in lines]
+    exits = [
+        i for i, (_, predicate, name, _) in enumerate(lines) if name == "EXIT" and not predicate
+    ]
 
-    def bytes_in(loop: set[int]) -> int:
-        return sum(num_bytes(program[address][0]) for address in loop)
+    def bytes_in(loop: range) -> int:
+        return sum(num_bytes(opcodes[i]) for i in loop)
 
-    loops = {first: loop for first, loop in loops.items() if bytes_in(loop)}
-    innermost = [loop for first, loop in loops.items() if not (loops.keys() - {first}) & loop]
-    counted = sorted(max(innermost, key=bytes_in, default=reachable))
-    return [program[a][0] for a in counted if program[a][0] != "NOP"], bool(innermost)
-
-
-def _reachable(start: int, edges: dict[int, list[int]], without: int = -1) -> set[int]:
-    if start == without:
-        return set()
-    found, queue = {start}, [start]
-    while queue:
-        for address in edges[queue.pop()]:
-            if address not in found and address != without:
-                found.add(address)
-                queue.append(address)
-    return found
+    loops: dict[int, range] = {}  # by the first instruction
+    for last, (_, _, opcode, operands) in enumerate(lines):
+        if opcode.partition(".")[0] == "BRA":
+            first = addresses.index(int(operands.split()[-1], 16))
+            loop = range(first, last + 1)
+            if bytes_in(loop) and not any(i in loop for i in exits):
+                loops[first] = loop
+    innermost = [loop for f, loop in loops.items() if not any(o in loop for o in loops if o != f)]
+    counted = max(innermost, key=bytes_in, default=range(len(lines)))
+    return [opcodes[i] for i in counted if opcodes[i] != "NOP"], bool(innermost)
 
 
 def main(arguments: list[str]) -> int:
