@@ -20,9 +20,8 @@ from pipelines.convert.manifest import (
     Split,
     parse_label,
 )
-from pipelines.convert.sources.files import find_files
 from pipelines.convert.sources.labels import label_key
-from pipelines.convert.sources.splits import SourceOptions, place, refuse_configurations
+from pipelines.convert.sources.splits import SourceOptions, splits_of_files
 
 BATCH = 4096  # rows of labels read at a time
 IMAGE_NAMES = ("image", "img")
@@ -30,19 +29,14 @@ IMAGE_NAMES = ("image", "img")
 
 def find_splits(source: Path, options: SourceOptions) -> dict[str, Split]:
     """The training and validation files below a folder, by their names; or the given file."""
-    if source.is_file():
-        return {"train": _split(source.parent, [source], options)}
-    placement = place(source, find_files(source, ".parquet"), options)
-    if options.train is None:
-        refuse_configurations(source, placement)
-    splits = {
-        name: _split(source, [source / path for path in paths], options)
-        for name, paths in (("train", placement.train), ("val", placement.val))
-        if paths
-    }
-    for reason, paths in placement.left_out.items():
-        splits["train"].ignored[reason] += sum(_count(source / path) for path in paths)
-    return splits
+    root = source if source.is_dir() else source.parent
+    return splits_of_files(
+        source,
+        ".parquet",
+        options,
+        lambda paths: _split(root, paths, options),
+        lambda path: _open(path).metadata.num_rows,
+    )
 
 
 def _split(root: Path, files: list[Path], options: SourceOptions) -> Split:
@@ -64,14 +58,6 @@ def _open(path: Path):
         return parquet.ParquetFile(path)
     except ArrowException as error:
         raise SourceError(f"{path} cannot be read: {error}") from None
-
-
-def _count(path: Path) -> int:
-    """Number of rows of a file that is left out; 1 if it cannot be read."""
-    try:
-        return _open(path).metadata.num_rows
-    except SourceError:
-        return 1
 
 
 def _image_column(path: Path, requested: str | None) -> str:

@@ -14,15 +14,10 @@ from pathlib import Path
 from typing import BinaryIO
 
 from pipelines.convert.manifest import FoundImage, Label, Location, SourceError, Split, parse_label
-from pipelines.convert.sources.files import Member, find_files, members
+from pipelines.convert.sources.files import Member, members
 from pipelines.convert.sources.folder import is_named_like_image
 from pipelines.convert.sources.labels import label_key
-from pipelines.convert.sources.splits import (
-    SourceOptions,
-    place,
-    refuse_configurations,
-    split_of_folder,
-)
+from pipelines.convert.sources.splits import SourceOptions, split_of_folder, splits_of_files
 from pipelines.webdataset.writer import CHECKSUMS, DATASET, NAMES
 
 MAX_NAMES = 1 << 28  # bytes of all names in a shard, at most
@@ -43,19 +38,9 @@ def find_splits(source: Path, options: SourceOptions) -> dict[str, Split]:
         if options != SourceOptions():
             raise SourceError(f"SOURCE {source} has a {DATASET}, which flags cannot change")
         return dataset_splits(source, read_dataset(source))
-    if source.is_file():
-        return {"train": _split(source, [source], options)}
-    placement = place(source, find_files(source, ".tar"), options)
-    if options.train is None:
-        refuse_configurations(source, placement)
-    splits = {
-        name: _split(source, [source / path for path in paths], options)
-        for name, paths in (("train", placement.train), ("val", placement.val))
-        if paths
-    }
-    for reason, paths in placement.left_out.items():
-        splits["train"].ignored[reason] += sum(_count(source / path) for path in paths)
-    return splits
+    return splits_of_files(
+        source, ".tar", options, lambda paths: _split(source, paths, options), _count
+    )
 
 
 def read_dataset(folder: Path) -> dict:
@@ -234,8 +219,4 @@ def _read(path: Path, file: BinaryIO, member: Member, limit: int) -> bytes:
 
 
 def _count(path: Path) -> int:
-    """Number of images in an archive that is left out; 1 if it cannot be read."""
-    try:
-        return sum(is_named_like_image(member.name) for member in members(path))
-    except SourceError:
-        return 1
+    return sum(is_named_like_image(member.name) for member in members(path))

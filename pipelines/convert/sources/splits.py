@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from pipelines.convert.manifest import SourceError
+from pipelines.convert.manifest import SourceError, Split
+from pipelines.convert.sources.files import find_files
 
 WORDS = {
     "train": {"train", "training", "trn"},
@@ -83,7 +84,37 @@ def place(
     return Placement(train, val, {FOR_TESTING: test} if test else {})
 
 
-def refuse_configurations(root: Path, placement: Placement) -> None:
+def splits_of_files(
+    source: Path,
+    suffix: str,
+    options: SourceOptions,
+    split_of: Callable[[list[Path]], Split],
+    count: Callable[[Path], int],
+) -> dict[str, Split]:
+    """The splits of the files below a folder, by their names; or of the given file.
+
+    `count` is the number of images in a file that is left out.
+    """
+    if source.is_file():
+        return {"train": split_of([source])}
+    placement = place(source, find_files(source, suffix), options)
+    if options.train is None:
+        _refuse_configurations(source, placement)
+    splits = {
+        name: split_of([source / path for path in paths])
+        for name, paths in (("train", placement.train), ("val", placement.val))
+        if paths
+    }
+    for reason, paths in placement.left_out.items():
+        for path in paths:
+            try:
+                splits["train"].ignored[reason] += count(source / path)
+            except SourceError:  # it need not be readable
+                splits["train"].ignored[reason] += 1
+    return splits
+
+
+def _refuse_configurations(root: Path, placement: Placement) -> None:
     """Raise SourceError if several folders have splits of their own: which one is meant?"""
 
     def prefix(path: str) -> str:
