@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 from pathlib import Path
 
 
@@ -15,41 +16,16 @@ def usable_cores(root: Path = Path("/")) -> int:
 
 def cpu_quota(root: Path = Path("/")) -> float | None:
     """CPU time per time, in cores: the lowest quota of this process's control group and those that
-    contain it, versions 1 and 2; None without one. `root` is the folder with proc/ and sys/.
+    contain it; of version 1, of a container only. None without one. `root` has proc/ and sys/.
     """
-    quotas = []
-    for folder, top in _control_groups(root):
-        while True:
-            quotas.append(_quota(folder))
-            if folder == top:
-                break
-            folder = folder.parent
-    return min((quota for quota in quotas if quota is not None), default=None)
-
-
-def _control_groups(root: Path) -> list[tuple[Path, Path]]:
-    """(folder of the group that limits this process, folder of the topmost visible group)."""
+    top = root / "sys/fs/cgroup"
     try:
-        groups = (root / "proc/self/cgroup").read_text().splitlines()
-        mounts = (root / "proc/self/mountinfo").read_text().splitlines()
+        found = re.search(r"^0::/(.*)$", (root / "proc/self/cgroup").read_text(), re.M)
     except OSError:  # not Linux
-        return []
-    paths = {
-        name: path
-        for _, names, path in (g.split(":", 2) for g in groups)
-        for name in names.split(",")
-    }
-    found = []
-    for mount in mounts:  # 36 35 98:0 /top /mount/point options - type source options
-        before, _, after = mount.partition(" - ")
-        kind, _, options = after.split(" ", 2)
-        name = {"cgroup2": "", "cgroup": "cpu"}.get(kind)
-        if name in paths and name in ("", *options.split(",")):
-            mounted, point = before.split()[3:5]
-            inside = os.path.relpath(paths[name], mounted)  # ../ if the group is not visible
-            top = root / point.lstrip("/")
-            found.append((top if inside.startswith("..") else top / inside, top))
-    return found
+        return None
+    group = top / (found[1] if found else "")  # in a container, perhaps one outside of it
+    folders = [top / "cpu", *(f for f in (group, *group.parents) if f.is_relative_to(top))]
+    return min((quota for quota in map(_quota, folders) if quota is not None), default=None)
 
 
 def _quota(folder: Path) -> float | None:
