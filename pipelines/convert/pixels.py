@@ -6,7 +6,7 @@
 | several frames of an animation | always: the first, or that of `--page` |
 | several pages of a TIFF | with `--page` |
 | other bands: a fourth, or alpha, in a TIFF; bands without a defined meaning | with `--bands` |
-| more than 8 bits, or a sign | with `--bits` or `--range`, or if the file defines white (PPM) |
+| more than 8 bits, or a sign (PNG, TIFF, PPM) | with `--bits` or `--range`, or if white is given |
 | floating-point numbers | with `--range` |
 
 A flag has no effect on files that do not leave open what it decides. As in torchvision's default
@@ -15,11 +15,13 @@ loader, alpha is dropped and EXIF orientation ignored.
 
 import functools
 import io
+import math
 import re
 import struct
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NoReturn
 
 import numpy as np
 from PIL import Image, ImageFile, features
@@ -41,6 +43,7 @@ FORMATS |= {"AVIF": "avif", "JPEG2000": "jpg_2000", "HEIF": ""}
 FIRST_FRAME = "first frame"
 ANIMATED = ("GIF", "PNG", "WEBP", "AVIF", "HEIF")
 _TIFF = (b"II*\0", b"MM\0*", b"II\0*", b"MM*\0", b"II+\0", b"MM\0+")  # two are common errors
+_DEEP_AVIF = re.compile(rb"av1C\x81.[\x40-\x7f\xc0-\xff]", re.DOTALL)  # decoder configuration
 _TIFF_BANDS = {0: 1, 1: 1, 2: 3, 3: 1, 5: 4, 6: 3, 8: 3, 9: 3}  # of each photometric tag
 
 
@@ -65,7 +68,7 @@ class _Page:
 
     name: str  # of the format
     image: Callable[[], Image.Image]  # decoded by Pillow
-    samples: Callable[[], np.ndarray] | None  # [height, width, bands]; None: only Pillow has them
+    samples: Callable[[], np.ndarray]  # [height, width, bands]
     num_pages: int = 1
     bits: int = 8
     kind: str = "u"  # u, i or f: unsigned, signed or floating-point
@@ -87,20 +90,18 @@ def read_rgb(data: bytes, flags: PixelFlags) -> tuple[Image.Image, str]:
     """
     page = _tiff_page(data, flags) if data[:4] in _TIFF else _page(data, flags)
     what = ", ".join([page.name, *_decide(page, flags)])
-    is_deep = page.is_deep and page.samples is not None
-    if page.num_colours and not is_deep:
+    if page.num_colours and not page.is_deep:
         return page.image().convert("RGB"), what
     bands = range(1, page.num_colours + 1) if page.num_colours else flags.bands or ()
     if max(bands) > page.num_bands:
         raise UnreadableImage(f"{_describe(page)}: it has no band {max(bands)}, as of --bands")
-    samples = page.samples() if page.samples else np.asarray(page.image())
-    samples = samples[..., [band - 1 for band in bands]]
-    low, high = 0.0, float(page.white or (1 << (page.bits if page.samples else 8)) - 1)
-    if is_deep and flags.range:
+    samples = page.samples()[..., [band - 1 for band in bands]]
+    low, high = 0.0, float(page.white or (1 << page.bits) - 1)
+    if page.is_deep and flags.range:
         low, high = flags.range
-    elif is_deep and flags.bits:
+    elif page.is_deep and flags.bits:
         high = (1 << flags.bits) - 1
-    if not (is_deep and flags.range) and not (samples.min() >= 0 and samples.max() <= high):
+    if not (page.is_deep and flags.range) and not (samples.min() >= 0 and samples.max() <= high):
         raise UnreadableImage(f"{_describe(page)}: values outside 0 to {high:g}")
     pixels = np.stack([_scale(samples[..., i], low, high) for i in range(len(bands))], axis=2)
     pixels = 255 - pixels if page.is_inverted else pixels
@@ -123,16 +124,13 @@ def _decide(page: _Page, flags: PixelFlags) -> list[str]:
         else:
             unknown.append(("which bands are red, green and blue", "--bands 3,2,1 or one for grey"))
     if page.is_deep:
-        scale_only = page.samples is None  # Pillow scales to 8 bits
-        if flags.range and not scale_only:
+        if flags.range:
             decided.append("range {:g} to {:g}".format(*flags.range))
-        elif flags.bits and page.kind != "f" and (flags.bits == page.bits or not scale_only):
+        elif flags.bits and page.kind != "f":
             decided.append(f"bits {flags.bits}")
         elif not page.white:
-            advice = f"--bits {page.bits}" if scale_only else "--range MIN:MAX"
-            if page.kind != "f" and not scale_only:
-                advice = f"--bits N (12: 4095 is white) or {advice}"
-            unknown.append(("which value is white", advice))
+            by_bits = "--bits N (12: 4095 is white) or " if page.kind != "f" else ""
+            unknown.append(("which value is white", f"{by_bits}--range MIN:MAX"))
     if unknown:
         questions, answers = (" and ".join(texts) for texts in zip(*unknown, strict=True))
         raise UnreadableImage(
@@ -147,7 +145,7 @@ def _describe(page: _Page) -> str:
     pages = f"{page.num_pages} pages of " if page.num_pages > 1 else ""
     bands = {1: "grey", 3: "RGB"}.get(page.num_colours, f"{page.num_bands} bands")
     seen = f"{page.name}, {pages}{depth}{bands}"
-    if not page.is_deep or page.samples is None:
+    if not page.is_deep:
         return seen
     samples = page.samples()
     return f"{seen}, values {samples.min():g} to {samples.max():g}"
@@ -191,6 +189,8 @@ def formats() -> tuple[str, ...]:
 
 def _page(data: bytes, flags: PixelFlags) -> _Page:
     """The page of any file but a TIFF."""
+    if data[4:8] == b"ftyp" and _DEEP_AVIF.search(data):
+        _refuse_depth("AVIF")
     image = Image.open(io.BytesIO(data), formats=formats())
     check_size(image.height, image.width)
     name, num_bands = image.format or "", len(image.getbands())
@@ -207,8 +207,6 @@ def _page(data: bytes, flags: PixelFlags) -> _Page:
         facts |= _state_ppm(data, image)
     elif name == "JPEG2000":
         facts |= _state_jpeg2000(data, image)
-    elif name == "AVIF" and (bits := _avif_bits(data)) > 8:
-        facts |= {"bits": bits, "samples": None}
     if name in ANIMATED:
         facts["num_pages"] = num_pages = getattr(image, "n_frames", 1)
         if num_pages > 1 and facts.get("bits") == 16:
@@ -298,25 +296,22 @@ def _state_ppm(data: bytes, image: ImageFile.ImageFile) -> dict:
     white = int(header[3]) if header[0] in (b"P2", b"P3", b"P5", b"P6") else 255
     if white < 256:
         return {}
-    shape = image.height, image.width, 1 if header[0] in (b"P2", b"P5") else 3
-
-    def samples() -> np.ndarray:
-        if header[0] in (b"P2", b"P3"):
-            numbers = re.sub(rb"#[^\r\n]*", b"", data[start:]).split()
-            return np.array(numbers[: np.prod(shape)], np.int64).reshape(shape)
-        return np.frombuffer(data, ">u2", int(np.prod(shape)), start).reshape(shape)
-
-    return {"bits": white.bit_length(), "white": white % 65535, "samples": samples}
+    if header[0] in (b"P2", b"P3"):
+        _refuse_depth("PPM as text")
+    shape = image.height, image.width, 1 if header[0] == b"P5" else 3
+    return {
+        "bits": white.bit_length(),
+        "white": white % 65535,
+        "samples": lambda: np.frombuffer(data, ">u2", math.prod(shape), start).reshape(shape),
+    }
 
 
 def _state_jpeg2000(data: bytes, image: ImageFile.ImageFile) -> dict:
-    """Depth and bands, by the codestream's first segment (SIZ) and the channel definition."""
+    """Bands, by the codestream's first segment (SIZ) and the channel definition."""
     start = data.index(b"\xff\x4f\xff\x51") + 40
     num_bands = int.from_bytes(data[start : start + 2])
-    depths = data[start + 2 : start + 2 + 3 * num_bands : 3]
-    bits = max(depths) + 1
-    if bits > 128:  # the highest bit of a depth is the sign's
-        raise UnreadableImage("signed samples of JPEG 2000, which is not converted")
+    if max(data[start + 2 : start + 2 + 3 * num_bands : 3]) > 7:  # bits less one; 128: signed
+        _refuse_depth("JPEG 2000")
     # Two or four bands: the last is alpha if the file says so (type 1, of the whole image).
     last = struct.pack(">HHH", num_bands - 1, 1, 0)
     defined = data.find(b"cdef", 0, start)
@@ -325,15 +320,10 @@ def _state_jpeg2000(data: bytes, image: ImageFile.ImageFile) -> dict:
         or image.mode in ("CMYK", "PA")
         or (defined > 0 and last in data[defined : defined + 6 + 6 * num_bands])
     )
-    facts: dict = {} if is_known else {"num_colours": 0}
-    if bits > 8:
-        facts |= {"bits": bits, "samples": None}
-        if num_bands == 1:  # which Pillow shifts up to 16 bits
-            facts["samples"] = lambda: np.atleast_3d(np.asarray(image) >> (16 - bits))
-    return facts
+    return {} if is_known else {"num_colours": 0}
 
 
-def _avif_bits(data: bytes) -> int:
-    """Bits of the deepest image in an AVIF, by the decoder configurations (av1C)."""
-    found = (data[match.end() + 1] >> 5 & 0b11 for match in re.finditer(b"av1C\x81", data))
-    return max(({0b10: 10, 0b11: 12}.get(depth, 8) for depth in found), default=8)
+def _refuse_depth(name: str) -> NoReturn:
+    raise UnreadableImage(
+        f"{name} of more than 8 bits, which is not converted; convert it to PNG or TIFF first"
+    )
