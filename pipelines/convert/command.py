@@ -163,10 +163,10 @@ def main(argv: list[str] | None = None) -> int:
             if not config.verify or config.out is not None:
                 written = convert(config)
                 kept = "the conversion is complete"
-                for path, summary, counts in written:
-                    print_line(f"Wrote {path}: {summary}")
-                    print_line(counts)
-                outs = list(dict.fromkeys(path for path, *_ in written))
+                for path, report in written:
+                    print_line(f"Wrote {path}: {report.summary()}")
+                    print_line(account(report.content({})))
+                outs = list(dict.fromkeys(path for path, _ in written))
             for out in outs if config.verify else ():
                 verify(out, workers=config.workers)
         return 0
@@ -195,8 +195,8 @@ def main(argv: list[str] | None = None) -> int:
         return _fail(f"SOURCE {config.source} cannot be read: {error}", 2)
 
 
-def convert(config: Convert) -> list[tuple[Path, str, str]]:
-    """Run the conversion; returns (file or folder that was written, summary, account) by split.
+def convert(config: Convert) -> list[tuple[Path, Report]]:
+    """Run the conversion; returns (file or folder that was written, its report) by split.
 
     Raises UsageError, SourceError, BrokenImages, OSError (such as OutputExists), WorkerDied.
     """
@@ -216,12 +216,7 @@ def convert(config: Convert) -> list[tuple[Path, str, str]]:
     max_side = splits["train"].max_side if config.max_side is None else config.max_side
     settings = {"max_side": max_side, "subset": config.subset, "part": list(part)}
     settings |= flags.settings()
-    journal_settings = {
-        "format": config.format,
-        "check": config.check,
-        "shard_size": config.shard_size,
-        **settings,
-    }
+    journal_settings = {name: getattr(config, name) for name in ("format", "check", "shard_size")}
 
     with _work_folder(out, config) as work:
         reports: dict[str, Report] = {}
@@ -231,7 +226,7 @@ def convert(config: Convert) -> list[tuple[Path, str, str]]:
         with contextlib.ExitStack() as files:
             for name, report in reports.items():
                 images = {"images": report.manifest.sha256}
-                journal = Journal(work / f"{name}.journal", images | journal_settings)
+                journal = Journal(work / f"{name}.journal", images | journal_settings | settings)
                 files.callback(journal.close)
                 writer = target.writer(work, report)
                 files.enter_context(writer)
@@ -245,12 +240,10 @@ def convert(config: Convert) -> list[tuple[Path, str, str]]:
                     flags=flags,
                 )
             _require_images(reports, config)
-        accounts = [account(report.content({})) for report in reports.values()]
+        for report in reports.values():
+            account(report.content({}))  # raises ValueError if it does not add up
         published = target.publish(work, reports, {"source": str(config.source), **settings})
-    return [
-        (published[name], report.summary(), line)
-        for (name, report), line in zip(reports.items(), accounts, strict=True)
-    ]
+    return [(published[name], report) for name, report in reports.items()]
 
 
 @contextlib.contextmanager
@@ -292,16 +285,10 @@ def _scan(
 
 
 def _check_numbers(config: Convert) -> None:
-    for flag, value, minimum in (
-        ("--max-side", config.max_side, 0),
-        ("--subset", config.subset, 1),
-        ("--workers", config.workers, 1),
-        ("--shard-size", config.shard_size, 1),
-        ("--bits", config.bits, 1),
-        ("--page", config.page, 1),
-    ):
+    for name in ("max_side", "subset", "workers", "shard_size", "bits", "page"):
+        value, minimum = getattr(config, name), int(name != "max_side")
         if value is not None and value < minimum:
-            raise UsageError(f"{flag} {value}: must be {minimum} or more")
+            raise UsageError(f"--{name.replace('_', '-')} {value}: must be {minimum} or more")
 
 
 def _check_arguments(config: Convert) -> tuple[Path, tuple[int, int]]:

@@ -44,10 +44,10 @@ def verify(path: Path, *, workers: int) -> None:
     elif path.is_dir() and shards.has_dataset(path):
         dataset = shards.read_dataset(path)
         for name, split in shards.dataset_splits(path, dataset).items():
-            num_damaged += _verify_shards(path, dataset["splits"][name]["shards"])
+            report = dataset["splits"][name]
+            num_damaged += _verify_shards(path, report["shards"])
             sheet = path.with_name(f"{path.name}.{name}.png")
             num_damaged += _verify_images(split, sheet, workers)
-            report = dataset["splits"][name]
             num_stored = sum(shard["num_images"] for shard in report["shards"])
             num_damaged += _verify_account(path, num_stored, report)
     else:
