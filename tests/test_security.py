@@ -181,6 +181,17 @@ def ambiguous_archive(folder: Path) -> list[str]:
     ]
 
 
+def shard_outside(folder: Path) -> list[str]:
+    """Web shards whose archive is outside of their folder, where it exists."""
+    shards = folder / "shards"
+    data = str(write_beton(folder / "x.beton", 4))
+    assert convert([data, str(shards), "--format=webdataset", "--workers=1"]) == 0
+    (shards / "train-000000.tar").rename(folder / "outside.tar")
+    text = (shards / "dataset.json").read_text()
+    (shards / "dataset.json").write_text(text.replace("train-000000", "../outside"))
+    return ["convert", str(shards), str(folder / "out.beton"), "--workers=1"]
+
+
 def grouped_weights(folder: Path) -> list[str]:
     """A ResNet-18 but for one convolution."""
     weights = torchvision.models.resnet18().state_dict()
@@ -215,6 +226,7 @@ def short_table(folder: Path) -> list[str]:
 
 HOSTILE = {
     "2 images share the key 1 (1.jpg, 1.a.jpg)": ambiguous_archive,
+    "dataset.json is damaged": shard_outside,
     "layer3.1.conv2.weight is a grouped convolution": grouped_weights,
     "red_test.txt has numbers other than -1, 0 and 1": voc_numbers,
     "train2018.json is not in iNaturalist's format: TypeError": lambda f: inat(f, "five"),

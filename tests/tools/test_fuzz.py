@@ -15,8 +15,8 @@ SEED = 20260101
 @pytest.mark.parametrize(
     "name,count,refused",
     [
-        ("beton", 150, 100),
-        ("stock beton", 150, 50),
+        ("beton", 250, 200),
+        ("stock beton", 250, 125),
         ("checkpoint", 150, 140),
         ("weights", 150, 140),
         ("image", 300, 100),

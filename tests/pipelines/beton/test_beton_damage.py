@@ -76,39 +76,16 @@ def random_edit(generator: np.random.Generator, raw: bytes, ranges) -> dict[int,
     return edits
 
 
-def test_damage_is_detected(sample):
-    """2,000 damaged files: refused, or every record is unchanged or fails its checksum."""
-    raw, ranges, expected = sample.read_bytes(), regions(sample), contents(BetonReader(sample))
-    generator, refused, flagged = np.random.default_rng(0), 0, 0
-    for _ in range(2000):
-        with edited(sample, random_edit(generator, raw, ranges)):
-            try:
-                reader = BetonReader(sample)
-            except BetonError as error:
-                assert str(sample) in str(error)
-                refused += 1
-                continue
-            assert len(reader) == NUM_IMAGES
-            for index, record in enumerate(contents(reader)):
-                if not reader.checksum_ok(index):
-                    flagged += 1
-                    record = (expected[index][0], *record[1:])
-                assert record == expected[index]
-    assert refused > 1000 and flagged > 50
+def test_invalid_tables_with_a_valid_checksum(sample):
+    """1,000 files with invalid tables: refused, or every record is within the file.
 
-
-@pytest.mark.parametrize("kind", ["stock", "forged"])
-def test_invalid_tables_without_or_with_a_valid_checksum(sample, kind):
-    """2 x 1,000 files with invalid tables: refused, or every record is within the file."""
-    if kind == "stock":  # as written by FFCV: no arguments, so no checksum
-        with open(sample, "r+b") as file:
-            file.seek(HEADER.itemsize + 17)
-            file.write(bytes(1024))
+    `tests/tools/test_fuzz.py` has damage that checksums detect, and files of FFCV without them.
+    """
     raw, ranges = sample.read_bytes(), regions(sample)
     generator, refused, opened = np.random.default_rng(1), 0, 0
     for _ in range(1000):
         edits = random_edit(generator, raw, ranges)
-        with edited(sample, edits | (forged(raw, edits) if kind == "forged" else {})):
+        with edited(sample, edits | forged(raw, edits)):
             try:
                 reader = BetonReader(sample)
             except BetonError as error:

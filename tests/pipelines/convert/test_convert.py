@@ -70,7 +70,9 @@ def test_hostile_folder(hostile, tmp_path, capsys):
     assert names_in(tmp_path) == []
 
     assert convert(hostile, out, "--skip-broken") == 0
-    assert "Classes without images" in capsys.readouterr().out
+    output = capsys.readouterr().out
+    assert "Classes without images" in output
+    assert "Of 1 animations only the first frame is stored" in output
     reader, report = BetonReader(out), json.loads(Path(f"{out}.json").read_text())
     assert reader.class_names == report["classes"] == ["a", "b", "empty"]
     names = [reader.name(index) for index in range(len(reader))]
@@ -138,16 +140,6 @@ def test_pixel_flags(tmp_path, capsys):
     assert "range was [0.0, 4095.0]" in capsys.readouterr().err
 
 
-def test_the_first_frame_of_an_animation_is_reported(tmp_path, capsys):
-    (tmp_path / "images").mkdir()
-    frames = [drawn_picture(seed) for seed in range(2)]
-    frames[0].save(tmp_path / "images" / "1.gif", save_all=True, append_images=frames[1:])
-    assert convert(tmp_path / "images", tmp_path / "out.beton", "--workers", 1) == 0
-    assert "Of 1 animations only the first frame is stored" in capsys.readouterr().out
-    report = json.loads((tmp_path / "out.beton.json").read_text())
-    assert report["reencoded"] == {"GIF, first frame": 1}
-
-
 @pytest.mark.parametrize(
     "flags",
     ["--bits=0", "--page=0", "--range=5", "--range=9:1", "--range=0:nan", "--bands=1,2"]
@@ -165,10 +157,10 @@ def test_invalid_pixel_flags(folder, tmp_path, capsys, flags):
 def test_train_and_val(tmp_path):
     make_folder(tmp_path / "images" / "train", {"cat": 3, "dog": 2, "eel": 1})
     make_folder(tmp_path / "images" / "val", {"dog": 4, "eel": 1}, seed=50)
-    assert convert(tmp_path / "images", tmp_path / "out.beton") == 0
+    assert convert(tmp_path / "images", tmp_path / "out.beton", "--subset", "4") == 0
     train, val = BetonReader(tmp_path / "out.beton"), BetonReader(tmp_path / "out.val.beton")
     assert train.class_names == val.class_names == ["cat", "dog", "eel"]
-    assert train.labels.tolist() == [0, 0, 0, 1, 1, 2]
+    assert train.labels.tolist() == [0, 0, 1, 2]  # the subset is of train only
     assert val.labels.tolist() == [1, 1, 1, 1, 2]
     report = json.loads((tmp_path / "out.val.beton.json").read_text())
     assert report["samples_per_class"] == [0, 4, 1]
@@ -192,14 +184,6 @@ def test_other_classes_in_val_than_in_train_are_an_error(tmp_path, capsys, paren
     error = capsys.readouterr().err
     assert "class" in error and error.count("\n") == 1
     assert names_in(tmp_path) == ["images"]
-
-
-def test_images_without_classes(tmp_path):
-    make_folder(tmp_path, {"images": 3})
-    assert convert(tmp_path / "images", tmp_path / "out.beton") == 0
-    reader = BetonReader(tmp_path / "out.beton")
-    assert reader.labels.tolist() == [-1, -1, -1]
-    assert (reader.num_classes, reader.class_names) == (0, [])
 
 
 # Usage
@@ -235,14 +219,6 @@ def test_a_val_file_of_another_conversion_is_an_error(tmp_path, capsys):
         error = capsys.readouterr().err
         assert "out.val.beton" in error and error.count("\n") == 1
     assert names_in(tmp_path) == ["images", "out.val.beton"]
-
-
-def test_a_subset_is_of_train_only(tmp_path):
-    make_folder(tmp_path / "images" / "train", {"a": 4, "b": 4})
-    make_folder(tmp_path / "images" / "val", {"a": 3, "b": 1})
-    assert convert(tmp_path / "images", tmp_path / "out.beton", "--subset", "4") == 0
-    assert BetonReader(tmp_path / "out.beton").labels.tolist() == [0, 0, 1, 1]
-    assert len(BetonReader(tmp_path / "out.val.beton")) == 4
 
 
 @pytest.mark.parametrize("name", ["out.beton", "out.val.beton"])
