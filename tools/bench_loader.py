@@ -20,10 +20,8 @@ import _checkout  # noqa: F401  # isort: skip
 import importlib
 import statistics
 import tempfile
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Annotated
 
@@ -35,7 +33,9 @@ from pipelines.common.cpu import usable_cores
 from pipelines.convert.command import Convert, convert
 from pipelines.crop import RandomResizedCrop
 from pipelines.loading.choose import open_loader
+from pipelines.loading.dali import CPU
 from tools import reference
+from tools.timing import images_per_second
 
 # Loaders and the optional packages that they need.
 LOADERS = {"reference": "torch", "stock ffcv": "ffcv", "two-view ffcv": "ffcv"}
@@ -102,24 +102,13 @@ def batches_of(name: str, config: Benchmark, beton: Path) -> Iterator:
         RandomResizedCrop(size=config.size),
         batch_size=config.batch_size,
         num_threads=config.workers,
-        device=torch.device("cuda", 0) if on_gpu else torch.device("cpu"),
+        device=torch.device("cuda", 0) if on_gpu else CPU,
         cache_bytes=16 << 30 if name == "cached" else 0,
     )
     batches = loader.batches(0, 1 << 40)
     for _ in range(4 * len(reader) // config.batch_size if name == "cached" else 0):
         next(batches)  # four epochs, because each drops its tail
     return batches
-
-
-def measure(batches: Iterator, config: Benchmark) -> float:
-    """Images/s of an infinite iterator of batches, without its first four."""
-    for _ in islice(batches, 4):
-        pass
-    count, start = 0, time.perf_counter()
-    while (elapsed := time.perf_counter() - start) < config.seconds or count == 0:
-        next(batches)
-        count += 1
-    return count * config.batch_size / elapsed
 
 
 def main() -> None:
@@ -137,7 +126,8 @@ def main() -> None:
         for _ in range(config.repeats):
             for name in rates:
                 batches = batches_of(name, config, beton)
-                rates[name].append(measure(batches, config))
+                rate = images_per_second(batches, config.batch_size, CPU, config.seconds)
+                rates[name].append(rate)
                 batches.close()  # type: ignore[attr-defined]
                 print(f"{name:>13} {rates[name][-1]:7.0f} images/s", flush=True)
     medians = {name: statistics.median(values) for name, values in rates.items()}

@@ -1,4 +1,4 @@
-"""Fuzzing: bt-fast reads mutated .beton files, checkpoints, weights and images.
+"""Fuzzing: bt-fast reads mutated .beton files, weights and images.
 
     python tools/fuzz.py --count 10000 --seed 0
 
@@ -9,10 +9,10 @@ Every input is a function of (seed, kind, number). The verdict on it is one of
     SILENT     read with other contents although the damage can be detected
     CRASH      another exception, or a message of several lines
 
-Damage can be detected everywhere in a .beton and in a checkpoint, by their checksums, but not in a
-.beton of FFCV (`stock beton`), which has none. Of a damaged image, the converter must detect that
-it is truncated or differs from its own checksums (PNG): any other JPEG that decodes without a
-warning of libjpeg is another JPEG. The converter's result must be a plain JPEG of the stated size.
+Damage can be detected everywhere in a .beton, by its checksums, but not in a .beton of FFCV (`stock
+beton`), which has none. Of a damaged image, the converter must detect that it is truncated or
+differs from its own checksums (PNG): any other JPEG that decodes without a warning of libjpeg is
+another JPEG. The converter's result must be a plain JPEG of the stated size.
 
 The exit status is 1 after a SILENT or CRASH; such inputs are kept in fuzz-findings/. An input that
 ends the process, or takes longer than a minute, is fuzz-findings/KIND.
@@ -37,8 +37,6 @@ from safetensors.torch import save as safetensors_bytes
 
 from bt_fast.cli import run_command
 from bt_fast.export.encoder_files import load_encoder
-from bt_fast.lars import LARS
-from bt_fast.run import checkpoint
 from pipelines.beton import BetonReader
 from pipelines.beton.layout import HEADER
 from pipelines.beton.writer import BetonWriter
@@ -115,49 +113,6 @@ class StockBeton(Beton):
         return ""
 
 
-class Checkpoints:
-    """Two checkpoints of a small model; one file of the newer is damaged."""
-
-    files = ("model.safetensors", "optimizer.safetensors", "state.json")
-
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.newest = folder, folder / "checkpoints" / "step-00000002"
-        self.expected = {}
-        for step in (1, 2):
-            trained = self.trained(step)
-            tensors = checkpoint.Snapshot().take(*trained)
-            checkpoint.write(folder, step, tensors, {"step": step}, keep=2)
-            self.expected[step] = {"step": step}, self.state(*trained)
-        self.originals = [(self.newest / name).read_bytes() for name in self.files]
-
-    def trained(self, seed: int) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
-        """A model and an optimizer after a step."""
-        torch.manual_seed(seed)
-        model = torch.nn.Sequential(torch.nn.Linear(5, 4), torch.nn.BatchNorm1d(4))
-        optimizer = LARS(model.parameters(), 0.1)
-        model(torch.randn(6, 5)).square().sum().backward()
-        optimizer.step()
-        return model, optimizer
-
-    def state(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> list:
-        momenta = [optimizer.state[p]["momentum"] for p in model.parameters()]
-        return [tensor.tolist() for tensor in (*model.state_dict().values(), *momenta)]
-
-    def read(self, original: int, data: bytes) -> str:
-        for name, content in zip(self.files, self.originals, strict=True):
-            (self.newest / name).write_bytes(content)
-        (self.newest / self.files[original]).write_bytes(data)
-        found, _ = checkpoint.newest(self.folder)
-        assert found is not None
-        trained = self.trained(3)
-        found.restore(*trained)
-        if (found.facts, self.state(*trained)) != self.expected[found.step]:
-            return f"other contents of step {found.step}, {found.facts}"
-        if found.step == 1:
-            raise ValueError("the damaged checkpoint was skipped")
-        return ""
-
-
 class Weights:
     """Files of weights in the three supported formats, too small for a ResNet."""
 
@@ -214,7 +169,6 @@ class Images:
 KINDS = {
     "beton": Beton,
     "stock beton": StockBeton,
-    "checkpoint": Checkpoints,
     "weights": Weights,
     "image": Images,
 }

@@ -17,7 +17,6 @@ SEED = 20260101
     [
         ("beton", 250, 200),
         ("stock beton", 250, 125),
-        ("checkpoint", 150, 140),
         ("weights", 150, 140),
         ("image", 300, 100),
     ],
