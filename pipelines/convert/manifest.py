@@ -7,9 +7,7 @@ records them and yields them in the same order, all or a selection, any number o
 import hashlib
 import json
 import math
-import os
 import re
-import struct
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -21,8 +19,6 @@ from typing import NamedTuple
 from pipelines.beton.layout import MAX_CLASSES
 
 ENTIRE_FILE = -1  # size of a location that is a complete file
-# Number of the label, archive or -1, offset, size, CRC-32 or -1, lengths of prefix and name.
-_RECORD = struct.Struct("<iiqqqHI")
 
 
 class SourceError(ValueError):
@@ -76,7 +72,7 @@ class Split:
 
 
 class Manifest:
-    """The images of a split, recorded in an unnamed temporary file in the folder `scratch`.
+    """The images of a split, recorded as lines in an unnamed temporary file in `scratch`.
 
     Attributes: `class_names`; of the complete split `num_listed`, its images, `samples_per_class`,
     a Counter (-1: no class), and `sha256`, hex, of all entries, independent of the source's path.
@@ -92,17 +88,16 @@ class Manifest:
     def __init__(
         self, split: Split, scratch: Path | None = None, class_names: list[str] | None = None
     ):
-        self._root = split.root
-        self._archives: list[str] = []  # files that contain many images
         self._file = tempfile.TemporaryFile(dir=scratch)  # noqa: SIM115  open as long as self
         found: dict[Label, int] = {None: -1}  # label -> its number in the file, by appearance
         counts: Counter[int] = Counter()
         digest = hashlib.sha256()
         for image in split.images:
             number = found.setdefault(_or_none(image.label), len(found) - 1)
-            record = self._pack(image, number)
-            digest.update(record)
-            self._file.write(record)
+            path, *place, prefix, _ = image.location
+            record = [image.name, number, *place, prefix.decode("latin-1")]
+            digest.update(json.dumps(record).encode())
+            self._file.write(json.dumps([*record, path]).encode() + b"\n")
             counts[number] += 1
         if not counts:
             reason = f" ({split.problems[0][1]})" if split.problems else ""
@@ -159,30 +154,10 @@ class Manifest:
 
     def _entries(self) -> Iterator[SourceImage]:
         self._file.seek(0)
-        while record := self._file.read(_RECORD.size):
-            number, archive, offset, size, crc, prefix_size, name_size = _RECORD.unpack(record)
-            prefix = self._file.read(prefix_size)
-            name = os.fsdecode(self._file.read(name_size))
-            if archive < 0:
-                location = Location(os.path.join(self._root, name))
-            else:
-                checksum = None if crc < 0 else crc
-                location = Location(self._archives[archive], offset, size, checksum, prefix)
+        for line in self._file:
+            name, number, offset, size, checksum, prefix, path = json.loads(line)
+            location = Location(path, offset, size, checksum, prefix.encode("latin-1"))
             yield SourceImage(name, self._labels[number], location)
-
-    def _pack(self, image: FoundImage, number: int) -> bytes:
-        name = os.fsencode(image.name)
-        path, offset, size, checksum, prefix, _ = image.location
-        archive = -1 if size == ENTIRE_FILE else self._archive_index(path)
-        crc = -1 if checksum is None else checksum
-        numbers = number, archive, offset, size, crc, len(prefix), len(name)
-        return _RECORD.pack(*numbers) + prefix + name
-
-    def _archive_index(self, path: str) -> int:
-        """Index of an archive in `_archives`. The images of one archive follow each other."""
-        if not self._archives or self._archives[-1] != path:
-            self._archives.append(path)
-        return len(self._archives) - 1
 
 
 def numbered_names(count: int) -> list[str]:

@@ -31,7 +31,7 @@ def _images(source: Path) -> Iterator[FoundImage]:
                 f" {kinds[first[1]]}; use one kind for all images (-1: no class)"
             )
         first = first or (number, kind)
-        yield FoundImage(path, parse_label(label), Location(path))
+        yield FoundImage(path, parse_label(label), Location(str(source.parent / path)))
 
 
 def _lines(source: Path) -> Iterator[tuple[int, str, str | None]]:
