@@ -7,6 +7,7 @@ import io
 import os
 import signal
 import subprocess
+import sys
 import tarfile
 from pathlib import Path
 
@@ -22,6 +23,7 @@ else:  # the same examples everywhere, however slow the machine; nothing is kept
     settings.register_profile("bt-fast", derandomize=True, deadline=None, max_examples=50)
     settings.load_profile("bt-fast")
 
+sys.path.append(str(Path(__file__).parents[1] / "tools"))  # where a tool finds `_checkout`
 SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
 IMAGENET_SAMPLE = SHARED_DATA / "imagenet-sample-500.tar"
 

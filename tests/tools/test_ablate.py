@@ -16,8 +16,6 @@ from conftest import write_beton
 from bt_fast.cli import main
 from bt_fast.config import load_config
 from bt_fast.run.directory import read_metrics
-
-sys.path.append(str(Path(__file__).parents[2] / "tools"))  # where a script finds `_checkout`
 from tools import ablate
 
 TINY = [*tiny_runs.TINY, "--epochs=2", "--workers=1", "--log-every=1", "--save-every=1", "--keep=1"]

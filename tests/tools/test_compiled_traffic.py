@@ -5,9 +5,7 @@ Nothing is compiled or run, and no GPU is needed. Each measurement is made in a 
 
 import multiprocessing
 import os
-import sys
 from concurrent.futures import ProcessPoolExecutor
-from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -19,8 +17,6 @@ triton = pytest.importorskip("triton", reason="Inductor's GPU code needs triton"
 from triton import language as tl  # noqa: E402
 
 from bt_fast.models import batch_norm  # noqa: E402
-
-sys.path.append(str(Path(__file__).parents[2] / "tools"))  # where a script finds `_checkout`
 from tools.compiled_traffic import Traffic, build, measure  # noqa: E402
 
 pytestmark = pytest.mark.skipif(

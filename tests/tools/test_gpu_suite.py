@@ -13,7 +13,6 @@ from conftest import INTERPRETER_FAILS
 
 ROOT = Path(__file__).parents[2]
 
-sys.path.append(str(ROOT / "tools"))  # where a script finds `_checkout`
 from tools import gpu_suite, suite_report  # noqa: E402
 
 pytestmark = pytest.mark.slow

@@ -11,7 +11,6 @@ import pytest
 triton = pytest.importorskip("triton")
 
 ROOT = Path(__file__).parents[2]
-sys.path.append(str(ROOT / "tools"))  # where a script finds `_checkout`
 from tools.kernel_report import main_loop, num_bytes  # noqa: E402
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"

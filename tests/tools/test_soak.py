@@ -3,13 +3,11 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-sys.path.append(str(Path(__file__).parents[2] / "tools"))  # where a script finds `_checkout`
 from tools import soak
 
 pytestmark = pytest.mark.slow
