@@ -8,7 +8,6 @@ import mmap
 import os
 import stat
 import zlib
-from collections.abc import Iterator
 from functools import cached_property
 
 import numpy as np
@@ -59,8 +58,7 @@ class BetonReader:
 
     def __init__(self, path: str | os.PathLike):
         self.path = os.fspath(path)
-        self._mapping = _map(self.path)
-        self._bytes = np.frombuffer(self._mapping, np.uint8)  # [file size], read-only
+        self._bytes = np.frombuffer(_map(self.path), np.uint8)  # [file size], read-only
         self._read_tables()
         self._locate_images()
         self._read_extras()
@@ -116,11 +114,7 @@ class BetonReader:
         """`content_sha256` of the file (reads no image); None if it has no checksums."""
         if self._checksums is None:
             return None
-        return content_sha256(self._pieces(self._metadata), self._pieces(self._checksums))
-
-    def release(self) -> None:
-        """Remove the mapped pages from the memory of this process; they are read again on use."""
-        self._mapping.madvise(mmap.MADV_DONTNEED)
+        return content_sha256([self._metadata], [self._checksums])
 
     def _read_tables(self) -> None:
         """Map header, field descriptors, metadata and allocations as views, without copies."""
@@ -170,7 +164,7 @@ class BetonReader:
             self._require_all(matches, "an image points to the bytes of another")
             self._ptrs, self._sizes = ptrs[found], sizes[found]
 
-        for rows in self._slices(len(image_ptrs)):
+        for rows in chunks(len(image_ptrs)):
             images = self._images[rows]
             pixels = images["height"].astype(np.uint64) * images["width"]
             possible = (pixels > 0) & (pixels <= MAX_PIXELS)
@@ -187,12 +181,12 @@ class BetonReader:
             and (allocations["size"][rows] > 0).all()
             and (allocations["ptr"][rows] == image_ptrs[rows]).all()
             and (np.diff(image_ptrs[rows.start : rows.stop + 1].astype(np.int64)) > 0).all()
-            for rows in self._slices(len(image_ptrs))
+            for rows in chunks(len(image_ptrs))
         )
 
     def _check_allocations(self, ptrs: np.ndarray, sizes: np.ndarray) -> None:
         """Check uint64 [n] each, sorted by ptr: inside the data, in one page, not overlapping."""
-        for rows in self._slices(len(ptrs)):
+        for rows in chunks(len(ptrs)):
             start, size = ptrs[rows], sizes[rows]
             # Differences, not sums: a uint64 sum can wrap around.
             inside = (start >= self._data_start) & (start <= self._tables_start)
@@ -225,15 +219,14 @@ class BetonReader:
         self._require(inside, "its extras are not between the images and the allocation table")
         blob = self._view(start, np.dtype(np.uint8), num_bytes)
         tables = (self._metadata, blob, self._allocations)
-        pieces = (piece for table in tables for piece in self._pieces(table))
-        crc = tables_crc(self._header, self._fields, self.image_field, pieces)
+        crc = tables_crc(self._header, self._fields, self.image_field, tables)
         self._require(crc == extras["crc"][0], "its tables are damaged (checksum mismatch)")
         self._checksums = blob[:names_start].view("<u4")
         self._names = blob[names_start:classes_start]
-        self._name_ends = name_ends(self._names, self._slices(len(self._names)))
+        self._name_ends = name_ends(self._names)
         self._require(len(self._name_ends) == len(self), "its list of names is damaged")
         classes = blob[classes_start:]
-        ends = name_ends(classes, chunks(len(classes)))
+        ends = name_ends(classes)
         self._require(len(ends) == num_classes, "its list of classes is damaged")
         self.class_names = [name_at(classes, ends, label) for label in range(num_classes)]
 
@@ -241,21 +234,12 @@ class BetonReader:
         self.labels = np.full(len(self), -1, np.int64)
         if self._label_field >= 0:
             stored = self._metadata[f"f{self._label_field}"]
-            for rows in self._slices(len(self)):
+            for rows in chunks(len(self)):
                 np.maximum(stored[rows], -1, out=self.labels[rows])
         highest = int(self.labels.max())
         limit = MAX_CLASSES if self.class_names is None else len(self.class_names)
         self._require(highest < limit, f"label {highest} is out of range: at most {limit} classes")
         self.num_classes = highest + 1 if self.class_names is None else limit
-
-    def _slices(self, count: int) -> Iterator[slice]:
-        """Slices that cover range(count); pages that the caller reads are released after each."""
-        for rows in chunks(count):
-            yield rows
-            self.release()
-
-    def _pieces(self, table: np.ndarray) -> Iterator[np.ndarray]:
-        return (table[rows] for rows in self._slices(len(table)))
 
     def _view(self, start: int, dtype: np.dtype, count: int) -> np.ndarray:
         """View of `count` records at byte `start` of the file (Python integers cannot overflow)."""

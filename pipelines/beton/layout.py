@@ -79,14 +79,15 @@ def content_sha256(metadata: Iterable[np.ndarray], checksums: Iterable[np.ndarra
     return digest.hexdigest()
 
 
-def name_ends(stored: np.ndarray, pieces: Iterable[slice]) -> np.ndarray:
-    """Offsets of the NULs in the names of the extras, uint8 [bytes], read in pieces: int64 [names].
+def name_ends(stored: np.ndarray) -> np.ndarray:
+    """Offsets of the NULs in the names of the extras, uint8 [bytes]: int64 [names].
 
     Empty if the last name has no NUL.
     """
     if not len(stored) or stored[-1] != 0:
         return np.empty(0, np.int64)
-    return np.concatenate([piece.start + np.flatnonzero(stored[piece] == 0) for piece in pieces])
+    found = (rows.start + np.flatnonzero(stored[rows] == 0) for rows in chunks(len(stored)))
+    return np.concatenate([*found])
 
 
 def name_at(stored: np.ndarray, ends: np.ndarray, index: int) -> str:

@@ -4,7 +4,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from pipelines.beton import BetonError, BetonReader
-from pipelines.beton.layout import CHUNK
 from pipelines.convert.manifest import FoundImage, Location, SourceError, Split, numbered_names
 from pipelines.convert.sources.splits import SourceOptions
 
@@ -44,8 +43,6 @@ def open_beton(path: Path) -> BetonReader:
 
 def _images(reader: BetonReader) -> Iterator[FoundImage]:
     for index in range(len(reader)):
-        if index % CHUNK == 0:
-            reader.release()
         offset, size, checksum = reader.location(index)
         prefix = b""
         if reader.is_raw(index):
