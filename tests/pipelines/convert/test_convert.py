@@ -10,6 +10,7 @@ import pytest
 from conftest import drawn_picture, jpeg_bytes
 from hostile import BROKEN, STORED, make_folder, make_hostile_folder
 from PIL import Image
+from test_convert_stops import names_in
 
 from pipelines.beton import BetonReader
 from pipelines.convert.command import main
@@ -30,10 +31,6 @@ def hostile(tmp_path_factory) -> Path:
 
 def convert(*arguments) -> int:
     return main([str(argument) for argument in arguments])
-
-
-def names_in(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
 
 
 # Stored images
