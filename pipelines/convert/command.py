@@ -188,8 +188,8 @@ def main(argv: list[str] | None = None) -> int:
             advice = "raise the limit, for example with ulimit -n 1024"
             return _fail(f"too many open files: at most {limit} here; {advice}; {kept}", 1)
         action = f"write {config.out}" if config.out else f"verify {config.source}"
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        advice = "; free some space or choose another folder for OUT" if full else ""
+        is_full = config.out and error.errno in (errno.ENOSPC, errno.EDQUOT)
+        advice = "; free some space or choose another folder for OUT" if is_full else ""
         return _fail(f"cannot {action}: {error}{advice}; {kept}", 1)
     except ValueError as error:  # contents that no source checks for, such as invalid UTF-8
         return _fail(f"SOURCE {config.source} cannot be read: {error}", 2)

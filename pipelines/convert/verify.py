@@ -17,7 +17,6 @@ from pipelines.common.console import print_line, progress
 from pipelines.convert.data_report import account
 from pipelines.convert.manifest import Manifest, SourceError, Split
 from pipelines.convert.sources import beton_file, shards
-from pipelines.convert.sources.files import temporary_files
 from pipelines.convert.workers import prepare_all
 
 COLUMNS, SIDE, CAPTION_HEIGHT = 10, 120, 14  # of the contact sheet: pictures per row, pixels
@@ -95,8 +94,7 @@ def _verify_images(
     split: Split, sheet: Path, workers: int, reader: BetonReader | None = None
 ) -> int:
     """Decode all images, draw some, count labels; returns the number of damaged images."""
-    with temporary_files():
-        manifest = Manifest(split)
+    manifest = Manifest(split)
     step = -(-len(manifest) // NUM_PICTURES)
     pictures: list[tuple[str, bytes]] = []
     actions: Counter[str] = Counter()

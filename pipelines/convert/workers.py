@@ -76,12 +76,11 @@ def prepare_all(
         return
     with contextlib.closing(_Workers(workers)) as pool:
         pending: deque[tuple[list[SourceImage], Future[list[Outcome]]]] = deque()
-        for task in tasks:
-            pending.append((task[0], pool.submit(task)))
-            if len(pending) > TASKS_PER_WORKER * workers:
-                chunk, future = pending.popleft()
-                yield from zip(chunk, future.result(), strict=True)
-        while pending:
+        while True:
+            for task in islice(tasks, TASKS_PER_WORKER * workers + 1 - len(pending)):
+                pending.append((task[0], pool.submit(task)))
+            if not pending:
+                return
             chunk, future = pending.popleft()
             yield from zip(chunk, future.result(), strict=True)
 

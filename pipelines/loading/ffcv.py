@@ -60,9 +60,7 @@ class FfcvBackend:
         def work():
             for request in requests:
                 self._check_new(request.samples)
-                n, num_views, _ = request.boxes.shape
-                shape = (num_views, n, request.size, request.size, 3)
-                views = torch.empty(shape, dtype=torch.uint8, pin_memory=self.pin_memory)
+                views = torch.empty(request.shape, dtype=torch.uint8, pin_memory=self.pin_memory)
                 pending.append((request, views))
                 yield self.ffcv.CropRequest(request.samples, request.boxes, views.numpy())
 

@@ -29,6 +29,12 @@ class Request:
     step: int = 0
     keys: tuple[np.ndarray, ...] = ()  # uint64 [n] per view: random keys of its augmentation
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the crops: [k, n, size, size, 3]."""
+        n, num_views, _ = self.boxes.shape
+        return num_views, n, self.size, self.size, 3
+
 
 @dataclass(frozen=True, slots=True)
 class Batch:

@@ -70,12 +70,10 @@ class NativeBackend:
                     task.cancel()
 
     def _submit(self, request: Request) -> tuple[torch.Tensor, list[Future]]:
-        n, num_views, _ = request.boxes.shape
-        shape = (num_views, n, request.size, request.size, 3)
-        crops = self._empty(shape)
+        crops = self._empty(request.shape)
         tasks = [
             self.pool.submit(self._crop_rows, request, crops.numpy(), first)
-            for first in range(0, n, IMAGES_PER_TASK)
+            for first in range(0, len(request.samples), IMAGES_PER_TASK)
         ]
         return crops, tasks
 

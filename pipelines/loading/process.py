@@ -90,7 +90,7 @@ class DecodeProcess:
                     if (event := self._copied[slot]) is not None:
                         event.synchronize()
                     self._send((slot, request))
-                    pending.append((slot, _shape_of(request)))
+                    pending.append((slot, request.shape))
                 if not pending:
                     return
                 if (error := self._receive()) is not None:
@@ -130,11 +130,6 @@ class DecodeProcess:
             f"the decoding process ended unexpectedly ({reason}); after signal 9, memory may be"
             " short: lower --workers or --cache-gb"
         )
-
-
-def _shape_of(request: Request) -> tuple[int, ...]:
-    n, num_views, _ = request.boxes.shape
-    return num_views, n, request.size, request.size, 3
 
 
 def _map_slots(memory: int, slot_bytes: int) -> torch.Tensor:

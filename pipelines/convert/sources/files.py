@@ -1,22 +1,16 @@
-"""What several sources share: a walk over folders, sorted names, and members of tar archives."""
+"""What several sources share: a walk over folders, and members of tar archives."""
 
-import errno
-import heapq
-import json
 import os
 import posixpath
 import tarfile
-import tempfile
-from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
-from itertools import islice
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 from pipelines.common.atomic import UNFINISHED
 from pipelines.convert.manifest import SourceError
 
-RUN_LENGTH = 50_000  # names that are sorted in memory
+MAX_LINKS = 40  # in a chain, as in Linux
 COMPRESSED = {  # first bytes of a file: what it is, and the command that unpacks it
     b"\x1f\x8b": ("gzip", "gunzip"),
     b"BZh": ("bzip2", "bunzip2"),
@@ -84,39 +78,6 @@ def _identity(folder: str | Path) -> tuple[int, int]:
     return status.st_dev, status.st_ino
 
 
-@contextmanager
-def temporary_files() -> Iterator[None]:
-    """Raise SourceError where TMPDIR has no space or does not exist."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT) and tempfile.tempdir:
-            raise
-        folder = tempfile.tempdir or os.environ.get("TMPDIR", "")
-        raise SourceError(
-            f"temporary files cannot be written to TMPDIR ({folder}): {error.strerror}; set TMPDIR "
-            f"to a folder with space"
-        ) from None
-
-
-def sorted_names(names: Iterable[str]) -> Iterator[str]:
-    """`sorted(names)`. Of more than RUN_LENGTH names, sorted runs are merged from unnamed files."""
-    names = iter(names)
-    run = sorted(islice(names, RUN_LENGTH))
-    if len(run) < RUN_LENGTH:
-        yield from run
-        return
-    with temporary_files(), ExitStack() as stack:
-        files = []
-        while run:
-            file = stack.enter_context(tempfile.TemporaryFile("w+"))
-            file.writelines(json.dumps(name) + "\n" for name in run)
-            file.seek(0)
-            files.append(file)
-            run = sorted(islice(names, RUN_LENGTH))
-        yield from heapq.merge(*(map(json.loads, file) for file in files))
-
-
 class Member(NamedTuple):
     """A file in a tar archive, or a link to one."""
 
@@ -143,7 +104,9 @@ def members(path: Path, start: int = 0, end: int | None = None) -> Iterator[Memb
     if not links:
         return
     steps = {posixpath.normpath(name): posixpath.normpath(to) for name, to in links.items()}
-    targets = {name: _end_of_chain(steps, posixpath.normpath(name)) for name in links}
+    targets = {name: posixpath.normpath(name) for name in links}
+    for _ in range(MAX_LINKS):
+        targets = {name: steps.get(target, target) for name, target in targets.items()}
     wanted = set(targets.values())
     found = {
         posixpath.normpath(info.name): info
@@ -155,14 +118,6 @@ def members(path: Path, start: int = 0, end: int | None = None) -> Iterator[Memb
             yield Member(name, found[target].offset_data, found[target].size)
         else:
             yield Member(name, 0, 0, missing=target)
-
-
-def _end_of_chain(steps: dict[str, str], name: str) -> str:
-    """The name to which links lead from `name`; a link of a loop leads to itself."""
-    seen = {name}
-    while (following := steps.get(name)) is not None and following not in seen:
-        seen.add(name := following)
-    return name
 
 
 def _headers(path: Path, start: int, end: int | None) -> Iterator[tarfile.TarInfo]:

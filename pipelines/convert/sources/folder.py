@@ -12,7 +12,7 @@ from pathlib import Path
 
 from pipelines.convert.jpeg import IMAGE_EXTENSIONS
 from pipelines.convert.manifest import FoundImage, Label, Location, SourceError, Split, parse_label
-from pipelines.convert.sources.files import folders_in, is_folder, sorted_names, walk
+from pipelines.convert.sources.files import folders_in, is_folder, walk
 from pipelines.convert.sources.labels import label_key
 from pipelines.convert.sources.splits import SourceOptions, place, split_of_folder
 
@@ -161,7 +161,7 @@ def _images_below(split: Split, top: Path, label: Label, nested: set[str]) -> It
     nested: gets the splits that are names of folders in `top`.
     """
     prefix = len(os.path.join(split.root, ""))
-    for key in sorted_names(_sort_keys(split, top, prefix, nested)):
+    for key in sorted(_sort_keys(split, top, prefix, nested)):
         name = os.path.join(*key.split("\0"))
         yield FoundImage(name, label, Location(os.path.join(split.root, name)))
 

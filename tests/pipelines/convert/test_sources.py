@@ -11,7 +11,7 @@ from PIL import Image
 
 from pipelines.convert.jpeg import UnreadableImage, prepare
 from pipelines.convert.manifest import Manifest
-from pipelines.convert.sources import files, find_splits
+from pipelines.convert.sources import find_splits
 
 
 def test_order_in_nested_folders_is_torchvisions(tmp_path):
@@ -136,12 +136,3 @@ def test_folders_named_like_splits_are_not_classes(tmp_path, folders, train, val
 
 def test_a_folder_named_train_beside_others_is_a_class(tmp_path):
     assert classes_of(tmp_path, "bus", "train") == {"train": (tmp_path.name, ["bus", "train"])}
-
-
-@pytest.mark.parametrize("count", [0, 9, 10, 11, 1000])
-def test_any_number_of_names_is_sorted(monkeypatch, count):
-    monkeypatch.setattr(files, "RUN_LENGTH", 10)
-    generator = np.random.default_rng(count)
-    alphabet = ["a", "B", "é", "\n", "/", "-", "\udcff", "𝄞"]
-    names = ["".join(generator.choice(alphabet, generator.integers(1, 40))) for _ in range(count)]
-    assert list(files.sorted_names(names)) == sorted(names)
