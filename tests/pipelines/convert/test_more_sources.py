@@ -1,63 +1,44 @@
 """Parquet files, lists and `.beton` files convert like a folder of the same images."""
 
 import io
-import json
-from pathlib import Path
 
 import numpy as np
 import pytest
 from hostile import make_folder
 from PIL import Image
 from sample_imagenet import CLASSES, convert, same_as
+from test_splits_and_labels import write_parquet
 
 from pipelines.beton import BetonReader
 
 # Parquet
 
 
-def write_parquet(folder: Path, out: Path, *, names: bool, num_files: int = 2) -> None:
-    """Files like those of `datasets`: image bytes and path, labels, class names in the schema."""
-    pa = pytest.importorskip("pyarrow", reason="PyArrow is not installed")
-    from pyarrow import parquet
-
-    out.mkdir(parents=True)
-    classes = sorted(CLASSES)
-    for split, word in {"train": "train", "val": "validation"}.items():
-        files = sorted((folder / split).rglob("*.JPEG"))
-        paths = [str(path.relative_to(folder / split)) for path in files]
-        image = [{"bytes": f.read_bytes(), "path": p} for f, p in zip(files, paths, strict=True)]
-        label = [classes.index(path.parent.name) for path in files]
-        labels = pa.array(label) if names else pa.array([classes[i] for i in label])
-        table = pa.table({"image": image, "label": labels})
-        features = {"image": {"_type": "Image"}, "label": {"names": classes, "_type": "ClassLabel"}}
-        if names:
-            metadata = {"huggingface": json.dumps({"info": {"features": features}})}
-            table = table.replace_schema_metadata(metadata)
-        for number in range(num_files):
-            part = table.slice(number * 6, 6 if number + 1 < num_files else None)
-            name = f"{word}-{number:05}-of-{num_files:05}.parquet"
-            parquet.write_table(part, out / name, row_group_size=4)
-    (out / "test-00000-of-00001.parquet").write_bytes(b"not read")
-
-
 @pytest.mark.parametrize("names", [True, False])
 def test_parquet(imagenet_folder, imagenet_beton, tmp_path, names):
-    write_parquet(imagenet_folder, tmp_path / "hub" / "data", names=names)
+    """Files like those of `datasets`, two of a split, with names in the schema or as labels."""
+    data, classes = tmp_path / "hub" / "data", sorted(CLASSES)
+    for split, word in {"train": "train", "val": "validation"}.items():
+        files = sorted((imagenet_folder / split).rglob("*.JPEG"))
+        for number, part in enumerate((files[:6], files[6:])):
+            paths = [str(path.relative_to(imagenet_folder / split)) for path in part]
+            image = [{"bytes": f.read_bytes(), "path": p} for f, p in zip(part, paths, strict=True)]
+            label = [classes.index(f.parent.name) if names else f.parent.name for f in part]
+            path = data / f"{word}-{number:05}-of-00002.parquet"
+            write_parquet(path, {"image": image, "label": label}, classes if names else None)
+    (data / "test-00000-of-00001.parquet").write_bytes(b"not read")
     assert convert(tmp_path / "hub", tmp_path / "out.beton") == 0
     assert same_as(imagenet_beton, tmp_path / "out.beton")
 
 
 def test_parquet_that_cannot_be_used(tmp_path, capsys):
-    pa = pytest.importorskip("pyarrow", reason="PyArrow is not installed")
-    from pyarrow import parquet
-
-    (tmp_path / "text.parquet").write_bytes(b"PAR1 not really")
-    assert convert(tmp_path / "text.parquet", tmp_path / "out.beton") == 2
-    assert capsys.readouterr().err.count("\n") == 1
-    row = {"bytes": None, "path": "far/away.jpg"}
-    parquet.write_table(pa.table({"image": [row], "label": [0]}), tmp_path / "text.parquet")
-    assert convert(tmp_path / "text.parquet", tmp_path / "out.beton") == 1
+    path = tmp_path / "x.parquet"
+    write_parquet(path, {"image": [{"bytes": None, "path": "far/away.jpg"}], "label": [0]})
+    assert convert(path, tmp_path / "out.beton") == 1
     assert "far/away.jpg: not in the file, only its path" in capsys.readouterr().err
+    path.write_bytes(b"PAR1 not really")
+    assert convert(path, tmp_path / "out.beton") == 2
+    assert capsys.readouterr().err.count("\n") == 1
 
 
 # Lists
@@ -76,17 +57,6 @@ def test_lists(imagenet_folder, imagenet_beton, tmp_path):
     assert converted.class_names == expected.class_names
     for index in range(len(expected)):
         assert converted.image(index).tobytes() == expected.image(index).tobytes()
-
-    spaced = tmp_path / "a name.jpg"
-    spaced.write_bytes(files[0].read_bytes())
-    (tmp_path / "list.txt").write_text(f"{spaced}\t12\n{files[1]} 3\n{spaced} 03\n")
-    assert convert(tmp_path / "list.txt", tmp_path / "numbers.beton") == 0
-    numbers = BetonReader(tmp_path / "numbers.beton")
-    assert numbers.labels.tolist() == [12, 3, 3] and numbers.num_classes == 13
-
-    (tmp_path / "list.txt").write_text(f"{spaced}\n{files[1]}\n")
-    assert convert(tmp_path / "list.txt", tmp_path / "without.beton") == 0
-    assert BetonReader(tmp_path / "without.beton").labels.tolist() == [-1, -1]
 
 
 # .beton files

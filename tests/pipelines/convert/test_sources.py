@@ -1,7 +1,6 @@
 """The images of a folder and their order, and the conversion of an image file."""
 
 import io
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -107,32 +106,3 @@ def test_other_folders_beside_train_and_val_are_reported_as_ignored(tmp_path):
     assert splits["train"].ignored["beside train/"] == 1
     assert splits["train"].ignored["beside the class folders"] == 1
     assert splits["train"].ignored["hidden"] == 1
-
-
-def classes_of(root: Path, *folders: str) -> dict[str, tuple[str, list[str]]]:
-    """{split: (its folder, its classes)} of image folders with the classes a and b."""
-    for folder in folders:
-        for name in ("a", "b"):
-            (root / folder / name).mkdir(parents=True)
-            (root / folder / name / "1.jpg").touch()
-    return {name: (s.root.name, s.class_names) for name, s in find_splits(root).items()}
-
-
-@pytest.mark.parametrize(
-    "folders,train,val",
-    [
-        (["train", "validation"], "train", "validation"),
-        (["train", "valid", "test"], "train", "valid"),
-        (["Train", "Val", "Test"], "Train", "Val"),
-        (["training", "testing"], "training", None),
-        (["trn", "dev"], "trn", "dev"),
-        (["test", "val"], "val", None),
-    ],
-)
-def test_folders_named_like_splits_are_not_classes(tmp_path, folders, train, val):
-    expected = {"train": (train, ["a", "b"])} | ({"val": (val, ["a", "b"])} if val else {})
-    assert classes_of(tmp_path, *folders) == expected
-
-
-def test_a_folder_named_train_beside_others_is_a_class(tmp_path):
-    assert classes_of(tmp_path, "bus", "train") == {"train": (tmp_path.name, ["bus", "train"])}

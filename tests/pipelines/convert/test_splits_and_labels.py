@@ -45,7 +45,7 @@ def write_parquet(path: Path, columns: dict, names: list[str] | None = None) -> 
         features = {"label": {"names": names, "_type": "ClassLabel"}}
         content = json.dumps({"info": {"features": features}})
         table = table.replace_schema_metadata({"huggingface": content})
-    parquet.write_table(table, path)
+    parquet.write_table(table, path, row_group_size=4)
 
 
 def cells(*names: str) -> list[dict]:
@@ -277,6 +277,8 @@ def test_columns_of_parquet_files(tmp_path):
     [
         ("0.jpg -1\n1.jpg 2\n2.jpg 10\n", [None, "2", "10"]),
         ("0.jpg 1.0\n1.jpg 2.0\n", ["1", "2"]),
+        ("a name.jpg\t12\n1.jpg 03\n", ["12", "3"]),
+        ("a name.jpg\n1.jpg\n", [None, None]),
         ("\ufeff0.jpg 0\n1.jpg 1\n", ["0", "1"]),
         ("0.jpg,cat\n1.jpg, dog\na, b.jpg cat\n", ["cat", "dog", "cat"]),
         ("0.jpg\tcat\r\n\r\n1.jpg\tdog\r\n", ["cat", "dog"]),
