@@ -55,10 +55,11 @@ class DaliBackend:
     def crops(self, requests: Iterable[Request]) -> Iterator[torch.Tensor]:
         """uint8 [2, n, size, size, 3] for each request, in order, on the device."""
         pending: deque[tuple[np.ndarray, list[np.ndarray]]] = deque()  # samples and their bytes
+        check = self.decoder.check if self.has_checksums else self.decoder.decode
 
         def inputs():
             for request in requests:
-                self._check_new(request.samples)
+                self.decoder.check_new(request.samples, self.pool, check)
                 encoded = [self._file(int(sample)) for sample in request.samples]
                 pending.append((request.samples, encoded))
                 sides = np.full((len(request.samples), 2), request.size, np.float32)
@@ -89,13 +90,6 @@ class DaliBackend:
                 if len(copying) > 2:
                     copying.popleft()[1].synchronize()
             yield crops
-
-    def _check_new(self, samples: np.ndarray) -> None:
-        """Check the images that are read for the first time."""
-        new = samples[~self.decoder.checked[samples]]
-        check = self.decoder.check if self.has_checksums else self.decoder.decode
-        for _ in self.pool.map(check, new.tolist()):
-            pass
 
     def _file(self, sample: int) -> np.ndarray:
         """An image as a file that DALI decodes: uint8 [bytes]."""

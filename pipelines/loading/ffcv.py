@@ -20,9 +20,9 @@ Python (5 s for ImageNet), and compiling, which Numba cannot cache for functions
 
 from collections import deque
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from types import ModuleType
 
-import numpy as np
 import simplejpeg
 import torch
 
@@ -50,7 +50,7 @@ class FfcvBackend:
         self.decoder = RecordDecoder(dataset)  # for checks and messages
         self.ffcv = _import()
         self.loader = self.ffcv.create_loader(dataset, num_threads, max(prefetch, 1))
-        self.num_threads, self.pin_memory = num_threads, pin_memory
+        self.pin_memory = pin_memory
         self.pool = decoding_threads(num_threads)
 
     def crops(self, requests: Iterable[Request]) -> Iterator[torch.Tensor]:
@@ -59,7 +59,7 @@ class FfcvBackend:
 
         def work():
             for request in requests:
-                self._check_new(request.samples)
+                self.decoder.check_new(request.samples, self.pool, self._check)
                 views = torch.empty(request.shape, dtype=torch.uint8, pin_memory=self.pin_memory)
                 pending.append((request, views))
                 yield self.ffcv.CropRequest(request.samples, request.boxes, views.numpy())
@@ -76,25 +76,15 @@ class FfcvBackend:
         finally:
             stream.stop()
 
-    def _check_new(self, samples: np.ndarray) -> None:
-        """Check the images that are read for the first time."""
-        new = samples[~self.decoder.checked[samples]]
-        for _ in self.pool.map(self._check, np.array_split(new, self.num_threads)):
-            pass
-
-    def _check(self, samples: np.ndarray) -> None:
-        for sample in samples.tolist():
-            self.decoder.check(sample)
-            if not self.dataset.is_raw(sample) and not self._has_recorded_size(sample):
-                self._refuse(sample)
-
-    def _has_recorded_size(self, sample: int) -> bool:
-        """libffcv would scale a JPEG of another size, or leave part of the image unwritten."""
-        try:
-            header = simplejpeg.decode_jpeg_header(self.dataset.image(sample))
-        except ValueError:
-            return False
-        return header[:2] == self.dataset.size(sample)
+    def _check(self, sample: int) -> None:
+        """Raise ValueError for other bytes or a JPEG of another size, which libffcv would scale."""
+        self.decoder.check(sample)
+        if not self.dataset.is_raw(sample):
+            with suppress(ValueError):
+                header = simplejpeg.decode_jpeg_header(self.dataset.image(sample))
+                if header[:2] == self.dataset.size(sample):
+                    return
+            self._refuse(sample)
 
     def _refuse(self, sample: int) -> None:
         self.decoder.decode(sample)  # raises for what is wrong with it

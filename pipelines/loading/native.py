@@ -9,7 +9,7 @@ batches are in preparation while one is used, also across the end of an epoch.
 
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
@@ -143,6 +143,13 @@ class RecordDecoder:
                     " convert the data again"
                 )
             self.checked[sample] = True
+
+    def check_new(
+        self, samples: np.ndarray, pool: ThreadPoolExecutor, check: Callable[[int], object]
+    ) -> None:
+        """Check the images that are read for the first time, in threads."""
+        for _ in pool.map(check, samples[~self.checked[samples]].tolist()):
+            pass
 
     def title(self, sample: int) -> str:
         """An image's index, name and file, for messages."""

@@ -55,7 +55,12 @@ def find_splits(source: Path, options: SourceOptions) -> dict[str, Split]:
     splits = {"train": _split(source, [source / name for name in placement.train], options)}
     if placement.val:
         splits["val"] = _split(source, [source / name for name in placement.val], options)
-        _require_same_kind(splits["train"], splits["val"])
+        train, val = splits["train"], splits["val"]
+        if train.class_names and not val.class_names:
+            raise SourceError(
+                f"{val.root} has images but no class folders, unlike {train.root.name}/. Sort them"
+                f" into class folders, or convert {train.root.name}/ alone"
+            )
     ignored = splits["train"].ignored
     for reason, names in placement.left_out.items():
         ignored[reason] += sum(1 for name in names for _ in image_entries(source / name))
@@ -74,14 +79,6 @@ def _split(source: Path, tops: Sequence[Path], options: SourceOptions) -> Split:
     split = Split(root=root, class_names=classes or None)
     split.images = _images(split, tops, options)
     return split
-
-
-def _require_same_kind(train: Split, val: Split) -> None:
-    if train.class_names and not val.class_names:
-        raise SourceError(
-            f"{val.root} has images but no class folders, unlike {train.root.name}/. Sort them into"
-            f" class folders, or convert {train.root.name}/ alone"
-        )
 
 
 def _images(split: Split, tops: Sequence[Path], options: SourceOptions) -> Iterator[FoundImage]:
