@@ -2,7 +2,6 @@
 
 import hashlib
 import io
-import json
 import statistics
 import sys
 from collections import Counter
@@ -16,7 +15,7 @@ from pipelines.common.atomic import atomic_file
 from pipelines.common.console import print_line, progress
 from pipelines.convert.data_report import account
 from pipelines.convert.manifest import Manifest, SourceError, Split
-from pipelines.convert.sources import beton_file, shards
+from pipelines.convert.sources import beton_file, parts, shards
 from pipelines.convert.workers import prepare_all
 
 COLUMNS, SIDE, CAPTION_HEIGHT = 10, 120, 14  # of the contact sheet: pictures per row, pixels
@@ -39,7 +38,7 @@ def verify(path: Path, *, workers: int) -> None:
         reader = beton_file.open_beton(path)
         sheet = path.with_name(f"{path.name}.png")
         num_damaged += _verify_images(beton_file.read_split(reader), sheet, workers, reader)
-        num_damaged += _verify_account(path, len(reader), _report_beside(path))
+        num_damaged += _verify_account(path, len(reader), parts.read_report(path))
     elif path.is_dir() and shards.has_dataset(path):
         dataset = shards.read_dataset(path)
         for name, split in shards.dataset_splits(path, dataset).items():
@@ -53,13 +52,6 @@ def verify(path: Path, *, workers: int) -> None:
         raise SourceError(f"--verify {path}: neither a .beton nor a folder with dataset.json")
     if num_damaged:
         raise DamagedResult(f"{path}: {num_damaged} damaged (listed above); convert again")
-
-
-def _report_beside(path: Path) -> dict:
-    try:
-        return json.loads(path.with_name(f"{path.name}.json").read_bytes())
-    except (OSError, ValueError):
-        return {}
 
 
 def _verify_account(path: Path, num_stored: int, report: dict) -> int:

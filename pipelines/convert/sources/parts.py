@@ -38,8 +38,8 @@ def _reports(folder: Path) -> Iterator[tuple[Path, list[dict]]]:
     with os.scandir(folder) as entries:  # iterdir would list millions of images in memory
         names = sorted(e.name for e in entries if e.name.endswith(".beton") or is_folder(e))
     for path in map(folder.joinpath, names):
-        if path.suffix == ".beton" and (report := path.with_name(f"{path.name}.json")).exists():
-            reports = [_read_report(report)]
+        if path.suffix == ".beton":
+            reports = [read_report(path)]
         elif path.is_dir() and shards.has_dataset(path):
             reports = list(shards.read_dataset(path)["splits"].values())
         else:
@@ -48,9 +48,11 @@ def _reports(folder: Path) -> Iterator[tuple[Path, list[dict]]]:
             yield path, reports
 
 
-def _read_report(path: Path) -> dict:
+def read_report(beton: Path) -> dict:
+    """The report beside a `.beton`; empty without one. Raises SourceError."""
+    path = beton.with_name(f"{beton.name}.json")
     try:
-        report = json.loads(path.read_bytes())
+        report = json.loads(path.read_bytes()) if path.exists() else {}
     except ValueError:
         raise SourceError(f"{path} is damaged: it is not JSON") from None
     return report if isinstance(report, dict) else {}
