@@ -46,7 +46,9 @@ def run_compare(options: Compare) -> int:
         changed.pop("--run-dir", None)
         flags = ", ".join(f"{flag} {value}" for flag, value in changed.items())
         table.add_row(Text(str(path)), Text(flags), *summary(records))
-    Console(soft_wrap=True).print(table)
+    console = Console()
+    console.width = max(console.width, 120)  # in narrower ones, names would vanish
+    console.print(table, soft_wrap=True)
     curves({str(path): path / "metrics.jsonl" for path in options.runs}, options.out)
     print(f"curves: {options.out}")
     return 0

@@ -39,6 +39,7 @@ from pipelines.convert.jpeg import OUT_OF_FILES, Check
 from pipelines.convert.manifest import Manifest, SourceError, Split
 from pipelines.convert.pixels import PixelFlags
 from pipelines.convert.sources import find_splits
+from pipelines.convert.sources.beton_file import val_path
 from pipelines.convert.sources.splits import SourceOptions
 from pipelines.convert.targets import BetonTarget, ShardTarget, UsageError
 from pipelines.convert.verify import DamagedResult, verify
@@ -167,6 +168,8 @@ def main(argv: list[str] | None = None) -> int:
                     print_line(f"Wrote {path}: {report.summary()}")
                     print_line(account(report.content({})))
                 outs = list(dict.fromkeys(path for path, _ in written))
+            if config.verify and config.out is None and config.source.suffix == ".beton":
+                outs += [path for path in [val_path(config.source)] if path.exists()]
             for out in outs if config.verify else ():
                 verify(out, workers=config.workers)
         return 0

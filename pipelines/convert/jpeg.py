@@ -21,7 +21,7 @@ from PIL import Image, UnidentifiedImageError
 from pipelines.convert.pixels import PixelFlags, check_size, read_rgb, why_unidentified
 from pipelines.convert.tiff import UnreadableImage
 
-JPEG_EXTENSIONS = {".jpg", ".jpeg"}
+JPEG_EXTENSIONS = {".jpg", ".jpeg", ".jpe", ".jfif"}
 IMAGE_EXTENSIONS = JPEG_EXTENSIONS | {
     *(".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif"),
     *(".avif", ".jp2", ".j2k", ".heic", ".heif"),

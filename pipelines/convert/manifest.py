@@ -106,7 +106,7 @@ class Manifest:
         self.class_names = _class_names(split, found) if class_names is None else class_names
         if split.class_names is None:
             _add_numbered(self.class_names, found)
-        label_of = _label_indices(split.root, found, self.class_names)
+        label_of = _label_indices(split, found, self.class_names)
         self._labels = {number: label_of[label] for label, number in found.items()}
         self.samples_per_class: Counter[int] = Counter()
         for number, count in counts.items():
@@ -206,19 +206,29 @@ def _add_numbered(class_names: list[str], labels: Iterable[Label]) -> None:
     """Add the classes of higher numbers, which only the validation images have, to "0", "1", ..."""
     numbers = [label for label in labels if isinstance(label, int)]
     count = len(class_names)
-    if numbers and class_names and class_names == [str(number) for number in range(count)]:
+    if numbers and class_names and _are_numbers(class_names):
         class_names += numbered_names(max(numbers) + 1)[count:]
 
 
-def _label_indices(root: Path, labels: Iterable[Label], class_names: list[str]) -> dict[Label, int]:
-    """{label: index of its class, -1 for None}. Raises SourceError for an unknown class."""
-    indices: dict[Label, int] = {index: index for index in range(len(class_names))}
-    indices |= {name: index for index, name in enumerate(class_names)} | {None: -1}
+def _are_numbers(class_names: list[str]) -> bool:
+    return class_names == [str(number) for number in range(len(class_names))]
+
+
+def _label_indices(
+    split: Split, labels: Iterable[Label], class_names: list[str]
+) -> dict[Label, int]:
+    """{label: index of its class, -1 for None}. Raises SourceError for an unknown class.
+
+    A number is that of a class only in a source that numbers its classes itself.
+    """
+    indices: dict[Label, int] = {name: index for index, name in enumerate(class_names)} | {None: -1}
+    if split.class_names is not None or _are_numbers(class_names):
+        indices |= {index: index for index in range(len(class_names))}
     unknown = sorted(str(label) for label in labels if label not in indices)
     if unknown:
         raise SourceError(
-            f"{root} has classes that are not among the {len(class_names)} of the training images:"
-            f" {', '.join(unknown[:5])} ({len(unknown)} in all); add them there, or convert the two"
-            " sets one by one"
+            f"{split.root} has classes that are not among the {len(class_names)} of the training"
+            f" images: {', '.join(unknown[:5])} ({len(unknown)} in all); add them there, or convert"
+            " the two sets one by one"
         )
     return indices

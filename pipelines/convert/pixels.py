@@ -122,7 +122,8 @@ def _decide(page: _Page, flags: PixelFlags) -> list[str]:
         if flags.bands:
             decided.append(f"bands {','.join(map(str, flags.bands))}")
         else:
-            unknown.append(("which bands are red, green and blue", "--bands 3,2,1 or one for grey"))
+            answer = "--bands R,G,B by number, such as 1,2,3, or one for grey"
+            unknown.append(("which bands are red, green and blue", answer))
     if page.is_deep:
         if flags.range:
             decided.append("range {:g} to {:g}".format(*flags.range))

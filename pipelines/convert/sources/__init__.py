@@ -43,7 +43,7 @@ def find_splits(source: Path, options: SourceOptions | None = None) -> dict[str,
     try:
         source = _snapshot(source)
         find = _finder(source)
-        used = _OPTIONS.get(find, set()) - (set() if source.is_dir() else _PLACING)
+        used = _OPTIONS.get(find, set()) - (set() if source.is_dir() else {"train", "val"})
         for field in fields(options):
             if getattr(options, field.name) != field.default and field.name not in used:
                 flag = f"--{field.name.replace('_', '-')}"
@@ -94,8 +94,7 @@ def _finder_of_folder(source: Path) -> Finder:
     archives = {suffix: find_files(source, suffix) for suffix in (".parquet", ".tar")}
     if folder.contains_images(source):
         for suffix, found in archives.items():
-            near = [path for path in found if path.removeprefix("data/").count("/") == 0]
-            if near and not (source / "train").is_dir():
+            if found and not folder.contains_images(source / "train"):
                 raise SourceError(
                     f"SOURCE {source} has both images and {suffix} files: name the folder or the "
                     "file to convert"
@@ -105,6 +104,6 @@ def _finder_of_folder(source: Path) -> Finder:
         raise SourceError(f"SOURCE {source} has both .parquet and .tar files: name one to convert")
     if archives[".parquet"]:
         return parquet.find_splits
-    if not archives[".tar"] and (packed := find_files(source, COMPRESSED_SUFFIXES)):
-        refuse_compressed(source / packed[0])
+    for packed in find_files(source, COMPRESSED_SUFFIXES):
+        refuse_compressed(source / packed)
     return shards.find_splits if archives[".tar"] else folder.find_splits

@@ -2,10 +2,11 @@
 
 import os
 import posixpath
+import sys
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 from pipelines.common.atomic import UNFINISHED
 from pipelines.convert.manifest import SourceError
@@ -54,7 +55,7 @@ def find_files(top: Path, suffixes: str | tuple[str, ...]) -> list[str]:
         for _, entry in walk(top)
         if not isinstance(entry, str)
         and entry.name[0] != "."
-        and entry.name.endswith(suffixes)
+        and entry.name.lower().endswith(suffixes)
         and not is_folder(entry)
     )
 
@@ -128,11 +129,34 @@ def _headers(path: Path, start: int, end: int | None) -> Iterator[tarfile.TarInf
                 while (info := archive.next()) is not None:
                     archive.members.clear()  # type: ignore[attr-defined]
                     if end is not None and info.offset >= end:
-                        return
+                        break
                     yield info
+                _require_end(path, file, archive.offset if info is None else info.offset, end)
     except tarfile.TarError as error:
         refuse_compressed(path)
         raise SourceError(f"{path} is not a complete tar archive: {error}; get it again") from None
+
+
+def _require_end(path: Path, file: BinaryIO, position: int, end: int | None) -> None:
+    """Raise SourceError unless zeros follow the last header, which tarfile does not check: it takes
+    a damaged header for the end of the archive."""
+    file.seek(position)
+    rest = (sys.maxsize if end is None else end) - position
+    is_first = True
+    while chunk := file.read(min(1 << 20, rest)):
+        if chunk.strip(b"\0"):
+            what = "a damaged header" if is_first and chunk[:512].strip(b"\0") else "more data"
+            raise SourceError(
+                f"{path} is not a complete tar archive: {what} where it ends, at byte {position};"
+                " get it again"
+            )
+        rest -= len(chunk)
+        is_first = False
+    if is_first:
+        raise SourceError(
+            f"{path} is not a complete tar archive: its end is missing at byte {position}; get it"
+            " again"
+        )
 
 
 def refuse_compressed(path: Path) -> None:

@@ -14,7 +14,7 @@ from pipelines.convert.jpeg import IMAGE_EXTENSIONS
 from pipelines.convert.manifest import FoundImage, Label, Location, SourceError, Split, parse_label
 from pipelines.convert.sources.files import folders_in, is_folder, walk
 from pipelines.convert.sources.labels import label_key
-from pipelines.convert.sources.splits import SourceOptions, place, split_of_folder
+from pipelines.convert.sources.splits import SourceOptions, place, splits_of_folder
 
 METADATA = ("metadata.csv", "metadata.jsonl")
 
@@ -33,6 +33,12 @@ def image_entries(top: Path) -> Iterator[os.DirEntry]:
             yield entry
 
 
+def _holds_images(folder: Path) -> bool:
+    """Whether images lie directly in the folder."""
+    entries = [entry for entry in os.scandir(folder) if is_named_like_image(entry.name)]
+    return any(entry.name[0] != "." and not is_folder(entry) for entry in entries)
+
+
 def contains_images(top: Path) -> bool:
     """Whether any file below `top` is named like an image; stops at the first."""
     return any(True for _ in image_entries(top))
@@ -45,12 +51,18 @@ def find_splits(source: Path, options: SourceOptions) -> dict[str, Split]:
     """
     folders = folders_in(source)
     patterns = options.train is not None or options.val is not None
-    if not patterns and (options.all_train or not any(map(split_of_folder, folders))):
+    if not patterns and (options.all_train or not any(map(splits_of_folder, folders))):
         return {"train": _split(source, [source], options)}
     with_images = [name for name in folders if contains_images(source / name)]
-    placement = place(source, with_images, options, split_of_folder)
+    placement = place(source, with_images, options, splits_of_folder)
     only_train = not patterns and not placement.val and not placement.left_out
-    if only_train and len(placement.train) > 1:  # classes, one of them named train
+    named = [name for name in placement.train if splits_of_folder(name)]
+    if only_train and len(named) < len(placement.train):  # classes, one of them named train
+        if others := [name for name in named if not _holds_images(source / name)]:
+            raise SourceError(
+                f"{source} has class folders in {others[0]}/, but other folders beside it: state"
+                f" the split with --train {others[0]}, or take all as classes with --all-train"
+            )
         return {"train": _split(source, [source], options)}
     splits = {"train": _split(source, [source / name for name in placement.train], options)}
     if placement.val:
@@ -65,6 +77,9 @@ def find_splits(source: Path, options: SourceOptions) -> dict[str, Split]:
     for reason, names in placement.left_out.items():
         ignored[reason] += sum(1 for name in names for _ in image_entries(source / name))
     for entry in os.scandir(source):
+        if entry.name in METADATA:
+            hint = f"{entry.name} beside {placement.train[0]}/: one is needed in each folder"
+            splits["train"].unused[hint] = None
         if entry.name not in with_images and entry.name[0] != ".":
             ignored[f"beside {placement.train[0]}/"] += 1
     return splits
@@ -76,6 +91,9 @@ def _split(source: Path, tops: Sequence[Path], options: SourceOptions) -> Split:
     classes = sorted({name for top in tops for name in folders_in(top)})
     if options.label_key or not any(contains_images(top / c) for top in tops for c in classes):
         classes = []
+    if len(classes) == 1 and len(tops) == 1 and tops[0] != source and splits_of_folder(classes[0]):
+        inner = tops[0] / classes[0]
+        raise SourceError(f"{tops[0]} contains only the split {classes[0]}/: name it, {inner}")
     split = Split(root=root, class_names=classes or None)
     split.images = _images(split, tops, options)
     return split
@@ -99,10 +117,11 @@ def _images(split: Split, tops: Sequence[Path], options: SourceOptions) -> Itera
         if entry.name.startswith("."):
             split.ignored["hidden"] += 1
         elif entry.name in METADATA:
-            split.ignored["beside the class folders"] += 1
+            split.ignored["files beside the class folders"] += 1
             split.unused[f"{entry.name}, because class folders count: --label-key COLUMN"] = None
         elif not is_folder(entry):
-            split.ignored["beside the class folders"] += 1
+            kind = "images" if is_named_like_image(entry.name) else "files"
+            split.ignored[f"{kind} beside the class folders"] += 1
 
 
 def _images_without_folders(
@@ -127,19 +146,24 @@ def _images_without_folders(
 def _metadata(split: Split, top: Path, options: SourceOptions) -> dict[str, Label]:
     """{file name: label} of `top`; empty without metadata."""
     found = [top / name for name in METADATA if (top / name).is_file()]
+    if len(found) > 1:
+        raise SourceError(f"{top} has both {' and '.join(METADATA)}: move one away")
     if not found:
         if options.label_key:
             raise SourceError(f"--label-key {options.label_key}: {top} has no {METADATA[0]}")
         return {}
     path = found[0]
     labels: dict[str, Label] = {}
-    key, number = None, 1
+    number = 1
     try:
-        for row in _rows(path):
-            if number == 1:
-                key = label_key(row, options.label_key, path, split.unused, skip={"file_name"})
-            if key is not None:
-                labels[os.path.normpath(row["file_name"])] = parse_label(row.get(key))
+        names = dict.fromkeys(name for row in _rows(path) for name in row)
+        if "file_name" not in names:
+            raise KeyError("file_name")
+        key = label_key(names, options.label_key, path, split.unused, skip={"file_name"})
+        for row in _rows(path) if key is not None else ():
+            name, label = os.path.normpath(row["file_name"]), parse_label(row.get(key))
+            if labels.setdefault(name, label) != label:
+                raise ValueError(f"{name} has two labels, {labels[name]} and {label}")
             number += 1
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         what = f"no {error}" if isinstance(error, KeyError) else str(error)
@@ -155,7 +179,7 @@ def _rows(path: Path) -> Iterator[dict]:
 def _images_below(split: Split, top: Path, label: Label, nested: set[str]) -> Iterator[FoundImage]:
     """Image files below `top`, following links, sorted as in torchvision: by folder, then name.
 
-    nested: gets the splits that are names of folders in `top`.
+    nested: gets the splits that are names of folders below `top`.
     """
     prefix = len(os.path.join(split.root, ""))
     for key in sorted(_sort_keys(split, top, prefix, nested)):
@@ -174,8 +198,7 @@ def _sort_keys(split: Split, top: Path, prefix: int, nested: set[str]) -> Iterat
         elif entry.name.startswith("."):
             split.ignored["hidden"] += 1
         elif is_folder(entry):
-            if folder == os.fspath(top):
-                nested |= split_of_folder(entry.name)
+            nested |= splits_of_folder(entry.name)
         elif is_named_like_image(entry.name):
             yield f"{folder[prefix:]}\0{entry.name}"
         else:

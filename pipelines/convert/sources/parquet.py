@@ -20,7 +20,7 @@ from pipelines.convert.manifest import (
     Split,
     parse_label,
 )
-from pipelines.convert.sources.labels import label_key
+from pipelines.convert.sources.labels import LABEL_NAMES, label_key
 from pipelines.convert.sources.splits import SourceOptions, splits_of_files
 
 BATCH = 4096  # rows of labels read at a time
@@ -108,9 +108,12 @@ def _names_in_schema(path: Path, label: str) -> list[str]:
     metadata = _open(path).schema_arrow.metadata or {}
     try:
         features = json.loads(metadata.get(b"huggingface", b"{}")).get("info", {})["features"]
-        return [str(name) for name in features[label].get("names", [])]
+        names = [str(name) for name in features[label].get("names", [])]
     except (ValueError, LookupError, TypeError, AttributeError):
         return []
+    if len(set(names)) < len(names):
+        raise SourceError(f"{path}: its schema names two classes alike")
+    return names
 
 
 def _images(split: Split, files: list[Path], image: str, label: str | None) -> Iterator[FoundImage]:
@@ -118,6 +121,9 @@ def _images(split: Split, files: list[Path], image: str, label: str | None) -> I
         for column in (image, label):
             if column is not None and column not in _open(path).schema_arrow.names:
                 raise SourceError(f"{path} has no column {column}, unlike {files[0].name}")
+        first, here = (set(_open(file).schema_arrow.names) for file in (files[0], path))
+        if label is None and (found := sorted(here & set(LABEL_NAMES) - first)):
+            raise SourceError(f"{path} has a column {found[0]}, unlike {files[0].name}")
         _image_column(path, image)
         names = _names_in_schema(path, label) if label is not None else []
         for row, value, name in _rows(path, image, label):

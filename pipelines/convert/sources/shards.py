@@ -17,7 +17,7 @@ from pipelines.convert.manifest import FoundImage, Label, Location, SourceError,
 from pipelines.convert.sources.files import Member, members
 from pipelines.convert.sources.folder import is_named_like_image
 from pipelines.convert.sources.labels import label_key
-from pipelines.convert.sources.splits import SourceOptions, split_of_folder, splits_of_files
+from pipelines.convert.sources.splits import SourceOptions, splits_of_files, splits_of_folder
 from pipelines.webdataset.writer import CHECKSUMS, DATASET, NAMES
 
 MAX_NAMES = 1 << 28  # bytes of all names in a shard, at most
@@ -87,15 +87,21 @@ def _split(root: Path, paths: list[Path], options: SourceOptions) -> Split:
 
     def images() -> Iterator[FoundImage]:
         folders: set[str] = set()  # of images without a label
+        has_label = False
         named_like_archive = len(paths) > 1
         for path in paths:
             is_number = re.fullmatch(r"\w*[-_]\d+|\d+", path.stem) is not None
             for image in _images(split, path, options):
+                has_label |= image.label is not None
                 if image.label is None:
                     folder, _, name = image.name.rpartition("/")
                     folders |= {folder} if len(folders) < 2 else set()
                     named_like_archive &= name.startswith(path.stem) or not is_number
                 yield image
+        if options.label_key is not None and not has_label:
+            raise SourceError(
+                f"--label-key {options.label_key}: no sample of {root} has such a label"
+            )
         if len(folders) > 1:
             split.unused[f"folders inside archives: --label-key {BY_FOLDER}"] = None
         elif folders and named_like_archive:
@@ -126,7 +132,7 @@ def _images(split: Split, path: Path, options: SourceOptions) -> Iterator[FoundI
             member = samples[key][extension]
             name = next(stored, member.name)
             for part in member.name.split("/")[:-1]:
-                splits |= split_of_folder(part)
+                splits |= splits_of_folder(part)
             if member.missing:
                 split.problems.append((name, f"a link to {member.missing}, which is not there"))
                 continue
@@ -160,7 +166,12 @@ def _samples(split: Split, path: Path, image_key: str | None) -> dict[str, Sampl
             split.ignored["hidden"] += name != CHECKSUMS
         elif dots:
             key, extension = name[: start + dots[0]], file[dots[0] + 1 :].lower()
-            samples.setdefault(key, {})[extension] = member
+            sample = samples.setdefault(key, {})
+            if extension in sample:
+                raise SourceError(
+                    f"{path}: {sample[extension].name} and {name} differ only in case; rename one"
+                )
+            sample[extension] = member
         else:
             split.ignored["files that belong to no sample"] += 1
             if file.lower().endswith((".cls", ".json")):
@@ -207,6 +218,11 @@ def _label(
             split.unused[".json without the number or name of one class"] = None
             return None
         raise SourceError(f"{path}: {source.name if source else ''}: {error}") from None
+    for other in sample:
+        if other.endswith((".cls", ".json")):
+            split.unused[".cls or .json whose names have further dots: --image-key jpg"] = None
+        elif sample[other] is not image and len(split.unused) < 9:
+            split.unused[f".{other} of samples: --label-key {other}"] = None
     return None
 
 

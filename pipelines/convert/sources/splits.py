@@ -1,6 +1,6 @@
 """Which files or folders of a source are for training and which are held out.
 
-A name states its split as a folder, or as a word of a file's name: `val/000.tar`,
+A name states its split by a word in the name of the file or of a folder: `val2017/000.tar`,
 `train-00000-of-00014.parquet`. What the names leave open is an error, and flags settle it.
 """
 
@@ -42,16 +42,16 @@ class Placement:
     left_out: dict[str, list[str]]
 
 
-def split_of_folder(name: str) -> set[str]:
-    """The split that a folder's name states, as a set; empty if none."""
-    return {split for split, words in WORDS.items() if name.lower() in words}
+def splits_of_folder(name: str) -> set[str]:
+    """The splits that the words of a name state: {"train"} for train2017, trainA and Train_Set."""
+    words = {word.lower() for word in re.findall("[A-Z]?[a-z]+|[A-Z]+(?![a-z])", name)}
+    return {split for split in WORDS if words & WORDS[split]}
 
 
 def splits_of_file(path: str) -> set[str]:
-    """The splits that a file's folders and the words of its name state."""
+    """The splits that the words of a file's folders and of its name state."""
     *folders, name = path.split("/")
-    words = {*map(str.lower, folders), *re.findall("[a-z]+", name.rpartition(".")[0].lower())}
-    return {split for split in WORDS if words & WORDS[split]}
+    return set().union(*map(splits_of_folder, [*folders, name.rpartition(".")[0]]))
 
 
 def place(
@@ -74,13 +74,15 @@ def place(
     if unplaced := [path for path, splits in found.items() if len(splits) != 1]:
         raise SourceError(
             f"{root} has names of splits, but not of one split in {_some(unplaced)}: state both"
-            " with --train GLOB and --val GLOB, or train on all with --all-train"
+            " with --train GLOB and --val GLOB, or take all names as they are with --all-train"
         )
     train, val, test = ([path for path in paths if split in found[path]] for split in WORDS)
     if not train:
         train, val = val, []
     if not train:
-        raise SourceError(f"{root} has only a test split; train on it with --all-train")
+        raise SourceError(
+            f"{root} has only a test split, {_some(test)}; train on it with --train {test[0]}"
+        )
     return Placement(train, val, {FOR_TESTING: test} if test else {})
 
 
@@ -119,7 +121,7 @@ def _refuse_configurations(root: Path, placement: Placement) -> None:
 
     def prefix(path: str) -> str:
         folders = path.split("/")[:-1]
-        named = [index for index, name in enumerate(folders) if split_of_folder(name)]
+        named = [index for index, name in enumerate(folders) if splits_of_folder(name)]
         return "/".join(folders[: named[0]] if named else folders)
 
     files = (placement.train, placement.val, *placement.left_out.values())

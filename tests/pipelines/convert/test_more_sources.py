@@ -96,4 +96,4 @@ def test_images_beside_archives_are_ambiguous(tmp_path, capsys):
     assert convert(tmp_path / "images", tmp_path / "out.beton") == 2
     assert "has both images and .tar files" in capsys.readouterr().err
     make_folder(tmp_path / "images" / "train", {"cat": 2})
-    assert convert(tmp_path / "images", tmp_path / "out.beton") == 0
+    assert convert(tmp_path / "images", tmp_path / "out.beton", "--train", "train") == 0

@@ -104,5 +104,5 @@ def test_other_folders_beside_train_and_val_are_reported_as_ignored(tmp_path):
     for split in splits.values():
         assert [image.name for image in Manifest(split)] == ["a/1.jpg"]
     assert splits["train"].ignored["beside train/"] == 1
-    assert splits["train"].ignored["beside the class folders"] == 1
+    assert splits["train"].ignored["images beside the class folders"] == 1
     assert splits["train"].ignored["hidden"] == 1

@@ -101,10 +101,15 @@ ALL = ("folder", *BOTH)
 @pytest.mark.parametrize(
     "kinds,names,options,expected",
     [
-        (ALL, "bus car train", {}, {"train": "bus car train"}),
+        (BOTH, "bus car train", {}, {"train": "bus car train"}),
         (ALL, "train valid", {}, {"train": "train", "val": "valid"}),
         (ALL, "Training dev TEST", {}, {"train": "Training", "val": "dev"}),
         (ALL, "testing val", {}, {"train": "val"}),
+        (ALL, "train2017 val2017", {}, {"train": "train2017", "val": "val2017"}),
+        (ALL, "seg_train seg_test", {}, {"train": "seg_train"}),
+        (ALL, "trainA trainB testA testB", {}, {"train": "trainA trainB"}),
+        (ALL, "Train_Set Test_Set", {}, {"train": "Train_Set"}),
+        (ALL, "train test1", {}, {"train": "train"}),
         (ALL, "train training val", {}, {"train": "train training", "val": "val"}),
         (ALL, "a b c", {"train": "[ab]*", "val": "c*"}, {"train": "a b", "val": "c"}),
         (ALL, "a train val", {"train": "a*"}, {"train": "a"}),
@@ -138,7 +143,14 @@ def test_names_place_files_and_folders(tmp_path, kinds, names, options, expected
         (BOTH, "train_test", {}, "not of one split in train_test"),
         (BOTH, "train/0 train/val-1", {}, "not of one split in train/val-1"),
         (BOTH, "x/train x/val y/train", {}, "splits in several folders (x, y)"),
-        (BOTH, "d/train/0 d/partial-train/0 d/val/0", {}, "not of one split in d/partial-train/0"),
+        (ALL, "seg_train seg_test seg_pred", {}, "not of one split in seg_pred"),
+        (ALL, "test", {}, "train on it with --train test"),
+        (
+            ("folder",),
+            "train eval",
+            {},
+            "train/, but other folders beside it: state the split with",
+        ),
     ],
 )
 def test_names_that_place_too_little_are_listed(tmp_path, kinds, names, options, message):
@@ -157,6 +169,22 @@ def test_a_wrapper_folder_is_no_class(tmp_path):
         with pytest.raises(SourceError, match=f"{classes[0]} has splits of its own"):
             listed(root)
         assert set(listed(root, all_train=True)["train"].values()) == set(classes)
+
+
+@pytest.mark.parametrize(
+    "files,message",
+    [
+        (["x/data/train/a/0.jpg", "x/data/val/a/1.jpg"], "x has splits of its own"),
+        (["images/train2017/0.jpg", "images/val2017/1.jpg"], "images has splits of its own"),
+        (["train/train/a/0.jpg", "test/test/a/1.jpg"], "contains only the split train/: name it"),
+        (["plain/train-0.parquet", "assets/preview.png"], "has both images and .parquet files"),
+        (["shards/train/0.tar", "docs/sample.jpg"], "has both images and .tar files"),
+    ],
+)
+def test_splits_and_archives_further_down_are_named(tmp_path, files, message):
+    write_files(tmp_path, dict.fromkeys(files, JPEG))
+    with pytest.raises(SourceError, match=message):
+        listed(tmp_path)
 
 
 def test_a_hub_cache_has_one_revision(tmp_path):
@@ -216,6 +244,38 @@ def test_the_key_of_a_sample(tmp_path):
     assert +split.ignored == {"hidden": 1, "replaced by a later file of the same name": 1}
 
 
+def test_archives_are_complete(tmp_path):
+    """Python's tarfile takes a damaged header, but for the first, for the end of the archive."""
+    write_tar(tmp_path / "a.tar", {f"{i}.jpg": JPEG for i in range(3)})
+    whole = (tmp_path / "a.tar").read_bytes()
+    second = 512 + -(-len(JPEG) // 512) * 512
+    end = 3 * second
+    damaged = {
+        "a flipped byte": whole[: second + 3] + b"?" + whole[second + 4 :],
+        "a header of zeros": whole[:second] + bytes(512) + whole[second + 512 :],
+        "cut at a header": whole[: 2 * second],
+        "cut in a header": whole[: 2 * second + 100],
+        "two archives": whole + whole,
+    }
+    for what, content in damaged.items():
+        (tmp_path / "a.tar").write_bytes(content)
+        with pytest.raises(SourceError, match="is not a complete tar archive"):
+            print(what, listed(tmp_path / "a.tar"))
+    (tmp_path / "a.tar").write_bytes(whole[:end] + bytes(1024))  # the least that ends an archive
+    assert len(listed(tmp_path / "a.tar")["train"]) == 3
+    inner = {"n1.tar": whole[:second] + b"?" + whole[second + 1 :], "n2.tar": whole}
+    write_tar(tmp_path / "ILSVRC2012_img_train.tar", inner)
+    with pytest.raises(SourceError, match="is not a complete tar archive"):
+        listed(tmp_path / "ILSVRC2012_img_train.tar")
+
+
+def test_names_that_differ_only_in_case_are_refused(tmp_path):
+    for names in (("a.jpg", "a.JPG"), ("a.cls", "a.CLS")):
+        write_tar(tmp_path / "a.tar", {"a.png": JPEG} | dict.fromkeys(names, b"1"))
+        with pytest.raises(SourceError, match="differ only in case"):
+            listed(tmp_path / "a.tar")
+
+
 def test_links_in_archives_are_followed(tmp_path):
     files = {
         "a/0.jpg": JPEG,
@@ -236,7 +296,8 @@ def test_links_in_archives_are_followed(tmp_path):
 def test_compressed_archives_are_named(tmp_path, module):
     write_tar(tmp_path / "a", {"0.jpg": JPEG})
     packed = __import__(module).compress((tmp_path / "a").read_bytes())
-    for name in ("x/a.tar", "y/a.tar.gz", "z.tgz"):
+    write_tar(tmp_path / "both" / "b.tar", {"0.jpg": JPEG})
+    for name in ("x/a.tar", "y/a.tar.gz", "z.tgz", "both/a.tar.gz"):
         write_files(tmp_path, {name: packed})
         source = tmp_path / name.split("/")[0]
         with pytest.raises(SourceError, match=r"is compressed \(\w+\); decompress it first"):
@@ -309,6 +370,7 @@ def test_lists_of_images(tmp_path, text, expected):
         ({"0.jpg": JPEG}, "archive", ["a"]),
         ({"0.jpg": JPEG, "0.json": b'{"a": 1}'}, "b", "--label-key b: .json has only a"),
         ({"0.jpg": JPEG, "0.cls": b"1 2\xff"}, None, "a.tar: 0.cls: "),
+        ({"0.jpg": JPEG, "0.txt": b"1"}, "nope", "--label-key nope: no sample of .* has such"),
         ({"train/cat/0.jpg": JPEG, "val/cat/1.jpg": JPEG}, "folder", "folders of several splits"),
     ],
 )
@@ -351,6 +413,12 @@ def test_labels_in_parquet_files(tmp_path, columns, key, expected):
         ("metadata.jsonl", '{"file_name": "0.jpg", "label": 3}\n', {"0.jpg": "3", "d/1.jpg": None}),
         ("metadata.csv", "\ufefffile_name,text\n0.jpg,a dog\n", {"0.jpg": None, "d/1.jpg": None}),
         ("metadata.csv", "name,label\n0.jpg,dog\n", "metadata.csv, image 1: no 'file_name'"),
+        ("metadata.csv", "file_name,label\n0.jpg,a\n0.jpg,b\n", "0.jpg has two labels, a and b"),
+        (
+            "metadata.jsonl",
+            '{"file_name": "0.jpg"}\n{"file_name": "d/1.jpg", "label": 2}\n',
+            {"0.jpg": None, "d/1.jpg": "2"},
+        ),
         ("metadata.jsonl", "{\n", "metadata.jsonl, image"),
     ],
 )
@@ -378,6 +446,16 @@ def test_classes_agree_by_name_in_both_splits(tmp_path):
     assert listed(tmp_path)["val"] == {"c.jpg": "dog"}
     write_parquet(tmp_path / "val.parquet", val, ["bird"])
     with pytest.raises(SourceError, match="training images: bird"):
+        listed(tmp_path)
+    write_parquet(tmp_path / "val.parquet", val)  # numbers, which are no positions among names
+    with pytest.raises(SourceError, match="training images: 0"):
+        listed(tmp_path)
+
+
+def test_a_label_that_only_a_later_file_has_is_named(tmp_path):
+    write_parquet(tmp_path / "0.parquet", {"image": cells("a")})
+    write_parquet(tmp_path / "1.parquet", {"image": cells("b"), "label": [0]})
+    with pytest.raises(SourceError, match=r"1.parquet has a column label, unlike 0.parquet"):
         listed(tmp_path)
 
 

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import tarfile
 
 import numpy as np
 import pytest
@@ -54,7 +55,11 @@ def test_a_flipped_bit_is_detected(shards, tmp_path):
 def test_shards_of_an_earlier_version_have_no_checksums(shards, tmp_path):
     folder = shutil.copytree(shards, tmp_path / "old")
     content = (folder / "train-000000.tar").read_bytes()
-    (folder / "train-000000.tar").write_bytes(content.replace(b".crc32", b".other"))
+    start = content.index(b".crc32")
+    header = tarfile.TarInfo.frombuf(content[start : start + 512], "utf-8", "strict")
+    header.name = ".other"
+    content = content[:start] + header.tobuf(tarfile.USTAR_FORMAT) + content[start + 512 :]
+    (folder / "train-000000.tar").write_bytes(content)
     assert ShardReader(folder).location(9)[2] is None
 
 
