@@ -10,7 +10,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from bt_fast.config import Config, load_config
+from bt_fast.config import Config
 from bt_fast.distributed import launcher, slurm
 from bt_fast.distributed.collectives import ALONE, World, require_divisible_batch
 from bt_fast.distributed.ranks import adopt_rank, run_rank
@@ -104,8 +104,7 @@ def continue_after_restart(config: Config) -> Config:
     if path is None or config.resume is not None or not num_restarts():
         return config
     if (path / "config.json").exists():
-        loader = load_config(path, "--run-dir").loader  # auto would measure again
-        return dataclasses.replace(config, resume=path, loader=loader)
+        return dataclasses.replace(config, resume=path)
     return config
 
 

@@ -35,9 +35,9 @@ def compute_gradients(
             z_a, z_b = setup.embed(views).chunk(2)  # [n, D] each
         return _loss_backward(setup, z_a, z_b)
 
-    parts = _split(views, setup.config.accumulate)  # [2 n / K, 3, H, W] each
-    embeddings = []
-    for part in parts:
+    num_parts, embeddings = setup.config.accumulate, []
+    for number in range(num_parts):
+        part = _part(views, number, num_parts)  # [2 n / K, 3, H, W]
         with torch.no_grad(), setup.autocast:
             embeddings.append(setup.embed(part).clone())  # a CUDA graph overwrites its output
         setup.statistics.record()
@@ -46,12 +46,12 @@ def compute_gradients(
     )
     terms = _loss_backward(setup, z_a, z_b)
     assert z_a.grad is not None and z_b.grad is not None
-    gradients = _split(torch.cat([z_a.grad, z_b.grad]), len(parts))
-    for number, (part, gradient) in enumerate(zip(parts, gradients, strict=True), 1):
-        with _reduced_by_ddp(setup, number == len(parts)):
+    gradient = torch.cat([z_a.grad, z_b.grad])
+    for number in range(num_parts):
+        with _reduced_by_ddp(setup, number == num_parts - 1):
             with setup.autocast:
-                z = setup.embed(part)
-            z.backward(gradient)
+                z = setup.embed(_part(views, number, num_parts))
+            z.backward(_part(gradient, number, num_parts))
     return terms
 
 
@@ -65,10 +65,9 @@ def _loss_backward(
     return on_diagonal.detach(), off_diagonal.detach(), loss.detach()
 
 
-def _split(rows: torch.Tensor, num_parts: int) -> list[torch.Tensor]:
-    """[2 n, ...], view A first -> K tensors [2 n / K, ...], view A first in each."""
-    views = rows.chunk(2)
-    return [torch.cat(part) for part in zip(*(v.chunk(num_parts) for v in views), strict=True)]
+def _part(rows: torch.Tensor, number: int, num_parts: int) -> torch.Tensor:
+    """The part `number` of both views: [2 n, ...], view A first -> [2 n / K, ...], likewise."""
+    return torch.cat([view.chunk(num_parts)[number] for view in rows.chunk(2)])
 
 
 def _reduced_by_ddp(setup: TrainingSetup, is_last: bool) -> contextlib.AbstractContextManager:

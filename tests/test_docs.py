@@ -37,7 +37,6 @@ TINY_TOOL = {
     "profile.py": [*TINY_RUN, "--seconds", "0.02"],
     "gpu_suite.py": ["--parts", "loss"],
     "bench_loss.py": shlex.split("--samples 16 --dimensions 32 --seconds 0.05"),
-    "bench_scale.py": shlex.split("--few 40 --many 80 --classes 4 --workers 1"),
     "compiled_traffic.py": ["--images", "4", "--size", "64"],
     "kernel_report.py": [],
     "ablate.py": [*TINY_RUN, "--max-steps", "1", "--gpus", "1"],
