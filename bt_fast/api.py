@@ -51,7 +51,7 @@ def pretrain(config: Config | None = None, *, recipe: str = "imagenet", **fields
     """
     if config is None and recipe not in RECIPES:
         raise ValueError(f"recipe {recipe!r} is not one of {', '.join(RECIPES)}")
-    for name in ("data", "val_data", "run_dir", "resume"):
+    for name in ("data", "val_data", "run_dir", "resume", "init"):
         if isinstance(fields.get(name), str):
             fields[name] = Path(fields[name])
     unknown = sorted(fields.keys() - {field.name for field in dataclasses.fields(Config)})

@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from bt_fast.config import Config
 from bt_fast.distributed.collectives import ALONE, Group, World, all_reduce, require_divisible_batch
 from bt_fast.evaluate.knn_classifier import KnnData, choose_data
+from bt_fast.initial_weights import load_initial_weights
 from bt_fast.loss_variants import objective_function
 from bt_fast.models import batch_norm
 from bt_fast.models.batch_norm import RunningStatistics
@@ -48,6 +49,7 @@ class TrainingSetup:
     knn_data: KnnData | None
     held_out: tuple[ImageDataset, np.ndarray]  # images of probes and their samples, int64 [n]
     model: BarlowTwins
+    initial_weights: str  # what --init took, for the table
     parallel: torch.nn.Module  # the model, or DDP around it
     embed: Callable[[torch.Tensor], torch.Tensor]  # its forward pass
     # (z_a, z_b) -> on-diagonal and off-diagonal term
@@ -84,6 +86,11 @@ def build(config: Config, world: World = ALONE) -> TrainingSetup:
 
     torch.manual_seed(config.seed)  # the initialisation, drawn on the CPU: identical on all devices
     model = build_model(config)
+    initial_weights = ""
+    if config.init is not None and config.resume is None:
+        initial_weights = load_initial_weights(
+            model, config.init, which=config.which, encoder=config.encoder, stem=config.stem
+        )
     prepare(model, runtime)
     norm_group, loss_group = communicators(config, world, runtime.device)
     batch_norm.set_process_group(model, norm_group)
@@ -104,6 +111,7 @@ def build(config: Config, world: World = ALONE) -> TrainingSetup:
         knn_data=knn_data,
         held_out=held_out_images(knn_data, dataset if val is None else val, config),
         model=model,
+        initial_weights=initial_weights,
         parallel=parallel,
         embed=runtime.compiled(parallel),
         objective=runtime.compiled(objective),
@@ -219,6 +227,7 @@ def describe(setup: TrainingSetup, seconds_per_step: dict[int, float]) -> dict[s
         "model": f"{config.encoder} ({parameters[0]:.1f} M) +"
         f" projector {projector} ({parameters[1]:.1f} M)"
         + (f" + predictor ({parameters[2]:.1f} M)" if config.predictor else ""),
+        **({"init": setup.initial_weights} if setup.initial_weights else {}),
         "objective": config.objective + f", lambda {config.lambd:g}",
         "batch": batch,
         "optimizer": config.optimizer,

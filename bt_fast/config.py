@@ -133,6 +133,10 @@ class Config:
     """Augmentations of view B."""
 
     # Model
+    init: Path | None = None
+    """Weights to start from: a run, or a file of weights of bt-fast or of another program."""
+    which: str | None = None
+    """Encoder of --init's file, if it holds several, such as "teacher"."""
     encoder: Encoder = "resnet50"
     """Encoder, a torchvision ResNet."""
     small_images: bool = False

@@ -93,6 +93,7 @@ class RunDirectory:
             slurm=None,  # the submitted job resumes the run; it does not submit again
             data=config.data.resolve(),
             val_data=config.val_data and config.val_data.resolve(),
+            init=config.init and config.init.resolve(),
         )
         self.write("config.json", to_json(saved))
 
