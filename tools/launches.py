@@ -83,7 +83,7 @@ def count(*, fused: bool = True, num_ranks: int = 1) -> Counter[str]:
         for p in model.parameters():
             optimizer.momentum_buffer(p)
         setup: Any = SimpleNamespace(
-            config=SimpleNamespace(lambd=5e-3, grad_scale=1 / 16),
+            config=SimpleNamespace(lambd=5e-3, grad_scale=1 / 16, accumulate=1),
             world=SimpleNamespace(size=num_ranks),
             autocast=runtime.autocast(),
             embed=model,
