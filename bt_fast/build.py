@@ -129,7 +129,7 @@ def held_out_images(
     if knn_data is not None:
         return knn_data.queries, knn_data.query_samples
     order = epoch_order(len(images), config.seed, epoch=-1)
-    return images, order[: min(max(config.probe_images // 2, 1), MAX_UNLABELLED)]
+    return images, order[: min(config.probe_images // 2, MAX_UNLABELLED)]
 
 
 def communicators(config: Config, world: World, device: torch.device) -> tuple[Group, Group]:
@@ -189,7 +189,7 @@ def expected_seconds(setup: TrainingSetup, seconds_per_step: dict[int, float]) -
 
 
 def _describe_probe(setup: TrainingSetup) -> str:
-    if setup.config.probe_every == 0:
+    if setup.config.probe_every == 0 and not setup.config.probe_minutes:
         return "none (--probe-every 0)"
     if setup.knn_data is not None:
         return f"kNN and linear: {setup.knn_data.description}"

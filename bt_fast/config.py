@@ -178,7 +178,7 @@ class Config:
     """Epochs between probes of the features; 0 = none. Probes also run before the first step and
     after the last."""
     probe_minutes: float = field(default=0.0, metadata=_MUTABLE)
-    """Minutes of training after which the next end of an epoch has a probe, too; 0 = none."""
+    """Minimum minutes between additional probes, at ends of epochs; 0 = no additional probes."""
     probe_images: int = field(default=20_000, metadata=_MUTABLE)
     """Maximum number of images in the probe's feature bank; half as many queries."""
     probe_crop: float = 0.875
@@ -197,6 +197,18 @@ class Config:
     Earlier checkpoints are kept in either case."""
 
     def __post_init__(self) -> None:
+        _require(
+            self.optimizer != "adamw" or max(self.lr_weights, self.lr_biases) <= 0.1,
+            "optimizer",
+            "adamw",
+            "needs lower rates than lars, such as --lr-weights 1e-3 --lr-biases 1e-3",
+        )
+        _require(
+            self.which is None or self.init is not None,
+            "which",
+            self.which,
+            "selects an encoder of --init; give both",
+        )
         for name, value in dataclasses.asdict(self).items():
             finite = not isinstance(value, float) or abs(value) < 1e30  # as float32, times a batch
             _require(finite, name, value, "must be finite, below 1e30")
@@ -254,7 +266,8 @@ class Config:
 # Names of fields, the condition on their values, and the message if it does not hold.
 _RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("epochs batch_size size gpus_per_node log_every keep", lambda n: n >= 1, "must be at least 1"),
-    ("probe_images gpus max_steps workers accumulate", lambda n: n >= 1, "must be at least 1"),
+    ("gpus max_steps workers accumulate", lambda n: n >= 1, "must be at least 1"),
+    ("probe_images", lambda n: n >= 4, "must be at least 4"),
     (
         "probe_every probe_minutes save_every warmup_epochs",
         lambda x: x >= 0,
@@ -324,24 +337,23 @@ def load_config(path: Path, flag: str) -> Config:
 
 
 def extended(config: Config, saved: Config) -> Config:
-    """The configuration with --extend and --peak applied; `saved` is that of the resumed run."""
-    if config.extend is None:
-        if config.peak != 1.0:
-            raise ValueError(f"--peak {config.peak:g} is a factor of --extend; give both")
+    """The configuration with --extend and --peak applied; `saved` is that of the resumed run.
+
+    Both are saved with the run: with the same values, as after a restart, nothing changes.
+    """
+    if (config.extend, config.peak) == (saved.extend, saved.peak):
         return config
+    if config.extend is None:
+        raise ValueError(f"--peak {config.peak:g} is a factor of --extend; give both")
     if config.extend < saved.epochs:
         raise ValueError(
             f"--extend {config.extend}: the run's schedule has {saved.epochs} epochs already"
         )
-    # A run that was extended and restarted has the new schedule, and the factor, already.
-    factor = 1.0 if config.extend == saved.epochs else config.peak
     return dataclasses.replace(
         config,
         epochs=config.extend,
-        lr_weights=factor * config.lr_weights,
-        lr_biases=factor * config.lr_biases,
-        extend=None,
-        peak=1.0,
+        lr_weights=config.peak * config.lr_weights,
+        lr_biases=config.peak * config.lr_biases,
     )
 
 

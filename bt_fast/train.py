@@ -272,7 +272,8 @@ def require_applied(log: RunLog, step: int, *, fewer_than: int) -> None:
         raise ValueError(
             f"the loss or its gradients were not finite in the last {count} steps, whose updates"
             " were skipped. No checkpoint contains them: start again with lower --lr-weights and"
-            f" --lr-biases, or remove the checkpoints from step {step - count} on and resume"
+            f" --lr-biases, or remove the checkpoints from step {step - count} on and resume with"
+            " --extend EPOCHS --peak 0.5"
         )
 
 

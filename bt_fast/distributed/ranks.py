@@ -126,8 +126,10 @@ def join(world: World, timeout: float, *, on_gpu: bool) -> None:
         return
     device = torch.device("cuda", gpu_index(world.local_rank)) if on_gpu else None
     if device is not None:
-        uuid = torch.cuda.get_device_properties(device).uuid
-        if _stores[-1].add(f"ranks of GPU {uuid}", 1) > 1:
+        store, rank = _stores[-1], world.rank
+        store.set(f"gpu/{rank}", str(torch.cuda.get_device_properties(device).uuid))
+        others = (store.get(f"gpu/{lower}") for lower in range(rank))
+        if store.get(f"gpu/{rank}") in others:
             raise ValueError(
                 f"two ranks have the same GPU, {device} of {socket.gethostname()}; start one rank"
                 " per GPU, or give each its own in CUDA_VISIBLE_DEVICES"

@@ -38,16 +38,24 @@ def run_embed(options: Embed, world: World = ALONE) -> int:
         raise ValueError(f"--out {options.out} must end in .npy or .parquet")
     if options.out.suffix == ".parquet":
         _pyarrow()
-    if options.out.exists() and not options.overwrite:
-        raise ValueError(f"--out {options.out} exists; choose another, or replace it: --overwrite")
+    if options.val_data is not None:
+        raise ValueError("--val-data has no effect here; give it as --data")
+    for path in (options.out, options.out.with_suffix(".csv"))[
+        : 1 + (options.out.suffix == ".npy")
+    ]:
+        if path.exists() and not options.overwrite:
+            raise ValueError(f"--out {path} exists; choose another, or replace it: --overwrite")
     setup = build_setup(options, world=world)
     images, _ = open_splits(options, setup.config)
     identity = setup.identity(Subset(images=images, samples=np.arange(len(images))))
     if world.is_first:
         partial = options.out.with_name(f"{options.out.name}.partial")
-        with work_folder(partial, resume=True) as work:
-            _write_features(setup, images, work, identity)
-            _publish(work / "features.npy", images, options.out)
+        try:
+            with work_folder(partial, resume=True) as work:
+                _write_features(setup, images, work, identity)
+                _publish(work / "features.npy", images, options.out)
+        except BlockingIOError:
+            raise ValueError(f"--out {options.out} is being written by another process") from None
         shape = f"{len(images)} x {feature_width(setup.encoder)}"
         rows = {"encoder": setup.description, "data": images.path, "features": shape}
         Console(soft_wrap=True).print(
@@ -73,6 +81,8 @@ def embed(
     Raises:
         ValueError: as the command, with the flag's name.
     """
+    if flags.get("gpus", 1) != 1:
+        raise ValueError("several gpus need the command bt-fast embed")
     path = Path(out)
     data = None if data is None else Path(data)
     run_embed(Embed(run=Path(run), data=data, out=path, **flags))
@@ -88,6 +98,7 @@ def _write_features(
     if work is not None:
         done = _number_done(work, identity)
         if not done:
+            (work / "state.json").unlink(missing_ok=True)  # of another command
             np.lib.format.open_memmap(work / "features.npy", "w+", np.float32, shape)
         else:
             print_line(f"continuing after {done:,} of {len(images):,} images")

@@ -153,8 +153,11 @@ class EvalTransfer(EvalOptions):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Embed(EvalOptions):
-    """Write the features of all images of a data set to a file, with their names and labels."""
+    """Write the features of a data set's images to a file, with their names and labels."""
 
+    data: Path | None = None
+    """Images: a .beton, or a folder, of whose splits it is the training images. Default: the
+    run's."""
     out: Path = Path("features.npy")
     """Output file: .npy, beside which a .csv has names and labels, or .parquet with all columns."""
     overwrite: bool = False

@@ -24,7 +24,9 @@ def ridge_accuracy(
 ) -> float:
     """Accuracy on the queries in [0, 1]: features [n, F] and [m, F], labels int64 [n] and [m]."""
     mean = features.mean(0)
-    deviation = features.std(0).clamp_min(torch.finfo(features.dtype).tiny)
+    deviation = features.std(0)
+    constant = deviation <= 1e-6 * mean.abs() + torch.finfo(features.dtype).tiny
+    deviation = torch.where(constant, torch.inf, deviation)  # which leaves them out
     x, q = ((part - mean).div(deviation).double() for part in (features, queries))
     y = F.one_hot(labels, num_classes).double()
     share = y.mean(0)  # of each class

@@ -58,7 +58,8 @@ def summary(records: list[dict[str, Any]]) -> list[str]:
     """Epoch, loss, readouts "first -> last" and median images/s of a run's records."""
     train = [record for record in records if record["kind"] == "train"]
     probes = [record for record in records if record["kind"] == "probe"]
-    cells = [f"{train[-1]['epoch']:.4g}", f"{train[-1]['loss']:.4g}"]
+    loss = train[-1]["loss"]  # None in a record of a loss that was not finite
+    cells = [f"{train[-1]['epoch']:.4g}", "not finite" if loss is None else f"{loss:.4g}"]
     for name in READOUTS:
         values = [probe[name] for probe in probes if probe.get(name) is not None]
         factor = 1 if name == "rank" else 100

@@ -175,12 +175,9 @@ class RunLog:
             for name, value in record.items()
             if name.startswith("knn_") or name == "linear"
         ]
-        if "rank" in record:
-            parts.append(
-                f"rank {record['rank']:.1f}; held out: on-diagonal"
-                f" {record['held_out_on_diagonal']:.4g},"
-                f" off-diagonal {record['held_out_off_diagonal']:.4g}"
-            )
+        titles = {"rank": "rank", "probe_on_diagonal": "on-diagonal"}
+        titles["probe_off_diagonal"] = "off-diagonal"
+        parts += [f"{titles[name]} {record[name]:.4g}" for name in titles if name in record]
         when = "at random initialisation" if record["step"] == 0 else f"epoch {record['epoch']:.4g}"
         self.info(f"probe, {when}: {', '.join(parts)} ({duration(record['seconds'])})")
 

@@ -63,6 +63,9 @@ def measure(setup: TrainingSetup) -> dict[str, float]:
         query_labels = torch.from_numpy(images.labels[samples]).to(bank.device)
         readouts |= knn_scores(bank, features, data)
         readouts["linear"] = ridge_accuracy(bank, labels, features, query_labels, data.num_classes)
+    readouts["rank"] = effective_rank(features)
+    if len(samples) < 2:
+        return readouts
     z_a, z_b = (
         model_outputs(
             setup.model,
@@ -82,9 +85,8 @@ def measure(setup: TrainingSetup) -> dict[str, float]:
     )
     on_diagonal, off_diagonal = correlation_terms(z_a, z_b)
     return readouts | {
-        "rank": effective_rank(features),
-        "held_out_on_diagonal": on_diagonal.item(),
-        "held_out_off_diagonal": off_diagonal.item(),
+        "probe_on_diagonal": on_diagonal.item(),
+        "probe_off_diagonal": off_diagonal.item(),
     }
 
 

@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import os
 import socket
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -30,11 +31,14 @@ class WandbFile:
         import wandb
 
         self._run: Any = None
+        file = folder / "wandb-id"  # of its own, because folders of two machines may share names
+        if not file.exists():
+            file.write_text(uuid.uuid4().hex[:12])
         with _as_os_error():
             self._run = wandb.init(
                 project="bt-fast",
                 name=folder.name,
-                id=folder.resolve().name,
+                id=file.read_text().strip(),
                 resume="allow",
                 dir=folder,
                 config=dataclasses.asdict(config),

@@ -97,7 +97,8 @@ class Convert:
     """Pattern of the validation files or folders in SOURCE; with --train."""
 
     all_train: bool = False
-    """Training on all images of SOURCE, whatever the names of files and folders."""
+    """Training on all images of SOURCE: names of splits are ignored, and folders named train, val
+    or test are classes."""
 
     image_key: str | None = None
     """End of the images' names in web shards, such as jpg or left.png, whose beginning is the key
@@ -218,7 +219,7 @@ def convert(config: Convert) -> list[tuple[Path, Report]]:
     target.check(list(splits))
     max_side = splits["train"].max_side if config.max_side is None else config.max_side
     settings = {"max_side": max_side, "subset": config.subset, "part": list(part)}
-    settings |= flags.settings()
+    settings |= flags.settings() | {"image_key": config.image_key}
     journal_settings = {name: getattr(config, name) for name in ("format", "check", "shard_size")}
 
     with _work_folder(out, config) as work:

@@ -26,7 +26,7 @@ def test_a_run_leaves_everything_in_its_directory(finished):
     assert [record["step"] for record in probes] == [0, 8, 12]
     assert all(0 <= record[name] <= 1 for record in probes for name in READOUTS)
     assert all(1 <= record["rank"] <= 512 for record in probes)
-    assert all(record["held_out_on_diagonal"] > 0 for record in probes)
+    assert all(record["probe_on_diagonal"] > 0 for record in probes)
     for name in ("views.png", "curves.png"):
         with Image.open(finished / name) as picture:
             assert picture.width > 300 and len(np.unique(np.array(picture))) > 20
@@ -64,7 +64,7 @@ def test_images_without_classes_have_the_readouts_without_labels(tmp_path):
     probes = [record for record in metrics(tmp_path / "run") if record["kind"] == "probe"]
     names = {"kind", "step", "epoch", "seconds"}
     assert [record.keys() - names for record in probes] == 2 * [
-        {"rank", "held_out_on_diagonal", "held_out_off_diagonal"}
+        {"rank", "probe_on_diagonal", "probe_off_diagonal"}
     ]
 
 

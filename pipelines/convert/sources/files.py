@@ -141,7 +141,7 @@ def _require_end(path: Path, file: BinaryIO, position: int, end: int | None) -> 
     """Raise SourceError unless zeros follow the last header, which tarfile does not check: it takes
     a damaged header for the end of the archive."""
     file.seek(position)
-    rest = (sys.maxsize if end is None else end) - position
+    rest = max((sys.maxsize if end is None else end) - position, 0)
     is_first = True
     while chunk := file.read(min(1 << 20, rest)):
         if chunk.strip(b"\0"):

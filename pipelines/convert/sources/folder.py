@@ -64,6 +64,12 @@ def find_splits(source: Path, options: SourceOptions) -> dict[str, Split]:
                 f" the split with --train {others[0]}, or take all as classes with --all-train"
             )
         return {"train": _split(source, [source], options)}
+    if len(placement.train) > 1 and any(_holds_images(source / name) for name in placement.train):
+        raise SourceError(
+            f"{source} has images in several folders named like the training split"
+            f" ({', '.join(placement.train[:5])}): take all as classes with --all-train, or"
+            f" name one with --train {placement.train[0]}"
+        )
     splits = {"train": _split(source, [source / name for name in placement.train], options)}
     if placement.val:
         splits["val"] = _split(source, [source / name for name in placement.val], options)

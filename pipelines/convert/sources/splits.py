@@ -141,7 +141,7 @@ def _place_by_pattern(root: Path, paths: list[str], options: SourceOptions) -> P
             if not matched[split]:
                 raise SourceError(f"--{split} {pattern} matches nothing of {root}: {_some(paths)}")
     if options.all_train or options.train is None:
-        raise SourceError("--val needs --train, and --all-train neither of them")
+        raise SourceError("--val requires --train; --all-train excludes both")
     if both := sorted(set(matched["train"]) & set(matched["val"])):
         raise SourceError(f"--train and --val match both {_some(both)}")
     rest = [path for path in paths if path not in {*matched["train"], *matched["val"]}]

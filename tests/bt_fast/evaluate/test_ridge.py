@@ -51,4 +51,6 @@ def test_a_constant_feature_and_an_absent_class_change_nothing():
     labels = torch.arange(40) % 2
     x = labels[:, None] + 0.1 * torch.randn(40, 5, generator=generator)
     x[:, 3] = 7.0
-    assert ridge_accuracy(x, labels, x, labels, 4) == 1.0
+    queries = x.clone()
+    queries[:, 3] = 7.01 * torch.arange(40)
+    assert ridge_accuracy(x, labels, queries, labels, 4) == 1.0

@@ -40,7 +40,7 @@ def test_resnet50_with_256_images():
     assert counted.saved_bytes / 2 == pytest.approx(42e6, rel=0.1)
     parts = dry_run.memory_bytes(Config(), counted, 256)
     assert 20e9 < parts["activations"] < 30e9
-    assert parts["weights, gradients, momentum"] == pytest.approx(14 * 174.5e6, rel=1e-3)
+    assert parts["weights, gradients, optimizer"] == pytest.approx(14 * 174.5e6, rel=1e-3)
     assert 25e9 < sum(parts.values()) < 30e9
     whole = dry_run.count_costs(Config(precision="fp32"))
     assert whole.saved_bytes == pytest.approx(2 * counted.saved_bytes, rel=0.05)

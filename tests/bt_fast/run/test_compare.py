@@ -46,6 +46,14 @@ def test_results_and_what_differs(tmp_path, capsys, monkeypatch):
     assert main([*command, "--overwrite"]) == 0
 
 
+def test_a_run_that_diverged_is_compared(tmp_path, capsys):
+    run = write_run(tmp_path / "a", Config(), (0.25, 0.5))
+    text = (run / "metrics.jsonl").read_text().replace('"loss": 22.5', '"loss": null')
+    (run / "metrics.jsonl").write_text(text)
+    assert main(["compare", str(run), "--out", str(tmp_path / "c.png")]) == 0
+    assert "not finite" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("metrics", ["", '{"kind": "probe", "step": 0, "epoch": 0}\n'])
 def test_a_run_without_metrics_is_named(tmp_path, capsys, metrics):
     run = write_run(tmp_path / "a", Config(), (0.0, 0.0))

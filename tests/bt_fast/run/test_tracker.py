@@ -48,9 +48,12 @@ def log_with(recorder, folder, monkeypatch, capsys) -> str:
 def test_records_go_to_wandb_offline_without_a_key(tmp_path, monkeypatch, capsys):
     recorder = Recorder()
     log_with(recorder, tmp_path, monkeypatch, capsys)
-    assert recorder.started["mode"] == "offline" and recorder.started["id"] == tmp_path.name
+    assert recorder.started["mode"] == "offline"
+    identifier = recorder.started["id"]
+    log_with(recorder, tmp_path, monkeypatch, capsys)
+    assert recorder.started["id"] == identifier and len(identifier) == 12
     assert recorder.started["config"]["lr_weights"] == 0.2
-    assert [step for step, _ in recorder.logged] == [4, 8] and recorder.finished
+    assert [step for step, _ in recorder.logged] == [4, 8, 4, 8] and recorder.finished
     assert recorder.logged[0][1]["train/on_diagonal"] == 2.0
 
 

@@ -137,7 +137,7 @@ def test_names_place_files_and_folders(tmp_path, kinds, names, options, expected
         (ALL, "train val extra", {}, "not of one split in extra"),
         (ALL, "bus test", {}, "not of one split in bus"),
         (ALL, "test", {}, "only a test split"),
-        (ALL, "a b", {"val": "b*"}, "--val needs --train"),
+        (ALL, "a b", {"val": "b*"}, "--val requires --train"),
         (ALL, "a b", {"train": "*", "val": "b*"}, "--train and --val match both b"),
         (ALL, "a b", {"train": "c*"}, "--train c* matches nothing"),
         (BOTH, "train_test", {}, "not of one split in train_test"),
