@@ -138,15 +138,32 @@ def copied(tensors: Mapping[str, torch.Tensor]) -> Tensors:
 
 
 def write_tensors(tensors: Tensors, path: Path, metadata: dict[str, str] | None = None) -> None:
-    """Write a safetensors file with the permissions of new files. Raises OSError."""
+    """Write a safetensors file with the permissions of new files: equal bytes for equal content.
+
+    Raises OSError.
+    """
     try:
         save_file(tensors, path, metadata)  # creates it readable for the owner alone
+        if metadata is not None:
+            _sort_metadata(path)
     except SafetensorError as error:
         what = str(error).removeprefix("Error while serializing: ").removeprefix("I/O error: ")
         raise OSError(f"{path.name}: {what}") from None
     mask = os.umask(0)
     os.umask(mask)
     path.chmod(0o666 & ~mask)
+
+
+def _sort_metadata(path: Path) -> None:
+    """Sort the metadata in the header of a safetensors file; their order is random otherwise."""
+    with path.open("r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(size)
+        assert len(text) == size, path
+        file.seek(8)
+        file.write(text)
 
 
 def newest(folder: Path, *, set_aside: bool = False) -> tuple[Checkpoint | None, list[str]]:

@@ -8,6 +8,7 @@ import re
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from bt_fast.lars import LARS
@@ -181,3 +182,15 @@ def test_checkpoints_from_before_state_json_had_a_hash_are_read(tmp_path):
     assert found.step == 7 and not problems
     found.restore(*target)
     assert same(source, target)
+
+
+def test_equal_content_is_equal_bytes(tmp_path):
+    """The library writes metadata in random order; 4! orders, so 20 files show it."""
+    metadata = {"width": "64", "encoder": 'naïve "quoted"', "stem": "7x7", "norm": "batch"}
+    tensors = {"weight": torch.arange(6.0).reshape(2, 3), "bias": torch.ones(3)}
+    for number in range(20):
+        checkpoint.write_tensors(tensors, tmp_path / f"{number}", metadata)
+    assert len({(tmp_path / f"{number}").read_bytes() for number in range(20)}) == 1
+    with safe_open(tmp_path / "0", "pt") as file:
+        assert file.metadata() == metadata
+        assert torch.equal(file.get_tensor("weight"), tensors["weight"])
