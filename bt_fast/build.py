@@ -18,6 +18,7 @@ from bt_fast.initial_weights import load_initial_weights
 from bt_fast.loss_variants import objective_function
 from bt_fast.models import batch_norm
 from bt_fast.models.batch_norm import RunningStatistics
+from bt_fast.models.library_encoders import DropPaths
 from bt_fast.models.networks import BarlowTwins, build_model
 from bt_fast.optimizers import GuardedOptimizer, build_optimizer
 from bt_fast.run.console import duration
@@ -55,6 +56,7 @@ class TrainingSetup:
     # (z_a, z_b) -> on-diagonal and off-diagonal term
     objective: Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
     statistics: RunningStatistics  # of the model's batch norms
+    drop_paths: DropPaths  # of the model's residual branches
     optimizer: GuardedOptimizer
     schedules: dict[str, Callable[[int], float]]  # parameter group -> learning rate of a step
     last_step: int
@@ -89,7 +91,12 @@ def build(config: Config, world: World = ALONE) -> TrainingSetup:
     initial_weights = ""
     if config.init is not None and config.resume is None:
         initial_weights = load_initial_weights(
-            model, config.init, which=config.which, encoder=config.encoder, stem=config.stem
+            model,
+            config.init,
+            which=config.which,
+            encoder=config.encoder,
+            stem=config.stem,
+            size=config.size,
         )
     prepare(model, runtime)
     norm_group, loss_group = communicators(config, world, runtime.device)
@@ -116,6 +123,7 @@ def build(config: Config, world: World = ALONE) -> TrainingSetup:
         embed=runtime.compiled(parallel),
         objective=runtime.compiled(objective),
         statistics=RunningStatistics(model),
+        drop_paths=DropPaths(model, seed=config.seed, rank=world.rank),
         optimizer=build_optimizer(config.optimizer, model, config.weight_decay),
         schedules=learning_rates(config, loader.steps_per_epoch),
         last_step=config.last_step(loader.steps_per_epoch),

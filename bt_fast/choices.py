@@ -24,3 +24,8 @@ Objective = Literal[
     "auto-correlation",
     "imax",
 ]
+
+
+def is_of_library(encoder: str) -> bool:
+    """Whether an encoder's name is timm/NAME or torchvision/NAME."""
+    return encoder.startswith(("timm/", "torchvision/"))

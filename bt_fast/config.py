@@ -24,6 +24,7 @@ from bt_fast.choices import (
     RecipeName,
     Stem,
     Tracker,
+    is_of_library,
 )
 from pipelines.branches import VIEW_A, VIEW_B, Branch
 from pipelines.common.cpu import usable_cores
@@ -137,8 +138,12 @@ class Config:
     """Weights to start from: a run, or a file of weights of bt-fast or of another program."""
     which: str | None = None
     """Encoder of --init's file, if it holds several, such as "teacher"."""
-    encoder: Encoder = "resnet50"
-    """Encoder, a torchvision ResNet."""
+    encoder: str = "resnet50"
+    """Encoder: resnet18, 34, 50, 101, 152, wide_resnet50_2, or a model of timm or torchvision by
+    name, as in timm/vit_small_patch16_224."""
+    drop_path: float = 0.0
+    """Rate of stochastic depth in the last block of a timm or torchvision encoder; it grows
+    linearly from 0 in the first."""
     small_images: bool = False
     """CIFAR stem of the encoder: 3x3 convolution of stride 1, no max-pool."""
     projector: tuple[int, ...] = (8192, 8192, 8192)
@@ -209,6 +214,19 @@ class Config:
             self.which,
             "selects an encoder of --init; give both",
         )
+        encoders = get_args(Encoder)
+        _require(
+            self.encoder in encoders or is_of_library(self.encoder),
+            "encoder",
+            self.encoder,
+            f"is one of {', '.join(encoders)}, timm/NAME or torchvision/NAME",
+        )
+        _require(
+            not (is_of_library(self.encoder) and self.small_images),
+            "small_images",
+            self.encoder,
+            "is the stem of our ResNets; leave it out",
+        )
         for name, value in dataclasses.asdict(self).items():
             finite = not isinstance(value, float) or abs(value) < 1e30  # as float32, times a batch
             _require(finite, name, value, "must be finite, below 1e30")
@@ -276,6 +294,7 @@ _RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("cache_gb lambd weight_decay bn_group", lambda x: x >= 0, "must not be negative"),
     ("lr_weights lr_biases grad_scale peak", lambda x: x > 0, "must be positive"),
     ("timeout temperature", lambda x: x > 0, "must be positive"),
+    ("drop_path", lambda x: 0 <= x < 1, "must be in [0, 1)"),
     ("min_scale probe_crop", lambda x: 0 < x <= 1, "must be in (0, 1]"),
     ("epochs", lambda n: n <= 10**6, "must be at most 1000000"),
     ("batch_size", lambda n: n >= 2, "must be at least 2"),

@@ -20,13 +20,21 @@ from typing import Any
 import torch
 
 
-def parameter_groups(parameters: Iterable[torch.nn.Parameter | torch.Tensor]) -> list[dict]:
+def parameter_groups(
+    parameters: Iterable[torch.nn.Parameter | torch.Tensor],
+    biases: Iterable[torch.nn.Parameter | torch.Tensor] = (),
+) -> list[dict]:
     """Parameter groups "weights" (ndim > 1) and "biases" (and norm parameters), whose learning
-    rates differ in the reference."""
-    parameters = list(parameters)
+    rates differ in the reference.
+
+    biases: further parameters of the second group, such as embeddings of positions.
+    """
+    parameters, ids = list(parameters), {id(p) for p in biases}
+    is_weight = [p.ndim > 1 and id(p) not in ids for p in parameters]
+    pairs = list(zip(parameters, is_weight, strict=True))
     return [
-        {"name": "weights", "params": [p for p in parameters if p.ndim > 1]},
-        {"name": "biases", "params": [p for p in parameters if p.ndim <= 1]},
+        {"name": "weights", "params": [p for p, weight in pairs if weight]},
+        {"name": "biases", "params": [p for p, weight in pairs if not weight]},
     ]
 
 

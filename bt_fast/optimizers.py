@@ -46,10 +46,21 @@ class SGD(torch.optim.SGD):
 GuardedOptimizer = LARS | AdamW | SGD
 
 
+def _embeddings(model: nn.Module) -> list[nn.Parameter]:
+    """What timm's models except from weight decay, such as embeddings of positions."""
+    return [
+        parameter
+        for module in model.modules()
+        if callable(exempt := getattr(module, "no_weight_decay", None))
+        for name, parameter in module.named_parameters()
+        if name in exempt()
+    ]
+
+
 def build_optimizer(name: OptimizerName, model: nn.Module, weight_decay: float) -> GuardedOptimizer:
     """The optimizer of that name, with its state, for all parameters; rates are set every step."""
     parameters = list(model.parameters())
-    groups = parameter_groups(parameters)
+    groups = parameter_groups(parameters, _embeddings(model))
     options: dict[str, Any] = {"lr": 0.0, "weight_decay": weight_decay}
     if name == "lars":
         lars = LARS(groups, **options)

@@ -26,11 +26,13 @@ from bt_fast.runtime import synchronise
 def compute_gradients(
     setup: TrainingSetup, views: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Backward pass for views [2 n, 3, H, W], view A first; the gradients are in `p.grad`.
+    """Backward pass for views [2 n, 3, H, W], view A first; the gradients are in `p.grad`. Paths
+    are dropped as drawn last.
 
     Returns (on-diagonal term, off-diagonal term, loss) of the global batch, scalars on the device.
     """
     if setup.config.accumulate == 1:
+        setup.drop_paths.use()
         with setup.autocast:
             z_a, z_b = setup.embed(views).chunk(2)  # [n, D] each
         return _loss_backward(setup, z_a, z_b)
@@ -38,6 +40,7 @@ def compute_gradients(
     num_parts, embeddings = setup.config.accumulate, []
     for number in range(num_parts):
         part = _part(views, number, num_parts)  # [2 n / K, 3, H, W]
+        setup.drop_paths.use(number, num_parts)
         with torch.no_grad(), setup.autocast:
             embeddings.append(setup.embed(part).clone())  # a CUDA graph overwrites its output
         setup.statistics.record()
@@ -48,6 +51,7 @@ def compute_gradients(
     assert z_a.grad is not None and z_b.grad is not None
     gradient = torch.cat([z_a.grad, z_b.grad])
     for number in range(num_parts):
+        setup.drop_paths.use(number, num_parts)
         with _reduced_by_ddp(setup, number == num_parts - 1):
             with setup.autocast:
                 z = setup.embed(_part(views, number, num_parts))
@@ -110,6 +114,7 @@ def _forward_and_backward(setup: TrainingSetup, n: int, size: int) -> None:
     ahead = (
         [torch.empty_like(noise) for _ in range(NUM_BATCHES_IN_MEMORY - 1)] if noise.is_cuda else []
     )
+    setup.drop_paths.draw(0, n)
     _, _, loss = compute_gradients(setup, noise)
     setup.statistics.update(torch.zeros_like(loss, dtype=torch.bool))  # changes nothing
     setup.optimizer.step(guard=torch.full_like(loss, torch.nan))  # changes nothing

@@ -28,6 +28,7 @@ from bt_fast.distributed.collectives import (
     broadcast_tensors,
 )
 from bt_fast.distributed.signals import EXIT_STOPPED, EXIT_UNSAVED, StopFlag
+from bt_fast.export.encoder_files import describe_encoder
 from bt_fast.loss import weighted_sum
 from bt_fast.models.networks import BarlowTwins
 from bt_fast.plan import gpus
@@ -102,7 +103,7 @@ def finish(setup: TrainingSetup, run: RunDirectory, log: RunLog, step: int, save
     if complete:
         log.info(probe_summary(metrics))
         try:  # even without a checkpoint: it is smaller
-            log.info(f"done: {export_encoder(setup.model, setup.config.stem, run.path)}")
+            log.info(f"done: {export_encoder(setup.model, setup.config, run.path)}")
         except OSError as error:
             log.warn(f"encoder.safetensors was not written: {reason(error)}")
             saved = False
@@ -153,6 +154,7 @@ def train(
 
         # One update.
         rates = set_learning_rates(setup, step)
+        setup.drop_paths.draw(step, len(views) // 2)
         on_diagonal, off_diagonal, applied = update(setup, views)
         is_skipped = ~applied
         skipped += is_skipped
@@ -320,9 +322,11 @@ def resume(setup: TrainingSetup, run: RunDirectory | None, console: Console) -> 
     return step, skipped_in_a_row
 
 
-def export_encoder(model: BarlowTwins, stem: str, folder: Path) -> Path:
-    """Write the encoder with torchvision's names, and its stem; returns the file."""
+def export_encoder(model: BarlowTwins, config: Config, folder: Path) -> Path:
+    """Write the encoder with its library's names, and what the names do not tell; returns the
+    file."""
     path = folder / "encoder.safetensors"
     weights = checkpoint.copied(model.encoder.state_dict())
-    checkpoint.write_tensors(weights, path, {"format": "pt", "stem": stem})
+    metadata = describe_encoder(config.encoder, config.stem, config.size)
+    checkpoint.write_tensors(weights, path, {"format": "pt", **metadata})
     return path

@@ -15,8 +15,8 @@ import numpy as np
 _GOLDEN = 0x9E3779B97F4A7C15  # 2**64 / golden ratio: SplitMix64's increment
 _MASK = (1 << 64) - 1
 
-# First argument of a hash: separates the order's numbers from the views' keys.
-_ORDER, _VIEW = 1, 2
+# First argument of a hash: separates the order's numbers, the views' keys and the steps' keys.
+_ORDER, _VIEW, _STEP = 1, 2, 3
 
 
 def _mix(value: np.ndarray) -> np.ndarray:
@@ -50,6 +50,12 @@ def epoch_order(num_samples: int, seed: int, epoch: int) -> np.ndarray:
 def view_keys(samples: np.ndarray, *, seed: int, epoch: int, view: int) -> np.ndarray:
     """The random keys of one view (0 or 1) of the given samples: int64[n] -> uint64[n]."""
     return _hash(_VIEW, seed, epoch, view, np.asarray(samples))
+
+
+def step_keys(rows: np.ndarray, *, seed: int, step: int, view: int) -> np.ndarray:
+    """The random keys of a step for one view (0 or 1) of the images at the given positions of the
+    global batch: int64[n] -> uint64[n]."""
+    return _hash(_STEP, seed, step, view, np.asarray(rows))
 
 
 def uniforms(keys: np.ndarray, stream: int, count: int) -> np.ndarray:

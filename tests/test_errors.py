@@ -50,10 +50,9 @@ INTERNAL = {
     "method 'dense' needs a D x D matrix: for one process only",
     "method must be auto, dense, gram or columns, got …",
     "unknown objective …",
-    "--encoder … is not one of …",
     "a training batch holds two views of every image, got … rows",
     "batch norm needs more than one value per channel and view",
-    "the batch norms of a model need the same momentum",
+    "stochastic depth needs DropPaths.draw and .use before a training batch",
     "it is a compressed archive, which torch does not write",
     "it is a TorchScript archive, which contains code; save its weights alone:"
     " torch.save(torch.jit.load(FILE).state_dict(), ...)",
@@ -270,6 +269,15 @@ CASES = [
     Case("…; see … --help", "pretrain --epoch 3"),
     Case("--… must be finite, below", PRETRAIN + " --lr-weights 1e300"),
     Case("--deterministic excludes", PRETRAIN + " --deterministic --compile max-autotune"),
+    Case("--encoder is one of", PRETRAIN + " --encoder timm"),
+    Case("--small-images is the stem", PRETRAIN + " --small-images --encoder timm/resnet18"),
+    Case("--encoder …: … has no such model", PRETRAIN + " --encoder timm/resnet"),
+    Case(
+        "--encoder … does not take images",
+        PRETRAIN + " --size 32 --encoder torchvision/inception_v3",
+    ),
+    Case("--encoder …/... needs", PRETRAIN + " --encoder timm/x", without("timm")),
+    Case("--drop-path: --encoder …", PRETRAIN + " --drop-path 0.1"),
     Case("--data … does not exist; pass its path", PRETRAIN + " --data nowhere.beton"),
     Case("not enough memory", PRETRAIN + " --size 200000"),
     Case(

@@ -34,6 +34,7 @@ from bt_fast.cli import run_command
 from bt_fast.lars import LARS, parameter_groups
 from bt_fast.loss_variants import objective_function
 from bt_fast.models import batch_norm
+from bt_fast.models.library_encoders import DropPaths
 from bt_fast.runtime import Runtime
 from pipelines.common.flags import parse_flags
 from tools.compiled_traffic import build, group_of, to_fake
@@ -90,6 +91,7 @@ def count(*, fused: bool = True, num_ranks: int = 1) -> Counter[str]:
             objective=objective_function("barlow-twins", group=group),
             optimizer=optimizer,
             statistics=statistics,
+            drop_paths=DropPaths(model, seed=0),
         )
         views = torch.empty(512, 3, 224, 224, dtype=torch.bfloat16)
         views = views.to(memory_format=torch.channels_last)

@@ -101,6 +101,8 @@ def device_stages(setup: TrainingSetup, work: Work, budget: float) -> Iterator[S
 
     views, z = augment_batch(batch, branches, runtime), torch.empty(0)
     gradient = torch.randn(len(views), setup.config.projector[-1], device=device)
+    setup.drop_paths.draw(0, len(views) // 2)
+    setup.drop_paths.use()
 
     def forward() -> None:
         nonlocal z
@@ -150,6 +152,7 @@ def steps(setup: TrainingSetup, batches: Iterable[torch.Tensor]) -> Iterator[Non
     """Training steps on views from `prefetch`."""
     for views in batches:
         train.set_learning_rates(setup, 0)
+        setup.drop_paths.draw(0, len(views) // 2)
         train.update(setup, views)
         yield
 

@@ -11,13 +11,14 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from bt_fast.choices import Stem
+from bt_fast.choices import Stem, is_of_library
 from bt_fast.config import Config, load_config
 from bt_fast.distributed.collectives import ALONE, World
 from bt_fast.evaluate.options import EvalOptions, Options
 from bt_fast.evaluate.overlap import warn_of_overlap
 from bt_fast.evaluate.views import Views
 from bt_fast.export.encoder_files import fingerprint, read_pretrained
+from bt_fast.models.library_encoders import require_size
 from bt_fast.models.networks import build_encoder
 from bt_fast.run.console import summary_table
 from bt_fast.runtime import Runtime, apply_switches, choose_runtime, prepare
@@ -108,7 +109,7 @@ def build_setup(
     runtime = choose_runtime(options.device, options.precision, "off", world.local_rank)
     apply_switches()
     if config is not None and options.random:  # works before the run's first checkpoint
-        architecture, stem = config.encoder, config.stem
+        architecture, stem, size = config.encoder, config.stem, config.size
         if options.stem not in (None, stem):
             raise ValueError(f"--stem {options.stem}: the stem of {options.run} is {stem}")
     else:
@@ -116,13 +117,16 @@ def build_setup(
             options.run, which=options.which, stem=options.stem, projector=projector
         )
         architecture, stem = pretrained.architecture, pretrained.stem
+        size = pretrained.size or defaults.size
     if options.random:
         torch.manual_seed(defaults.seed)  # as in pretraining
-        encoder, projector_module = build_encoder(architecture, stem=stem), None
+        encoder, projector_module = build_encoder(architecture, stem=stem, size=size), None
         description = f"{architecture} at random initialisation"
     else:
         encoder, projector_module = pretrained.encoder, pretrained.projector
         description = pretrained.description
+    if is_of_library(architecture):
+        require_size(encoder, architecture, options.size or size)
     digest = fingerprint(encoder)
     for module in (encoder, projector_module):
         if module is not None:
@@ -138,7 +142,7 @@ def build_setup(
         config=config,
         seed=defaults.seed,
         runtime=runtime,
-        size=options.size or defaults.size,
+        size=options.size or size,
         crop=options.crop or defaults.probe_crop,
         min_scale=defaults.min_scale,
         num_threads=options.workers or max(usable_cores() // world.local_size, 1),

@@ -1,4 +1,4 @@
-"""Encoders from files of every known layout, as torchvision ResNets.
+"""Encoders from files of every known layout.
 
 Read without running code from the file (safetensors, or `weights_only`):
 
@@ -12,6 +12,9 @@ Read without running code from the file (safetensors, or `weights_only`):
 Layouts differ in the prefix of a ResNet's names. Names and shapes tell the architecture, but not
 stride and padding: a 7x7 stem is torchvision's, a 3x3 stem is what the file's metadata, the run's
 configuration or the caller say; the other strides are torchvision's.
+
+Encoders of timm and torchvision by name are read from what bt-fast wrote, whose metadata or run
+name them, or from a file of weights that the caller says is one of them.
 """
 
 import hashlib
@@ -28,9 +31,10 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from bt_fast.choices import Encoder, Stem
-from bt_fast.config import load_config
+from bt_fast.choices import Encoder, Stem, is_of_library
+from bt_fast.config import Config, load_config
 from bt_fast.finite import require_finite
+from bt_fast.models.library_encoders import build_library_encoder
 from bt_fast.models.networks import ARCHITECTURES, STEMS, build_encoder, build_projector
 from bt_fast.run import checkpoint
 from pipelines.common.console import printable
@@ -63,8 +67,9 @@ class Pretrained:
     """An encoder read from a file, on the CPU."""
 
     encoder: nn.Module  # returns pooled features
-    architecture: Encoder
+    architecture: str
     stem: Stem
+    size: int | None  # side of the images of timm's and torchvision's encoders, pixels
     projector: nn.Sequential | None  # if it was requested and is beside the encoder
     source: Path  # the file or checkpoint it was read from
     name: str  # of the encoder, if the file holds several; else ""
@@ -88,7 +93,8 @@ def load_encoder(
         stem: stride, padding and max-pool of a 3x3 stem, if the file does not say: one of
             `bt_fast.models.networks.STEMS`, "cifar" for stride 1, padding 1 and no max-pool.
     Returns:
-        a `torchvision.models.ResNet` whose `fc` is the identity, float32, on the CPU, in evaluation
+        a `torchvision.models.ResNet` whose `fc` is the identity, or the model of timm or
+        torchvision that was trained, without its classifier; float32, on the CPU, in evaluation
         mode.
     Raises:
         ValueError: the path does not exist, cannot be read, holds no known encoder, or could mean
@@ -98,15 +104,26 @@ def load_encoder(
 
 
 def read_pretrained(
-    path: Path, *, which: str | None = None, stem: Stem | None = None, projector: bool = False
+    path: Path,
+    *,
+    which: str | None = None,
+    stem: Stem | None = None,
+    projector: bool = False,
+    library: tuple[str, int] | None = None,
 ) -> Pretrained:
     """As `load_encoder`, with the architecture, the projector and the path of the file.
 
     projector: read it, too; from a run's folder, read the checkpoint, because encoder.safetensors
     has none.
+    library: name and image size of an encoder of timm or torchvision, if the file does not say.
     """
     file = _weights_file(path, projector)
     tensors, metadata = _read_tensors(file)
+    library = _find_library(metadata, file) or library
+    if library is not None:
+        if (which, stem) != (None, None):
+            raise ValueError(f"{file} holds {library[0]}: leave out --which and --stem")
+        return _read_library_encoder(tensors, *library, file, projector)
     resnets = _find_resnets(tensors)
     if not resnets:
         some = ", ".join(printable(name) for name in list(tensors)[:3]) or "none"
@@ -126,16 +143,81 @@ def read_pretrained(
         encoder=encoder,
         architecture=architecture,
         stem=stem,
+        size=None,
         projector=_matching_projector(siblings, file)
         if projector and siblings and name in _PROJECTED
         else None,
         source=file,
         name=_labels(resnets)[prefix] if len(resnets) > 1 else "",
     )
+    _require_finite_weights(pretrained)
+    return pretrained
+
+
+def describe_encoder(architecture: str, stem: Stem, size: int) -> dict[str, str]:
+    """What a file of the encoder's weights records, because their names and shapes do not tell."""
+    if is_of_library(architecture):
+        return {"architecture": architecture, "size": str(size)}
+    return {"stem": stem}
+
+
+def _find_library(metadata: Mapping[str, Any], file: Path) -> tuple[str, int] | None:
+    """(name, image size) of a timm or torchvision encoder, if the file or its run says so."""
+    architecture, size = metadata.get("architecture"), metadata.get("size")
+    if architecture is None and (config := _config_of_run(file)) is not None:
+        architecture, size = config.encoder, config.size
+    if not isinstance(architecture, str) or not is_of_library(architecture):
+        return None
+    if not str(size).isdecimal():
+        raise ValueError(f"{file} holds {printable(architecture)}, but not the size of its images")
+    return architecture, int(str(size))
+
+
+def _read_library_encoder(
+    tensors: Tensors, name: str, size: int, file: Path, projector: bool
+) -> Pretrained:
+    """An encoder of timm or torchvision, wherever in the file it is. Raises ValueError."""
+    encoder = build_library_encoder(name, size=size)
+    shapes = _shapes(encoder.state_dict())
+    first = next(iter(shapes))
+    prefixes = [tensor.removesuffix(first) for tensor in tensors if tensor.endswith(first)]
+    differences = {p: _first_difference(shapes, _without_prefix(p, tensors)) for p in prefixes}
+    prefix = next((p for p, difference in differences.items() if not difference), None)
+    if prefix is None:
+        reason = next(iter(differences.values()), f"it has no {first}")
+        raise ValueError(f"{file} does not hold a {name} for {size} px: {printable(reason)}")
+    weights = _without_prefix(prefix, tensors)
+    _load(encoder, {key: weights[key] for key in encoder.state_dict() if key in weights})
+    siblings = _without_prefix(f"{prefix.removesuffix('encoder.')}projector.", tensors)
+    pretrained = Pretrained(
+        encoder=encoder,
+        architecture=name,
+        stem="imagenet",
+        size=size,
+        projector=_matching_projector(siblings, file) if projector and siblings else None,
+        source=file,
+        name="",
+    )
+    _require_finite_weights(pretrained)
+    return pretrained
+
+
+def _first_difference(shapes: Mapping[str, torch.Size], weights: Tensors) -> str:
+    """How the weights differ from the shapes, beside further ones such as a classifier's."""
+    for name, shape in shapes.items():
+        if name not in weights:
+            return f"it lacks {name}"
+        if weights[name].shape != shape:
+            return f"{name} is {list(weights[name].shape)} instead of {list(shape)}"
+    return ""
+
+
+def _require_finite_weights(pretrained: Pretrained) -> None:
     for module in (pretrained.encoder, pretrained.projector):
         if module is not None:
-            require_finite(module.state_dict(), str(file), "choose another file or checkpoint")
-    return pretrained
+            require_finite(
+                module.state_dict(), str(pretrained.source), "choose another file or checkpoint"
+            )
 
 
 def fingerprint(module: nn.Module) -> str:
@@ -321,7 +403,8 @@ def _choose_stem(
     # Exports of early versions have no stem; a 3x3 one was "cifar".
     known = metadata.get("stem", "cifar" if "architecture" in metadata else None)
     if known not in fitting:
-        known = fitting[0] if len(fitting) == 1 else _stem_of_run(file)
+        config = _config_of_run(file)
+        known = fitting[0] if len(fitting) == 1 else config and config.stem
     known = known if known in fitting else None
     chosen = stem or known
     if chosen is None:
@@ -336,13 +419,13 @@ def _choose_stem(
     return chosen
 
 
-def _stem_of_run(file: Path) -> Stem | None:
-    """The stem in the configuration of the run that a file belongs to, if it is a run's."""
+def _config_of_run(file: Path) -> Config | None:
+    """The configuration of the run that a file belongs to, if it is a run's."""
     parents = file.absolute().parents
     folders = {"encoder.safetensors": parents[:1], "model.safetensors": parents[2:3]}
     for folder in folders.get(file.name, ()):
         try:
-            return load_config(folder, "RUN").stem
+            return load_config(folder, "RUN")
         except (ValueError, OSError):  # not a run, or damaged
             pass
     return None

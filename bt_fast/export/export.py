@@ -4,7 +4,8 @@
     timm         .pth, the same names: timm's resnets use torchvision's
     safetensors  the same names
     detectron2   .pth, the names of detectron2's ResNet, for DetectionCheckpointer
-    onnx         normalised images [n, 3, H, W] -> features [n, width]; n, H and W are free
+    onnx         normalised images [n, 3, H, W] -> features [n, width]; n is free, and of our
+                 ResNets also H and W
 
 The first three record architecture and stem as metadata, the .pth files as a state_dict() does.
 Images are RGB in all of them, scaled to [0, 1] and normalised with ImageNet's mean and deviation.
@@ -23,8 +24,14 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from bt_fast.export.encoder_files import Pretrained, Tensors, read_pretrained
+from bt_fast.export.encoder_files import (
+    Pretrained,
+    Tensors,
+    describe_encoder,
+    read_pretrained,
+)
 from bt_fast.export.options import SUFFIXES, Export, Target
+from bt_fast.models.library_encoders import size_options
 from bt_fast.models.networks import STEMS
 from pipelines.common.atomic import atomic_file
 
@@ -50,11 +57,19 @@ def run_export(options: Export) -> int:
 def serialise(pretrained: Pretrained, to: Target) -> bytes:
     """Content of the file. Raises ValueError for an encoder that the format cannot express."""
     if to == "onnx":
-        return _onnx(pretrained.encoder)
+        return _onnx(pretrained.encoder, pretrained.size)
     weights = OrderedDict(
         (name, t.detach().contiguous()) for name, t in pretrained.encoder.state_dict().items()
     )
-    metadata = {"architecture": pretrained.architecture, "stem": pretrained.stem}
+    library = pretrained.architecture.partition("/")[0] if pretrained.size else None
+    if library and to not in (library, "safetensors"):
+        raise ValueError(
+            f"--to {to}: the encoder is {library}'s; use --to {library} or safetensors"
+        )
+    metadata = {
+        "architecture": pretrained.architecture,
+        **describe_encoder(pretrained.architecture, pretrained.stem, pretrained.size or 0),
+    }
     if to == "safetensors":
         return safetensors.torch.save(weights, metadata={"format": "pt", **metadata})
     if to == "detectron2":
@@ -96,7 +111,8 @@ def detectron2_names(weights: Tensors) -> Tensors:
     return renamed
 
 
-def _onnx(encoder: nn.Module) -> bytes:
+def _onnx(encoder: nn.Module, size: int | None) -> bytes:
+    """size: the only one of the images, pixels; None: any."""
     try:
         import onnxscript  # noqa: F401 (torch's exporter needs it)
     except ImportError:
@@ -105,10 +121,10 @@ def _onnx(encoder: nn.Module) -> bytes:
     dynamic = torch.export.Dim.DYNAMIC
     program = torch.onnx.export(
         encoder.eval(),
-        (torch.zeros(2, 3, 64, 64),),
+        (torch.zeros(2, 3, size or 64, size or 64),),
         input_names=["images"],
         output_names=["features"],
-        dynamic_shapes=({0: dynamic, 2: dynamic, 3: dynamic},),
+        dynamic_shapes=({0: dynamic} if size else {0: dynamic, 2: dynamic, 3: dynamic},),
         dynamo=True,
         verbose=False,
     )
@@ -118,15 +134,18 @@ def _onnx(encoder: nn.Module) -> bytes:
 
 def loading_hint(pretrained: Pretrained, to: Target, out: Path) -> str:
     """Line with the Python statement or configuration that reads the file."""
-    name, stem = pretrained.architecture, ""
+    name, stem = pretrained.architecture.rpartition("/")[2], ""
+    options = size_options(pretrained.architecture, pretrained.size) if pretrained.size else {}
+    sizes_of_images = ", ".join(f"{key}={value}" for key, value in options.items())
     if pretrained.stem != "imagenet":
         *sizes, max_pool = STEMS[pretrained.stem]
         stem = f"model.conv1 = torch.nn.Conv2d(3, 64, {', '.join(map(str, sizes))}, bias=False); "
         stem += "" if max_pool else "model.maxpool = torch.nn.Identity(); "
     lines = {
-        "torchvision": f"model = torchvision.models.{name}(); {stem}"
-        f'model.load_state_dict(torch.load("{out}"), strict=False)  # no fc',
-        "timm": f'model = timm.create_model("{name}", num_classes=0); {stem}'
+        "torchvision": f"model = torchvision.models.{name}({sizes_of_images}); {stem}"
+        f'model.load_state_dict(torch.load("{out}"), strict=False)  # no classifier',
+        "timm": f'model = timm.create_model("{name}", num_classes=0'
+        f"{sizes_of_images and f', {sizes_of_images}'}); {stem}"
         f'model.load_state_dict(torch.load("{out}"))',
         "safetensors": f'bt_fast.load_encoder("{out}")',
         "detectron2": f"MODEL.WEIGHTS {out}, with the configurations in"

@@ -233,7 +233,9 @@ def _update(running: torch.Tensor, batch: torch.Tensor, momentum: float) -> None
     running.copy_(_moving_average(running, batch, momentum))
 
 
-def _moving_average(running: torch.Tensor, batch: torch.Tensor, momentum: float) -> torch.Tensor:
+def _moving_average(
+    running: torch.Tensor, batch: torch.Tensor, momentum: float | torch.Tensor
+) -> torch.Tensor:
     for view in batch.to(running.dtype):
         running = running.lerp(view, momentum)
     return running
@@ -248,16 +250,29 @@ class RunningStatistics:
 
     def __init__(self, model: nn.Module) -> None:
         self.layers = [m for m in model.modules() if isinstance(m, _PerViewBatchNorm)]
-        if len({layer.momentum for layer in self.layers}) > 1:
-            raise ValueError("the batch norms of a model need the same momentum")
         for layer in self.layers:
             layer.updated_externally = True
         self._parts: list[torch.Tensor] = []  # statistics of parts of a batch, [V, values] each
         self.running = self._flatten("running_mean", "running_var")
         self.counts = self._flatten("num_batches_tracked")
+        momenta = {layer.momentum for layer in self.layers}
+        # One value, or one for every value of `running`: those of encoders may differ.
+        self._momentum: float | torch.Tensor = (
+            momenta.pop()
+            if len(momenta) == 1
+            else torch.cat(
+                [
+                    x.new_full((2 * len(x),), m.momentum)
+                    for m in self.layers
+                    for x in [m.running_mean]
+                ]
+            )
+        )
 
     def _flatten(self, *names: str) -> torch.Tensor:
         buffers = [(layer, name) for layer in self.layers for name in names]
+        if not buffers:
+            return torch.empty(0)
         flat = torch.cat([layer.get_buffer(name).flatten() for layer, name in buffers])
         parts = flat.split([layer.get_buffer(name).numel() for layer, name in buffers])
         for (layer, name), part in zip(buffers, parts, strict=True):
@@ -281,7 +296,7 @@ class RunningStatistics:
         self._parts = []
         for layer in self.layers:
             layer.batch_statistics = ()
-        updated = _moving_average(self.running, batch, self.layers[0].momentum)
+        updated = _moving_average(self.running, batch, self._momentum)
         torch.where(applied, updated, self.running, out=self.running)
         self.counts.add_(applied, alpha=self.layers[0].num_views)
 
@@ -397,16 +412,74 @@ class BatchNorm2d(_PerViewBatchNorm, nn.BatchNorm2d):
     """[2 n, C, H, W] -> [2 n, C, H, W]."""
 
 
-class _OneViewBatchNorm2d(BatchNorm2d):
-    """[n, C, H, W] -> [n, C, H, W]; n may differ between ranks and be 0."""
+class BatchNormAct2d(BatchNorm2d):
+    """timm's batch norm with an activation: [2 n, C, H, W] -> [2 n, C, H, W]."""
+
+    drop: nn.Module
+    act: nn.Module
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.act(self.drop(super().forward(x)))
+
+
+class _OneView:
+    """One view of n images; n may differ between ranks and be 0."""
 
     num_views = 1
     uneven = True
 
 
+class _OneViewBatchNorm1d(_OneView, BatchNorm1d):
+    """[n, C] -> [n, C]."""
+
+
+class _OneViewBatchNorm2d(_OneView, BatchNorm2d):
+    """[n, C, H, W] -> [n, C, H, W]."""
+
+
+class _OneViewBatchNormAct2d(_OneView, BatchNormAct2d):
+    """[n, C, H, W] -> [n, C, H, W]."""
+
+
+_PER_VIEW = {
+    "BatchNorm1d": BatchNorm1d,
+    "BatchNorm2d": BatchNorm2d,
+    "BatchNormAct2d": BatchNormAct2d,
+}
+_ONE_VIEW = {
+    "BatchNorm1d": _OneViewBatchNorm1d,
+    "BatchNorm2d": _OneViewBatchNorm2d,
+    "BatchNormAct2d": _OneViewBatchNormAct2d,
+}
+
+
+def _kind(layer: nn.Module) -> str | None:
+    """Name of torch's batch norm, or of timm's with an activation; None for other layers."""
+    if type(layer) in (nn.BatchNorm1d, nn.BatchNorm2d):
+        return type(layer).__name__
+    is_timms = type(layer).__module__.startswith("timm.")
+    return "BatchNormAct2d" if is_timms and type(layer).__name__ == "BatchNormAct2d" else None
+
+
+def convert_to_per_view(model: nn.Module, name: str) -> None:
+    """Let all batch norms of an encoder normalise each of two views; in place, without new state.
+
+    Raises ValueError, with the encoder's name, for a norm over the batch of another kind.
+    """
+    for path, layer in model.named_modules():
+        kind, buffers = _kind(layer), dict(layer.named_buffers(recurse=False))
+        if kind is not None and layer.affine and layer.momentum and "running_var" in buffers:
+            layer.__class__ = _PER_VIEW[kind]  # which adds no state
+        elif kind is not None or "running_mean" in buffers or "running_var" in buffers:
+            raise ValueError(
+                f"--encoder {name}: {path} is a {type(layer).__name__}, a norm over the batch that"
+                " cannot be computed for each view; choose another encoder"
+            )
+
+
 def convert_sync_batch_norm(model: nn.Module, group: Group) -> None:
     """Let torch's batch norms of one view use the samples of all ranks of a group; in place."""
     for layer in model.modules():
-        if group is not None and type(layer) is nn.BatchNorm2d:
-            layer.__class__ = _OneViewBatchNorm2d  # which adds no state
+        if group is not None and (kind := _kind(layer)) is not None:
+            layer.__class__ = _ONE_VIEW[kind]  # which adds no state
             set_process_group(layer, group)

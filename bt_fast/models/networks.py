@@ -1,7 +1,8 @@
 """Encoder and projector.
 
-The encoder is torchvision's ResNet without its classifier, the last norm of every residual branch
-initialised to zero, as in the reference. Names, shapes, initialisation and results are
+The encoder is a model of timm or torchvision by name (`library_encoders`), or, as in the reference,
+torchvision's ResNet without its classifier, the last norm of every residual branch initialised to
+zero. Names, shapes, initialisation and results are
 torchvision's, so state dicts are interchangeable. Only the forward pass differs: batch norm, the
 residual sum, ReLU and the stem's max-pool are one call, `batch_norm.norm_act`, which may run as one
 kernel; the modules `relu` and `avgpool` are not called. In training with those kernels, a block
@@ -24,16 +25,17 @@ to autocast, which also needs one launch for each. In a compiled layer the compi
 
 import itertools
 from collections.abc import Sequence
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import nn
 from torch.func import functional_call
 from torchvision.models import resnet
 
-from bt_fast.choices import Encoder, Stem
+from bt_fast.choices import Stem, is_of_library
 from bt_fast.config import Config
 from bt_fast.models.batch_norm import Activation, BatchNorm1d, BatchNorm2d, as_pair, norm_act
+from bt_fast.models.library_encoders import build_library_encoder, require_size
 
 # For each encoder: block, number of blocks per stage, other arguments.
 ARCHITECTURES: dict[str, tuple[str, tuple[int, ...], dict[str, Any]]] = {
@@ -68,18 +70,23 @@ class BarlowTwins(nn.Module):
         projector_norm: bool = True,
         predictor: bool = False,
         stop_gradient: bool = False,
+        size: int = 224,
+        drop_path: float = 0.0,
     ):
         """
         Args:
-            encoder: one of `Encoder`.
+            encoder: one of `Encoder`, timm/NAME or torchvision/NAME.
             projector: widths of the projector's layers; the last is D.
             small_images: the CIFAR stem: 3x3 convolution of stride 1, no max-pool.
             projector_norm: whether batch norm stands between the projector's layers.
             predictor, stop_gradient: Table 6's variants; in training mode only.
+            size, drop_path: of timm's and torchvision's encoders, see `build_library_encoder`.
         """
         super().__init__()
         stem: Stem = "cifar" if small_images else "imagenet"
-        self.encoder = build_encoder(encoder, stem=stem, norm_layer=BatchNorm2d)
+        self.encoder = build_encoder(
+            encoder, stem=stem, size=size, drop_path=drop_path, per_view=True
+        )
         widths = (feature_width(self.encoder), *projector)
         self.projector = build_projector(widths, batch_norm=projector_norm)
         self.predictor = build_projector((widths[-1],) * 3) if predictor else None
@@ -97,32 +104,47 @@ class BarlowTwins(nn.Module):
 
 def build_model(config: Config) -> BarlowTwins:
     """The configured networks, initialised with torch's global generator."""
-    return BarlowTwins(
+    model = BarlowTwins(
         config.encoder,
         config.projector,
         small_images=config.small_images,
         projector_norm=config.projector_norm,
         predictor=config.predictor,
         stop_gradient=config.stop_gradient,
+        size=config.size,
+        drop_path=config.drop_path,
     )
+    if is_of_library(config.encoder) and config.resolution is not None:
+        require_size(model.encoder, config.encoder, config.view_size(0))
+    return model
 
 
 def build_encoder(
-    name: str, *, stem: Stem = "imagenet", norm_layer: type[nn.Module] = nn.BatchNorm2d
+    name: str,
+    *,
+    stem: Stem = "imagenet",
+    size: int = 224,
+    drop_path: float = 0.0,
+    per_view: bool = False,
 ) -> nn.Module:
-    """A randomly initialised ResNet that returns its pooled features.
+    """A randomly initialised encoder that returns its pooled features.
 
-    stem: one of `STEMS`; weights of 3x3 stems fit into all of them, and only features differ.
-    norm_layer: torch's batch norm, or the per-view batch norm of pretraining.
+    stem: of a ResNet, one of `STEMS`; weights of 3x3 stems fit into all of them, and only features
+    differ. size, drop_path: of timm's and torchvision's encoders, see `build_library_encoder`.
+    per_view: the batch norm of pretraining, which normalises each of two views, or torch's.
     """
-    if name not in get_args(Encoder):
-        raise ValueError(f"--encoder {name} is not one of {', '.join(get_args(Encoder))}")
+    if is_of_library(name):
+        if stem != "imagenet":
+            raise ValueError(f"--encoder {name} has its own stem; leave out the {stem} stem")
+        return build_library_encoder(name, size=size, drop_path=drop_path, per_view=per_view)
+    if drop_path:
+        raise ValueError(f"--drop-path: --encoder {name} has no stochastic depth")
     block, stages, arguments = ARCHITECTURES[name]
     encoder = ResNet(
         {"BasicBlock": BasicBlock, "Bottleneck": Bottleneck}[block],
         list(stages),
         zero_init_residual=True,
-        norm_layer=norm_layer,
+        norm_layer=BatchNorm2d if per_view else nn.BatchNorm2d,
         **arguments,
     )
     encoder.fc = nn.Identity()
@@ -141,6 +163,7 @@ class ResNet(resnet.ResNet):
     def __init__(self, *arguments: Any, **keywords: Any) -> None:
         super().__init__(*arguments, **keywords)
         self.layer4[-1].two_consumers = False  # its output is only pooled
+        self.feature_width = self.fc.in_features
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         pool = None if isinstance(self.maxpool, nn.Identity) else self.maxpool
@@ -238,10 +261,8 @@ def _cast_copies(tensors: Sequence[torch.Tensor], dtype: torch.dtype) -> list[to
 
 
 def feature_width(encoder: Any) -> int:
-    """Number of features the encoder returns: channels of its last convolution."""
-    last_block = encoder.layer4[-1]
-    last_convolution = getattr(last_block, "conv3", last_block.conv2)
-    return last_convolution.out_channels
+    """Number of features that an encoder of `build_encoder` returns."""
+    return encoder.feature_width
 
 
 def build_projector(widths: tuple[int, ...], *, batch_norm: bool = True) -> nn.Sequential:

@@ -5,7 +5,7 @@ data exists. Times follow from published rates of GPUs and the assumptions below
 `tools/profile.py --gpus` predicts them from measurements instead.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -218,7 +218,7 @@ def count_costs(config: Config) -> ModelCosts:
     """Count on the device "meta", without computing. `--precision auto` counts as bf16."""
     dtype = torch.float32 if config.precision == "fp32" else torch.bfloat16
     with torch.device("meta"):
-        model = build_model(config)
+        model = build_model(replace(config, drop_path=0.0))
         for layer in model.modules():  # as autocast, which does nothing on meta without a GPU
             if isinstance(layer, (nn.Conv2d, nn.Linear)):
                 layer.to(dtype)

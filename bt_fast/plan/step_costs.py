@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from bt_fast.loss import choose_method
+from bt_fast.models.networks import BasicBlock, Bottleneck
 
 RANKS_PER_MACHINE = 8
 NVLINK_BYTES_PER_S = 300e9  # from a rank to the next one on the same machine
@@ -59,7 +60,8 @@ def num_norm_layers(model: nn.Module) -> int:
     layers = [m for m in modules if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     if not any(getattr(layer, "fused", False) for layer in layers):
         return len(layers)
-    return len(layers) - sum(getattr(m, "downsample", None) is not None for m in modules)
+    blocks = [m for m in modules if isinstance(m, (BasicBlock, Bottleneck))]
+    return len(layers) - sum(block.downsample is not None for block in blocks)
 
 
 def auto_loss_flop(num_samples: int, num_dimensions: int, world_size: int) -> int:

@@ -167,6 +167,7 @@ def updates(
     setup.optimizer.step = step
     for index, views in enumerate(prefetch(setup.loader.batches(0, 10), branches, setup.runtime)):
         train.set_learning_rates(setup, 10 if at_full_rate else index)
+        setup.drop_paths.draw(index, len(views) // 2)
         on_diagonal, off_diagonal, applied = train.update(setup, views.to(dtype))
         assert applied
         terms.append((on_diagonal + 5e-3 * off_diagonal).item())
@@ -233,6 +234,28 @@ def test_parts_of_a_batch_update_as_ranks_with_their_own_statistics(tmp_path, nu
             assert apart(parts[part][name], value) < 1e-9, name
     whole = updates(ALONE, *arguments)  # batch norm over the whole batch gives other numbers
     assert whole["terms"] != pytest.approx(wanted["terms"], rel=1e-6)
+
+
+@pytest.mark.slow
+def test_an_encoder_of_timm_updates_alike_in_ranks_and_parts(tmp_path):
+    """RegNet, whose norms have activations, with stochastic depth: one rank, two, and two parts."""
+    data = str(write_photo_beton(tmp_path / "data.beton", 160))
+    encoder = ("--encoder=timm/regnety_002", "--drop-path=0.3")
+    arguments = data, torch.float64, True, ""
+    alone = updates(ALONE, *arguments, encoder)
+    together, apart_ranks = (
+        run_ranks(2, updates, *arguments, (*encoder, *flags))[0]
+        for flags in ((), ("--bn-group=1",))
+    )
+    parts = updates(ALONE, *arguments, (*encoder, "--accumulate=2"))
+    for ours, wanted in ((together, alone), (parts, apart_ranks)):
+        assert ours["terms"] == pytest.approx(wanted["terms"], rel=1e-9)
+        for name, gradient in wanted["gradients"].items():
+            assert apart(ours["gradients"][name], gradient) < 1e-9, name
+        for name, value in wanted["state"].items():
+            assert apart(ours["state"][name], value) < 1e-9, name
+    without = updates(ALONE, *arguments, encoder[:1])
+    assert without["terms"] != pytest.approx(alone["terms"], rel=1e-6)
 
 
 def collectives_of_the_papers_model(world: World) -> dict:

@@ -242,7 +242,7 @@ def test_runs_record_the_stem(tmp_path):
     model = build_model(config).eval()
     checkpoint.write(run, 1, (checkpoint.copied(model.state_dict()), {}), {}, keep=1)
     (run / "config.json").write_text(to_json(config))
-    shutil.move(export_encoder(model, config.stem, run), moved)
+    shutil.move(export_encoder(model, config, run), moved)
     early = tmp_path / "early.safetensors"
     save_file(model.encoder.state_dict(), early, {"architecture": "resnet18"})
     expected = features(model.encoder, 20)
