@@ -4,7 +4,7 @@ from typing import Literal
 
 from pipelines.loading import LoaderName as LoaderName
 
-RecipeName = Literal["imagenet", "imagenet-8gpu", "cifar10", "cifar10-cpu", "demo"]
+RecipeName = Literal["imagenet", "imagenet-8gpu", "imagenet-vit", "cifar10", "cifar10-cpu", "demo"]
 Device = Literal["auto", "cpu", "cuda"]
 Precision = Literal["auto", "bf16", "fp32"]
 Compile = Literal["auto", "off", "default", "reduce-overhead", "max-autotune"]

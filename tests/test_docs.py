@@ -20,6 +20,7 @@ from conftest import write_beton
 from sample_imagenet import write_folder
 from sample_voc import write_devkit
 
+from bt_fast.choices import is_of_library
 from bt_fast.cli import main as bt_fast
 from pipelines.convert.command import main as bt_convert
 
@@ -31,6 +32,7 @@ TINY_RUN = shlex.split(
     "--device cpu --precision fp32 --encoder resnet18 --projector 32 16 --size 32 --batch-size 8"
     " --epochs 2 --warmup-epochs 1 --max-steps 2 --workers 1 --probe-every 0"
 )
+TINY_LIBRARY_RUN = [word for word in TINY_RUN if word not in ("--encoder", "resnet18")]
 TINY_EVAL = shlex.split("--device cpu --precision fp32 --workers 1")
 FEW_EPOCHS = {"linear": ["--epochs", "2"], "semi": ["--epochs", "5"], "transfer": []}
 TINY_TOOL = {
@@ -155,7 +157,8 @@ def run(words: list[str]) -> int:
             return bt_fast([*arguments, "--data", "none.beton"])  # a plan for all of ImageNet
         if "shards/" in arguments:
             pytest.importorskip("nvidia.dali", reason="DALI is not installed")
-        return bt_fast([*arguments, *TINY_RUN])
+        of_library = "imagenet-vit" in arguments or any(map(is_of_library, arguments))
+        return bt_fast([*arguments, *(TINY_LIBRARY_RUN if of_library else TINY_RUN)])
     if program == "bt-fast" and arguments[0] == "eval":
         return bt_fast([*arguments, *TINY_EVAL, *FEW_EPOCHS.get(arguments[1], [])])
     if program == "bt-fast":

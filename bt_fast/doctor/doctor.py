@@ -235,10 +235,13 @@ def gpu_memory(config: "Config", num_gpus: int) -> Row:
 
     costs, gpu = dry_run.count_costs(config), gpus.first_gpu()
     if gpu is None:
-        batches = [
-            f"{dry_run.largest_batch(config, costs, models[0])} on {title}"
-            for title, models in gpus.BY_MEMORY.items()
-        ]
+        batches = []
+        for title, models in gpus.BY_MEMORY.items():
+            largest = dry_run.largest_batch(config, costs, models[0])
+            batches.append(f"{largest} on {title}")
+            num_parts = dry_run.fitting_accumulate(config, costs, models[0], config.batch_size)
+            if largest < config.batch_size and num_parts:
+                batches[-1] += f" ({config.batch_size} with --accumulate {num_parts})"
         value = f"recipe {config.recipe}: at most {', '.join(batches)}, computed"
         return Row("batch per GPU", value)
     local_batch = -(-config.batch_size // num_gpus)
@@ -251,7 +254,10 @@ def gpu_memory(config: "Config", num_gpus: int) -> Row:
     )
     if need <= gpu.memory:
         return Row("batch per GPU", value)
+    num_parts = dry_run.fitting_accumulate(config, costs, gpu, local_batch, num_gpus)
     flags = f"--gpus {num_gpus} --batch-size {num_gpus * largest}, or more GPUs"
+    if num_parts:  # the same batch, at the cost of one more forward pass
+        flags = f"--gpus {num_gpus} --accumulate {num_parts}, or {flags}"
     if not largest:
         flags = "--size 160, or a smaller --encoder or --projector"
     fix = f"bt-fast pretrain --recipe {config.recipe} {flags}"

@@ -132,6 +132,9 @@ def memory_and_rate_rows(
                 for gpu in models
             )
             rows[title] += f"; of {images}, computed images/s (not measured): {', '.join(rates)}"
+        num_parts = fitting_accumulate(config, costs, models[0], local_batch, world_size)
+        if largest < local_batch and num_parts:
+            rows[title] += f"; of {local_batch} with --accumulate {num_parts}"
     return rows
 
 
@@ -145,6 +148,19 @@ def largest_batch(
             break
         largest = batch
     return largest
+
+
+def fitting_accumulate(
+    config: Config, costs: "ModelCosts", gpu: GpuModel, images: int, world_size: int = 1
+) -> int | None:
+    """The smallest --accumulate with which `images` images per GPU fit into its memory, or None."""
+    for num_parts in range(1, images // 2 + 1):
+        if images % num_parts:
+            continue
+        in_parts = replace(config, accumulate=num_parts)
+        if sum(memory_bytes(in_parts, costs, images, world_size).values()) <= gpu.memory:
+            return num_parts
+    return None
 
 
 def memory_bytes(

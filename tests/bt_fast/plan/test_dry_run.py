@@ -55,10 +55,28 @@ def test_the_largest_batch_fits_and_the_next_does_not():
         assert sum(dry_run.memory_bytes(SMALL, counted, most).values()) <= card.memory
         assert sum(dry_run.memory_bytes(SMALL, counted, most + 16).values()) > card.memory
     assert dry_run.largest_batch(SMALL, counted, gpus.GpuModel(name="tiny", memory=2e9)) == 0
+    assert dry_run.fitting_accumulate(SMALL, counted, gpus.H100, 16) == 1
     # More ranks gather more embeddings.
     config, counted = Config(), dry_run.count_costs(Config())
     alone, many = (dry_run.largest_batch(config, counted, gpus.H100, n) for n in (1, 32))
     assert 0.8 * alone < many < alone
+
+
+def test_the_suggested_parts_fit_and_fewer_do_not():
+    card = gpus.GpuModel(name="24 GB", memory=24e9)
+    config, counted = Config(), dry_run.count_costs(Config())
+    num_parts = dry_run.fitting_accumulate(config, counted, card, config.batch_size)
+
+    def memory(parts):
+        in_parts = replace(config, accumulate=parts)
+        return sum(dry_run.memory_bytes(in_parts, counted, config.batch_size).values())
+
+    assert config.batch_size % num_parts == 0
+    assert memory(num_parts) <= card.memory < memory(num_parts // 2)
+    rows = dry_run.memory_and_rate_rows(config, counted, 1)
+    assert rows["GPUs of 24 GB"].endswith(f"of {config.batch_size} with --accumulate {num_parts}")
+    tiny = replace(card, memory=3e9)
+    assert dry_run.fitting_accumulate(config, counted, tiny, config.batch_size) is None
 
 
 @pytest.mark.parametrize(
