@@ -95,8 +95,14 @@ def test_a_mistake_is_said_once_by_all_ranks(small_beton, tmp_path):
 @pytest.mark.parametrize(
     "flags,message",
     [
-        (["--link-gbps", "0"], "--link-gbps and --seconds must be positive"),
-        (["--resume", "runs/x"], "apply to runs, not to profiles"),
+        pytest.param(
+            ["--link-gbps", "0"],
+            "--link-gbps and --seconds must be positive",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            ["--resume", "runs/x"], "apply to runs, not to profiles", marks=pytest.mark.slow
+        ),
         (["--data", "nowhere.beton"], "--data nowhere.beton does not exist"),
     ],
 )

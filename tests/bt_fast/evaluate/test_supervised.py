@@ -94,7 +94,10 @@ def test_only_fine_tuning_changes_the_encoder(command, labelled_run, tmp_path):
 
 @pytest.mark.parametrize(
     "command,saves",  # cached: saves 1 to 4 are the grid's epochs, 5 the choice
-    [("linear", 1), ("semi", 2), ("cached", 2), ("cached", 5), ("cached", 7)],
+    [
+        *(("linear", 1), ("cached", 2), ("cached", 7)),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in (("semi", 2), ("cached", 5))),
+    ],
 )
 def test_interrupted_and_run_again_ends_the_same(
     command, saves, labelled_run, tmp_path, monkeypatch, capsys
