@@ -24,6 +24,7 @@ Barlow Twins pretraining as fast as the hardware allows.
   eval semi      fine-tune on 1 or 10 percent of the labels
   eval transfer  evaluate on Places-205, iNaturalist 2018, VOC07 or any image folder
   embed          write the features of all images of a data set to a file
+  curate         find near duplicates and outliers by features, choose a subset of the images
   compare        curves of several runs in one picture, their results in one table
   export         write a trained encoder for torchvision, timm, detectron2 or ONNX
   doctor         check this machine: hardware, packages, rates, and what to fix
@@ -39,6 +40,7 @@ _EVALUATIONS = {
     "eval semi": ("semi", "EvalSemi", "run_semi"),
     "eval transfer": ("transfer", "EvalTransfer", "run_transfer"),
     "embed": ("embed", "Embed", "run_embed"),
+    "curate": ("curate.command", "Curate", "run_curate"),
 }
 
 

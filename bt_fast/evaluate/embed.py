@@ -52,7 +52,7 @@ def run_embed(options: Embed, world: World = ALONE) -> int:
         partial = options.out.with_name(f"{options.out.name}.partial")
         try:
             with work_folder(partial, resume=True) as work:
-                _write_features(setup, images, work, identity)
+                write_features(setup, images, work, identity)
                 _publish(work / "features.npy", images, options.out)
         except BlockingIOError:
             raise ValueError(f"--out {options.out} is being written by another process") from None
@@ -62,7 +62,7 @@ def run_embed(options: Embed, world: World = ALONE) -> int:
             summary_table("bt-fast embed", rows | {"out": str(options.out)})
         )
     else:
-        _write_features(setup, images, None, identity)
+        write_features(setup, images, None, identity)
     return 0
 
 
@@ -89,10 +89,18 @@ def embed(
     return path
 
 
-def _write_features(
+def write_features(
     setup: EvalSetup, images: ImageDataset, work: Path | None, identity: dict[str, Any]
 ) -> None:
-    """Compute what the work folder lacks; all ranks divide every chunk, the first one writes."""
+    """Complete features.npy in the folder `work`, which holds state.json beside it.
+
+    All ranks divide every chunk, the first one writes. What another command left is reused if its
+    `identity` is the same.
+
+    Args:
+        work: an existing folder; None on all ranks but the first.
+        identity: of encoder and images, see `EvalSetup.identity`.
+    """
     shape = len(images), feature_width(setup.encoder)
     done = 0
     if work is not None:

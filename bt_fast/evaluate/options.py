@@ -12,7 +12,16 @@ from bt_fast.export.options import WeightsOptions
 Options = TypeVar("Options", bound="EvalOptions")
 
 # Flags that are at least 1, in every command that has them.
-_COUNTS = ("workers", "size", "gpus", "epochs", "batch_size", "semi_epochs", "semi_batch_size")
+_COUNTS = (
+    "workers",
+    "size",
+    "gpus",
+    "epochs",
+    "batch_size",
+    "semi_epochs",
+    "semi_batch_size",
+    "clusters",
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -149,6 +158,35 @@ class EvalTransfer(EvalOptions):
     """Smallest random crop, fraction of the image's area."""
     seed: int = 0
     """Seed of the classifier's initialisation, the order and the crops."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Curate(EvalOptions):
+    """Find near duplicates and outliers by an encoder's features; choose a subset of the images."""
+
+    threshold: float = 0.8
+    """Cosine similarity of whitened features above which two images are near duplicates."""
+    clusters: int | None = None
+    """Number of clusters. Default: the square root of the number of images."""
+    by: Literal["semdedup", "balanced", "random"] | None = None
+    """Subset to choose: without the most redundant images, balanced over clusters, or random."""
+    fraction: float | None = None
+    """Fraction of the images to keep. Default of semdedup: all but near duplicates."""
+    seed: int = 0
+    """Seed of the clusters and the subset."""
+    overwrite: bool = False
+    """Permission to replace the results of another command in the folder."""
+
+    def __post_init__(self) -> None:
+        EvalOptions.__post_init__(self)
+        if not 0 < self.threshold <= 1:
+            raise ValueError(f"--threshold must be in (0, 1], got {self.threshold}")
+        if self.fraction is not None and not 0 < self.fraction <= 1:
+            raise ValueError(f"--fraction must be in (0, 1], got {self.fraction}")
+        if self.fraction is not None and self.by is None:
+            raise ValueError("--fraction needs --by semdedup, balanced or random")
+        if self.fraction is None and self.by in ("balanced", "random"):
+            raise ValueError(f"--by {self.by} needs --fraction, such as --fraction 0.5")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,0 +1,1 @@
+"""`bt-fast curate`: near duplicates, outliers, clusters and subsets, by an encoder's features."""

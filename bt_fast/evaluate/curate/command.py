@@ -1,0 +1,219 @@
+"""`bt-fast curate`: what the features of an encoder say about a data set, and a subset of it.
+
+    OUT/report.html     near duplicates, of held-out and training images first; outliers; clusters
+    OUT/pairs.csv       both names and the cosine similarity of every pair of near duplicates
+    OUT/outliers.csv    every image's mean similarity to its neighbours, the lowest first
+    OUT/overlap.txt     training images with a near duplicate among the held-out ones,
+                        for bt-convert --exclude
+    OUT/keep.txt        with --by: the images of the subset, for bt-convert --include
+    OUT/features/       features, which the next command reuses if encoder and images are the same
+
+Similarities are cosines of whitened features, see `neighbours.Whitening`.
+"""
+
+import csv
+import io
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.console import Console
+
+from bt_fast.distributed.collectives import ALONE, World
+from bt_fast.evaluate.curate import subsets
+from bt_fast.evaluate.curate.clusters import ITERATIONS, cluster
+from bt_fast.evaluate.curate.findings import Findings
+from bt_fast.evaluate.curate.neighbours import Whitening, nearest
+from bt_fast.evaluate.curate.report import write_report
+from bt_fast.evaluate.embed import write_features
+from bt_fast.evaluate.eval_setup import EvalSetup, Subset, build_setup, open_splits
+from bt_fast.evaluate.options import Curate
+from bt_fast.run.console import summary_table
+from pipelines.common.atomic import atomic_file
+from pipelines.common.console import progress
+from pipelines.loading.datasets import ImageDataset
+
+NEIGHBOURS = 10  # of every image
+RESULTS = ("report.html", "pairs.csv", "outliers.csv", "overlap.txt", "keep.txt")
+
+
+def run_curate(options: Curate, world: World = ALONE) -> int:
+    """Write the folder; returns the exit status."""
+    setup = build_setup(options, world=world)
+    train, val = open_splits(options, setup.config)
+    for images in (train, val):
+        if images is not None and len(images) < 2:
+            raise ValueError(f"{images.path} has fewer than two images")
+    out = options.out or setup.folder.with_name("curate")
+    count = round((options.fraction or 1.0) * len(train))
+    if count < 2:
+        raise ValueError(f"--fraction {options.fraction} keeps fewer than two images")
+    _require_names(train)
+    if world.is_first:
+        _refuse_results(out, options.overwrite)
+    features = {"train": _features(setup, train, out / "features" / "train")}
+    if val is not None:
+        features["val"] = _features(setup, val, out / "features" / "val")
+    if not world.is_first:
+        return 0
+    findings = examine(
+        features["train"],
+        features.get("val"),
+        options.threshold,
+        options.clusters or round(len(train) ** 0.5),
+        options.seed,
+        setup.runtime.device,
+    )
+    kept = _choose(options, count, features["train"], findings)
+    for name in RESULTS:
+        (out / name).unlink(missing_ok=True)
+    _write_lists(out, train, val, findings, kept)
+    write_report(out / "report.html", train, val, findings, kept, options)
+    rows = {"encoder": setup.description, "data": f"{train.path}, {len(train):,} images"}
+    rows |= findings.rows()
+    if kept is not None:
+        rows["kept"] = f"{len(kept):,} of {len(train):,} by {options.by}: {out / 'keep.txt'}"
+    rows["report"] = str(out / "report.html")
+    Console(soft_wrap=True).print(summary_table("bt-fast curate", rows))
+    return 0
+
+
+def examine(
+    train: np.ndarray,
+    val: np.ndarray | None,
+    threshold: float,
+    num_clusters: int,
+    seed: int,
+    device: torch.device,
+) -> Findings:
+    """Near duplicates, outliers and clusters of features, float32 [n, d] and [m, d]."""
+    whitening = Whitening.of(train, device)
+    pairs = {}
+    if val is not None:
+        with progress("held-out against training", len(val)) as advance:
+            found = nearest(val, train, NEIGHBOURS, whitening, advance)
+        pairs["across"] = _pairs(*found, threshold)
+        with progress("held-out images", len(val)) as advance:
+            found = nearest(val, val, NEIGHBOURS, whitening, advance)
+        pairs["val"] = _pairs(*found, threshold, both_ways=True)
+    with progress("training images", len(train)) as advance:
+        found = nearest(train, train, NEIGHBOURS, whitening, advance)
+    pairs["train"] = _pairs(*found, threshold, both_ways=True)
+    with progress("clustering", ITERATIONS * len(train)) as advance:
+        clusters = cluster(train, num_clusters, whitening, seed=seed, advance=advance)
+    return Findings(
+        pairs=pairs,
+        similarity_to_neighbours=found[0].mean(axis=1),
+        clusters=clusters,
+        whitening=whitening,
+    )
+
+
+def _pairs(
+    similarities: np.ndarray, rows: np.ndarray, threshold: float, both_ways: bool = False
+) -> np.ndarray:
+    """Pairs of at least the threshold among nearest neighbours, the most similar first.
+
+    both_ways: rows and columns are the same images; each pair is listed once.
+    Returns [("first", int64), ("second", int64), ("similarity", float32)].
+    """
+    first, column = np.nonzero(similarities >= threshold)
+    second = rows[first, column]
+    pairs = np.empty(len(first), [("first", "i8"), ("second", "i8"), ("similarity", "f4")])
+    pairs["first"], pairs["second"] = first, second
+    pairs["similarity"] = similarities[first, column]
+    if both_ways:
+        low, high = np.minimum(first, second), np.maximum(first, second)
+        pairs["first"], pairs["second"] = low, high
+        pairs = pairs[np.unique(low * len(similarities) + high, return_index=True)[1]]
+    return pairs[np.lexsort((pairs["second"], pairs["first"], -pairs["similarity"]))]
+
+
+def _choose(
+    options: Curate, count: int, features: np.ndarray, findings: Findings
+) -> np.ndarray | None:
+    """Sorted indices of the training images to keep; None without --by."""
+    if options.by is None:
+        return None
+    if options.by == "random":
+        return subsets.random_subset(len(features), count, options.seed)
+    if options.by == "balanced":
+        return subsets.balanced(findings.clusters, count, options.seed)
+    with progress("redundancy", len(features)) as advance:
+        redundancy = subsets.redundancy(features, findings.clusters, findings.whitening, advance)
+    if options.fraction is None:
+        return np.flatnonzero(redundancy < options.threshold)
+    return subsets.least_redundant(redundancy, count)
+
+
+def _features(setup: EvalSetup, images: ImageDataset, folder: Path) -> np.ndarray:
+    """float32 [n, width], a file in the folder, mapped."""
+    if setup.world.is_first:
+        folder.mkdir(parents=True, exist_ok=True)
+    identity = setup.identity(Subset(images=images, samples=np.arange(len(images))))
+    write_features(setup, images, folder if setup.world.is_first else None, identity)
+    if not setup.world.is_first:
+        return np.empty((0, 0), np.float32)
+    return np.load(folder / "features.npy", mmap_mode="r")
+
+
+def _refuse_results(out: Path, overwrite: bool) -> None:
+    for name in RESULTS:
+        if (out / name).exists() and not overwrite:
+            raise ValueError(
+                f"--out {out} holds a {name}; choose another folder, or replace it: --overwrite"
+            )
+
+
+def _require_names(images: ImageDataset) -> None:
+    """Raise ValueError unless a list with a name on each line means these images."""
+    names = {images.name(index) for index in range(len(images))}
+    if len(names) < len(images):
+        raise ValueError(f"{images.path}: several images have the same name, which a list needs")
+    if broken := next((name for name in names if len(name.splitlines()) != 1), None):
+        raise ValueError(f"{images.path}: the name {broken!r} does not fit into one line")
+
+
+def _write_lists(
+    out: Path,
+    train: ImageDataset,
+    val: ImageDataset | None,
+    findings: Findings,
+    kept: np.ndarray | None,
+) -> None:
+    def rows() -> Iterable[tuple]:
+        sides = findings.sides(train, val)
+        for kind, pairs in findings.pairs.items():
+            ours, theirs = sides[kind]
+            for first, second, similarity in pairs.tolist():
+                yield kind, ours.name(first), theirs.name(second), f"{similarity:.4f}"
+
+    _write_csv(out / "pairs.csv", ("images", "first", "second", "similarity"), rows())
+    order = np.argsort(findings.similarity_to_neighbours, kind="stable").tolist()
+    values = findings.similarity_to_neighbours
+    _write_csv(
+        out / "outliers.csv",
+        ("name", "similarity"),
+        ((train.name(index), f"{values[index]:.4f}") for index in order),
+    )
+    if val is not None:
+        _write_names(out / "overlap.txt", train, findings.overlap())
+    if kept is not None:
+        _write_names(out / "keep.txt", train, kept)
+
+
+def _write_csv(path: Path, header: tuple[str, ...], rows: Iterable[tuple]) -> None:
+    with atomic_file(path) as file:
+        text = io.TextIOWrapper(file, "utf-8", "surrogateescape", newline="")
+        writer = csv.writer(text)
+        writer.writerow(header)
+        writer.writerows(rows)
+        text.flush()
+        text.detach()
+
+
+def _write_names(path: Path, images: ImageDataset, indices: np.ndarray) -> None:
+    with atomic_file(path) as file:
+        for index in indices.tolist():
+            file.write(f"{images.name(index)}\n".encode("utf-8", "surrogateescape"))

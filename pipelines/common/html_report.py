@@ -1,0 +1,170 @@
+"""Parts of a report as HTML: one file without scripts and links, which opens offline.
+
+Every function returns a piece of HTML and escapes the text it is given; `page` joins the pieces.
+Equal arguments give equal text.
+"""
+
+import base64
+import html
+import io
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from pipelines.common.console import printable
+
+THUMBNAIL_SIDE = 112  # pixels
+_STYLE = """
+:root { color-scheme: light dark; --ink: #1d2430; --soft: #667085; --line: #d9dee7;
+  --fill: #3b6fd4; --paper: #fff; --back: #f4f6f9; }
+@media (prefers-color-scheme: dark) { :root { --ink: #e6e9ef; --soft: #98a2b3; --line: #343b48;
+  --fill: #7ba4f4; --paper: #1b2029; --back: #12151b; } }
+* { box-sizing: border-box; }
+body { margin: 0; background: var(--back); color: var(--ink);
+  font: 15px/1.5 system-ui, sans-serif; }
+main { max-width: 1120px; margin: 0 auto; padding: 24px 16px 64px; }
+h1 { font-size: 24px; margin: 8px 0 16px; overflow-wrap: anywhere; }
+h2 { font-size: 17px; margin: 0 0 8px; }
+h3 { font-size: 14px; margin: 16px 0 4px; }
+p { margin: 4px 0 8px; }
+section { background: var(--paper); border: 1px solid var(--line); border-radius: 10px;
+  padding: 16px 20px; margin: 16px 0; }
+table { border-collapse: collapse; margin: 4px 0 8px; }
+th, td { padding: 3px 18px 3px 0; text-align: left; vertical-align: top;
+  border-bottom: 1px solid var(--line); overflow-wrap: anywhere; }
+th { color: var(--soft); font-weight: 600; }
+td.number { text-align: right; font-variant-numeric: tabular-nums; overflow-wrap: normal; }
+.bars { display: grid; grid-template-columns: minmax(80px, max-content) 1fr max-content;
+  gap: 2px 12px; align-items: center; max-height: 420px; overflow: auto; font-size: 13px; }
+.bar { height: 11px; background: var(--fill); border-radius: 2px; }
+.number { font-variant-numeric: tabular-nums; text-align: right; }
+.plots { display: flex; flex-wrap: wrap; gap: 24px; }
+figure { margin: 0; }
+figcaption { color: var(--soft); font-size: 12px; overflow-wrap: anywhere; }
+svg { display: block; } svg rect { fill: var(--fill); }
+svg text { fill: var(--soft); font-size: 11px; }
+.sheet { display: grid; grid-template-columns: repeat(auto-fill, minmax(112px, 1fr)); gap: 12px; }
+.sheet img { display: block; max-width: 100%; border-radius: 4px; }
+""".strip()
+
+
+class Picture(NamedTuple):
+    """A JPEG and the text below it."""
+
+    jpeg: bytes
+    caption: str
+
+
+def text(value: object) -> str:
+    """The value as text of one line; numbers with separators."""
+    shown = f"{value:,}" if isinstance(value, int) else str(value)
+    return html.escape(printable(shown))
+
+
+def page(title: str, sections: Iterable[str]) -> str:
+    """The complete file. Its policy lets a browser load nothing but the pictures inside."""
+    policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+    return (
+        f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f'<link rel="icon" href="data:,">\n<title>{text(title)}</title>\n'
+        f"<style>\n{_STYLE}\n</style>\n</head>\n<body>\n<main>\n<h1>{text(title)}</h1>\n"
+        + "".join(sections)
+        + "</main>\n</body>\n</html>\n"
+    )
+
+
+def section(heading: str, *parts: str) -> str:
+    """A box with a heading; empty if all parts are."""
+    content = "".join(parts)
+    return f"<section>\n<h2>{text(heading)}</h2>\n{content}</section>\n" if content else ""
+
+
+def subheading(value: str) -> str:
+    """A heading inside a section."""
+    return f"<h3>{text(value)}</h3>\n"
+
+
+def paragraph(value: str) -> str:
+    """A paragraph of text."""
+    return f"<p>{text(value)}</p>\n"
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """A table; integers are aligned to the right. Empty without rows."""
+    lines = []
+    for row in rows:
+        cells = ""
+        for value in row:
+            tag = '<td class="number">' if isinstance(value, int) else "<td>"
+            cells += f"{tag}{text(value)}</td>"
+        lines.append(f"<tr>{cells}</tr>\n")
+    titles = "".join(f"<th>{text(title)}</th>" for title in head)
+    return f"<table>\n<tr>{titles}</tr>\n{''.join(lines)}</table>\n" if lines else ""
+
+
+def bars(counts: Iterable[tuple[str, int]]) -> str:
+    """A horizontal bar for each name and count. Empty without any."""
+    counts = list(counts)
+    largest = max((count for _, count in counts), default=0) or 1
+    lines = [
+        f'<span>{text(name)}</span><div class="bar" style="width:{100 * count / largest:.1f}%">'
+        f'</div><span class="number">{text(count)}</span>\n'
+        for name, count in counts
+    ]
+    return f'<div class="bars">\n{"".join(lines)}</div>\n' if lines else ""
+
+
+def histogram(title: str, values: np.ndarray, num_bins: int = 32, *, log: bool = False) -> str:
+    """A histogram of the values, [n], as SVG; log: bins of equal ratio. Empty without values."""
+    if not len(values):
+        return ""
+    low, high = float(values.min()), float(values.max())
+    if low == high:
+        low, high = (low / 1.1, high * 1.1) if log else (low - 0.5, high + 0.5)
+    edges = (np.geomspace if log else np.linspace)(low, high, num_bins + 1)
+    edges[0], edges[-1] = low, high  # not rounded
+    counts, _ = np.histogram(values, edges)
+    width, height, step = 320, 96, 320 / num_bins
+    rects = [
+        f'<rect x="{step * i:.1f}" y="{height - h:.1f}" width="{step - 1:.1f}" height="{h:.1f}"/>'
+        for i, h in enumerate((height * counts / max(counts.max(), 1)).tolist())
+        if h
+    ]
+    ends = (
+        f'<text x="0" y="{height + 14}">{values.min():,.4g}</text>'
+        f'<text x="{width}" y="{height + 14}" text-anchor="end">{values.max():,.4g}</text>'
+    )
+    return (
+        f'<figure><svg width="{width}" height="{height + 18}" role="img">{"".join(rects)}{ends}'
+        f"</svg><figcaption>{text(title)}</figcaption></figure>\n"
+    )
+
+
+def row(*parts: str) -> str:
+    """Parts beside each other, such as histograms."""
+    return f'<div class="plots">\n{"".join(parts)}</div>\n'
+
+
+def sheet(pictures: Iterable[Picture]) -> str:
+    """A grid of pictures with their captions. Empty without any."""
+    figures = [
+        f'<figure><img alt="" src="data:image/jpeg;base64,{base64.b64encode(jpeg).decode()}">'
+        f"<figcaption>{text(caption)}</figcaption></figure>\n"
+        for jpeg, caption in pictures
+    ]
+    return f'<div class="sheet">\n{"".join(figures)}</div>\n' if figures else ""
+
+
+def thumbnail(jpeg: bytes, side: int = THUMBNAIL_SIDE) -> bytes:
+    """A JPEG of the image, whose longer side is at most `side` pixels."""
+    image = Image.open(io.BytesIO(jpeg))
+    image.draft("RGB", (side, side))  # decodes at the lowest sufficient resolution
+    small = image.convert("RGB")
+    small.thumbnail((side, side))
+    buffer = io.BytesIO()
+    small.save(buffer, "JPEG", quality=80)
+    return buffer.getvalue()
