@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import write_beton
-from sample_imagenet import write_folder
+from sample_imagenet import CLASSES, write_folder
 from sample_voc import write_devkit
 
 from bt_fast.choices import is_of_library
@@ -106,6 +106,8 @@ def stand_ins(tmp_path_factory, labelled_run) -> Path:
         write_beton(folder / f"{name}.val.beton", 16)
     for name in ("cifar10", "photos", "imagenet"):
         shutil.copy(folder / "out.beton", folder / f"{name}.beton")
+    (folder / "imagenet100.txt").write_text("\n".join(sorted(CLASSES)[:2]))
+    (folder / "kept.txt").write_text("class-0/000.jpg\nclass-1/001.jpg\n")
     (folder / "demo").mkdir()
     shutil.copy(folder / "out.beton", folder / "demo" / "out.beton")
     (folder / "parts").mkdir()

@@ -139,6 +139,15 @@ class BetonWriter:
         """The bytes where `add` would store the next image, of `size` bytes (`in_place`)."""
         return os.pread(self._file.fileno(), size, self._next_position(size)[1])
 
+    def stored(self, index: int) -> bytes:
+        """The JPEG of image `index`, of those added so far."""
+        self._rows.flush()
+        self._file.flush()
+        record = os.pread(self._rows.fileno(), ROW.itemsize, index * ROW.itemsize)
+        row = np.frombuffer(record, ROW)[0]
+        ptr = int(row["metadata"][f"f{IMAGE_FIELD}"]["data_ptr"])
+        return os.pread(self._file.fileno(), int(row["size"]), ptr)
+
     def discard_rest(self) -> None:
         """Truncate the file after the images added so far (`in_place`)."""
         self._file.flush()

@@ -33,9 +33,12 @@ from pipelines.common.console import count_items, print_line, replace_closed_str
 from pipelines.common.cpu import usable_cores
 from pipelines.common.flags import parse_flags
 from pipelines.common.signals import Stopped, signals_raise_stopped
+from pipelines.convert import data_page, findings
 from pipelines.convert.data_report import Report, account
+from pipelines.convert.filters import Lists, parse_drop
+from pipelines.convert.image_table import ImageTable
 from pipelines.convert.journal import Journal
-from pipelines.convert.jpeg import OUT_OF_FILES, Check
+from pipelines.convert.jpeg import OUT_OF_FILES
 from pipelines.convert.manifest import Manifest, SourceError, Split
 from pipelines.convert.pixels import PixelFlags
 from pipelines.convert.sources import find_splits
@@ -43,7 +46,7 @@ from pipelines.convert.sources.beton_file import val_path
 from pipelines.convert.sources.splits import SourceOptions
 from pipelines.convert.targets import BetonTarget, ShardTarget, UsageError
 from pipelines.convert.verify import DamagedResult, verify
-from pipelines.convert.workers import WorkerDied
+from pipelines.convert.workers import AnyCheck, WorkerDied
 from pipelines.convert.write_split import write_split
 
 
@@ -75,12 +78,27 @@ class Convert:
     overwrite: bool = False
     """Permission to replace an existing OUT."""
 
-    check: Check = "full"
+    check: AnyCheck = "auto"
     """Check of plain JPEGs. full: decode every image once. quick: check only the structure of the
-    files; for data known to be intact."""
+    files; for data known to be intact. auto: full, but images of a .beton of bt-convert, which have
+    been decoded before, are copied after a comparison of their checksums."""
 
     subset: int | None = None
     """Number of training images to convert, spread evenly over the classes; default: all."""
+
+    include: Path | None = None
+    """File with the names of the training images to convert, one a line, as in the report. Other
+    training images are left out; validation images are not."""
+
+    exclude: Path | None = None
+    """File with the names of the training images to leave out, one a line, as in the report."""
+
+    classes: Path | None = None
+    """File with the names of the classes to convert, one a line; applies to both splits."""
+
+    drop: str | None = None
+    """Training images to leave out, comma-separated. exact: those identical to an earlier one.
+    overlap: those identical to a validation image. blank: those of one colour."""
 
     shard: str = "1/1"
     """Part of the images to convert, for example 2/4 on the second of four machines. A folder of
@@ -163,11 +181,13 @@ def main(argv: list[str] | None = None) -> int:
             _check_numbers(config)
             outs = [config.source]
             if not config.verify or config.out is not None:
-                written = convert(config)
+                written, page = convert(config)
                 kept = "the conversion is complete"
                 for path, report in written:
                     print_line(f"Wrote {path}: {report.summary()}")
                     print_line(account(report.content({})))
+                for note in filter(None, (findings.note(report) for _, report in written)):
+                    print_line(f"{note}: see {page}")
                 outs = list(dict.fromkeys(path for path, _ in written))
             if config.verify and config.out is None and config.source.suffix == ".beton":
                 outs += [path for path in [val_path(config.source)] if path.exists()]
@@ -199,8 +219,9 @@ def main(argv: list[str] | None = None) -> int:
         return _fail(f"SOURCE {config.source} cannot be read: {error}", 2)
 
 
-def convert(config: Convert) -> list[tuple[Path, Report]]:
-    """Run the conversion; returns (file or folder that was written, its report) by split.
+def convert(config: Convert) -> tuple[list[tuple[Path, Report]], Path]:
+    """Run the conversion; returns (file or folder that was written, its report) by split, and the
+    HTML file.
 
     Raises UsageError, SourceError, BrokenImages, OSError (such as OutputExists), WorkerDied.
     """
@@ -218,9 +239,13 @@ def convert(config: Convert) -> list[tuple[Path, Report]]:
     splits = find_splits(config.source, options)
     target.check(list(splits))
     max_side = splits["train"].max_side if config.max_side is None else config.max_side
-    settings = {"max_side": max_side, "subset": config.subset, "part": list(part)}
-    settings |= flags.settings() | {"image_key": config.image_key}
+    drop, check = _drop_settings(config, splits)
+    Lists.read(config.include, config.exclude, config.classes).apply(splits)
+    settings: dict = {"max_side": max_side, "subset": config.subset, "part": list(part)}
+    settings |= flags.settings() | {"image_key": config.image_key, "drop": drop}
     journal_settings = {name: getattr(config, name) for name in ("format", "check", "shard_size")}
+    paths = {name: getattr(config, name) for name in ("include", "exclude", "classes")}
+    lists = {name: None if path is None else str(path) for name, path in paths.items()}
 
     with _work_folder(out, config) as work:
         reports: dict[str, Report] = {}
@@ -228,26 +253,36 @@ def convert(config: Convert) -> list[tuple[Path, Report]]:
             class_names = reports["train"].manifest.class_names if reports else None
             reports[name] = _scan(name, split, work, config, part, class_names)
         with contextlib.ExitStack() as files:
+            journals = {}
             for name, report in reports.items():
                 images = {"images": report.manifest.sha256}
-                journal = Journal(work / f"{name}.journal", images | journal_settings | settings)
-                files.callback(journal.close)
-                writer = target.writer(work, report)
-                files.enter_context(writer)
+                path = work / f"{name}.journal"
+                journals[name] = Journal(path, images | journal_settings | settings)
+                files.callback(journals[name].close)
+            held_out: ImageTable | None = None
+            # First val, with which the training images are compared.
+            for name, report in reversed(reports.items()):
                 write_split(
-                    writer,
-                    journal,
+                    files.enter_context(target.writer(work, report)),
+                    journals[name],
                     report,
                     workers=config.workers,
                     max_side=max_side,
-                    check=config.check,
+                    check=check,
                     flags=flags,
+                    drop=drop if name == "train" else (),
+                    held_out=held_out,
                 )
+                held_out = report.images
             _require_images(reports, config)
-        for report in reports.values():
-            account(report.content({}))  # raises ValueError if it does not add up
-        published = target.publish(work, reports, {"source": str(config.source), **settings})
-    return [(published[name], report) for name, report in reports.items()]
+            for report in reports.values():
+                account(report.content({}))  # raises ValueError if it does not add up
+                val = reports.get("val") if report.name == "train" else None
+                report.findings = findings.find(report, val)
+            page = data_page.draw(str(config.source), reports)
+        settings |= {"source": str(config.source), **lists}
+        published = target.publish(work, reports, settings, page)
+    return [(published[name], report) for name, report in reports.items()], target.page
 
 
 @contextlib.contextmanager
@@ -310,6 +345,26 @@ def _check_arguments(config: Convert) -> tuple[Path, tuple[int, int]]:
     if not os.access(out.parent, os.W_OK):
         raise UsageError(f"OUT {out}: no permission to write into {out.parent}")
     return out, (number, num_parts)
+
+
+def _drop_settings(config: Convert, splits: dict[str, Split]) -> tuple[list[str], AnyCheck]:
+    """What --drop leaves out, and the check with which that is known. Raises UsageError."""
+    try:
+        drop = parse_drop(config.drop)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+    if {"exact", "overlap"} & set(drop) and config.shard != "1/1":
+        raise UsageError(
+            f"--drop {config.drop}: a part has only some of the images; give --drop when the parts"
+            " are joined"
+        )
+    if "overlap" in drop and "val" not in splits:
+        raise UsageError(f"--drop overlap: {config.source} has no validation images")
+    if "blank" not in drop:
+        return drop, config.check
+    if config.check == "quick":
+        raise UsageError("--drop blank decodes all images; leave out --check quick")
+    return drop, "full"
 
 
 def _pixel_flags(config: Convert) -> PixelFlags:

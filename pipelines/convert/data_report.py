@@ -1,18 +1,33 @@
 """The report on the conversion of a split: printed lines and the JSON file beside the output."""
 
 import sys
+from array import array
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
+
+import numpy as np
 
 import pipelines
 from pipelines.common.console import print_line
+from pipelines.convert.image_table import ImageTable
 from pipelines.convert.jpeg import JPEG_EXTENSIONS, Prepared
 from pipelines.convert.manifest import Manifest, Split
 from pipelines.convert.pixels import FIRST_FRAME
 
+MAX_LISTED = 100  # names in a list of the report, whose total is stated
+
 
 class Report:
-    """Counts of one converted split, and its repaired and rejected images."""
+    """Counts of one converted split, and its repaired and rejected images.
+
+    Attributes: `images`, those that are stored, and `held_out`, those of the validation split, both
+    from `write_split`; `overlaps`, pairs (index, index in `held_out`) of identical images;
+    `dropped`, what --drop left out, by reason, and `left_out`, the first of these images;
+    `findings`, what `findings.find` found.
+    """
+
+    images: ImageTable
 
     def __init__(self, name: str, split: Split, manifest: Manifest):
         self.name = name  # train or val
@@ -23,6 +38,12 @@ class Report:
         self.samples_per_class: Counter[int] = Counter()
         self.repairs: list[dict[str, str]] = []
         self.rejects = [{"path": path, "reason": reason} for path, reason in split.problems]
+        self.held_out: ImageTable | None = None
+        self.overlaps = array("I")
+        self.dropped: Counter[str] = Counter()
+        self.left_out: list[dict[str, str]] = []
+        self.findings: dict = {}
+        self._not_stored = array("I")  # positions in the manifest
         self.bytes_in = self.bytes_out = self.longest_side = 0
         self.checksum = ""
 
@@ -30,8 +51,11 @@ class Report:
     def num_images(self) -> int:
         return self.actions.total()
 
-    def accept(self, path: str, label: int, image: Prepared, bytes_in: int) -> None:
+    def accept(self, path: str, label: int, image: Prepared, checksum: int, bytes_in: int) -> None:
         """Count an image that was stored."""
+        if self.held_out is not None and (same := self.held_out.find(image.jpeg, checksum)) >= 0:
+            self.overlaps.extend((len(self.images), same))
+        self.images.add(image, checksum, label)
         action, _, why = image.action.partition(" ")
         self.actions[action] += 1
         self.samples_per_class[label] += 1
@@ -43,6 +67,30 @@ class Report:
         # A PNG named .png is merely another format; a PNG named .jpg counts as repaired.
         if action == "reencoded" and Path(path).suffix.lower() in JPEG_EXTENSIONS:
             self.repairs.append({"path": path, "why": why.strip("()")})
+
+    def reject(self, path: str, reason: str) -> None:
+        """List a broken image."""
+        self._not_stored.append(self.num_images + len(self._not_stored))
+        self.rejects.append({"path": path, "reason": reason})
+
+    def leave_out(self, path: str, reason: str) -> None:
+        """Count an image that --drop leaves out."""
+        self._not_stored.append(self.num_images + len(self._not_stored))
+        self.dropped[reason] += 1
+        if len(self.left_out) < MAX_LISTED:
+            self.left_out.append({"path": path, "reason": reason})
+
+    def names(self, indices: Iterable[int]) -> dict[int, str]:
+        """The names of stored images."""
+        unique = np.unique(np.fromiter(indices, np.int64))
+        skipped = np.asarray(self._not_stored, np.int64)
+        before = skipped - np.arange(len(skipped))  # images stored before each of them
+        positions = (unique + np.searchsorted(before, unique, "right")).tolist()
+        entries = self.manifest.pick(positions)
+        return {
+            index: entries[position].name
+            for index, position in zip(unique.tolist(), positions, strict=True)
+        }
 
     def print_problems(self) -> None:
         """Print what only a flag changes, empty classes, and on stderr all broken images."""
@@ -90,7 +138,10 @@ class Report:
             "classes": names,
             "samples_per_class": [self.samples_per_class[label] for label in range(len(names))],
             "found": found,
-            "ignored": dict(self.split.ignored + not_selected),
+            "ignored": dict(self.split.ignored + not_selected + self.dropped),
+            "dropped": self.left_out,
+            "dropped_by_reason": dict(self.dropped),
+            **self.findings,
             "repairs": self.repairs,
             "rejects": self.rejects,
         }

@@ -52,12 +52,15 @@ class Journal:
         end = self._file.tell()
         try:
             while (entry := self._read_entry()) is not None:
-                num_bytes, size, crc, height, width, text = entry
+                num_bytes, size, crc, height, width, text, is_blank, is_grey, is_dropped = entry
                 jpeg = read(size) if size else b""
                 if len(jpeg) != size or (size and zlib.crc32(jpeg) != crc):
                     break
-                prepared = Prepared(jpeg, height, width, text) if size else None
-                yield Outcome(num_bytes, prepared, crc, reason="" if size else text)
+                if size:
+                    prepared = Prepared(jpeg, height, width, text, is_blank, is_grey)
+                    yield Outcome(num_bytes, prepared, crc)
+                else:
+                    yield Outcome(num_bytes, reason=text, is_dropped=is_dropped)
                 end = self._file.tell()
         finally:
             self._file.seek(end)
@@ -66,9 +69,12 @@ class Journal:
     def append(self, outcome: Outcome) -> None:
         """Record the outcome of the next image, whose bytes have been written already."""
         image = outcome.image
-        text = outcome.reason if image is None else image.action
-        size, height, width = (len(image.jpeg), image.height, image.width) if image else (0, 0, 0)
-        entry = json.dumps([outcome.num_bytes, size, outcome.checksum, height, width, text])
+        if image is None:
+            stored = [0, 0, 0, 0, outcome.reason, None, None]
+        else:
+            size, pixels = [image.height, image.width], [image.is_blank, image.is_grey]
+            stored = [len(image.jpeg), outcome.checksum, *size, image.action, *pixels]
+        entry = json.dumps([outcome.num_bytes, *stored, outcome.is_dropped])
         self._file.write(f"{zlib.crc32(entry.encode()):08x} {entry}\n".encode())
         self._file.flush()
 

@@ -28,13 +28,14 @@ IMAGE_EXTENSIONS = JPEG_EXTENSIONS | {
 }
 NO_FLAGS = PixelFlags()
 PROGRESSIVE = 0xC2
-Check = Literal["full", "quick"]
+Check = Literal["full", "quick", "none"]
 PLAIN_FRAMES = {(0xC0, 8), (0xC1, 8), (PROGRESSIVE, 8)}  # baseline, extended; all with 8 bits
 OUT_OF_FILES = (errno.EMFILE, errno.ENFILE)
 MAX_FILE_BYTES = 1 << 29  # more than MAX_PIXELS of uncompressed RGB
 MAX_JPEG_SIDE = 65500  # libjpeg's limit
 MAX_SCANS = 500  # a progressive JPEG of thousands of empty scans takes minutes to decode
 JPEG_QUALITY = 95
+BLANK_DEVIATION = 2.0  # grey levels of 255; a blank image deviates less in every channel
 SUBSAMPLING = {"420": 2, "422": 1}  # Pillow's codes of those it can write; 0 is none
 
 # Warnings of libjpeg that mean grey or shifted blocks. Others, such as extra bytes before the end
@@ -53,6 +54,8 @@ class Prepared:
     height: int
     width: int
     action: str  # "kept", "resized" or "reencoded (why)"
+    is_blank: bool | None = None  # pixels deviate by less than BLANK_DEVIATION; None: not decoded
+    is_grey: bool | None = None  # all channels are equal; None: not decoded
 
 
 def read_image(path: str | os.PathLike) -> bytes:
@@ -87,7 +90,7 @@ def prepare(
 
     `check="quick"` does not decode plain JPEGs within `max_side`: they are accepted if segments,
     markers and end are valid. That finds truncated, empty and overwritten files, but not all damage
-    inside the image data.
+    inside the image data. `check="none"` accepts a plain JPEG whose bytes are known to be intact.
     Raises UnreadableImage.
     """
     if not data:
@@ -123,13 +126,17 @@ def _prepare_jpeg(data: bytes, max_side: int, check: Check, flags: PixelFlags) -
         # Same pixels as Pillow's (both use libjpeg-turbo), but damage raises.
         pixels = simplejpeg.decode_jpeg(data, "RGB" if num_channels == 3 else "GRAY", strict=True)
         return _encode(pixels, max_side, "resized", subsampling)
-    if plain and check == "quick" and _has_valid_structure(data):
+    if plain and (check == "none" or (check == "quick" and _has_valid_structure(data))):
         return Prepared(data, height, width, "kept")
-    # The cheapest decoding that reads every coefficient: at an eighth of the size, without colour.
+    # The cheapest decoding that reads every coefficient: at an eighth of the size.
     eighth = {"min_height": 1, "min_width": 1, "min_factor": 8, "fastdct": True}
-    simplejpeg.decode_jpeg(data, "CMYK" if num_channels == 4 else "GRAY", strict=True, **eighth)
     if plain:
-        return Prepared(data, height, width, "kept")
+        space = "RGB" if num_channels == 3 else "GRAY"
+        pixels = simplejpeg.decode_jpeg(data, space, strict=True, **eighth)
+        # What looks blank so small may have a fine texture, which the full size shows.
+        is_blank = _is_blank(pixels) and _is_blank(simplejpeg.decode_jpeg(data, space))
+        return Prepared(data, height, width, "kept", is_blank, _is_grey(pixels))
+    simplejpeg.decode_jpeg(data, "CMYK" if num_channels == 4 else "GRAY", strict=True, **eighth)
     why = f"{colours} JPEG" if frame in PLAIN_FRAMES else "unusual JPEG"
     return _reencode(data, max_side, flags, why)
 
@@ -191,6 +198,7 @@ def _encode(pixels: np.ndarray, max_side: int, action: str, subsampling: str = "
     """Shrink to `max_side` and encode uint8 [H, W, 1 or 3]."""
     height, width, num_channels = pixels.shape
     longest = max(height, width)
+    is_blank, is_grey = _is_blank(pixels), _is_grey(pixels)
     if max_side and longest > max_side:
         pixels = _shrink(pixels, *(max(1, round(s * max_side / longest)) for s in (height, width)))
     elif longest > MAX_JPEG_SIDE:
@@ -198,7 +206,24 @@ def _encode(pixels: np.ndarray, max_side: int, action: str, subsampling: str = "
     image = Image.fromarray(pixels if num_channels == 3 else pixels[:, :, 0])
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=JPEG_QUALITY, subsampling=SUBSAMPLING.get(subsampling, 0))
-    return Prepared(buffer.getvalue(), image.height, image.width, action)
+    return Prepared(buffer.getvalue(), image.height, image.width, action, is_blank, is_grey)
+
+
+def _is_blank(pixels: np.ndarray) -> bool:
+    """Whether no channel of uint8 [H, W, 1 or 3] deviates by BLANK_DEVIATION or more."""
+    height, width, num_channels = pixels.shape
+    # One channel of at most 64 x 64 pixels shows of nearly every image that it is not blank.
+    some = pixels[:: height // 64 + 1, :: width // 64 + 1, num_channels // 2].astype(np.float32)
+    some = some.ravel()
+    variance = some.dot(some) / len(some) - (some.sum() / len(some)) ** 2
+    if variance > 2 * BLANK_DEVIATION**2:
+        return False
+    return bool(pixels.reshape(-1, num_channels).std(axis=0).max() < BLANK_DEVIATION)
+
+
+def _is_grey(pixels: np.ndarray) -> bool:
+    """Whether all channels of uint8 [H, W, 1 or 3] are equal; the first row usually tells."""
+    return all(bool((rows == rows[..., :1]).all()) for rows in (pixels[:1], pixels))
 
 
 def _shrink(pixels: np.ndarray, height: int, width: int) -> np.ndarray:

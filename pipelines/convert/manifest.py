@@ -10,7 +10,7 @@ import math
 import re
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -140,10 +140,21 @@ class Manifest:
     def __iter__(self) -> Iterator[SourceImage]:
         return islice(self._subset(), self._range.start, self._range.stop)
 
+    def pick(self, positions: Collection[int]) -> dict[int, SourceImage]:
+        """The images at these positions of the iteration."""
+        wanted, first = set(positions), self._range.start
+        if self._per_class < max(self.samples_per_class.values()):  # a subset
+            return {position: image for position, image in enumerate(self) if position in wanted}
+        return {
+            number - first: self._parse(line)
+            for number, line in enumerate(self._lines())
+            if number - first in wanted
+        }
+
     def _subset(self) -> Iterator[SourceImage]:
         num_seen: Counter[int] = Counter()
         num_extra = self._num_extra
-        for image in self._entries():
+        for image in map(self._parse, self._lines()):
             index = num_seen[image.label]
             num_seen[image.label] += 1
             if index < self._per_class:
@@ -152,12 +163,14 @@ class Manifest:
                 num_extra -= 1
                 yield image
 
-    def _entries(self) -> Iterator[SourceImage]:
+    def _lines(self) -> Iterator[bytes]:
         self._file.seek(0)
-        for line in self._file:
-            name, number, offset, size, checksum, prefix, path = json.loads(line)
-            location = Location(path, offset, size, checksum, prefix.encode("latin-1"))
-            yield SourceImage(name, self._labels[number], location)
+        return iter(self._file)
+
+    def _parse(self, line: bytes) -> SourceImage:
+        name, number, offset, size, checksum, prefix, path = json.loads(line)
+        location = Location(path, offset, size, checksum, prefix.encode("latin-1"))
+        return SourceImage(name, self._labels[number], location)
 
 
 def numbered_names(count: int) -> list[str]:

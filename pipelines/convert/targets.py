@@ -22,10 +22,11 @@ class UsageError(ValueError):
 
 
 class BetonTarget:
-    """`out.beton`, for validation images `out.val.beton`, and a report beside each."""
+    """`out.beton`, for validation images `out.val.beton`, a report beside each, and `page`."""
 
     def __init__(self, out: Path, overwrite: bool):
         self._out, self._overwrite = out, overwrite
+        self.page = out.with_suffix(".report.html")
 
     def check(self, splits: list[str]) -> None:
         """Check that the files can be written. Raises UsageError, OutputExists."""
@@ -51,7 +52,9 @@ class BetonTarget:
             in_place=True,
         )
 
-    def publish(self, work: Path, reports: dict[str, Report], settings: dict) -> dict[str, Path]:
+    def publish(
+        self, work: Path, reports: dict[str, Report], settings: dict, page: str
+    ) -> dict[str, Path]:
         """Move the complete files to their names and write the reports; returns the files."""
         for name in reports:
             refuse_existing(self._path(name), self._overwrite)
@@ -62,6 +65,8 @@ class BetonTarget:
             path = self._path(name)
             with atomic_file(path.with_name(f"{path.name}.json"), overwrite=True) as file:
                 file.write(json.dumps(content, indent=1).encode() + b"\n")
+        with atomic_file(self.page, overwrite=True) as file:
+            file.write(page.encode())
         sync(self._out.parent)
         return {name: self._path(name) for name in reports}
 
@@ -70,11 +75,12 @@ class BetonTarget:
 
 
 class ShardTarget:
-    """A folder with the web shards of both splits and one `dataset.json`."""
+    """A folder with the web shards of both splits, one `dataset.json` and `page`."""
 
     def __init__(self, out: Path, overwrite: bool, max_bytes: int):
         self._out, self._overwrite, self._max_bytes = out, overwrite, max_bytes
         self._writers: dict[str, ShardWriter] = {}
+        self.page = out / "report.html"
 
     def check(self, splits: list[str]) -> None:
         """Check that the folder can be written. Raises UsageError, OutputExists."""
@@ -98,7 +104,9 @@ class ShardTarget:
         )
         return self._writers[report.name]
 
-    def publish(self, work: Path, reports: dict[str, Report], settings: dict) -> dict[str, Path]:
+    def publish(
+        self, work: Path, reports: dict[str, Report], settings: dict, page: str
+    ) -> dict[str, Path]:
         """Write `dataset.json` and move the folder to its name; returns it for every split."""
         contents = {name: report.content(settings) for name, report in reports.items()}
         for name, content in contents.items():
@@ -115,6 +123,8 @@ class ShardTarget:
         }
         with atomic_file(work / "shards" / DATASET, overwrite=True) as file:
             file.write(json.dumps(dataset, indent=1).encode() + b"\n")
+        with atomic_file(work / "shards" / self.page.name, overwrite=True) as file:
+            file.write(page.encode())
         self.check(list(reports))
         replaced = work / "replaced"  # removed with the work folder
         try:

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from itertools import islice
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
+from typing import Literal
 
 from pipelines.common.console import print_line
 from pipelines.convert.jpeg import (
@@ -35,7 +36,9 @@ from pipelines.convert.manifest import ENTIRE_FILE, Location, SourceError, Sourc
 from pipelines.convert.pixels import PixelFlags
 from pipelines.convert.tiff import UnreadableImage
 
-Task = tuple[list[SourceImage], int, Check, PixelFlags]  # images, max_side, check, flags
+# auto: full, but none for images whose checksum the source has.
+AnyCheck = Check | Literal["auto"]
+Task = tuple[list[SourceImage], int, AnyCheck, PixelFlags]  # images, max_side, check, flags
 CHUNK_SIZE = 8  # images per task: enough to hide the transfer, few enough to bound the memory
 TASKS_PER_WORKER = 3  # in flight, so that no worker waits for the writer
 CRASHED = "crashed the decoder"
@@ -53,6 +56,7 @@ class Outcome:
     image: Prepared | None = None
     checksum: int = 0
     reason: str = ""
+    is_dropped: bool = False  # an intact image that --drop leaves out for this reason
 
 
 def prepare_all(
@@ -60,7 +64,7 @@ def prepare_all(
     *,
     workers: int,
     max_side: int,
-    check: Check,
+    check: AnyCheck,
     flags: PixelFlags = NO_FLAGS,
 ) -> Generator[tuple[SourceImage, Outcome], None, None]:
     """Yield every image with its outcome, in order; at most 32 images per worker are in memory.
@@ -218,7 +222,7 @@ def _serve(connection: Connection) -> None:
 
 
 def _prepare_images(
-    images: list[SourceImage], max_side: int, check: Check, flags: PixelFlags
+    images: list[SourceImage], max_side: int, check: AnyCheck, flags: PixelFlags
 ) -> list[Outcome]:
     outcomes = []
     for image in images:
@@ -226,12 +230,19 @@ def _prepare_images(
         try:
             data = image.data if isinstance(image.data, bytes) else _read(image.data)
             num_bytes = len(data)
-            prepared = prepare(data, max_side, check, flags)
+            prepared = prepare(data, max_side, _check_of(image, check), flags)
             outcome = Outcome(num_bytes, prepared, zlib.crc32(prepared.jpeg))
         except UnreadableImage as error:
             outcome = Outcome(num_bytes, reason=str(error))
         outcomes.append(outcome)
     return outcomes
+
+
+def _check_of(image: SourceImage, check: AnyCheck) -> Check:
+    if check != "auto":
+        return check
+    has_checksum = isinstance(image.data, Location) and image.data.checksum is not None
+    return "none" if has_checksum else "full"
 
 
 def _read(location: Location) -> bytes:

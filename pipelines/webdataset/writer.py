@@ -17,7 +17,9 @@ Archives are written in order and contain no times or users: equal images give e
 
 import hashlib
 import os
+import struct
 import tarfile
+import tempfile
 import zlib
 from array import array
 from contextlib import suppress
@@ -33,6 +35,7 @@ NAMES = ".names"
 CHECKSUMS = ".crc32"
 BLOCK = 512  # of a tar archive: a header is one block, contents are padded to full blocks
 END = bytes(2 * BLOCK)
+PLACE = struct.Struct("<QQQ")  # number of the shard, offset and bytes of an image
 MAX_IMAGES = 10_000  # per shard: bounds the memory of its index and names
 
 
@@ -54,10 +57,13 @@ class ShardWriter:
         self._finalized = False
 
     def __enter__(self) -> "ShardWriter":
+        self._places = tempfile.TemporaryFile(dir=self._folder)
         self._begin_shard()
         return self
 
     def __exit__(self, error_type, error, traceback):
+        with suppress(OSError):  # of a full disk; its contents are not needed any more
+            self._places.close()
         if error_type is None:
             self.finalize()
         elif self._file is not None:
@@ -81,6 +87,7 @@ class ShardWriter:
         if self._next_position(len(jpeg))[0] != len(self.shards):
             self._finish_shard()
             self._begin_shard()
+        self._places.write(PLACE.pack(len(self.shards), self._position + BLOCK, len(jpeg)))
         key = f"{self._num_images:09}"
         entries = [self._write_member(f"{key}.jpg", jpeg)]
         if self._has_classes:
@@ -101,6 +108,16 @@ class ShardWriter:
                 return os.pread(file.fileno(), size, position)
         except FileNotFoundError:
             return b""
+
+    def stored(self, index: int) -> bytes:
+        """The JPEG of image `index`, of those added so far."""
+        self._places.flush()
+        record = os.pread(self._places.fileno(), PLACE.size, index * PLACE.size)
+        shard, offset, size = PLACE.unpack(record)
+        if self._file is not None:
+            self._file.flush()
+        with open(self._path(shard, "tar"), "rb") as file:
+            return os.pread(file.fileno(), size, offset)
 
     def discard_rest(self) -> None:
         """Remove what a killed writer left after the images added so far."""

@@ -16,7 +16,9 @@ from pipelines.convert.sources.files import is_folder
 from pipelines.convert.sources.splits import SourceOptions
 
 # Equal in the reports of all parts.
-COMMON_KEYS = ("listing", "max_side", "subset", "bits", "range", "bands", "page", "image_key")
+COMMON_KEYS = (
+    *("listing", "max_side", "subset", "drop", "bits", "range", "bands", "page", "image_key"),
+)
 REQUIRED_KEYS = {*COMMON_KEYS, "part", "split", "checksum"}
 
 

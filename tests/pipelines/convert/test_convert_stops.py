@@ -80,7 +80,7 @@ def test_a_killed_conversion(many, tmp_path, capsys):
 
     assert main([str(small), str(out)]) == 0
     assert "left by a conversion that was killed" in capsys.readouterr().out
-    assert names_in(tmp_path) == ["out.beton", "out.beton.json", "small"]
+    assert names_in(tmp_path) == ["out.beton", "out.beton.json", "out.report.html", "small"]
 
 
 @pytest.mark.parametrize(
@@ -115,7 +115,8 @@ def test_closed_standard_streams(tmp_path, streams, workers):
     shell = f"set -o pipefail; (sleep 0.1; {command}) {streams}"
     done = subprocess.run(["bash", "-c", shell], cwd=ROOT, text=True, stderr=subprocess.PIPE)
     assert done.returncode == STREAMS[streams]
-    names = ["images"] if done.returncode else ["images", "out.beton", "out.beton.json"]
+    written = ["out.beton", "out.beton.json", "out.report.html"]
+    names = ["images"] if done.returncode else ["images", *written]
     assert names_in(tmp_path) == names
     message = "bt-convert: the reader of standard output has closed it; nothing was written\n"
     assert done.stderr == (message if done.returncode else "")
