@@ -6,11 +6,11 @@ Equal arguments give equal text.
 
 import base64
 import html
-import io
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
+import simplejpeg
 from PIL import Image
 
 from pipelines.common.console import printable
@@ -160,11 +160,13 @@ def sheet(pictures: Iterable[Picture]) -> str:
 
 
 def thumbnail(jpeg: bytes, side: int = THUMBNAIL_SIDE) -> bytes:
-    """A JPEG of the image, whose longer side is at most `side` pixels."""
-    image = Image.open(io.BytesIO(jpeg))
-    image.draft("RGB", (side, side))  # decodes at the lowest sufficient resolution
-    small = image.convert("RGB")
+    """A JPEG of at most `side` x `side` pixels. Raises ValueError if the image does not decode."""
+    height, width, _, _ = simplejpeg.decode_jpeg_header(jpeg)
+    # The lowest resolution of the decoder that is at least three quarters of `side`.
+    least = [max(1, min(s, 3 * side * s // (4 * max(height, width)))) for s in (height, width)]
+    pixels = simplejpeg.decode_jpeg(
+        jpeg, "RGB", min_height=least[0], min_width=least[1], min_factor=1, strict=False
+    )
+    small = Image.fromarray(pixels)
     small.thumbnail((side, side))
-    buffer = io.BytesIO()
-    small.save(buffer, "JPEG", quality=80)
-    return buffer.getvalue()
+    return simplejpeg.encode_jpeg(np.ascontiguousarray(small), quality=80, colorsubsampling="420")

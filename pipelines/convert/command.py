@@ -262,8 +262,10 @@ def convert(config: Convert) -> tuple[list[tuple[Path, Report]], Path]:
             held_out: ImageTable | None = None
             # First val, with which the training images are compared.
             for name, report in reversed(reports.items()):
+                writer = target.writer(work, report)
+                files.enter_context(writer)
                 write_split(
-                    files.enter_context(target.writer(work, report)),
+                    writer,
                     journals[name],
                     report,
                     workers=config.workers,

@@ -11,8 +11,8 @@ from pipelines.convert.data_report import MAX_LISTED, Report, account
 from pipelines.convert.findings import MARKS, groups, marked_images, note, sample
 
 MAX_CLASSES = 1000  # that have a bar
-NUM_RANDOM, NUM_CLASSES = 24, 24  # pictures of the sheets
-NUM_PAIRS, NUM_WORST = 8, 8
+NUM_RANDOM, NUM_CLASSES = 16, 24  # pictures of the sheets
+NUM_PAIRS, NUM_WORST = 8, 6
 
 
 def draw(source: str, reports: dict[str, Report]) -> str:
@@ -45,16 +45,7 @@ def draw(source: str, reports: dict[str, Report]) -> str:
         *(_marked(report, contents[name]) for name, report in reports.items()),
         _classes(contents),
         *(_sides(report, contents[name]) for name, report in reports.items()),
-        html.section(
-            "Channels: mean and standard deviation of red, green and blue, of a random sample",
-            html.table(
-                ["split", "images", "mean", "standard deviation"],
-                [
-                    [name, c["num_images"], *(" ".join(map(str, c[k])) for k in ("mean", "std"))]
-                    for name, c in ((n, content["channels"]) for n, content in contents.items())
-                ],
-            ),
-        ),
+        _channels(contents["train"]["channels"]),
         *(_formats(name, content) for name, content in contents.items()),
         *(_lists(name, content) for name, content in contents.items()),
         *(_sheets(report) for report in reports.values()),
@@ -69,7 +60,7 @@ def _pictures(report: Report, indices: Iterable[int], captions: Iterable[str] = 
     captions = list(captions) or [*map(report.names(indices).__getitem__, indices)]
     pictures = []
     for index, caption in zip(indices, captions, strict=True):
-        with suppress(OSError, ValueError):  # an image that conversion did not decode
+        with suppress(ValueError):  # an image that conversion did not decode
             thumbnail = html.thumbnail(report.images.read(index))
             pictures.append(html.Picture(thumbnail, caption))
     return html.sheet(pictures)
@@ -112,7 +103,10 @@ def _duplicates(report: Report, content: dict) -> str:
     rows = [(g["num_images"], _group_names(g["names"], g["num_images"])) for g in found["groups"]]
     return html.section(
         f"Exact duplicates in {report.name}: {found['num_images']:,} beside the first of each",
-        html.paragraph("Their bytes are equal; bt-convert --drop exact leaves them out of train."),
+        html.paragraph(
+            "Their bytes are equal"
+            + ("; bt-convert --drop exact keeps the first." if report.name == "train" else ".")
+        ),
         _other_class(found),
         _pictures(report, pairs),
         html.table(["images", "names"], rows),
@@ -170,13 +164,21 @@ def _sides(report: Report, content: dict) -> str:
         f"Sides in {report.name}, as stored",
         html.table(
             ["side", "smallest", "median", "largest"],
-            [[side, s["min"], f"{s['median']:,.0f}", s["max"]] for side, s in sides.items()],
+            [[side, s["min"], round(s["median"]), s["max"]] for side, s in sides.items()],
         ),
         html.row(
             html.histogram("width in pixels", width),
             html.histogram("height in pixels", height),
             html.histogram("width / height, logarithmic", width / height, log=True),
         ),
+    )
+
+
+def _channels(found: dict) -> str:
+    rows = [[what, *found[key]] for what, key in (("mean", "mean"), ("deviation", "std"))]
+    return html.section(
+        f"Channels of {found['num_images']:,} random training images, from 0 to 1",
+        html.table(["", "red", "green", "blue"], rows),
     )
 
 
@@ -216,7 +218,7 @@ def _sheets(report: Report) -> str:
     extreme = np.argsort(-ratio, kind="stable")[:NUM_WORST].tolist()
     parts = [
         html.subheading("A random sample"),
-        _pictures(report, sample(len(rows), NUM_RANDOM)),
+        _pictures(report, sample(len(rows), NUM_RANDOM // (1 if report.name == "train" else 2))),
     ]
     if report.name == "train":
         parts += [
