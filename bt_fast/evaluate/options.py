@@ -164,7 +164,7 @@ class EvalTransfer(EvalOptions):
 class Curate(EvalOptions):
     """Find near duplicates and outliers by an encoder's features; choose a subset of the images."""
 
-    threshold: float = 0.8
+    threshold: float = 0.85
     """Cosine similarity of whitened features above which two images are near duplicates."""
     clusters: int | None = None
     """Number of clusters. Default: the square root of the number of images."""

@@ -32,6 +32,7 @@ from bt_fast.evaluate.options import Curate
 from bt_fast.run.console import summary_table
 from pipelines.common.atomic import atomic_file
 from pipelines.common.console import progress
+from pipelines.convert.filters import list_text
 from pipelines.loading.datasets import ImageDataset
 
 NEIGHBOURS = 10  # of every image
@@ -171,8 +172,9 @@ def _require_names(images: ImageDataset) -> None:
     names = {images.name(index) for index in range(len(images))}
     if len(names) < len(images):
         raise ValueError(f"{images.path}: several images have the same name, which a list needs")
-    if broken := next((name for name in names if len(name.splitlines()) != 1), None):
-        raise ValueError(f"{images.path}: the name {broken!r} does not fit into one line")
+    for name in names:
+        if list_text([name]).splitlines() != [name] or name.startswith("#") or name != name.strip():
+            raise ValueError(f"{images.path}: the name {name!r} does not fit into one line")
 
 
 def _write_lists(
@@ -215,5 +217,5 @@ def _write_csv(path: Path, header: tuple[str, ...], rows: Iterable[tuple]) -> No
 
 def _write_names(path: Path, images: ImageDataset, indices: np.ndarray) -> None:
     with atomic_file(path) as file:
-        for index in indices.tolist():
-            file.write(f"{images.name(index)}\n".encode("utf-8", "surrogateescape"))
+        names = list_text(map(images.name, indices.tolist()))
+        file.write(names.encode("utf-8", "surrogateescape"))

@@ -59,6 +59,21 @@ def test_planted_copies_are_found_and_nothing_else(labelled_run, planted, tmp_pa
     )
     assert len(dropped) == 2
     assert len(list(csv.DictReader((out / "outliers.csv").open()))) == len(reader)
+    # The list is one that bt-convert reads.
+    assert (
+        command.main(
+            [
+                str(planted),
+                str(tmp_path / "kept.beton"),
+                "--workers=1",
+                "--include",
+                str(out / "keep.txt"),
+            ]
+        )
+        == 0
+    )
+    kept = BetonReader(tmp_path / "kept.beton")
+    assert [kept.name(i) for i in range(len(kept))] == (out / "keep.txt").read_text().splitlines()
     shown = re.sub(r"\s+", " ", capsys.readouterr().out)
     assert "1 pairs" in shown and "2 pairs" in shown and "38 of 40 by semdedup" in shown
 
