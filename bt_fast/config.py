@@ -146,6 +146,9 @@ class Config:
     linearly from 0 in the first."""
     small_images: bool = False
     """CIFAR stem of the encoder: 3x3 convolution of stride 1, no max-pool."""
+    zero_init: bool = True
+    """Residual branches of a ResNet that start at zero, as in the released code; other encoders
+    have their own initialisation."""
     projector: tuple[int, ...] = (8192, 8192, 8192)
     """Widths of the projector's layers."""
     projector_norm: bool = True

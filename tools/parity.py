@@ -123,6 +123,7 @@ def train_reference(config: Config) -> None:
         config.projector,
         device,
         stem=config.stem,
+        zero_init=config.zero_init,
         lambd=config.lambd,
         weight_decay=config.weight_decay,
     )

@@ -139,11 +139,12 @@ class Step:
         device: torch.device,
         *,
         stem: Stem = "imagenet",
+        zero_init: bool = True,
         lambd: float = LAMBD,
         weight_decay: float = 1e-6,
     ) -> None:
         self.lambd = lambd
-        backbone = build_encoder(encoder, stem=stem)
+        backbone = build_encoder(encoder, stem=stem, zero_init=zero_init)
         layers = build_projector((feature_width(backbone), *projector))
         for i, layer in enumerate(layers):
             if isinstance(layer, nn.BatchNorm1d):

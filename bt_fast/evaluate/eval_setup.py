@@ -120,7 +120,10 @@ def build_setup(
         size = pretrained.size or defaults.size
     if options.random:
         torch.manual_seed(defaults.seed)  # as in pretraining
-        encoder, projector_module = build_encoder(architecture, stem=stem, size=size), None
+        encoder, projector_module = (
+            build_encoder(architecture, stem=stem, size=size, zero_init=defaults.zero_init),
+            None,
+        )
         description = f"{architecture} at random initialisation"
     else:
         encoder, projector_module = pretrained.encoder, pretrained.projector

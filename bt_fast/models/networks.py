@@ -72,6 +72,7 @@ class BarlowTwins(nn.Module):
         stop_gradient: bool = False,
         size: int = 224,
         drop_path: float = 0.0,
+        zero_init: bool = True,
     ):
         """
         Args:
@@ -81,11 +82,12 @@ class BarlowTwins(nn.Module):
             projector_norm: whether batch norm stands between the projector's layers.
             predictor, stop_gradient: Table 6's variants; in training mode only.
             size, drop_path: of timm's and torchvision's encoders, see `build_library_encoder`.
+            zero_init: see `build_encoder`.
         """
         super().__init__()
         stem: Stem = "cifar" if small_images else "imagenet"
         self.encoder = build_encoder(
-            encoder, stem=stem, size=size, drop_path=drop_path, per_view=True
+            encoder, stem=stem, size=size, drop_path=drop_path, zero_init=zero_init, per_view=True
         )
         widths = (feature_width(self.encoder), *projector)
         self.projector = build_projector(widths, batch_norm=projector_norm)
@@ -113,6 +115,7 @@ def build_model(config: Config) -> BarlowTwins:
         stop_gradient=config.stop_gradient,
         size=config.size,
         drop_path=config.drop_path,
+        zero_init=config.zero_init,
     )
     if is_of_library(config.encoder) and config.resolution is not None:
         require_size(model.encoder, config.encoder, config.view_size(0))
@@ -125,12 +128,15 @@ def build_encoder(
     stem: Stem = "imagenet",
     size: int = 224,
     drop_path: float = 0.0,
+    zero_init: bool = True,
     per_view: bool = False,
 ) -> nn.Module:
     """A randomly initialised encoder that returns its pooled features.
 
     stem: of a ResNet, one of `STEMS`; weights of 3x3 stems fit into all of them, and only features
     differ. size, drop_path: of timm's and torchvision's encoders, see `build_library_encoder`.
+    zero_init: whether the last norm of a ResNet's residual branches starts at 0, so that every
+    block starts as the identity (Goyal et al., arXiv 1706.02677), as in the released code.
     per_view: the batch norm of pretraining, which normalises each of two views, or torch's.
     """
     if is_of_library(name):
@@ -143,7 +149,7 @@ def build_encoder(
     encoder = ResNet(
         {"BasicBlock": BasicBlock, "Bottleneck": Bottleneck}[block],
         list(stages),
-        zero_init_residual=True,
+        zero_init_residual=zero_init,
         norm_layer=BatchNorm2d if per_view else nn.BatchNorm2d,
         **arguments,
     )
