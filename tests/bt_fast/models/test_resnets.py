@@ -75,3 +75,10 @@ def test_projector_matches_the_paper():
     assert layers == ["Linear", "BatchNorm1d", "ReLU", "Linear", "BatchNorm1d", "ReLU", "Linear"]
     assert all(layer.bias is None for layer in model.projector if hasattr(layer, "in_features"))
     assert sum(p.numel() for p in model.parameters()) == 23_508_032 + 151_027_712
+
+
+@pytest.mark.parametrize("zero_init", [True, False])
+def test_residual_branches_start_at_zero_on_request(zero_init):
+    encoder = build_encoder("resnet18", zero_init=zero_init)
+    last = [module.bn2.weight for module in encoder.modules() if hasattr(module, "bn2")]
+    assert len(last) == 8 and all((weight == (0 if zero_init else 1)).all() for weight in last)
