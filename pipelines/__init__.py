@@ -1,3 +1,3 @@
 """From a folder of images to batches on the training device: formats, order, loaders, views."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

@@ -177,7 +177,7 @@ def run(words: list[str]) -> int:
         return subprocess.run(command, cwd=ROOT).returncode
     if program == ".venv/bin/python":
         return subprocess.run([sys.executable, *arguments], cwd=ROOT).returncode
-    if program in ("make", "source"):  # CI makes the targets; a shell of its own has no effect
+    if program in ("make", "source", "pip"):  # CI makes the targets and installs the wheel
         return 0
     raise AssertionError(f"no test knows how to run {program}")
 

@@ -1,6 +1,8 @@
 """The files of a release, and that it runs outside the checkout."""
 
+import ast
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -8,10 +10,12 @@ import sysconfig
 import tarfile
 import venv
 import zipfile
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
 
+from bt_fast.doctor.requirements import requirements
 from pipelines import __version__
 
 ROOT = Path(__file__).parents[1]
@@ -35,6 +39,39 @@ def release(tmp_path_factory) -> Path:
     command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", out, source]
     subprocess.run(command, check=True)
     return out
+
+
+def imports() -> set[str]:
+    """Top-level modules that the packages import anywhere, without Python's own and ours."""
+    found = set()
+    for package in ("bt_fast", "pipelines"):
+        for path in (ROOT / package).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text())):
+                if isinstance(node, ast.Import):
+                    found |= {alias.name.partition(".")[0] for alias in node.names}
+                elif isinstance(node, ast.ImportFrom) and node.module:
+                    found.add(node.module.partition(".")[0])
+    return found - sys.stdlib_module_names - {"bt_fast", "pipelines"}
+
+
+def test_every_import_is_declared():
+    by_extra = requirements()
+    declared = {one.name.lower() for extra in by_extra.keys() - {"dev"} for one in by_extra[extra]}
+    declared.add("triton")  # torch brings it
+    providers = packages_distributions()
+    for name in imports() & providers.keys():  # of a package that is not installed, it is unknown
+        assert {provider.lower() for provider in providers[name]} & declared, name
+
+
+def test_the_index_shows_readme_and_metadata(release):
+    twine = pytest.importorskip("twine.commands.check", reason="twine is not installed")
+    assert not twine.check([str(path) for path in release.iterdir()], strict=True)
+    (wheel,) = release.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        text = archive.read(f"bt_fast-{__version__}.dist-info/METADATA").decode()
+    links = re.findall(r"\]\(([^)]+)\)", text)
+    assert len(links) > 20 and all(re.match("https://|#", link) for link in links)
+    assert f"## {__version__}, 20" in (ROOT / "CHANGELOG.md").read_text()
 
 
 def test_the_wheel_holds_the_packages_and_nothing_else(release):

@@ -133,7 +133,8 @@ def packages() -> Iterator[Row]:
     problem = f"missing or too old: {', '.join(unmet)}" if unmet else ""
     fix = f"pip install {' '.join(map(repr, unmet))}"
     yield Row("packages", value, problem, fix, broken=bool(unmet))
-    extras = {e: [one.name for one in by_extra[e]] for e in by_extra if e != "dev"}
+    others = ("all", "dev", "docs")
+    extras = {e: [one.name for one in by_extra[e]] for e in by_extra if e not in others}
     names = [*itertools.chain(*extras.values()), "webdataset"]  # webdataset reads shards
     value = requirements.installed_versions(names)
     missing = [e for e, names in extras.items() if not all(map(requirements.version, names))]
