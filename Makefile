@@ -2,7 +2,7 @@
 # Nothing outside this folder is touched, except Debian packages for ffcv when run as root.
 
 PYTHON ?= python3
-BIN := .venv/bin
+BIN := .venv/$(if $(filter Windows_NT,$(OS)),Scripts,bin)
 READY := .venv/.ready
 FFCV := .venv/.ffcv
 DALI := .venv/.dali
@@ -13,7 +13,7 @@ OLDEST_TESTS := tests/bt_fast $(wildcard tests/pipelines/augment/*.py) \
 	$(addprefix tests/pipelines/convert/test_,parts.py) $(addprefix tests/tools/test_, \
 	launches.py kernel_report.py profile.py gpu_suite.py compiled_traffic.py breakdown.py)
 
-.PHONY: help demo test test-slow test-all test-oldest lint coverage bench dist clean
+.PHONY: help demo test test-slow test-all test-oldest test-portable lint coverage bench docs dist clean
 
 help:
 	@echo "make demo      convert drawn pictures, pretrain on them, probe the result (minutes, CPU)"
@@ -21,9 +21,11 @@ help:
 	@echo "make test-slow run the other tests"
 	@echo "make test-all  run all tests"
 	@echo "make test-oldest   run those that depend on torch with the GPU machines' 2.11, in .venv-oldest/"
+	@echo "make test-portable run what works on macOS and Windows: import, load_encoder, conversion"
 	@echo "make lint      ruff and mypy"
 	@echo "make coverage  run the tests and report the lines they do not reach"
 	@echo "make bench     converter and loader against their rivals; DATA=folder of images"
+	@echo "make docs      the site of the documentation, in site/; warnings are errors"
 	@echo "make dist      wheel and source archive of a release, in dist/"
 	@echo "make clean     remove what the other targets made, but not .venv/ and .venv-oldest/"
 
@@ -43,6 +45,9 @@ test-all: test test-slow
 test-oldest: $(OLDEST_READY)
 	$(OLDEST)/python -m pytest -n 2 --dist loadfile $(OLDEST_TESTS)
 
+test-portable: $(READY)
+	$(BIN)/python -m pytest --noconftest tests/test_portable.py
+
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -59,12 +64,17 @@ bench: $(FFCV) $(DALI)
 	$(BIN)/python tools/bench_convert.py $(DATA)
 	$(BIN)/python tools/bench_loader.py $(DATA)
 
+docs: $(READY)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[docs]"
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
 dist: $(READY)
 	rm -rf dist
 	$(BIN)/python -m build --no-isolation --outdir dist .
+	$(BIN)/python -m twine check --strict dist/*
 
 clean:
-	rm -rf demo dist build *.egg-info .coverage .coverage.*
+	rm -rf demo dist build site *.egg-info .coverage .coverage.*
 
 demo/out.beton: demo/images
 	$(BIN)/bt-convert demo/images demo/out.beton --overwrite

@@ -42,8 +42,10 @@ def pretrain(config: Config | None = None, *, recipe: str = "imagenet", **fields
         config: the configuration; default: the recipe's.
         recipe: name of a recipe, if there is no config.
         fields: fields of `Config` to change, such as data="out.beton", epochs=10, resume="runs/x".
+
     Returns:
         the run: `path`, `encoder`, `metrics`.
+
     Raises:
         ValueError: an unknown recipe or field, an invalid value, data that cannot be trained on, or
             a run whose loss is not finite.

@@ -89,6 +89,7 @@ class LARS(torch.optim.Optimizer):
             closure: computes the gradients and returns the loss; called before the update.
             guard: a scalar on the parameters' device, such as the loss. If it or any gradient is
                 not finite, parameters and momentum are unchanged. None: no check.
+
         Returns:
             with a closure, its loss; else with a guard, a bool scalar on the same device: whether
             the update was applied. The fused update does not synchronise with the device; the

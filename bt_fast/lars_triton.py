@@ -56,6 +56,7 @@ def update(
         momenta: their momentum buffers.
         groups: the parameter group of each.
         guard: scalar, or None for no check.
+
     Returns:
         with a guard, bool scalar: whether it and all gradients were finite, and the update applied.
     """

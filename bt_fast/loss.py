@@ -81,18 +81,22 @@ def barlow_twins_loss(
     """The Barlow Twins loss of a batch, which may be spread over ranks (eqs. 1 and 2 of the paper).
 
     Args:
-        z_a, z_b: [n, D], this rank's embeddings of the two views, row i of both from image i; the
-            same number of rows on every rank. No normalisation is needed before.
+        z_a: [n, D], this rank's embeddings of view A; the same number of rows on every rank. No
+            normalisation is needed before.
+        z_b: the same of view B, row i from the image of row i of z_a.
         lambd: weight of the off-diagonal term.
         group: the process group over which the batch is spread; None: this process alone.
         method: "dense" (one process), "gram", "columns", or "auto" for the cheapest.
         ddp: whether `DistributedDataParallel` averages the gradients: multiplies the gradient, not
             the loss, by the number of ranks, which DDP divides it by.
+
     Returns:
         the loss of the global batch, a scalar on every rank, in float32 or float64. Its gradient is
         the true one with respect to this rank's embeddings.
+
     Raises:
         ValueError: shapes that differ, fewer than two samples, an unknown method.
+
     Warns:
         UserWarning: without a group, where several ranks exist: each would minimise its own loss.
     """
@@ -128,9 +132,11 @@ def correlation_terms(
             same number of rows on every rank.
         group: the ranks whose rows form the global batch; None for one process.
         method: "dense" (one process), "gram", "columns", or "auto" for the fastest.
+
     Returns:
         the terms of the global batch, on every rank; their gradients are the true ones with respect
         to this rank's embeddings, including those through the statistics over all ranks.
+
     Raises:
         ValueError: shapes or dtypes differ, fewer than two samples, or an unknown method.
     """

@@ -16,7 +16,8 @@ class TwoViewAugment(nn.Module):
     definition. Also random in evaluation mode.
 
     Args:
-        view_a, view_b: augmentations of the two views; default: the paper's.
+        view_a: augmentations of view A; default: the paper's.
+        view_b: augmentations of view B; default: the paper's.
         dtype: of the views.
         channels_first: whether crops are [2, n, 3, h, w] instead of [2, n, h, w, 3].
     """
@@ -48,8 +49,10 @@ class TwoViewAugment(nn.Module):
             keys: uint64 [2, n], the random key of every view (`pipelines.order.view_keys`): the
                 same keys give the same views. Default: drawn from the generator.
             generator: on the CPU; default: torch's.
+
         Returns:
             `dtype` [2 n, 3, h, w], view A first, channels-last, on the device of the crops.
+
         Raises:
             ValueError: another dtype or shape.
         """

@@ -37,6 +37,7 @@ def random_boxes(
     Args:
         keys: uint64[n], from `order.view_keys`.
         heights, widths: int[n], pixels.
+
     Returns:
         int64[n, 4]: top, left, height, width; inside the image.
     """

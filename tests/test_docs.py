@@ -207,6 +207,6 @@ def test_links_between_pages_lead_somewhere():
 
 def test_the_index_links_every_page():
     index = (ROOT / "docs" / "index.md").read_text()
-    for page in PAGES:
+    for page in [*PAGES, *ROOT.glob("docs/*.ipynb")]:
         name = page.name if page.parent.name == "docs" else f"../{page.name}"
         assert page.name == "index.md" or f"]({name})" in index, name

@@ -76,8 +76,10 @@ def embed(
         data: a .beton or a folder of images; default: the run's training images.
         out: a .npy, beside which a .csv has names and labels, or a .parquet.
         flags: further flags of `bt-fast embed` by name, such as size=224 or which="teacher".
+
     Returns:
         `out`.
+
     Raises:
         ValueError: as the command, with the flag's name.
     """

@@ -92,10 +92,12 @@ def load_encoder(
             such as "teacher", "encoder_q" or "momentum_backbone".
         stem: stride, padding and max-pool of a 3x3 stem, if the file does not say: one of
             `bt_fast.models.networks.STEMS`, "cifar" for stride 1, padding 1 and no max-pool.
+
     Returns:
         a `torchvision.models.ResNet` whose `fc` is the identity, or the model of timm or
         torchvision that was trained, without its classifier; float32, on the CPU, in evaluation
         mode.
+
     Raises:
         ValueError: the path does not exist, cannot be read, holds no known encoder, or could mean
             several; the message names `--which` or `--stem`; or its weights are not finite.

@@ -64,6 +64,7 @@ def normalise(
         weight, bias: [C].
         group: the ranks whose samples are normalised together; None for this process alone.
         uneven: whether ranks may hold different numbers of samples, or none.
+
     Returns:
         y like x, in new memory; mean and biased variance [V, C] over all ranks, float32 or wider;
         and the number of values behind each: an int, or a scalar tensor on the device if `uneven`.

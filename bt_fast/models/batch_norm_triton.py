@@ -124,6 +124,7 @@ def norm_act(
         pool: 3 x 3 max-pool of stride 2 after ReLU; without residual.
         two_consumers: whether y is returned as two tensors, whose gradients arrive separately.
         group: the ranks whose samples are normalised together; the same number on each.
+
     Returns:
         y like x, channels-last; an alias of y; and for every norm, mean and unbiased variance over
         all ranks, float32 [norms, 2, V, C].

@@ -33,6 +33,7 @@ def build_library_encoder(
         size: side of the images, pixels; a model for one size is built for this one.
         drop_path: rate of stochastic depth in the last block; it grows linearly from 0.
         per_view: batch norms of pretraining, which normalise each of two views.
+
     Raises:
         ValueError: there is no such model, it does not take such images or return [n, features], it
             has no stochastic depth for `drop_path`, or it has a norm over the batch that cannot be

@@ -115,6 +115,7 @@ def apply(
         images: uint8 [n, H, W, 3] on any device.
         parameters: the draw of these n views, on the CPU, so that selecting an op's samples needs
             no synchronisation with the device.
+
     Returns:
         `dtype` [n, 3, H, W], channels-last, on the images' device.
     """

@@ -65,6 +65,7 @@ class Sampler:
         batch_size: the global batch size, divided equally among the ranks.
         sizes: side of the crops in each epoch, for progressive view sizes; the last one holds for
             all later epochs. Default: crop.size.
+
     Raises:
         ValueError: fewer images than a batch, or a batch that the ranks cannot divide equally.
     """
