@@ -13,7 +13,7 @@ OLDEST_TESTS := tests/bt_fast $(wildcard tests/pipelines/augment/*.py) \
 	$(addprefix tests/pipelines/convert/test_,parts.py) $(addprefix tests/tools/test_, \
 	launches.py kernel_report.py profile.py gpu_suite.py compiled_traffic.py breakdown.py)
 
-.PHONY: help demo test test-slow test-all test-oldest test-portable lint coverage bench docs dist clean
+.PHONY: help demo test test-slow test-all test-oldest test-portable test-wheel lint coverage bench docs dist clean
 
 help:
 	@echo "make demo      convert drawn pictures, pretrain on them, probe the result (minutes, CPU)"
@@ -27,6 +27,7 @@ help:
 	@echo "make bench     converter and loader against their rivals; DATA=folder of images"
 	@echo "make docs      the site of the documentation, in site/; warnings are errors"
 	@echo "make dist      wheel and source archive of a release, in dist/"
+	@echo "make test-wheel    run the first commands of the README with this wheel in a new environment"
 	@echo "make clean     remove what the other targets made, but not .venv/ and .venv-oldest/"
 
 demo: demo/out.beton
@@ -72,6 +73,13 @@ dist: $(READY)
 	rm -rf dist
 	$(BIN)/python -m build --no-isolation --outdir dist .
 	$(BIN)/python -m twine check --strict dist/*
+
+test-wheel: dist
+	rm -rf .venv-wheel
+	$(PYTHON) -m venv .venv-wheel
+	.venv-wheel/bin/python -m pip install --quiet dist/*.whl
+	.venv-wheel/bin/python tools/try_wheel.py
+	rm -rf .venv-wheel
 
 clean:
 	rm -rf demo dist build site *.egg-info .coverage .coverage.*

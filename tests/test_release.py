@@ -136,6 +136,12 @@ def test_the_wheel_is_what_runs(installed, tmp_path):
         assert Path(line).is_relative_to(installed.parent)
 
 
+@pytest.mark.slow
+def test_the_first_commands_and_the_first_example_of_the_library(installed, tmp_path):
+    """In `make test-wheel` also with dependencies of their own."""
+    assert "encoder.safetensors" in run(installed, tmp_path, "python", ROOT / "tools/try_wheel.py")
+
+
 @pytest.mark.parametrize(
     "command,wanted",
     [

@@ -24,6 +24,7 @@ ORIGINS = {
     "first-run.md": "docs/first-run.ipynb",
     "CONTRIBUTING.md": "CONTRIBUTING.md",
     "CHANGELOG.md": "CHANGELOG.md",
+    "reporting.md": "SECURITY.md",  # not beside security.md, which is the same on some disks
 }
 PAGES = {origin: page for page, origin in ORIGINS.items()}
 # Pages of the sections that are not in docs/index.md.

@@ -34,6 +34,7 @@ from pipelines.beton.layout import (
     name_ends,
     tables_crc,
 )
+from pipelines.common.atomic import READ
 
 
 class BetonError(ValueError):
@@ -260,8 +261,7 @@ class BetonReader:
 def _map(path: str) -> mmap.mmap:
     """Map the file read-only (a private writable mapping counts as memory)."""
     try:
-        # O_NONBLOCK: opening a named pipe would wait for a writer.
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+        descriptor = os.open(path, READ)
     except FileNotFoundError:
         raise BetonError(f"{path}: no such file; create it with bt-convert FOLDER {path}") from None
     except (OSError, ValueError) as error:

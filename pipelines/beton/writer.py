@@ -29,7 +29,7 @@ from pipelines.beton.layout import (
     metadata_dtype,
     tables_crc,
 )
-from pipelines.common.atomic import atomic_file, open_for_recovery
+from pipelines.common.atomic import atomic_file, open_for_recovery, read_at
 
 TYPE_IDS = [RGB_IMAGE, INT]  # fields "image" and "label"
 IMAGE_FIELD = 0
@@ -137,7 +137,7 @@ class BetonWriter:
 
     def recover(self, size: int) -> bytes:
         """The bytes where `add` would store the next image, of `size` bytes (`in_place`)."""
-        return os.pread(self._file.fileno(), size, self._next_position(size)[1])
+        return read_at(self._file, self._next_position(size)[1], size)
 
     def stored(self, index: int) -> bytes:
         """The JPEG of image `index`, of those added so far."""

@@ -13,6 +13,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
+# Flags of os.open to read a file: opening a named pipe would wait for a writer, and Windows would
+# translate line ends.
+READ = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
 UNFINISHED = ".unfinished"  # marks a work folder; folders without it are never changed
 
 
@@ -61,11 +64,13 @@ def work_folder(path: Path, *, resume: bool = False) -> Iterator[Path]:
     if any(path.iterdir()) and not (path / UNFINISHED).exists():
         raise FileExistsError(errno.EEXIST, "Not a folder of unfinished output", str(path))
     (path / UNFINISHED).touch()
-    descriptor = os.open(path, os.O_RDONLY)
+    # Windows cannot open folders, and has no fcntl.
+    descriptor = os.open(path, os.O_RDONLY) if hasattr(os, "O_DIRECTORY") else None
     try:
         try:
             import fcntl
 
+            assert descriptor is not None
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise
@@ -83,12 +88,25 @@ def work_folder(path: Path, *, resume: bool = False) -> Iterator[Path]:
             raise
         shutil.rmtree(path)
     finally:
-        os.close(descriptor)
+        if descriptor is not None:
+            os.close(descriptor)
 
 
 def open_for_recovery(path: str | os.PathLike) -> BinaryIO:
     """Open a file for reading and writing without truncating it."""
-    return open(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b")
+    flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0)
+    return open(os.open(path, flags, 0o666), "r+b")
+
+
+def read_at(file: BinaryIO, position: int, size: int) -> bytes:
+    """`size` bytes, or fewer at the end of the file, whose own position stays."""
+    if hasattr(os, "pread"):
+        return os.pread(file.fileno(), size, position)
+    before = file.tell()
+    file.seek(position)
+    data = file.read(size)
+    file.seek(before)
+    return data
 
 
 def sync(path: Path) -> None:

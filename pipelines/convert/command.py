@@ -17,7 +17,6 @@ import errno
 import math
 import os
 import re
-import resource
 import signal
 import sys
 from collections.abc import Iterator
@@ -208,6 +207,8 @@ def main(argv: list[str] | None = None) -> int:
         return _fail_without_reader(kept)
     except OSError as error:
         if error.errno in OUT_OF_FILES:
+            import resource  # not on Windows, which has no such limit
+
             limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
             advice = "raise the limit, for example with ulimit -n 1024"
             return _fail(f"too many open files: at most {limit} here; {advice}; {kept}", 1)

@@ -19,6 +19,7 @@ import numpy as np
 import simplejpeg
 from PIL import Image, UnidentifiedImageError
 
+from pipelines.common.atomic import READ
 from pipelines.convert.pixels import PixelFlags, check_size, read_rgb, why_unidentified
 from pipelines.convert.tiff import UnreadableImage
 
@@ -65,8 +66,7 @@ def read_image(path: str | os.PathLike) -> bytes:
     Raises UnreadableImage, and OSError when too many files are open.
     """
     try:
-        # O_NONBLOCK: opening a named pipe would wait for a writer.
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+        descriptor = os.open(path, READ)
         try:
             status = os.fstat(descriptor)
             if not stat.S_ISREG(status.st_mode):

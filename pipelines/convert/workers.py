@@ -254,7 +254,8 @@ def _read(location: Location) -> bytes:
         raise UnreadableImage(f"{location.size} bytes, more than {MAX_FILE_BYTES}")
     try:
         with open(location.path, "rb", buffering=0) as file:
-            data = os.pread(file.fileno(), location.size, location.offset)
+            file.seek(location.offset)
+            data = file.read(location.size)
     except OSError as error:
         if error.errno in OUT_OF_FILES:
             raise

@@ -28,7 +28,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from pipelines.common.atomic import open_for_recovery
+from pipelines.common.atomic import open_for_recovery, read_at
 
 DATASET = "dataset.json"
 NAMES = ".names"
@@ -102,10 +102,10 @@ class ShardWriter:
         assert self._file is not None
         shard, position = self._next_position(size)
         if shard == len(self.shards):
-            return os.pread(self._file.fileno(), size, position)
+            return read_at(self._file, position, size)
         try:
             with open(self._path(shard, "tar"), "rb") as file:
-                return os.pread(file.fileno(), size, position)
+                return read_at(file, position, size)
         except FileNotFoundError:
             return b""
 
