@@ -8,7 +8,7 @@ import pytest
 from conftest import drawn_picture
 
 ROOT = Path(__file__).parents[1]
-FEWER = {"epochs=20": "epochs=1", "batch_size=64": "batch_size=16"}
+FEWER = {"epochs=10": "epochs=1", "batch_size=64": "batch_size=16"}
 
 
 @pytest.mark.slow
