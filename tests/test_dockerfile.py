@@ -1,4 +1,4 @@
-"""What must hold of the Dockerfile, whose last stages no engine builds here: they take 15 GB."""
+"""What must hold of the Dockerfile; the tests do not build it, which takes 15 GB."""
 
 import re
 from pathlib import Path
