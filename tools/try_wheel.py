@@ -5,6 +5,7 @@
 Works in a temporary folder, with drawn images and a tiny model. Imports nothing of the checkout.
 """
 
+import argparse
 import os
 import re
 import shlex
@@ -16,7 +17,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw
 
 ROOT = Path(__file__).resolve().parents[1]
-NUM_IMAGES = 160  # the demo's batch is 128
+NUM_IMAGES = 160  # more than the demo's batch
 TINY = shlex.split(
     "--device cpu --precision fp32 --encoder resnet18 --projector 32 16 --size 32 --batch-size 8"
     " --epochs 2 --warmup-epochs 1 --max-steps 2 --workers 1 --probe-every 0"
@@ -55,6 +56,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__).parse_args()
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
         main()

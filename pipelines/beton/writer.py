@@ -143,10 +143,9 @@ class BetonWriter:
         """The JPEG of image `index`, of those added so far."""
         self._rows.flush()
         self._file.flush()
-        record = os.pread(self._rows.fileno(), ROW.itemsize, index * ROW.itemsize)
-        row = np.frombuffer(record, ROW)[0]
+        row = np.frombuffer(read_at(self._rows, index * ROW.itemsize, ROW.itemsize), ROW)[0]
         ptr = int(row["metadata"][f"f{IMAGE_FIELD}"]["data_ptr"])
-        return os.pread(self._file.fileno(), int(row["size"]), ptr)
+        return read_at(self._file, ptr, int(row["size"]))
 
     def discard_rest(self) -> None:
         """Truncate the file after the images added so far (`in_place`)."""

@@ -112,12 +112,11 @@ class ShardWriter:
     def stored(self, index: int) -> bytes:
         """The JPEG of image `index`, of those added so far."""
         self._places.flush()
-        record = os.pread(self._places.fileno(), PLACE.size, index * PLACE.size)
-        shard, offset, size = PLACE.unpack(record)
+        shard, offset, size = PLACE.unpack(read_at(self._places, index * PLACE.size, PLACE.size))
         if self._file is not None:
             self._file.flush()
         with open(self._path(shard, "tar"), "rb") as file:
-            return os.pread(file.fileno(), size, offset)
+            return read_at(file, offset, size)
 
     def discard_rest(self) -> None:
         """Remove what a killed writer left after the images added so far."""

@@ -78,7 +78,7 @@ def test_probes_by_time_are_at_ends_of_epochs(small_beton, tmp_path):
 
 @pytest.mark.parametrize("flags,index", [([], -1), (["--random"], 0)])
 def test_eval_knn_equals_the_first_and_the_last_probe(finished, capsys, flags, index):
-    assert main(["eval", "knn", str(finished), "--device", "cpu", *flags]) == 0
+    assert main(["eval", "knn", str(finished), "--device=cpu", "--precision=fp32", *flags]) == 0
     probe = [record for record in metrics(finished) if record["kind"] == "probe"][index]
     output = capsys.readouterr().out
     for name in ("knn_20", "knn_200"):
