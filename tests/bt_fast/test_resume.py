@@ -42,6 +42,7 @@ def test_killed_at_a_random_step_and_resumed_equals_uninterrupted(small_beton, f
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
 def test_other_optimizers_resume_exactly(small_beton, tmp_path, optimizer):
     flags = ["--data", small_beton, "--optimizer", optimizer, "--probe-every", 0]
+    flags += ["--lr-weights", 0.01, "--lr-biases", 0.01]
     assert pretrain(*flags, "--run-dir", tmp_path / "whole", "--max-steps", 5) == 0
     assert pretrain(*flags, "--run-dir", tmp_path / "parts", "--max-steps", 3) == 0
     assert main(["pretrain", "--resume", str(tmp_path / "parts"), "--max-steps", "5"]) == 0
