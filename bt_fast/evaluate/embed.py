@@ -12,7 +12,7 @@ import csv
 import io
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -142,14 +142,20 @@ def _publish(features: Path, images: ImageDataset, out: Path) -> None:
     if out.suffix == ".parquet":
         features = _write_parquet(features, images)
     else:
-        with atomic_file(out.with_suffix(".csv"), overwrite=True) as file:
-            text = io.TextIOWrapper(file, "utf-8", "surrogateescape", newline="")
-            writer = csv.writer(text)
-            writer.writerow(["name", "label", "class"])
-            writer.writerows(row for rows in _rows(images) for row in rows)
-            text.flush()
-            text.detach()
+        rows = (row for rows in _rows(images) for row in rows)
+        write_csv(out.with_suffix(".csv"), ("name", "label", "class"), rows)
     os.replace(features, out)
+
+
+def write_csv(path: Path, header: Iterable[str], rows: Iterable[Iterable]) -> None:
+    """Write or replace a CSV file; names that are not UTF-8 keep their bytes."""
+    with atomic_file(path, overwrite=True) as file:
+        text = io.TextIOWrapper(file, "utf-8", "surrogateescape", newline="")
+        writer = csv.writer(text)
+        writer.writerow(header)
+        writer.writerows(rows)
+        text.flush()
+        text.detach()
 
 
 def _rows(images: ImageDataset) -> Iterator[list[tuple[str, int, str]]]:

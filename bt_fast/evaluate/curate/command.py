@@ -11,8 +11,6 @@
 Similarities are cosines of whitened features, see `neighbours.Whitening`.
 """
 
-import csv
-import io
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -26,7 +24,7 @@ from bt_fast.evaluate.curate.clusters import ITERATIONS, cluster
 from bt_fast.evaluate.curate.findings import Findings
 from bt_fast.evaluate.curate.neighbours import Whitening, nearest
 from bt_fast.evaluate.curate.report import write_report
-from bt_fast.evaluate.embed import write_features
+from bt_fast.evaluate.embed import write_csv, write_features
 from bt_fast.evaluate.eval_setup import EvalSetup, Subset, build_setup, open_splits
 from bt_fast.evaluate.options import Curate
 from bt_fast.run.console import summary_table
@@ -191,10 +189,10 @@ def _write_lists(
             for first, second, similarity in pairs.tolist():
                 yield kind, ours.name(first), theirs.name(second), f"{similarity:.4f}"
 
-    _write_csv(out / "pairs.csv", ("images", "first", "second", "similarity"), rows())
+    write_csv(out / "pairs.csv", ("images", "first", "second", "similarity"), rows())
     order = np.argsort(findings.similarity_to_neighbours, kind="stable").tolist()
     values = findings.similarity_to_neighbours
-    _write_csv(
+    write_csv(
         out / "outliers.csv",
         ("name", "similarity"),
         ((train.name(index), f"{values[index]:.4f}") for index in order),
@@ -203,16 +201,6 @@ def _write_lists(
         _write_names(out / "overlap.txt", train, findings.overlap())
     if kept is not None:
         _write_names(out / "keep.txt", train, kept)
-
-
-def _write_csv(path: Path, header: tuple[str, ...], rows: Iterable[tuple]) -> None:
-    with atomic_file(path) as file:
-        text = io.TextIOWrapper(file, "utf-8", "surrogateescape", newline="")
-        writer = csv.writer(text)
-        writer.writerow(header)
-        writer.writerows(rows)
-        text.flush()
-        text.detach()
 
 
 def _write_names(path: Path, images: ImageDataset, indices: np.ndarray) -> None:
