@@ -26,11 +26,11 @@ RUN --mount=type=cache,target=/var/cache/apt \
         --no-install-recommends libopencv-dev libturbojpeg0-dev pkg-config
 WORKDIR /build
 COPY pyproject.toml setup.py constraints.txt README.md LICENSE ./
-RUN --mount=type=cache,target=/root/.cache/pip \
+RUN --mount=type=cache,target=/var/cache/pip \
     mkdir pipelines && echo '__version__ = "0"' > pipelines/__init__.py \
     && python3 -m venv /opt/bt-fast \
-    && LDFLAGS=-Wl,--as-needed /opt/bt-fast/bin/pip install --constraint constraints.txt \
-        '.[all,ffcv,dali]'
+    && LDFLAGS=-Wl,--as-needed /opt/bt-fast/bin/pip install --cache-dir /var/cache/pip \
+        --constraint constraints.txt '.[all,ffcv,dali]'
 
 FROM base
 LABEL org.opencontainers.image.title="bt-fast" \
@@ -38,9 +38,9 @@ LABEL org.opencontainers.image.title="bt-fast" \
     org.opencontainers.image.version="0.2.0" \
     org.opencontainers.image.licenses="MIT"
 COPY --from=environment /opt/bt-fast /opt/bt-fast
-RUN --mount=type=cache,target=/root/.cache/pip \
+RUN --mount=type=cache,target=/var/cache/pip \
     --mount=type=bind,source=.,target=/build,rw \
-    /opt/bt-fast/bin/pip install --no-deps /build
+    /opt/bt-fast/bin/pip install --cache-dir /var/cache/pip --no-deps /build
 # HOME and USER hold for any --user: compilers keep their caches under them.
 ENV PATH=/opt/bt-fast/bin:/usr/local/bin:/usr/bin:/bin \
     HOME=/tmp \

@@ -28,8 +28,9 @@ def test_the_image_runs_as_an_unprivileged_user():
 
 def test_what_is_downloaded_is_cached():
     for text in (text for name, text in STEPS if name == "RUN"):
-        for program, folder in (("apt-get", "/var/cache/apt"), ("pip install", "/root/.cache/pip")):
+        for program, folder in (("apt-get", "/var/cache/apt"), ("pip install", "/var/cache/pip")):
             assert program not in text or f"type=cache,target={folder}" in text, text
+        assert "pip install" not in text or "pip install --cache-dir /var/cache/pip " in text, text
 
 
 def test_the_labels_are_of_this_version():
