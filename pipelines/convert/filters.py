@@ -36,9 +36,9 @@ def read_list(path: Path, flag: str = "") -> list[str]:
     return names
 
 
-def list_text(names: Iterable[str], comment: str = "") -> str:
+def list_text(names: Iterable[str]) -> str:
     """The contents of a file that `read_list` reads."""
-    return "".join(f"{line}\n" for line in [*(f"# {c}" for c in comment.splitlines()), *names])
+    return "".join(f"{name}\n" for name in names)
 
 
 @dataclass(frozen=True, slots=True)

@@ -37,7 +37,7 @@ def test_every_filter_of_every_source(tmp_path, kind):
         for split, files in images.items()
     }
     names = {split: set(files) for split, files in intact.items()}
-    (tmp_path / "exclude").write_text(list_text(EXCLUDED, "a comment"))
+    (tmp_path / "exclude").write_text("# a comment\n" + list_text(EXCLUDED))
     (tmp_path / "include").write_text("\n" + list_text(INCLUDED))
     (tmp_path / "classes").write_text("dog\r\n")
 
@@ -179,7 +179,7 @@ def test_overlap_without_validation_images(tmp_path, capsys):
 
 def test_a_list_is_read_as_it_is_written(tmp_path):
     names = ["a/b c.jpg", "é.jpg", "record 17", "x#y.jpg"]
-    (tmp_path / "names").write_text(list_text(names, "two\nlines"))
+    (tmp_path / "names").write_text("# two\n# lines\n" + list_text(names))
     assert read_list(tmp_path / "names") == names
     with pytest.raises(SourceError, match="--include"):
         read_list(tmp_path / "none", "--include")
