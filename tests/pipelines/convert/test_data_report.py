@@ -15,7 +15,7 @@ from sample_imagenet import convert
 from pipelines.common import html_report
 from pipelines.convert.findings import groups, similar
 from pipelines.convert.image_table import ImageTable
-from pipelines.convert.jpeg import Prepared, prepare
+from pipelines.convert.jpeg import BLANK_DEVIATION, Prepared, _is_blank, prepare
 
 FLAGS = ["--skip-broken"]
 
@@ -194,6 +194,24 @@ def test_blank_and_grey_are_of_the_full_image():
     for max_side in (0, 64):  # kept, resized
         prepared = prepare(jpeg_bytes(picture), max_side)
         assert (prepared.is_blank, prepared.is_grey) == (False, False)
+
+
+@pytest.mark.parametrize("num_channels", [1, 3])
+def test_blank_images_are_those_whose_channels_deviate_little(num_channels):
+    """Of any size, also where only a few pixels or one channel tell that an image is not blank."""
+    random = np.random.default_rng(0)
+    found = {True: 0, False: 0}
+    for _ in range(200):
+        shape = (*random.integers(1, 300, 2), num_channels)
+        deviation = random.uniform(0, 4) * random.integers(0, 2, num_channels)
+        pixels = random.uniform(0, 255, num_channels) + random.normal(0, deviation, shape)
+        if random.random() < 0.3:
+            pixels[0, 0] = random.uniform(0, 255)
+        pixels = pixels.clip(0, 255).astype(np.uint8)
+        is_blank = bool((pixels.std(axis=(0, 1)) < BLANK_DEVIATION).all())
+        assert _is_blank(pixels) == is_blank, shape
+        found[is_blank] += 1
+    assert min(found.values()) > 30
 
 
 def test_similar_names():
