@@ -157,7 +157,7 @@ def draw(name: str, rng: np.random.Generator) -> Image.Image:
     tilt = rotation(rng.uniform(-TILT, TILT))
     middle = size / 2 + rng.uniform(-0.5, 0.5, 2) * pitch
     polygons = CLASSES[name](rng, np.hypot(*size) / pitch / 2 + 1)
-    colours = random_colours(rng, rng.uniform(0.3, 0.5, len(polygons)), spread=0.9)
+    colours = random_colours(rng, rng.uniform(0.2, 0.4, len(polygons)), spread=0.9)
     for polygon, colour in zip(polygons, colours.tolist(), strict=True):
         points = polygon @ tilt * pitch + middle
         pen.polygon(points.ravel().tolist(), fill=tuple(colour))
@@ -166,7 +166,7 @@ def draw(name: str, rng: np.random.Generator) -> Image.Image:
         pen.line(ends.ravel().tolist(), fill=tuple(colour), width=SUPERSAMPLING)
 
     canvas = canvas.reduce(SUPERSAMPLING).filter(ImageFilter.GaussianBlur(rng.uniform(0, 0.6)))
-    corner_light = Image.fromarray(rng.uniform(0.5, 1, (2, 2)).astype(np.float32))
+    corner_light = Image.fromarray(rng.uniform(0.7, 1, (2, 2)).astype(np.float32))
     light = np.asarray(corner_light.resize((width, height), Image.Resampling.BICUBIC))
     noise = rng.normal(0, rng.uniform(0, 4), (height, width, 1))
     pixels = np.asarray(canvas) * light[..., None] * rng.uniform(0.7, 1) + noise
