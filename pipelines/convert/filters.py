@@ -8,6 +8,7 @@ A list of names has one on each line, as the report and `BetonReader.name` state
 the folder of the training images. Empty lines and lines that begin with # are ignored.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,7 +32,7 @@ def read_list(path: Path, flag: str = "") -> list[str]:
     except OSError as error:
         raise SourceError(f"{flag} {path} cannot be read: {error.strerror}") from None
     names = list(dict.fromkeys(line for line in lines if line and line[0] != "#"))
-    if not names:
+    if not names and flag != "--exclude":  # nothing need be excluded
         raise SourceError(f"{flag} {path} has no names, which are one on each line")
     return names
 
@@ -64,7 +65,7 @@ class Lists:
     def apply(self, splits: dict[str, Split]) -> None:
         """Filter the images of the splits while they are listed.
 
-        Raises SourceError, when they are listed, for a name that no training image has.
+        Raises SourceError, when they are listed, for a name that no training image has, or several.
         """
         for name, split in splits.items():
             if self.classes:
@@ -75,12 +76,12 @@ class Lists:
 
     def _named(self, split: Split, images: Iterable[FoundImage]) -> Iterator[FoundImage]:
         """The images that the lists of names leave."""
-        missing = {"--include": set(self.include), "--exclude": set(self.exclude)}
         include, exclude = set(self.include), set(self.exclude)
+        found: Counter[str] = Counter()
         num_left = 0
         for image in images:
-            for names in missing.values():
-                names.discard(image.name)
+            if image.name in include or image.name in exclude:
+                found[image.name] += 1
             if include and image.name not in include:
                 split.ignored[NOT_INCLUDED] += 1
             elif image.name in exclude:
@@ -88,13 +89,18 @@ class Lists:
             else:
                 num_left += 1
                 yield image
-        for flag, names in missing.items():
-            if names:
+        for flag, listed in {"--include": include, "--exclude": exclude}.items():
+            if names := listed - found.keys():
                 where = " of its classes" if self.classes else ""
                 raise SourceError(
                     f"{flag}: no training image of {split.root}{where} is named {_some(names)}"
                     f" ({len(names)} in all); names are as in the report"
                 )
+        if repeated := [name for name, count in found.items() if count > 1]:
+            raise SourceError(
+                f"--include or --exclude: several training images of {split.root} are named "
+                f"{_some(repeated)}; convert all of them to .beton, and exclude none by name"
+            )
         if not num_left:
             raise SourceError(f"--exclude leaves no training image of {split.root}")
 

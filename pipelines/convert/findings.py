@@ -146,7 +146,8 @@ def _channels(report: Report) -> dict:
     values = np.arange(256) / 255
     num_pixels = max(counts[0].sum(), 1)
     mean = counts @ values / num_pixels
-    deviation = np.sqrt(counts @ values**2 / num_pixels - mean**2)
+    variance = counts @ values**2 / num_pixels - mean**2
+    deviation = np.sqrt(variance.clip(0))  # of one colour, it may be rounded below 0
     return {
         "num_images": num_decoded,
         "mean": [round(float(value), 4) for value in mean],

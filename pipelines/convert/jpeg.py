@@ -227,7 +227,7 @@ def _squared_deviations(pixels: np.ndarray) -> float:
     """The sum of squared deviations from the mean of uint8 [H, W, C]; the channels' maximum."""
     image = Image.fromarray(pixels.squeeze(2) if pixels.shape[2] == 1 else pixels)
     counts = np.reshape(image.histogram(), (-1, 256))
-    values = np.arange(256)
+    values = np.arange(256.0)  # the square of a large image's sum exceeds an int64
     return float((counts @ values**2 - (counts @ values) ** 2 / counts.sum(axis=1)).max())
 
 

@@ -224,8 +224,8 @@ def _tiff_page(data: bytes, flags: PixelFlags) -> _Page:
     complete = [index for index, page in enumerate(pages) if page.is_complete] or [0]
     index = complete[0]
     if flags.page and len(complete) > 1:
-        _require_page("TIFF", len(pages), flags)
-        index = flags.page - 1
+        _require_page("TIFF", len(complete), flags)
+        index = complete[flags.page - 1]
     page = pages[index]
     check_size(page.number(HEIGHT), page.number(WIDTH))
     photometric, num_bands = page.number(PHOTOMETRIC), page.number(BANDS, 1)

@@ -10,6 +10,7 @@ from pathlib import Path
 from pipelines.beton.layout import VERSION
 from pipelines.beton.writer import BetonWriter
 from pipelines.common.atomic import atomic_file, refuse_existing, sync
+from pipelines.common.signals import signals_ignored
 from pipelines.convert.data_report import Report
 from pipelines.convert.sources.beton_file import val_path
 from pipelines.webdataset.writer import DATASET, ShardWriter
@@ -35,8 +36,8 @@ class BetonTarget:
             raise UsageError(f"OUT {self._out} is a folder; name a file, for example {example}")
         if self._out.suffix != ".beton":
             raise UsageError(f"OUT {self._out} must end in .beton")
-        for name in splits:
-            refuse_existing(self._path(name), self._overwrite)
+        for path in self._files(splits).values():
+            refuse_existing(path, self._overwrite)
         if "val" not in splits and os.path.lexists(self._path("val")):
             raise UsageError(
                 f"{self._path('val')} is left from another conversion, but would be read as the "
@@ -55,20 +56,35 @@ class BetonTarget:
     def publish(
         self, work: Path, reports: dict[str, Report], settings: dict, page: str
     ) -> dict[str, Path]:
-        """Move the complete files to their names and write the reports; returns the files."""
-        for name in reports:
-            refuse_existing(self._path(name), self._overwrite)
-        for name in reports:
-            os.replace(work / f"{name}.beton", self._path(name))
+        """Write the reports and move all files to their names; returns those of the images.
+
+        If a file cannot be moved, those that were moved are moved back.
+        """
         for name, report in reports.items():
             content = {"format": "beton", "format_version": VERSION, **report.content(settings)}
-            path = self._path(name)
-            with atomic_file(path.with_name(f"{path.name}.json"), overwrite=True) as file:
+            with atomic_file(work / f"{name}.beton.json", overwrite=True) as file:
                 file.write(json.dumps(content, indent=1).encode() + b"\n")
-        with atomic_file(self.page, overwrite=True) as file:
+        with atomic_file(work / "report.html", overwrite=True) as file:
             file.write(page.encode())
+        self.check([*reports])
+        moved = []
+        with signals_ignored():
+            try:
+                for name, path in self._files([*reports]).items():
+                    os.replace(work / name, path)
+                    moved.append((path, work / name))
+            except OSError:
+                for path, origin in reversed(moved):
+                    os.replace(path, origin)
+                raise
         sync(self._out.parent)
         return {name: self._path(name) for name in reports}
+
+    def _files(self, splits: list[str]) -> dict[str, Path]:
+        """Names in the work folder: final paths, those that readers open last."""
+        paths = {name: self._path(name) for name in reversed(splits)}
+        reports = {f"{n}.beton.json": p.with_name(f"{p.name}.json") for n, p in paths.items()}
+        return {"report.html": self.page, **reports, **{f"{n}.beton": p for n, p in paths.items()}}
 
     def _path(self, name: str) -> Path:
         return self._out if name == "train" else val_path(self._out)

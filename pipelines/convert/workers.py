@@ -178,11 +178,13 @@ class _Workers:
     def _process(self) -> _Process:
         """The process of this thread, started if it has none."""
         if not hasattr(self._thread_local, "process"):
+            if self._is_closed:
+                raise CancelledError  # not seen: pending results are dropped
             self._thread_local.process = _Process()
             self._processes.add(self._thread_local.process)
-        if self._is_closed:
+        if self._is_closed:  # while it started
             self._thread_local.process.kill()
-            raise CancelledError  # not seen: pending results are dropped
+            raise CancelledError
         return self._thread_local.process
 
     def _end_process(self) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from pipelines.convert.jpeg import Prepared, UnreadableImage, prepare, read_image
-from pipelines.convert.manifest import Manifest, Split
+from pipelines.convert.manifest import Manifest, SourceError, Split
 from pipelines.convert.sources.folder import find_splits
 from pipelines.convert.sources.splits import SourceOptions
 
@@ -39,6 +39,8 @@ class ImageFiles:
         class_names: those of the training images, for a held-out split.
         """
         manifest = Manifest(split, class_names=class_names)
+        for path, reason in split.problems:
+            raise SourceError(f"{split.root / path}: {reason}")
         names, labels = zip(*((image.name, image.label) for image in manifest), strict=True)
         return cls(split.root, names, labels, manifest.class_names)
 

@@ -171,7 +171,7 @@ def _metadata(split: Split, top: Path, options: SourceOptions) -> dict[str, Labe
             if labels.setdefault(name, label) != label:
                 raise ValueError(f"{name} has two labels, {labels[name]} and {label}")
             number += 1
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, csv.Error) as error:
         what = f"no {error}" if isinstance(error, KeyError) else str(error)
         raise SourceError(f"{path}, image {number}: {what}") from None
     return labels
@@ -179,7 +179,10 @@ def _metadata(split: Split, top: Path, options: SourceOptions) -> dict[str, Labe
 
 def _rows(path: Path) -> Iterator[dict]:
     with open(path, encoding="utf-8-sig", newline="") as file:
-        yield from csv.DictReader(file) if path.suffix == ".csv" else map(json.loads, file)
+        if path.suffix == ".csv":
+            yield from csv.DictReader(file)
+        else:
+            yield from (json.loads(line) for line in file if line.strip())
 
 
 def _images_below(split: Split, top: Path, label: Label, nested: set[str]) -> Iterator[FoundImage]:

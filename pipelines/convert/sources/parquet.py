@@ -151,8 +151,11 @@ def _rows(path: Path, image: str, label: str | None) -> Iterator[tuple[int, Any,
     available = {column.path for column in file.schema}
     has_paths = f"{image}.path" in available
     columns = [*([label] if label is not None else []), *([f"{image}.path"] if has_paths else [])]
+    if not columns:
+        yield from ((row, None, None) for row in range(file.metadata.num_rows))
+        return
     row = 0
-    for batch in file.iter_batches(BATCH, columns=columns or [next(iter(available))]):
+    for batch in file.iter_batches(BATCH, columns=columns):
         labels = batch[label].to_pylist() if label is not None else [None] * len(batch)
         paths = [None] * len(batch)
         if has_paths:

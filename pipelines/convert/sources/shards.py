@@ -86,18 +86,24 @@ def _split(root: Path, paths: list[Path], options: SourceOptions) -> Split:
     split = Split(root=root)
 
     def images() -> Iterator[FoundImage]:
+        splits: set[str] = set()  # of folders inside the archives
         folders: set[str] = set()  # of images without a label
         has_label = False
         named_like_archive = len(paths) > 1
         for path in paths:
             is_number = re.fullmatch(r"\w*[-_]\d+|\d+", path.stem) is not None
-            for image in _images(split, path, options):
+            for image in _images(split, path, options, splits):
                 has_label |= image.label is not None
                 if image.label is None:
                     folder, _, name = image.name.rpartition("/")
                     folders |= {folder} if len(folders) < 2 else set()
                     named_like_archive &= name.startswith(path.stem) or not is_number
                 yield image
+        if len(splits) > 1 and not options.all_train:
+            raise SourceError(
+                f"{root} contains archives with folders of several splits: unpack them, or train on"
+                " everything with --all-train"
+            )
         if options.label_key is not None and not has_label:
             raise SourceError(
                 f"--label-key {options.label_key}: no sample of {root} has such a label"
@@ -111,8 +117,13 @@ def _split(root: Path, paths: list[Path], options: SourceOptions) -> Split:
     return split
 
 
-def _images(split: Split, path: Path, options: SourceOptions) -> Iterator[FoundImage]:
-    """The images of one shard, in the order in which their samples begin."""
+def _images(
+    split: Split, path: Path, options: SourceOptions, splits: set[str]
+) -> Iterator[FoundImage]:
+    """The images of one shard, in the order in which their samples begin.
+
+    splits: gets those that are names of folders.
+    """
     samples = _samples(split, path, options.image_key)
     stored: Iterator[str] = iter(())
     with open(path, "rb") as file:
@@ -124,7 +135,6 @@ def _images(split: Split, path: Path, options: SourceOptions) -> Iterator[FoundI
             if len(listed) != num_images:
                 raise SourceError(f"{path}: {num_images} images but {len(listed)} names")
             stored = iter(listed)
-        splits: set[str] = set()
         for key, extension in images:
             if extension is None:
                 split.ignored["samples without an image"] += key != NAMES
@@ -138,11 +148,6 @@ def _images(split: Split, path: Path, options: SourceOptions) -> Iterator[FoundI
                 continue
             label = _label(split, path, file, samples[key], member, options)
             yield FoundImage(name, label, Location(str(path), member.offset, member.size))
-    if len(splits) > 1 and not options.all_train:
-        raise SourceError(
-            f"{path} contains folders of several splits: unpack it, or train on everything with"
-            " --all-train"
-        )
 
 
 def _samples(split: Split, path: Path, image_key: str | None) -> dict[str, Sample]:

@@ -1,8 +1,10 @@
 """`bt-convert`: stored images, rejected images, wrong usage, and no partial output."""
 
+import errno
 import io
 import json
 import os
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -224,6 +226,42 @@ def test_a_broken_link_is_not_replaced(folder, tmp_path, capsys, name):
     assert convert(folder, tmp_path / "out.beton") == 2
     assert f"{tmp_path / name} " in capsys.readouterr().err
     assert names_in(tmp_path) == [name]
+
+
+@pytest.mark.parametrize("name", ["out.report.html", "out.beton.json", "out.val.beton.json"])
+def test_a_report_is_not_replaced(hostile, tmp_path, capsys, name):
+    source = tmp_path / "s"
+    make_folder(source / "train", {"cat": 1})
+    make_folder(source / "val", {"cat": 1})
+    (tmp_path / name).write_text("mine")
+    assert convert(source, tmp_path / "out.beton") == 2
+    assert name in capsys.readouterr().err and (tmp_path / name).read_text() == "mine"
+
+
+@pytest.mark.parametrize("call", range(5))
+def test_files_appear_together(tmp_path, monkeypatch, capsys, call):
+    """A failure of any of the moves leaves none of the files, and a stop signal waits."""
+    source = tmp_path / "s"
+    make_folder(source / "train", {"cat": 1})
+    make_folder(source / "val", {"cat": 1})
+    replace, calls = os.replace, []
+
+    def fail(origin, target):
+        if Path(target).name.startswith("out.") and "partial" not in str(target):
+            calls.append(target)
+            os.kill(os.getpid(), signal.SIGTERM)
+            if len(calls) == call + 1:
+                raise OSError(errno.EIO, "Input/output error", str(target))
+        replace(origin, target)
+
+    monkeypatch.setattr(os, "replace", fail)
+    assert convert(source, tmp_path / "out.beton", "--continue") == 1
+    assert "Input/output error" in capsys.readouterr().err
+    assert names_in(tmp_path) == ["out.beton.partial", "s"]
+    monkeypatch.setattr(os, "replace", replace)
+    assert convert(source, tmp_path / "out.beton", "--continue") == 0
+    assert "1 images were converted before" in capsys.readouterr().out
+    assert len(names_in(tmp_path)) == 6
 
 
 def test_a_failed_overwrite_keeps_the_old_file(hostile, tmp_path):

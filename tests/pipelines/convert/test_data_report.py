@@ -212,6 +212,7 @@ def test_blank_images_are_those_whose_channels_deviate_little(num_channels):
         assert _is_blank(pixels) == is_blank, shape
         found[is_blank] += 1
     assert min(found.values()) > 30
+    assert _is_blank(np.full((4000, 3000, num_channels), 255, np.uint8))
 
 
 def test_similar_names():

@@ -7,7 +7,7 @@ import planted
 import pytest
 from sample_imagenet import convert
 from test_convert_continue import Interruption, contents
-from test_splits_and_labels import JPEG, cells, write_files, write_parquet
+from test_splits_and_labels import JPEG, cells, write_files, write_parquet, write_tar
 
 import pipelines.convert.jpeg
 from pipelines.beton import BetonReader
@@ -95,6 +95,24 @@ def test_a_beton_is_filtered_without_decoding(tmp_path, monkeypatch):
         assert after.label(index) == before.label(other)
 
 
+def test_a_name_of_several_images_is_refused(tmp_path, capsys):
+    for shard in ("0.tar", "1.tar"):
+        write_tar(tmp_path / "s" / shard, {"0.jpg": JPEG, "1.jpg": JPEG})
+    (tmp_path / "list").write_text("0.jpg\n")
+    for flag in ("--include", "--exclude"):
+        assert convert(tmp_path / "s", tmp_path / "out.beton", flag, tmp_path / "list") == 2
+        assert "are named 0.jpg" in capsys.readouterr().err
+
+
+def test_nothing_need_be_excluded(tmp_path):
+    """The list of a clean data set is empty."""
+    write_files(tmp_path / "s", {"cat/0.jpg": JPEG})
+    (tmp_path / "overlap.txt").touch()
+    flags = ["--exclude", tmp_path / "overlap.txt"]
+    assert convert(tmp_path / "s", tmp_path / "out.beton", *flags) == 0
+    assert len(BetonReader(tmp_path / "out.beton")) == 1
+
+
 def test_numbered_classes_keep_the_order_of_their_numbers(tmp_path):
     names = [f"{number}-{copy}" for number in range(12) for copy in range(2)]
     columns = {"image": cells(*names), "label": [int(name.split("-")[0]) for name in names]}
@@ -148,7 +166,7 @@ def test_a_validation_image_that_is_repaired_drops_its_copies(tmp_path, monkeypa
         ("--exclude {0}/val", "is named val.jpg (1 in all)"),
         ("--include {0}/a --exclude {0}/a", "both name a/1.jpg"),
         ("--exclude {0}/all", "--exclude leaves no training image"),
-        ("--exclude {0}/empty", "has no names"),
+        ("--include {0}/empty", "has no names"),
         ("--exclude {0}/missing", "cannot be read"),
         ("--classes {0}/x", "is of class cat/9.jpg, other.jpg (2 in all)"),
         ("--classes {0}/b", "--classes leaves no image of"),

@@ -240,6 +240,12 @@ def test_smaller_copies_and_masks_are_no_pages():
     first.encoderinfo = {"tiffinfo": {254: 1}}
     data = frames("TIFF", PICTURE, first)
     assert np.array_equal(decoded(data), RGB)
+    data = saved(
+        PICTURE, "TIFF", save_all=True, append_images=[first, Image.fromarray(RGB[::-1].copy())]
+    )
+    assert np.array_equal(decoded(data, page=2), RGB[::-1])
+    with pytest.raises(UnreadableImage, match="2 pages"):
+        decoded(data, page=3)
 
 
 def test_flags_have_no_effect_where_nothing_is_open():

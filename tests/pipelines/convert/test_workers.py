@@ -83,6 +83,20 @@ def test_an_image_with_which_memory_runs_out_is_named():
         convert(PLAIN, b"signal9")
 
 
+def test_closing_starts_no_process(monkeypatch):
+    """Ctrl-C on a machine of 64 cores must not start 64 interpreters."""
+    started = []
+    start = workers._Process.__init__
+    monkeypatch.setattr(
+        workers._Process, "__init__", lambda self: (started.append(self), start(self))[1]
+    )
+    images = (SourceImage(f"{index}.jpg", 0, PLAIN) for index in range(1000))
+    outcomes = prepare_all(images, workers=2, max_side=0, check="full")
+    next(outcomes)
+    outcomes.close()
+    assert len(started) == 2
+
+
 def test_workers_that_do_not_start_name_the_cause(monkeypatch):
     with pytest.raises(WorkerDied, match="cannot be started: it ended at once, with status 7"):
         convert(PLAIN, serve=end_at_once)
