@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from bt_fast.config import Config
+from bt_fast.config import Config, load_config, resumed
 from bt_fast.distributed.signals import StopFlag
 from bt_fast.export.encoder_files import load_encoder
 from bt_fast.recipes import RECIPES
@@ -40,7 +40,7 @@ def pretrain(config: Config | None = None, *, recipe: str = "imagenet", **fields
 
     Args:
         config: the configuration; default: the recipe's.
-        recipe: name of a recipe, if there is no config.
+        recipe: name of a recipe, if there is no config and no run is resumed.
         fields: fields of `Config` to change, such as data="out.beton", epochs=10, resume="runs/x".
 
     Returns:
@@ -59,7 +59,10 @@ def pretrain(config: Config | None = None, *, recipe: str = "imagenet", **fields
     unknown = sorted(fields.keys() - {field.name for field in dataclasses.fields(Config)})
     if unknown:
         raise ValueError(f"{', '.join(unknown)}: no such field of bt_fast.Config")
-    config = dataclasses.replace(config or RECIPES[recipe](), **fields)
+    saved = load_config(fields["resume"], "resume") if fields.get("resume") is not None else None
+    config = dataclasses.replace(config or saved or RECIPES[recipe](), **fields)
+    if saved is not None:
+        config = resumed(config, saved)
     if config.dry_run or config.slurm is not None or config.gpus not in (None, 1):
         raise ValueError("dry_run, slurm and several gpus need the command bt-fast pretrain")
     path = make_folder(config)

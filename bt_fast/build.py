@@ -21,6 +21,7 @@ from bt_fast.models.batch_norm import RunningStatistics
 from bt_fast.models.library_encoders import DropPaths
 from bt_fast.models.networks import BarlowTwins, build_model
 from bt_fast.optimizers import GuardedOptimizer, build_optimizer
+from bt_fast.run import checkpoint
 from bt_fast.run.console import duration
 from bt_fast.runtime import Runtime, apply_switches, choose_runtime, prepare
 from bt_fast.schedule import learning_rate
@@ -89,7 +90,8 @@ def build(config: Config, world: World = ALONE) -> TrainingSetup:
     torch.manual_seed(config.seed)  # the initialisation, drawn on the CPU: identical on all devices
     model = build_model(config)
     initial_weights = ""
-    if config.init is not None and config.resume is None:
+    # A run that is resumed before its first checkpoint starts again from the file.
+    if config.init is not None and (config.resume is None or not checkpoint.exists(config.resume)):
         initial_weights = load_initial_weights(
             model,
             config.init,
@@ -153,7 +155,7 @@ def communicators(config: Config, world: World, device: torch.device) -> tuple[G
 def average_statistics(setup: TrainingSetup) -> None:
     """With --bn-group, let the running statistics of all ranks be their mean, as if they had been
     averaged in every step; all ranks call it."""
-    if setup.config.bn_group not in (0, setup.world.size):
+    if setup.config.bn_group not in (0, setup.world.size) and setup.statistics.layers:
         running = setup.statistics.running
         running.copy_(all_reduce(running.clone(), setup.world.group) / setup.world.size)
 

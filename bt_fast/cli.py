@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
-from bt_fast.config import RENAMED, Config, extended, immutable_changes, load_config
+from bt_fast.config import RENAMED, Config, load_config, resumed
 from pipelines import __version__
 
 _USAGE = """bt-fast COMMAND [OPTIONS]
@@ -124,18 +124,7 @@ def parse_pretrain(arguments: Sequence[str]) -> Config:
         default = ablate(default, ablation)
     config = authors_flags.parse(Config, "bt-fast pretrain", arguments, authors_flags.MAIN, default)
     if saved is not None:
-        changed = immutable_changes(config, saved)
-        if "--run-dir" in changed:
-            raise ValueError(
-                f"--run-dir {config.run_dir}: a resumed run stays where --resume says; leave it out"
-            )
-        if changed:
-            longer = ", or continue with a longer schedule: --extend N" * ("--epochs" in changed)
-            raise ValueError(
-                f"{' '.join(changed)} cannot change when a run is resumed, because what it learns"
-                f" would differ; leave it out or start a new run{longer}"
-            )
-        return extended(config, saved)
+        return resumed(config, saved)
     if config.extend is not None:
         raise ValueError(f"--extend {config.extend} continues a run: add --resume RUN")
     return config

@@ -358,30 +358,44 @@ def load_config(path: Path, flag: str) -> Config:
     return from_json(file.read_bytes(), file)
 
 
-def extended(config: Config, saved: Config) -> Config:
-    """The configuration with --extend and --peak applied; `saved` is that of the resumed run.
+def resumed(config: Config, saved: Config) -> Config:
+    """The configuration of a resumed run, whose saved one is `saved`; applies --extend and --peak.
 
-    Both are saved with the run: with the same values, as after a restart, nothing changes.
+    Raises ValueError for changes that would change what the run learns.
+    """
+    changed = list(differences(config, saved))
+    if "--run-dir" in changed:
+        raise ValueError(
+            f"--run-dir {config.run_dir}: a resumed run stays where --resume says; leave it out"
+        )
+    if changed:
+        longer = ", or continue with a longer schedule: --extend N" * ("--epochs" in changed)
+        raise ValueError(
+            f"{' '.join(changed)} cannot change when a run is resumed, because what it learns"
+            f" would differ; leave it out or start a new run{longer}"
+        )
+    return _extended(config, saved)
+
+
+def _extended(config: Config, saved: Config) -> Config:
+    """Both flags are saved with the run: with the same values, as after a restart, nothing changes.
+
+    --peak is a factor of the rates with which the run began.
     """
     if (config.extend, config.peak) == (saved.extend, saved.peak):
         return config
     if config.extend is None:
         raise ValueError(f"--peak {config.peak:g} is a factor of --extend; give both")
-    if config.extend < saved.epochs:
+    if config.extend < saved.epochs or (config.extend, config.peak) == (saved.epochs, saved.peak):
         raise ValueError(
             f"--extend {config.extend}: the run's schedule has {saved.epochs} epochs already"
         )
     return dataclasses.replace(
         config,
         epochs=config.extend,
-        lr_weights=config.peak * config.lr_weights,
-        lr_biases=config.peak * config.lr_biases,
+        lr_weights=config.lr_weights * config.peak / saved.peak,
+        lr_biases=config.lr_biases * config.peak / saved.peak,
     )
-
-
-def immutable_changes(config: Config, saved: Config) -> list[str]:
-    """Flags that differ between two configurations and that a resumed run must not change."""
-    return list(differences(config, saved))
 
 
 def differences(config: Config, other: Config) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from bt_fast.choices import Stem, is_of_library
 from bt_fast.export.encoder_files import Pretrained, read_pretrained
+from bt_fast.finite import NotFinite
 from bt_fast.models.networks import BarlowTwins
 
 
@@ -46,5 +47,7 @@ def _read(file: Path, which: str | None, stem: Stem, library: tuple[str, int] | 
     known = None if stem == "imagenet" else stem  # weights do not state a 3x3 stem
     try:
         return read_pretrained(file, which=which, stem=known, projector=True, library=library)
+    except NotFinite:
+        raise
     except ValueError:
         return read_pretrained(file, which=which, stem=known, library=library)

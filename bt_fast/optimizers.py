@@ -60,7 +60,8 @@ def _embeddings(model: nn.Module) -> list[nn.Parameter]:
 def build_optimizer(name: OptimizerName, model: nn.Module, weight_decay: float) -> GuardedOptimizer:
     """The optimizer of that name, with its state, for all parameters; rates are set every step."""
     parameters = list(model.parameters())
-    groups = parameter_groups(parameters, _embeddings(model))
+    # LARS itself excepts vectors only; embeddings would get the biases' small rate.
+    groups = parameter_groups(parameters, [] if name == "lars" else _embeddings(model))
     options: dict[str, Any] = {"lr": 0.0, "weight_decay": weight_decay}
     if name == "lars":
         lars = LARS(groups, **options)

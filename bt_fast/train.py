@@ -303,12 +303,24 @@ def resume(setup: TrainingSetup, run: RunDirectory | None, console: Console) -> 
                 )
             found.restore(setup.model, setup.optimizer)
             step, skipped_in_a_row = found.step, found.facts.get("skipped_in_a_row", 0)
+        elif (run.path / "encoder.safetensors").exists():
+            raise ValueError(
+                f"--resume {setup.config.resume}: no intact checkpoint is left, and starting at"
+                " step 0 would delete the run's encoder; start a new run, from its encoder by"
+                f" --init {setup.config.resume}"
+            )
+        before = load_config(run.path, "--resume")
+        if before.epochs != setup.config.epochs and step >= setup.last_step:
+            raise ValueError(
+                f"--extend {setup.config.epochs}: the run would still end at step"
+                f" {setup.last_step}; give a larger --max-steps, too, or --max-steps None"
+            )
         run.truncate_metrics(step)
         (run.path / "encoder.safetensors").unlink(missing_ok=True)  # of an earlier, shorter end
     step, skipped_in_a_row = broadcast_object((step, skipped_in_a_row), setup.world.group)
     state = checkpoint.state(setup.model, setup.optimizer)
     broadcast_tensors([tensor for part in state for tensor in part.values()], setup.world.group)
-    if run and (before := load_config(run.path, "--resume")).epochs != setup.config.epochs:
+    if run and before.epochs != setup.config.epochs:
         rates = [
             learning_rates(config, setup.loader.steps_per_epoch)["weights"](step)
             for config in (before, setup.config)

@@ -24,7 +24,7 @@ import tyro
 
 from bt_fast import cli
 from bt_fast.ablations import ABLATIONS, GRIDS
-from bt_fast.config import Config, immutable_changes, load_config
+from bt_fast.config import Config, differences, load_config
 from bt_fast.distributed.signals import EXIT_STOPPED, StopFlag
 from bt_fast.run.directory import read_metrics
 from pipelines.common.atomic import atomic_file
@@ -144,7 +144,7 @@ def grid(options: Options, flags: list[str]) -> list[Cell]:
 def check(cell: Cell) -> None:
     """Raise ValueError if the run in the cell's folder has other flags."""
     saved = load_config(cell.folder, "--out")
-    changed = immutable_changes(dataclasses.replace(cell.config, run_dir=saved.run_dir), saved)
+    changed = list(differences(dataclasses.replace(cell.config, run_dir=saved.run_dir), saved))
     if cell.config.data.resolve() != saved.data:
         changed.append("--data")
     if cell.config.max_steps != saved.max_steps:

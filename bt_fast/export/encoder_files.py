@@ -123,9 +123,9 @@ def read_pretrained(
     tensors, metadata = _read_tensors(file)
     library = _find_library(metadata, file) or library
     if library is not None:
-        if (which, stem) != (None, None):
-            raise ValueError(f"{file} holds {library[0]}: leave out --which and --stem")
-        return _read_library_encoder(tensors, *library, file, projector)
+        if stem is not None:
+            raise ValueError(f"{file} holds {library[0]}: leave out --stem")
+        return _read_library_encoder(tensors, *library, which, file, projector)
     resnets = _find_resnets(tensors)
     if not resnets:
         some = ", ".join(printable(name) for name in list(tensors)[:3]) or "none"
@@ -133,7 +133,7 @@ def read_pretrained(
             f"{file} holds no ResNet with torchvision's names (no layer1.0.conv1.weight); its"
             f" tensors: {some}{', ...' if len(tensors) > 3 else ''}"
         )
-    prefix = _choose_resnet(resnets, which, file)
+    prefix = _choose_encoder(resnets, which, file)
     architecture = _find_architecture(resnets[prefix], file)
     stem = _choose_stem(resnets[prefix], stem, metadata, file)
     encoder = build_encoder(architecture, stem=stem)
@@ -176,7 +176,7 @@ def _find_library(metadata: Mapping[str, Any], file: Path) -> tuple[str, int] | 
 
 
 def _read_library_encoder(
-    tensors: Tensors, name: str, size: int, file: Path, projector: bool
+    tensors: Tensors, name: str, size: int, which: str | None, file: Path, projector: bool
 ) -> Pretrained:
     """An encoder of timm or torchvision, wherever in the file it is. Raises ValueError."""
     encoder = build_library_encoder(name, size=size)
@@ -184,12 +184,13 @@ def _read_library_encoder(
     first = next(iter(shapes))
     prefixes = [tensor.removesuffix(first) for tensor in tensors if tensor.endswith(first)]
     differences = {p: _first_difference(shapes, _without_prefix(p, tensors)) for p in prefixes}
-    prefix = next((p for p, difference in differences.items() if not difference), None)
-    if prefix is None:
+    found = {p: _without_prefix(p, tensors) for p, reason in differences.items() if not reason}
+    if not found:
         reason = next(iter(differences.values()), f"it has no {first}")
         raise ValueError(f"{file} does not hold a {name} for {size} px: {printable(reason)}")
-    weights = _without_prefix(prefix, tensors)
-    _load(encoder, {key: weights[key] for key in encoder.state_dict() if key in weights})
+    encoders = {p: {key: t[key] for key in shapes if key in t} for p, t in found.items()}
+    prefix = _choose_encoder(encoders, which, file)
+    _load(encoder, encoders[prefix])
     siblings = _without_prefix(f"{prefix.removesuffix('encoder.')}projector.", tensors)
     pretrained = Pretrained(
         encoder=encoder,
@@ -198,7 +199,7 @@ def _read_library_encoder(
         size=size,
         projector=_matching_projector(siblings, file) if projector and siblings else None,
         source=file,
-        name="",
+        name=_labels(encoders)[prefix] if len(encoders) > 1 else "",
     )
     _require_finite_weights(pretrained)
     return pretrained
@@ -363,9 +364,9 @@ def _find_resnets(tensors: Tensors) -> dict[str, Tensors]:
     return resnets
 
 
-def _labels(resnets: Mapping[str, Tensors]) -> dict[str, str]:
+def _labels(encoders: Mapping[str, Tensors]) -> dict[str, str]:
     """For each prefix its first part that no other one has, else all of it."""
-    paths = {prefix: prefix.rstrip(".").split(".") for prefix in resnets}
+    paths = {prefix: prefix.rstrip(".").split(".") for prefix in encoders}
     labels = {}
     for prefix, path in paths.items():
         others = {part for other in paths if other != prefix for part in paths[other]}
@@ -374,21 +375,21 @@ def _labels(resnets: Mapping[str, Tensors]) -> dict[str, str]:
     return labels
 
 
-def _choose_resnet(resnets: Mapping[str, Tensors], which: str | None, file: Path) -> str:
-    """The prefix of the ResNet that is meant; several with equal weights are one."""
-    labels = _labels(resnets)
+def _choose_encoder(encoders: Mapping[str, Tensors], which: str | None, file: Path) -> str:
+    """The prefix of the encoder that is meant; several with equal weights are one."""
+    labels = _labels(encoders)
     listed = ", ".join(labels.values())
-    exact = [p for p in resnets if which in (None, labels[p], p.rstrip("."))]
-    prefixes = exact or [p for p in resnets if which in p.split(".")]
+    exact = [p for p in encoders if which in (None, labels[p], p.rstrip("."))]
+    prefixes = exact or [p for p in encoders if which in p.split(".")]
     if not prefixes:
         raise ValueError(f"--which {which}: {file} holds only {listed}")
-    chosen = resnets[prefixes[0]]
-    for other in (resnets[prefix] for prefix in prefixes[1:]):
+    chosen = encoders[prefixes[0]]
+    for other in (encoders[prefix] for prefix in prefixes[1:]):
         if chosen.keys() != other.keys() or any(
             not torch.equal(tensor, other[name]) for name, tensor in chosen.items()
         ):
             raise ValueError(
-                f"{file} holds {len(resnets)} different ResNets ({listed}); choose one with"
+                f"{file} holds {len(encoders)} different encoders ({listed}); choose one with"
                 f" --which, such as --which {next(iter(labels.values()))}"
             )
     return prefixes[0]

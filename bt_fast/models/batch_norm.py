@@ -256,19 +256,13 @@ class RunningStatistics:
         self._parts: list[torch.Tensor] = []  # statistics of parts of a batch, [V, values] each
         self.running = self._flatten("running_mean", "running_var")
         self.counts = self._flatten("num_batches_tracked")
-        momenta = {layer.momentum for layer in self.layers}
         # One value, or one for every value of `running`: those of encoders may differ.
-        self._momentum: float | torch.Tensor = (
-            momenta.pop()
-            if len(momenta) == 1
-            else torch.cat(
-                [
-                    x.new_full((2 * len(x),), m.momentum)
-                    for m in self.layers
-                    for x in [m.running_mean]
-                ]
-            )
-        )
+        momenta = [layer.momentum for layer in self.layers]
+        self._momentum: float | torch.Tensor = momenta[0] if momenta else 0.0
+        if len(set(momenta)) > 1:
+            lengths = torch.tensor([2 * layer.num_features for layer in self.layers])
+            values = torch.repeat_interleave(torch.tensor(momenta), lengths)
+            self._momentum = values.to(self.running)
 
     def _flatten(self, *names: str) -> torch.Tensor:
         buffers = [(layer, name) for layer in self.layers for name in names]
@@ -283,6 +277,8 @@ class RunningStatistics:
     @torch.no_grad()
     def record(self) -> None:
         """Keep the statistics of the last forward pass, of one part of a batch, for `update`."""
+        if not self.layers:
+            return
         values = [value for layer in self.layers for value in layer.batch_statistics]
         assert len(values) == 2 * len(self.layers), "needs a forward pass in training mode"
         self._parts.append(torch.cat(values, 1))
@@ -291,6 +287,8 @@ class RunningStatistics:
     def update(self, applied: torch.Tensor) -> None:
         """Update if `applied`, a bool scalar on the device, is true: by the last forward pass, or
         by the mean of the recorded ones."""
+        if not self.layers:
+            return
         if not self._parts:
             self.record()
         batch = self._parts[0] if len(self._parts) == 1 else torch.stack(self._parts).mean(0)

@@ -166,6 +166,10 @@ class DropPath(nn.Module):
             raise ValueError(
                 "stochastic depth needs DropPaths.draw and .use before a training batch"
             )
+        if len(x) != len(self.scale):
+            raise ValueError(
+                "--drop-path: this encoder has blocks whose rows are parts of images; use 0"
+            )
         return x * self.scale.to(x.dtype).view(-1, *[1] * (x.ndim - 1))
 
 

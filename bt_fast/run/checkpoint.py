@@ -166,6 +166,11 @@ def _sort_metadata(path: Path) -> None:
         file.write(text)
 
 
+def exists(folder: Path) -> bool:
+    """Whether there is a checkpoint under `folder`, valid or not."""
+    return bool(_folders(folder))
+
+
 def newest(folder: Path, *, set_aside: bool = False) -> tuple[Checkpoint | None, list[str]]:
     """The newest valid checkpoint under `folder`, and why each newer one is invalid.
 

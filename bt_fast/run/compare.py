@@ -32,6 +32,8 @@ def run_compare(options: Compare) -> int:
     from bt_fast.run.directory import read_metrics
     from bt_fast.run.plots import curves
 
+    if not options.runs:
+        raise ValueError("RUN: name the folder of at least one run")
     if options.out.exists() and not options.overwrite:
         raise ValueError(f"--out {options.out} exists; choose another, or replace it: --overwrite")
     configs = [load_config(path, "RUN") for path in options.runs]

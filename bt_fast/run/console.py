@@ -178,7 +178,7 @@ class RunLog:
         titles = {"rank": "rank", "probe_on_diagonal": "on-diagonal"}
         titles["probe_off_diagonal"] = "off-diagonal"
         parts += [f"{titles[name]} {record[name]:.4g}" for name in titles if name in record]
-        when = "at random initialisation" if record["step"] == 0 else f"epoch {record['epoch']:.4g}"
+        when = "before training" if record["step"] == 0 else f"epoch {record['epoch']:.4g}"
         self.info(f"probe, {when}: {', '.join(parts)} ({duration(record['seconds'])})")
 
     def _record(self, kind: str, record: dict) -> None:

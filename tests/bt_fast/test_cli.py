@@ -9,7 +9,7 @@ import pytest
 
 from bt_fast import authors_flags
 from bt_fast.cli import main, parse_pretrain
-from bt_fast.config import from_json, immutable_changes, to_json
+from bt_fast.config import differences, from_json, to_json
 from bt_fast.distributed.launcher import Placement, several_machines
 from bt_fast.recipes import RECIPES
 from pipelines.branches import VIEW_A
@@ -221,5 +221,5 @@ def test_what_a_resumed_run_may_change():
     mutable = {"data": Path("x"), "gpus": 2, "device": "cuda", "norm": "fused", "keep": 9}
     learned = {"seed": 1, "epochs": 99, "batch_size": 32, "precision": "bf16", "view_a": VIEW_A}
     for name, value in (mutable | learned).items():
-        flags = immutable_changes(replace(config, **{name: value}), config)
+        flags = list(differences(replace(config, **{name: value}), config))
         assert flags == ([f"--{name.replace('_', '-')}"] if name in learned else [])

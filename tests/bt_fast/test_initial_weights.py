@@ -1,5 +1,7 @@
 """--init: the features of step 0 are those of the file."""
 
+import shutil
+
 import pytest
 import torch
 import torchvision
@@ -64,6 +66,34 @@ def test_torchvisions_weights_train_and_resume(small_beton, tmp_path, capsys):
     assert "no projector of this form" in " ".join(capsys.readouterr().out.split())
     file.unlink()  # the run has its own weights now
     assert main(["pretrain", "--resume", str(tmp_path / "run"), "--max-steps", "2"]) == 0
+
+
+def test_a_run_that_is_killed_before_its_first_checkpoint_starts_again_from_the_file(
+    small_beton, tmp_path
+):
+    """As Slurm does, which starts the first job, too, by --resume."""
+    file = tmp_path / "tv.pth"
+    torch.save(random_resnet(2).state_dict(), file)
+    flags = ["--data", small_beton, "--init", file, "--probe-every", 0, "--max-steps", 1]
+    assert pretrain(*flags, "--run-dir", tmp_path / "run") == 0
+    first = bt_fast.load_encoder(tmp_path / "run").state_dict()
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    resume = ["pretrain", "--resume", str(tmp_path / "run")]
+    assert main(resume) == 2  # its result would be deleted
+    (tmp_path / "run" / "encoder.safetensors").unlink()
+    assert main(resume) == 0
+    again = bt_fast.load_encoder(tmp_path / "run").state_dict()
+    assert all(torch.equal(first[name], again[name]) for name in first)
+
+
+def test_a_projector_with_nan_is_refused(small_beton, tmp_path, capsys):
+    file, _ = released_checkpoint((32, 32), tmp_path)
+    content = torch.load(file)
+    content["model"]["module.projector.0.weight"][0] = float("nan")
+    torch.save(content, file)
+    flags = ["--data", small_beton, "--init", file]
+    assert pretrain(*flags, "--run-dir", tmp_path / "run") == 2
+    assert "0.weight" in capsys.readouterr().err
 
 
 def test_another_encoder_is_refused(small_beton, tmp_path, capsys):

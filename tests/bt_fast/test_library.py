@@ -59,6 +59,10 @@ def test_two_runs_in_one_process_and_one_in_a_thread(small_beton, tmp_path):
     for other in others:
         assert all(torch.equal(first[name], other[name]) for name in first)
     assert [record["step"] for record in runs[2].metrics] == [1, 2]
+    with pytest.raises(ValueError, match="--seed cannot change when a run is resumed"):
+        bt_fast.pretrain(resume=runs[2].path, seed=9)
+    longer = bt_fast.pretrain(resume=str(runs[2].path), max_steps=3)
+    assert [record["step"] for record in longer.metrics] == [1, 2, 3]
 
 
 def test_two_view_augment_is_the_definition():

@@ -73,6 +73,10 @@ def test_a_longer_schedule_continues_a_run(small_beton, tmp_path, capsys, stoppe
     assert main([*resume[:3], "--max-steps", "16", "--extend", "5", "--peak", "0.5"]) == 0
     assert {record["step"]: record["lr_weights"] for record in metrics(run)}[15] == rates[15]
     assert load_config(run, "RUN").lr_weights == 1.5  # of the recipe's 3
+    assert main([*resume[:3], "--max-steps", "16", "--extend", "6"]) == 2  # it is at step 16
+    assert "--extend 6: the run would still end at step 16" in capsys.readouterr().err
+    assert main([*resume[:3], "--max-steps", "17", "--extend", "6"]) == 0
+    assert load_config(run, "RUN").lr_weights == 1.5
 
 
 @pytest.mark.slow
@@ -99,7 +103,10 @@ def test_damaged_checkpoints_do_not_count_as_kept(small_beton, tmp_path):
     assert pretrain(*flags, "--max-steps", 6) == 0
     for path in (folder / "checkpoints").iterdir():
         (path / "model.safetensors").write_bytes(b"torn")
-    assert main(["pretrain", "--resume", str(folder), "--max-steps", "2"]) == 0
+    resume = ["pretrain", "--resume", str(folder), "--max-steps", "2"]
+    assert main(resume) == 2
+    (folder / "encoder.safetensors").unlink()  # as if the run had not ended
+    assert main(resume) == 0
     names = {path.name for path in (folder / "checkpoints").iterdir()}
     assert {"step-00000001", "step-00000002", "step-00000005.damaged"} <= names
 

@@ -159,7 +159,7 @@ def test_of_several_resnets_which_chooses(content, names, tmp_path, capsys):
     torch.save(content, file)
     export = ["export", str(file), "--to", "timm", "--out", str(tmp_path / "o.pth")]
     for flags, message in (
-        ([], f"2 different ResNets ({', '.join(names)}); choose one with --which"),
+        ([], f"2 different encoders ({', '.join(names)}); choose one with --which"),
         (["--which", "nobody"], f"--which nobody: {file} holds only {', '.join(names)}"),
     ):
         assert main([*export, *flags]) == 2

@@ -13,6 +13,7 @@ from torch._dynamo.testing import CompileCounter
 import bt_fast
 from bt_fast.build import build
 from bt_fast.cli import main, parse_pretrain
+from bt_fast.export.encoder_files import read_pretrained
 from bt_fast.models import batch_norm
 from bt_fast.models.batch_norm import RunningStatistics
 from bt_fast.models.library_encoders import DropPath, DropPaths, build_library_encoder
@@ -183,6 +184,8 @@ def test_embeddings_of_positions_have_no_weight_decay():
     assert {id(model.encoder.pos_embed), id(model.encoder.cls_token)} <= ids
     assert (weights["weight_decay"], biases["weight_decay"]) == (0.05, 0.0)
     assert id(model.encoder.blocks[0].mlp.fc1.weight) not in ids
+    weights, _ = build_optimizer("lars", model, 0.05).param_groups  # whose biases' rate is small
+    assert id(model.encoder.pos_embed) in {id(p) for p in weights["params"]}
 
 
 @pytest.mark.parametrize(
@@ -245,3 +248,32 @@ def test_a_run_resumes_exactly_and_its_encoder_is_known_everywhere(
         assert torch.allclose(model.encoder(x), expected, rtol=1e-4, atol=1e-5)  # channels-last
     with pytest.raises(ValueError, match=r"bare\.pth does not hold a timm/vit_small_patch16_224"):
         build(replace(config, encoder="timm/vit_small_patch16_224"))
+
+
+def test_a_teacher_is_not_taken_for_its_student(tmp_path):
+    name, size = "timm/vit_tiny_patch16_224", 32
+    encoders = {part: build_library_encoder(name, size=size) for part in ("student", "teacher")}
+    weights = {
+        f"{part}.backbone.{key}": value
+        for part, encoder in encoders.items()
+        for key, value in encoder.state_dict().items()
+    }
+    file = tmp_path / "w.pth"
+    torch.save(weights, file)
+    with pytest.raises(ValueError, match=r"2 different encoders \(student, teacher\)"):
+        read_pretrained(file, library=(name, size))
+    found = read_pretrained(file, library=(name, size), which="teacher").encoder.state_dict()
+    expected = encoders["teacher"].state_dict()
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
+
+
+def test_a_model_without_batch_norm_trains(small_beton, tmp_path):
+    flags = ["--encoder", "timm/vit_tiny_patch16_224", "--size", 32, "--projector", 16]
+    assert pretrain(*flags, "--data", small_beton, "--run-dir", tmp_path / "run") == 0
+
+
+def test_blocks_of_parts_of_images_have_no_drop_path():
+    layer = DropPath(0.1).train()
+    layer.scale = torch.ones(4)
+    with pytest.raises(ValueError, match="rows are parts of images"):
+        layer(torch.ones(8, 3))
