@@ -97,7 +97,8 @@ class Convert:
 
     drop: str | None = None
     """Training images to leave out, comma-separated. exact: those identical to an earlier one.
-    overlap: those identical to a validation image. blank: those of one colour."""
+    overlap: those identical to a validation image. blank: those of nearly
+    one colour (standard deviation below 2 of 255), which small spots on black can be, too."""
 
     shard: str = "1/1"
     """Part of the images to convert, for example 2/4 on the second of four machines. A folder of

@@ -10,6 +10,7 @@ import numpy as np
 
 import pipelines
 from pipelines.common.console import print_line
+from pipelines.convert.filters import NOT_SELECTED
 from pipelines.convert.image_table import ImageTable
 from pipelines.convert.jpeg import JPEG_EXTENSIONS, Prepared
 from pipelines.convert.manifest import Manifest, Split
@@ -120,7 +121,7 @@ class Report:
         """The JSON report of this split."""
         manifest = self.manifest
         found = manifest.num_listed + len(self.split.problems) + self.split.ignored.total()
-        not_selected = Counter({"not selected": manifest.num_listed - len(manifest)})
+        not_selected = Counter({NOT_SELECTED: manifest.num_listed - len(manifest)})
         names = self.manifest.class_names
         return {
             "bt_fast_version": pipelines.__version__,

@@ -17,6 +17,7 @@ from pipelines.convert.manifest import FoundImage, Label, SourceError, Split
 
 NOT_INCLUDED, EXCLUDED = "not in --include", "in --exclude"
 OTHER_CLASS = "of a class not in --classes"
+NOT_SELECTED = "not selected"  # by --subset or --shard
 DROPPED = {  # values of --drop: reason
     "overlap": "identical to a validation image",
     "exact": "identical to an earlier image",
@@ -82,13 +83,12 @@ class Lists:
         for image in images:
             if image.name in include or image.name in exclude:
                 found[image.name] += 1
-            if include and image.name not in include:
-                split.ignored[NOT_INCLUDED] += 1
-            elif image.name in exclude:
-                split.ignored[EXCLUDED] += 1
-            else:
+            if image.name not in exclude and (not include or image.name in include):
                 num_left += 1
                 yield image
+            else:
+                split.ignored[EXCLUDED if image.name in exclude else NOT_INCLUDED] += 1
+                split.other_labels.add(image.label)
         for flag, listed in {"--include": include, "--exclude": exclude}.items():
             if names := listed - found.keys():
                 where = " of its classes" if self.classes else ""

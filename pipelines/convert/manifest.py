@@ -57,7 +57,7 @@ class SourceImage(NamedTuple):
 
 @dataclass(kw_only=True, slots=True)
 class Split:
-    """The source of one output. `images` is iterated once, and fills the three fields below it."""
+    """The source of one output. `images` is iterated once, and fills all below `max_side`."""
 
     root: Path  # names of images are relative to it
     images: Iterable[FoundImage] = ()
@@ -69,6 +69,7 @@ class Split:
     ignored: Counter[str] = field(default_factory=Counter)  # reason -> number of entries
     problems: list[tuple[str, str]] = field(default_factory=list)  # (name, reason) of unread ones
     unused: dict[str, None] = field(default_factory=dict)  # possible labels, and how to use them
+    other_labels: set[Label] = field(default_factory=set)  # of images left out, whose classes stay
 
 
 class Manifest:
@@ -99,6 +100,8 @@ class Manifest:
             digest.update(json.dumps(record).encode())
             self._file.write(json.dumps([*record, path]).encode() + b"\n")
             counts[number] += 1
+        for label in split.other_labels:
+            found.setdefault(_or_none(label), len(found) - 1)
         if not counts:
             reason = f" ({split.problems[0][1]})" if split.problems else ""
             raise SourceError(f"{split.root} has no images that can be read{reason}")

@@ -6,10 +6,12 @@ same settings: the result is what a single machine would have written.
 
 import json
 import os
+from collections import Counter
 from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
 
+from pipelines.convert.filters import DROPPED, NOT_SELECTED
 from pipelines.convert.manifest import SourceError, Split
 from pipelines.convert.sources import beton_file, shards
 from pipelines.convert.sources.files import is_folder
@@ -89,4 +91,31 @@ def _join(folder: Path, parts: list[tuple[dict, Split]]) -> Split:
             f"{folder} has parts {', '.join(map(str, numbers))} of {count}: each is needed once"
         )
     images = chain.from_iterable(part_split.images for _, part_split in parts)
-    return Split(root=folder, class_names=split.class_names, images=images, max_side=0)
+    return Split(
+        root=folder,
+        class_names=split.class_names,
+        images=images,
+        max_side=0,
+        ignored=_not_stored([report for report, _ in parts]),
+    )
+
+
+def _not_stored(reports: list[dict]) -> Counter[str]:
+    """What the source of the parts had and none of them stored, by reason.
+
+    Every part counts what was ignored while the source was listed, and the images of other parts as
+    not selected.
+    """
+    if any("found" not in report for report in reports):  # of early versions
+        return Counter()
+    ignored = Counter(reports[0]["ignored"])
+    for report in reports:
+        ignored |= Counter(report["ignored"])
+    for reason in DROPPED.values():
+        ignored[reason] = sum(report["ignored"].get(reason, 0) for report in reports)
+    rejects = {reject["path"] for report in reports for reject in report["rejects"]}
+    ignored["rejected in the parts, whose reports name them"] = len(rejects)
+    num_stored = sum(report["num_images"] for report in reports)
+    del ignored[NOT_SELECTED]
+    ignored[NOT_SELECTED] = reports[0]["found"] - num_stored - ignored.total()
+    return +ignored

@@ -149,8 +149,13 @@ def test_parts_keep_the_account_and_the_duplicates(source, tmp_path, kept):
     flags = [] if kept else ["--drop", "exact,overlap"]
     assert convert(tmp_path / "parts", tmp_path / "out.beton", *flags) == 0
     train = reports(tmp_path / "out.beton")["train"]
+    assert convert(source, tmp_path / "whole.beton", *FLAGS, "--shard", "1/1") == 0
+    whole = reports(tmp_path / "whole.beton")["train"]
+    rejected = {"rejected in the parts, whose reports name them": len(planted.BROKEN)}
+    dropped = train["dropped_by_reason"]
+    assert train["found"] == whole["found"]
+    assert train["ignored"] == whole["ignored"] | rejected | dropped
     total = len(planted.images()["train"]) - len(planted.BROKEN)
-    assert train["found"] == total
     assert train["num_images"] == total - (0 if kept else 4)
     assert train["duplicates"]["num_images"] == (3 if kept else 0)
     assert train["in_val"]["num_images"] == (1 if kept else 0)

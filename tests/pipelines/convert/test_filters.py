@@ -104,6 +104,21 @@ def test_a_name_of_several_images_is_refused(tmp_path, capsys):
         assert "are named 0.jpg" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("flag,name", [("--exclude", "cat/0.jpg"), ("--include", "ant/0.jpg")])
+def test_classes_of_images_that_are_left_out_stay(tmp_path, flag, name):
+    """Else classes would change their numbers, and validation images would have unknown ones."""
+    for split in ("train", "val"):
+        files = {
+            f"{c}/0.{end}": content
+            for c in ("ant", "bee", "cat")
+            for end, content in (("jpg", JPEG), ("cls", c.encode()))
+        }
+        write_tar(tmp_path / "s" / f"{split}.tar", files)
+    (tmp_path / "list").write_text(name)
+    assert convert(tmp_path / "s", tmp_path / "out.beton", flag, tmp_path / "list") == 0
+    assert BetonReader(tmp_path / "out.beton").class_names == ["ant", "bee", "cat"]
+
+
 def test_nothing_need_be_excluded(tmp_path):
     """The list of a clean data set is empty."""
     write_files(tmp_path / "s", {"cat/0.jpg": JPEG})
