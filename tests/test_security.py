@@ -105,7 +105,13 @@ def test_a_run_with_a_bomb_in_place_of_its_checkpoint_is_not_resumed_from_it(
         for file in folder.iterdir():
             file.write_bytes(pickle.dumps(Bomb(mark)))
     (run / "encoder.safetensors").write_bytes(pickle.dumps(Bomb(mark)))
-    assert main(["pretrain", "--resume", str(run), "--device", "cpu", "--max-steps", "1"]) == 0
+    resume = ["pretrain", "--resume", str(run), "--device", "cpu", "--max-steps", "1"]
+    assert main(resume) == 2
+    assert "no intact checkpoint is left" in capsys.readouterr().err
+    for folder in (run / "checkpoints").glob("*.damaged"):
+        folder.rename(folder.with_suffix(""))
+    (run / "encoder.safetensors").unlink()
+    assert main(resume) == 0
     assert "skipped a damaged checkpoint" in capsys.readouterr().out and not mark.exists()
 
 

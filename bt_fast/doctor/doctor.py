@@ -112,9 +112,12 @@ def diagnose(options: Doctor) -> Iterator[Row]:
     yield decoding()
     yield from data(options.data, config.num_threads())
     yield memory(config)
-    yield gpu_memory(config, ranks)
     yield from limits(ranks)
-    yield disk_space(options.run_dir, config)
+    try:
+        yield gpu_memory(config, ranks)
+        yield disk_space(options.run_dir, config)
+    except ValueError as error:
+        yield Row("encoder", config.encoder, str(error), "pip install 'bt-fast[timm]'", broken=True)
     yield Row(
         "pretrain uses",
         f"{ranks} x {runtime.device.type}, {runtime.precision}, torch.compile"
@@ -301,7 +304,8 @@ def disk_space(run_dir: Path, config: "Config") -> Row:
 
     with torch.device("meta"):
         model = build_model(config)
-    need = (config.keep + 1) * 8 * sum(p.numel() for p in model.parameters())
+    num_bytes = 12 if config.optimizer == "adamw" else 8  # a weight and its optimizer state
+    need = (config.keep + 1) * num_bytes * sum(p.numel() for p in model.parameters())
     existing = next(folder for folder in (run_dir, *run_dir.absolute().parents) if folder.exists())
     free = shutil.disk_usage(existing).free
     value = (

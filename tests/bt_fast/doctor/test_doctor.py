@@ -56,6 +56,13 @@ def test_too_old_and_missing_packages_are_broken(monkeypatch, capsys):
     assert "pip install 'torch>=99' 'no-such-package>=1'" in capsys.readouterr().out
 
 
+def test_an_encoder_without_its_package_is_broken(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "timm", None)
+    assert main(["doctor", "--recipe", "imagenet-vit"]) == 1
+    output = capsys.readouterr().out
+    assert "pip install 'bt-fast[timm]'" in output and "pretrain uses" in output
+
+
 def test_a_gpu_that_torch_cannot_use_is_broken_and_a_hidden_one_is_not(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(hardware, "nvidia_driver", lambda: "470.82")
