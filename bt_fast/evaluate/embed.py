@@ -40,16 +40,17 @@ def run_embed(options: Embed, world: World = ALONE) -> int:
         _pyarrow()
     if options.val_data is not None:
         raise ValueError("--val-data has no effect here; give it as --data")
-    for path in (options.out, options.out.with_suffix(".csv"))[
-        : 1 + (options.out.suffix == ".npy")
-    ]:
+    partial = options.out.with_name(f"{options.out.name}.partial")
+    paths = [options.out]
+    if options.out.suffix == ".npy" and not partial.exists():  # else it may have written the .csv
+        paths.append(options.out.with_suffix(".csv"))
+    for path in paths:
         if path.exists() and not options.overwrite:
             raise ValueError(f"--out {path} exists; choose another, or replace it: --overwrite")
     setup = build_setup(options, world=world)
     images, _ = open_splits(options, setup.config)
     identity = setup.identity(Subset(images=images, samples=np.arange(len(images))))
     if world.is_first:
-        partial = options.out.with_name(f"{options.out.name}.partial")
         try:
             with work_folder(partial, resume=True) as work:
                 write_features(setup, images, work, identity)
@@ -132,7 +133,8 @@ def _number_done(work: Path, identity: dict[str, Any]) -> int:
     """Number of images whose features an interrupted command left."""
     try:
         state = json.loads((work / "state.json").read_bytes())
-        return int(state["done"]) if state["identity"] == identity else 0
+        is_same = state["identity"] == identity and (work / "features.npy").exists()
+        return int(state["done"]) if is_same else 0
     except (OSError, ValueError, KeyError, TypeError):
         return 0
 

@@ -1,6 +1,7 @@
 """`bt-fast embed`: features of all images, in order, whole or not at all, continued when killed."""
 
 import csv
+import os
 
 import numpy as np
 import pytest
@@ -75,6 +76,27 @@ def test_an_interrupted_command_continues(labelled_run, small_beton, tmp_path, m
     assert run("parts.npy") == 0 and len(calls) == 3 + 5  # 64 images in chunks of 10
     assert "continuing after 20 of 64 images" in capsys.readouterr().out
     assert (tmp_path / "parts.npy").read_bytes() == (tmp_path / "whole.npy").read_bytes()
+
+
+@pytest.mark.parametrize("is_moved", [False, True])
+def test_a_kill_while_the_files_are_moved(
+    labelled_run, small_beton, tmp_path, monkeypatch, is_moved
+):
+    out, replace = tmp_path / "f.npy", os.replace
+    command = ["embed", str(labelled_run), f"--data={small_beton}", f"--out={out}", *FLAGS]
+
+    def killed(origin, target):
+        if is_moved or target != out:
+            replace(origin, target)
+        if target == out:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", killed)
+    assert main(command) == 130
+    monkeypatch.undo()
+    assert main([*command, *["--overwrite"] * is_moved]) == 0
+    assert len(np.load(out)) == 64
+    assert {path.name for path in tmp_path.iterdir()} == {"f.npy", "f.csv"}
 
 
 def test_parquet_and_the_function(labelled_run, small_beton, tmp_path):
