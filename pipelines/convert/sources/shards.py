@@ -212,6 +212,8 @@ def _label(
     source = sample.get((requested or "cls").lower())
     try:
         if source is not None:
+            if requested is None and "json" in sample:
+                split.unused[".json of samples with .cls: --label-key and a key in it"] = None
             return parse_label(_read(path, file, source, MAX_LABEL).decode())
         if (source := sample.get("json")) is not None:
             content = json.loads(_read(path, file, source, MAX_LABEL))
@@ -220,7 +222,9 @@ def _label(
             return None if key is None else parse_label(fields[key])
     except (ValueError, TypeError) as error:
         if requested is None and source is sample.get("json"):
-            split.unused[".json without the number or name of one class"] = None
+            what = ".json without the number or name of one class, first "
+            if not any(hint.startswith(what) for hint in split.unused):
+                split.unused[f"{what}{source.name} in {path.name}"] = None
             return None
         raise SourceError(f"{path}: {source.name if source else ''}: {error}") from None
     for other in sample:

@@ -490,6 +490,13 @@ def test_labels_that_are_not_used_are_named_before_the_work(tmp_path, capsys):
     assert convert(tmp_path / "t", tmp_path / "out.beton") == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[2] == "train: not used as labels: names of archives: --label-key archive"
+    cut = {"0.jpg": JPEG, "0.json": b'{"label": 1', "1.jpg": JPEG, "1.json": b'{"label": 0}'}
+    write_tar(tmp_path / "cut.tar", cut)
+    assert convert(tmp_path / "cut.tar", tmp_path / "cut.beton") == 0
+    assert "number or name of one class, first 0.json in cut.tar" in capsys.readouterr().out
+    write_tar(tmp_path / "two.tar", {"0.jpg": JPEG, "0.cls": b"1", "0.json": b'{"label": 0}'})
+    assert convert(tmp_path / "two.tar", tmp_path / "two.beton") == 0
+    assert ".json of samples with .cls: --label-key and a key in it" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("out", ["out.beton", "shards"])
