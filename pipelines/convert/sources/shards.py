@@ -221,7 +221,7 @@ def _label(
             key = label_key(fields, requested, Path(".json"), split.unused)
             return None if key is None else parse_label(fields[key])
     except (ValueError, TypeError) as error:
-        if requested is None and source is sample.get("json"):
+        if requested is None and source is not None and source is sample.get("json"):
             what = ".json without the number or name of one class, first "
             if not any(hint.startswith(what) for hint in split.unused):
                 split.unused[f"{what}{source.name} in {path.name}"] = None
