@@ -46,7 +46,7 @@ class TrainingSetup:
     autocast: torch.autocast  # the context of every forward pass
     num_threads: int  # decoding threads of this rank
     dataset: BetonReader | ShardReader
-    data_identity: dict[str, int | str | None]  # must not change when the run is resumed
+    data_identity: dict[str, int | str]  # must not change when the run is resumed
     loader: Loader
     knn_data: KnnData | None
     held_out: tuple[ImageDataset, np.ndarray]  # images of probes and their samples, int64 [n]

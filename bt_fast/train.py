@@ -291,10 +291,12 @@ def resume(setup: TrainingSetup, run: RunDirectory | None, console: Console) -> 
             warning = f"warning: skipped a damaged checkpoint: {problem}"
             console.print(warning, style="yellow", markup=False)
         if found is not None:
-            if found.facts.get("data") != setup.data_identity:
+            now, then = setup.data_identity, found.facts.get("data") or {}
+            if now != then | ({} if then.get("sha256") else {"sha256": now["sha256"]}):
                 raise ValueError(
                     f"--data {setup.config.data} is not what this run was trained on:"
-                    f" {setup.data_identity} now, {found.facts.get('data')} then"
+                    f" {now['images']:,} images with SHA-256 {str(now['sha256'])[:8]}... now,"
+                    f" {then.get('images')} with {str(then.get('sha256'))[:8]}... then"
                 )
             if found.step > setup.last_step:
                 raise ValueError(

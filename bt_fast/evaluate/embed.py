@@ -182,9 +182,15 @@ def _write_parquet(features: Path, images: ImageDataset) -> Path:
             part = pa.array(values[start : start + len(rows)].ravel())
             start += len(rows)
             lists = pa.FixedSizeListArray.from_arrays(part, values.shape[1])
+            rows = [(_valid_utf8(name), label, _valid_utf8(kind)) for name, label, kind in rows]
             texts = [list(column) for column in zip(*rows, strict=True)]
             writer.write_table(pa.table([*texts, lists], schema=schema))
     return path
+
+
+def _valid_utf8(name: str) -> str:
+    r"""A file name with \\xNN for each byte that is not UTF-8, which parquet cannot contain."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
 def _pyarrow():

@@ -111,11 +111,10 @@ class BetonReader:
             return True
         return zlib.crc32(self.image(index).data) == int(self._checksums[index])
 
-    def sha256(self) -> str | None:
-        """`content_sha256` of the file (reads no image); None if it has no checksums."""
-        if self._checksums is None:
-            return None
-        return content_sha256([self._metadata], [self._checksums])
+    def sha256(self) -> str:
+        """`content_sha256` of the file (reads no image); sizes stand for missing checksums."""
+        checksums = self._sizes if self._checksums is None else self._checksums
+        return content_sha256([self._metadata], [np.ascontiguousarray(checksums)])
 
     def _read_tables(self) -> None:
         """Map header, field descriptors, metadata and allocations as views, without copies."""

@@ -180,7 +180,9 @@ def main(argv: list[str] | None = None) -> int:
         with signals_raise_stopped():
             _check_numbers(config)
             outs = [config.source]
-            if not config.verify or config.out is not None:
+            if config.verify and config.out is None:
+                _require_no_conversion_flags(config)
+            else:
                 written, page = convert(config)
                 kept = "the conversion is complete"
                 for path, report in written:
@@ -214,6 +216,8 @@ def main(argv: list[str] | None = None) -> int:
             advice = "raise the limit, for example with ulimit -n 1024"
             return _fail(f"too many open files: at most {limit} here; {advice}; {kept}", 1)
         action = f"write {config.out}" if config.out else f"verify {config.source}"
+        if error.filename and Path(os.fsdecode(error.filename)).is_relative_to(config.source):
+            action = "read SOURCE"
         is_full = config.out and error.errno in (errno.ENOSPC, errno.EDQUOT)
         advice = "; free some space or choose another folder for OUT" if is_full else ""
         return _fail(f"cannot {action}: {error}{advice}; {kept}", 1)
@@ -334,6 +338,18 @@ def _check_numbers(config: Convert) -> None:
             raise UsageError(f"--{name.replace('_', '-')} {value}: must be {minimum} or more")
 
 
+def _require_no_conversion_flags(config: Convert) -> None:
+    """Raise UsageError for a flag that has no effect on --verify without OUT."""
+    for name in sorted(_changed(config) - {"source", "workers", "verify"}):
+        flag = name.rstrip("_").replace("_", "-")
+        raise UsageError(f"--{flag} applies to a conversion; --verify without OUT only reads")
+
+
+def _changed(config: Convert) -> set[str]:
+    """Names of the fields that differ from their defaults."""
+    return {item.name for item in fields(config) if getattr(config, item.name) != item.default}
+
+
 def _check_arguments(config: Convert) -> tuple[Path, tuple[int, int]]:
     """Check OUT and --shard before any work; returns OUT and (part number, number of parts)."""
     match = re.fullmatch(r"([0-9]+)/([0-9]+)", config.shard)
@@ -342,6 +358,8 @@ def _check_arguments(config: Convert) -> tuple[Path, tuple[int, int]]:
         raise UsageError(f"--shard {config.shard}: must be like 2/4, the second of four parts")
     if (out := config.out) is None:
         raise UsageError("OUT is missing: bt-convert SOURCE OUT")
+    if config.format == "beton" and "shard_size" in _changed(config):
+        raise UsageError("--shard-size applies to --format webdataset")
     if out.is_symlink() and out.is_dir():  # write the folder itself, do not replace the link
         out = out.resolve()
     if not out.parent.is_dir():
@@ -401,7 +419,12 @@ def _require_images(reports: dict[str, Report], config: Convert) -> None:
         )
     for report in reports.values():
         if not report.num_images:
-            raise BrokenImages(f"{report.split.root}: no image is readable; nothing was written")
+            what = (
+                f"--drop {config.drop} leaves no image"
+                if report.dropped
+                else "no image is readable"
+            )
+            raise BrokenImages(f"{report.split.root}: {what}; nothing was written")
 
 
 def _fail_without_reader(kept: str) -> int:

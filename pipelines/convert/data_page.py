@@ -196,7 +196,7 @@ def _lists(name: str, content: dict) -> str:
     for key, total in (
         ("rejects", len(content["rejects"])),
         ("dropped", num_dropped),
-        ("repairs", len(content["repairs"])),
+        ("repairs", content["num_repairs"]),
     ):
         listed = content[key][:MAX_LISTED]
         parts += [

@@ -37,7 +37,8 @@ class Report:
         self.actions: Counter[str] = Counter()  # kept, resized, reencoded
         self.reencoded: Counter[str] = Counter()  # why, or from which format and with which flags
         self.samples_per_class: Counter[int] = Counter()
-        self.repairs: list[dict[str, str]] = []
+        self.repairs: list[dict[str, str]] = []  # the first ones
+        self.num_repairs = 0
         self.rejects = [{"path": path, "reason": reason} for path, reason in split.problems]
         self.held_out: ImageTable | None = None
         self.overlaps = array("I")
@@ -67,7 +68,9 @@ class Report:
             self.reencoded[why.strip("()").partition(":")[0]] += 1
         # A PNG named .png is merely another format; a PNG named .jpg counts as repaired.
         if action == "reencoded" and Path(path).suffix.lower() in JPEG_EXTENSIONS:
-            self.repairs.append({"path": path, "why": why.strip("()")})
+            self.num_repairs += 1
+            if len(self.repairs) < MAX_LISTED:
+                self.repairs.append({"path": path, "why": why.strip("()")})
 
     def reject(self, path: str, reason: str) -> None:
         """List a broken image."""
@@ -143,6 +146,7 @@ class Report:
             "dropped": self.left_out,
             "dropped_by_reason": dict(self.dropped),
             **self.findings,
+            "num_repairs": self.num_repairs,
             "repairs": self.repairs,
             "rejects": self.rejects,
         }

@@ -192,14 +192,16 @@ def parse_label(value: object) -> Label:
         value = value[0]
     if isinstance(value, str):
         value = value.strip()
-        if re.fullmatch(r"[+-]?\d+(\.0*)?", value, re.ASCII):
-            return int(value.partition(".")[0])
-        return value or None
-    if isinstance(value, float) and (value.is_integer() or math.isnan(value)):
-        return None if math.isnan(value) else int(value)
-    if value is None or isinstance(value, int):
-        return value if value is None else int(value)
-    raise ValueError(f"{str(value)[:40]} is not the number or name of one class")
+        if not re.fullmatch(r"[+-]?\d+(\.0*)?", value, re.ASCII):
+            return value or None
+        value = int(value.partition(".")[0])
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return None
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if isinstance(value, int) and value >= -1:
+        return int(value)
+    raise ValueError(f"{str(value)[:40]} is not the number or name of one class (-1: none)")
 
 
 def _or_none(label: Label) -> Label:

@@ -17,6 +17,7 @@ from pipelines.convert.sources.labels import label_key
 from pipelines.convert.sources.splits import SourceOptions, place, splits_of_folder
 
 METADATA = ("metadata.csv", "metadata.jsonl")
+TABLES = (".csv", ".tsv", ".jsonl")  # files that may contain labels
 
 
 def is_named_like_image(name: str) -> bool:
@@ -86,6 +87,7 @@ def find_splits(source: Path, options: SourceOptions) -> dict[str, Split]:
         if entry.name in METADATA:
             hint = f"{entry.name} beside {placement.train[0]}/: one is needed in each folder"
             splits["train"].unused[hint] = None
+        _name_table(splits["train"], entry)
         if entry.name not in with_images and entry.name[0] != ".":
             ignored[f"beside {placement.train[0]}/"] += 1
     return splits
@@ -126,6 +128,7 @@ def _images(split: Split, tops: Sequence[Path], options: SourceOptions) -> Itera
             split.ignored["files beside the class folders"] += 1
             split.unused[f"{entry.name}, because class folders count: --label-key COLUMN"] = None
         elif not is_folder(entry):
+            _name_table(split, entry)
             kind = "images" if is_named_like_image(entry.name) else "files"
             split.ignored[f"{kind} beside the class folders"] += 1
 
@@ -165,7 +168,8 @@ def _metadata(split: Split, top: Path, options: SourceOptions) -> dict[str, Labe
         names = dict.fromkeys(name for row in _rows(path) for name in row)
         if "file_name" not in names:
             raise KeyError("file_name")
-        key = label_key(names, options.label_key, path, split.unused, skip={"file_name"})
+        columns = [name for name in names if name != "file_name"]
+        key = label_key(names, options.label_key, path, split.unused, candidates=columns)
         for row in _rows(path) if key is not None else ():
             name, label = os.path.normpath(row["file_name"]), parse_label(row.get(key))
             if labels.setdefault(name, label) != label:
@@ -211,4 +215,14 @@ def _sort_keys(split: Split, top: Path, prefix: int, nested: set[str]) -> Iterat
         elif is_named_like_image(entry.name):
             yield f"{folder[prefix:]}\0{entry.name}"
         else:
+            _name_table(split, entry)
             split.ignored["not named like an image"] += 1
+
+
+def _name_table(split: Split, entry: os.DirEntry) -> None:
+    """Add a table of another name than METADATA to the labels that are not used."""
+    name = entry.name
+    if name.lower().endswith(TABLES) and name not in METADATA and len(split.unused) < 9:
+        split.unused[f"{name}: only {METADATA[0]} beside the images, with file_name and label"] = (
+            None
+        )

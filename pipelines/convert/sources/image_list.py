@@ -21,7 +21,11 @@ def find_splits(source: Path, options: SourceOptions) -> dict[str, Split]:
 def _images(source: Path) -> Iterator[FoundImage]:
     first: tuple[int, type] | None = None  # line and kind of the first label
     for number, path, label in _lines(source):
-        kind = type(None) if label is None else type(parse_label(label))
+        try:
+            value = parse_label(label)
+        except ValueError as error:
+            raise SourceError(f"{source}, line {number}: {error}") from None
+        kind = type(None) if label is None else type(value)
         if number == 1 and not is_named_like_image(path) and not (source.parent / path).exists():
             raise SourceError(f"{source}, line 1: no file {path}; remove the line if it is a title")
         if first is not None and kind is not first[1]:
@@ -31,7 +35,7 @@ def _images(source: Path) -> Iterator[FoundImage]:
                 f" {kinds[first[1]]}; use one kind for all images (-1: no class)"
             )
         first = first or (number, kind)
-        yield FoundImage(path, parse_label(label), Location(str(source.parent / path)))
+        yield FoundImage(path, value, Location(str(source.parent / path)))
 
 
 def _lines(source: Path) -> Iterator[tuple[int, str, str | None]]:

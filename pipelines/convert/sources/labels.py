@@ -14,18 +14,18 @@ def label_key(
     source: Path,
     unused: dict[str, None],
     *,
-    skip: Iterable[str] = (),
+    candidates: Iterable[str],
 ) -> str | None:
     """The requested name, else the first of LABEL_NAMES; None if there is none of them.
 
-    Adds to `unused` what else could be a label: `names` without `skip`. Raises SourceError if the
-    requested one is missing.
+    Adds to `unused` what else could be a label: the candidates among `names`. Raises SourceError if
+    the requested one is missing.
     """
     names = list(names)
     if requested is not None and requested not in names:
         raise SourceError(f"--label-key {requested}: {source} has only {', '.join(names)}")
     key = requested or next((name for name in LABEL_NAMES if name in names), None)
-    others = [name for name in names if name not in {key, *skip}]
+    others = [name for name in candidates if name != key]
     if others:
         unused[f"{', '.join(others)} of {source.name}: --label-key {others[0]}"] = None
     return key

@@ -88,15 +88,18 @@ def _label_column(path: Path, image: str, requested: str | None, split: Split) -
     from pyarrow import types
 
     schema = _open(path).schema_arrow
-    name = label_key(schema.names, requested, path, split.unused, skip={image})
-    if name is None:
-        return None
-    column = schema.field(name).type
-    if types.is_dictionary(column):
-        column = column.value_type
     kinds = types.is_integer, types.is_string, types.is_large_string, types.is_boolean
-    if any(is_kind(column) for is_kind in (*kinds, types.is_floating, types.is_null)):
+
+    def can_be_label(name: str) -> bool:
+        column = schema.field(name).type
+        column = column.value_type if types.is_dictionary(column) else column
+        return any(is_kind(column) for is_kind in (*kinds, types.is_floating, types.is_null))
+
+    candidates = [name for name in schema.names if name != image and can_be_label(name)]
+    name = label_key(schema.names, requested, path, split.unused, candidates=candidates)
+    if name is None or can_be_label(name):
         return name
+    column = schema.field(name).type
     if requested is not None:
         raise SourceError(f"--label-key {name}: {path} has cells of type {column} there")
     split.unused[f"{name} of {path.name}, whose cells are of type {column}"] = None

@@ -192,8 +192,9 @@ def _image(path: Path, key: str, sample: Sample, options: SourceOptions) -> str 
     found = [extension for extension in sample if is_named_like_image(f"x.{extension}")]
     if len(found) > 1:
         names = ", ".join(sample[extension].name for extension in found[:3])
-        last = [extension.rpartition(".")[2] for extension in found]
-        endings = sorted({e for e in found if last.count(e.rpartition(".")[2]) == 1} or {*last})
+        # Beside a label, the key is right and one of the images is meant; else each may be one.
+        has_label = any(extension in ("cls", "json") for extension in sample)
+        endings = sorted(found if has_label else {e.rpartition(".")[2] for e in found})
         raise SourceError(
             f"{path}: {len(found)} images share the key {key} ({names}), which ends at the first"
             f" dot; state how the image of a sample ends: --image-key {' or '.join(endings)}"
@@ -214,11 +215,12 @@ def _label(
         if source is not None:
             if requested is None and "json" in sample:
                 split.unused[".json of samples with .cls: --label-key and a key in it"] = None
-            return parse_label(_read(path, file, source, MAX_LABEL).decode())
+            return parse_label(_read(path, file, source, MAX_LABEL).decode("utf-8-sig"))
         if (source := sample.get("json")) is not None:
             content = json.loads(_read(path, file, source, MAX_LABEL))
             fields = content if isinstance(content, dict) else {}
-            key = label_key(fields, requested, Path(".json"), split.unused)
+            scalars = [name for name, value in fields.items() if not isinstance(value, dict | list)]
+            key = label_key(fields, requested, Path(".json"), split.unused, candidates=scalars)
             return None if key is None else parse_label(fields[key])
     except (ValueError, TypeError) as error:
         if requested is None and source is not None and source is sample.get("json"):

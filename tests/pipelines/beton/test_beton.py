@@ -160,7 +160,16 @@ def test_files_written_by_ffcv(tmp_path, mode):
     DatasetWriter(str(out), fields, num_workers=2).from_indexed_dataset(StockDataset(), chunksize=3)
     reader = BetonReader(out)
     assert len(reader) == 17
-    assert (reader.num_classes, reader.class_names, reader.sha256()) == (4, None, None)
+    assert (reader.num_classes, reader.class_names) == (4, None)
+    table = np.fromfile(out, np.uint8)
+    (tmp_path / "changed.beton").write_bytes(table.tobytes())
+    assert BetonReader(tmp_path / "changed.beton").sha256() == reader.sha256()
+    start = reader._metadata.ctypes.data - reader._bytes.ctypes.data
+    where = start + reader._metadata.dtype.fields["f1"][1]  # the first label
+    table[where] = 3 - table[where]
+    (tmp_path / "changed.beton").write_bytes(table.tobytes())
+    changed = BetonReader(tmp_path / "changed.beton")
+    assert (changed.label(0), changed.sha256() != reader.sha256()) == (3, True)
     assert reader.labels.tolist() == [index % 4 for index in range(17)]
     modes = {reader.is_raw(index) for index in range(17)}
     assert modes == {"jpg": {False}, "raw": {True}, "proportion": {True, False}}[mode]

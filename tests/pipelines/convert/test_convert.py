@@ -269,3 +269,36 @@ def test_a_failed_overwrite_keeps_the_old_file(hostile, tmp_path):
     assert convert(hostile, tmp_path / "out.beton", "--overwrite") == 1
     assert (tmp_path / "out.beton").read_text() == "old"
     assert names_in(tmp_path) == ["out.beton"]
+
+
+@pytest.mark.parametrize(
+    "arguments,message",
+    [
+        (("SOURCE", "--verify", "--skip-broken"), "--skip-broken applies to a conversion;"),
+        (("SOURCE", "--verify", "--max-side", "64"), "--max-side applies to a conversion;"),
+        (("SOURCE", "OUT", "--shard-size", "2"), "--shard-size applies to --format webdataset"),
+    ],
+)
+def test_flags_without_an_effect_are_refused(folder, tmp_path, capsys, arguments, message):
+    paths = {"SOURCE": folder, "OUT": tmp_path / "out.beton"}
+    assert main([str(paths.get(argument, argument)) for argument in arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_an_error_of_reading_is_not_one_of_writing(folder, tmp_path, monkeypatch, capsys):
+    def fail(split, top, prefix, nested):
+        raise OSError(errno.EIO, "Input/output error", str(top))
+
+    monkeypatch.setattr("pipelines.convert.sources.folder._sort_keys", fail)
+    assert convert(folder, tmp_path / "out.beton") == 1
+    assert "bt-convert: cannot read SOURCE: [Errno 5]" in capsys.readouterr().err
+
+
+def test_repairs_are_counted_and_the_first_listed(tmp_path, monkeypatch):
+    monkeypatch.setattr("pipelines.convert.data_report.MAX_LISTED", 2)
+    for index in range(3):
+        (tmp_path / "in").mkdir(exist_ok=True)
+        drawn_picture(index).save(tmp_path / "in" / f"{index}.jpg", "PNG")
+    assert main([str(tmp_path / "in"), str(tmp_path / "out.beton"), "--workers", "1"]) == 0
+    report = json.loads((tmp_path / "out.beton.json").read_text())
+    assert (report["num_repairs"], len(report["repairs"])) == (3, 2)

@@ -237,6 +237,15 @@ def test_the_key_of_a_sample(tmp_path):
     assert listed(source, image_key="JPG")["train"] == {"0.jpg": "cat", "1.jpg": "dog"}
     assert set(listed(source, image_key="depth.png")["train"].values()) == {"cat", "dog"}
 
+    stereo = {"0.left.png": JPEG, "0.right.png": JPEG}
+    write_tar(source, stereo | {"0.cls": b"cat"})  # the key has a label: one image is meant
+    with pytest.raises(SourceError, match=r"--image-key left\.png or right\.png$"):
+        listed(source)
+    assert listed(source, image_key="left.png")["train"] == {"0.left.png": "cat"}
+    write_tar(source, stereo)
+    with pytest.raises(SourceError, match=r"--image-key png$"):
+        listed(source)
+
     write_tar(source, [("0.jpg", b"old"), ("0.jpg", JPEG), ("0.txt", b""), ("._0.jpg", b"")])
     split = find_splits(source)["train"]
     (image,) = Manifest(split)
@@ -337,6 +346,7 @@ def test_columns_of_parquet_files(tmp_path):
     "text,expected",
     [
         ("0.jpg -1\n1.jpg 2\n2.jpg 10\n", [None, "2", "10"]),
+        ("0.jpg 1\n1.jpg -2\n", r"l.txt, line 2: -2 is not the number or name of one class"),
         ("0.jpg 1.0\n1.jpg 2.0\n", ["1", "2"]),
         ("a name.jpg\t12\n1.jpg 03\n", ["12", "3"]),
         ("a name.jpg\n1.jpg\n", [None, None]),
@@ -362,6 +372,8 @@ def test_lists_of_images(tmp_path, text, expected):
     "files,key,expected",
     [
         ({"0.JPG": JPEG, "0.CLS": b"3\n", "1.jpg": JPEG}, None, ["3", None]),
+        ({"0.jpg": JPEG, "0.cls": b"\xef\xbb\xbf3\r\n"}, None, ["3"]),
+        ({"0.jpg": JPEG, "0.cls": b"-7"}, None, "a.tar: 0.cls: -7 is not the number or name"),
         ({"0.jpg": JPEG, "0.json": b'{"label": "cat"}'}, None, ["cat"]),
         ({"0.jpg": JPEG, "0.json": b'{"label": null, "x": "dog"}'}, "x", ["dog"]),
         ({"0.jpg": JPEG, "0.json": b'{"label": [2]}'}, None, ["2"]),
@@ -407,6 +419,8 @@ def test_parquet_files_without_labels_are_listed_without_their_images(tmp_path, 
         ({"label": [None, -1]}, None, [None, None]),
         ({"label": ["10", "9"]}, None, ["10", "9"]),
         ({"label": [1.0, float("nan")]}, None, ["1", None]),
+        ({"label": [1, -2]}, None, "row 1, column label: -2 is not the number or name"),
+        ({"label": [float("inf"), 1.0]}, None, "row 0, column label: inf is not the number"),
         ({"label": [0.5, 1.0]}, None, "row 0, column label: 0.5 is not the number or name"),
         ({"label": [[0, 1], [1]]}, None, [None, None]),
         ({"label": [[0, 1], [1]]}, "label", "--label-key label: .* has cells of type list"),
@@ -497,6 +511,28 @@ def test_labels_that_are_not_used_are_named_before_the_work(tmp_path, capsys):
     write_tar(tmp_path / "two.tar", {"0.jpg": JPEG, "0.cls": b"1", "0.json": b'{"label": 0}'})
     assert convert(tmp_path / "two.tar", tmp_path / "two.beton") == 0
     assert ".json of samples with .cls: --label-key and a key in it" in capsys.readouterr().out
+    write_tar(tmp_path / "n.tar", {"0.jpg": JPEG, "0.json": b'{"box": {"x": 1}, "l": [1], "k": 1}'})
+    assert convert(tmp_path / "n.tar", tmp_path / "n.beton") == 0
+    assert "not used as labels: k of .json: --label-key k\n" in capsys.readouterr().out
+    write_parquet(tmp_path / "p.parquet", {"image": cells("a"), "mask": cells("m"), "kind": [3]})
+    assert convert(tmp_path / "p.parquet", tmp_path / "p.beton") == 0
+    assert "not used as labels: kind of p.parquet: --label-key kind\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("0.jpg", "labels.csv"),
+        ("c/0.jpg", "Labels.TSV"),
+        ("train/0.jpg", "test/1.jpg", "train.csv"),
+    ],
+)
+def test_a_table_of_another_name_is_named(tmp_path, capsys, names):
+    *images, table = names
+    write_files(tmp_path / "s", dict.fromkeys(images, JPEG) | {table: b"id,label\n0,1\n"})
+    assert convert(tmp_path / "s", tmp_path / "out.beton") == 0
+    hint = f"train: not used as labels: {table}: only metadata.csv beside the images"
+    assert hint in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("out", ["out.beton", "shards"])
