@@ -64,18 +64,7 @@ def work_folder(path: Path, *, resume: bool = False) -> Iterator[Path]:
     if any(path.iterdir()) and not (path / UNFINISHED).exists():
         raise FileExistsError(errno.EEXIST, "Not a folder of unfinished output", str(path))
     (path / UNFINISHED).touch()
-    # Windows cannot open folders, and has no fcntl.
-    descriptor = os.open(path, os.O_RDONLY) if hasattr(os, "O_DIRECTORY") else None
-    try:
-        try:
-            import fcntl
-
-            assert descriptor is not None
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise
-        except (OSError, ImportError):  # a file system or platform without locks
-            pass
+    with locked(path):
         if not resume:
             for entry in path.iterdir():
                 if entry.name != UNFINISHED:
@@ -87,6 +76,27 @@ def work_folder(path: Path, *, resume: bool = False) -> Iterator[Path]:
                 shutil.rmtree(path, ignore_errors=True)
             raise
         shutil.rmtree(path)
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Lock a folder for this process where the platform and the file system have locks.
+
+    Raises BlockingIOError if another process has locked it.
+    """
+    # Windows cannot open folders, and has no fcntl.
+    descriptor = os.open(folder, os.O_RDONLY) if hasattr(os, "O_DIRECTORY") else None
+    try:
+        try:
+            import fcntl
+
+            assert descriptor is not None
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise
+        except (OSError, ImportError):
+            pass
+        yield
     finally:
         if descriptor is not None:
             os.close(descriptor)

@@ -28,7 +28,7 @@ from bt_fast.evaluate.embed import write_csv, write_features
 from bt_fast.evaluate.eval_setup import EvalSetup, Subset, build_setup, open_splits
 from bt_fast.evaluate.options import Curate
 from bt_fast.run.console import summary_table
-from pipelines.common.atomic import atomic_file
+from pipelines.common.atomic import atomic_file, locked
 from pipelines.common.console import progress
 from pipelines.convert.filters import list_text
 from pipelines.loading.datasets import ImageDataset
@@ -38,7 +38,7 @@ RESULTS = ("report.html", "pairs.csv", "outliers.csv", "overlap.txt", "keep.txt"
 
 
 def run_curate(options: Curate, world: World = ALONE) -> int:
-    """Write the folder; returns the exit status."""
+    """Write the folder, which is locked meanwhile; returns the exit status."""
     setup = build_setup(options, world=world)
     train, val = open_splits(options, setup.config)
     for images in (train, val):
@@ -49,12 +49,29 @@ def run_curate(options: Curate, world: World = ALONE) -> int:
     if count < 2:
         raise ValueError(f"--fraction {options.fraction} keeps fewer than two images")
     _require_names(train)
-    if world.is_first:
-        _refuse_results(out, options.overwrite)
+    if not world.is_first:
+        return _curate(options, setup, train, val, out, count)
+    _refuse_results(out, options.overwrite)
+    (out / "features").mkdir(parents=True, exist_ok=True)
+    try:
+        with locked(out):
+            return _curate(options, setup, train, val, out, count)
+    except BlockingIOError:
+        raise ValueError(f"--out {out} is being written by another process") from None
+
+
+def _curate(
+    options: Curate,
+    setup: EvalSetup,
+    train: ImageDataset,
+    val: ImageDataset | None,
+    out: Path,
+    count: int,
+) -> int:
     features = {"train": _features(setup, train, out / "features" / "train")}
     if val is not None:
         features["val"] = _features(setup, val, out / "features" / "val")
-    if not world.is_first:
+    if not setup.world.is_first:
         return 0
     findings = examine(
         features["train"],

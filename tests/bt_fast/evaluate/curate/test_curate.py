@@ -12,6 +12,7 @@ from conftest import drawn_picture, jpeg_bytes, write_beton
 from bt_fast.cli import main
 from bt_fast.evaluate import embed
 from pipelines.beton import BetonReader
+from pipelines.common.atomic import locked
 from pipelines.convert import command
 
 FLAGS = ["--device=cpu", "--precision=fp32", "--workers=1", "--size=32"]
@@ -96,6 +97,9 @@ def test_features_are_reused_and_results_are_not_overwritten_unasked(
     assert len((out / "keep.txt").read_text().splitlines()) == 20
     assert curate(labelled_run, out, *data, "--overwrite") == 0
     assert not (out / "keep.txt").exists()  # of another command
+    with locked(out):
+        assert curate(labelled_run, out, *data, "--overwrite") == 2
+    assert f"--out {out} is being written by another process" in capsys.readouterr().err
 
 
 def test_the_report_opens_offline_and_is_the_same_again(labelled_run, planted, tmp_path):
