@@ -14,6 +14,7 @@ from bt_fast.choices import OptimizerName
 from bt_fast.lars import LARS, parameter_groups
 
 SGD_MOMENTUM = 0.9
+NUM_STATES: dict[OptimizerName, int] = {"lars": 1, "sgd": 1, "adamw": 2}  # values per parameter
 
 
 def _guarded_step(step: Callable[[], Any], optimizer: Any, guard: torch.Tensor) -> torch.Tensor:

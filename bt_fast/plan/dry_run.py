@@ -17,6 +17,7 @@ from bt_fast.distributed.collectives import require_divisible_batch
 from bt_fast.loss import choose_method
 from bt_fast.models import batch_norm
 from bt_fast.models.networks import build_model
+from bt_fast.optimizers import NUM_STATES
 from bt_fast.plan import gpus, step_costs
 from bt_fast.plan.gpus import GpuModel
 from bt_fast.plan.step_costs import StepTimes
@@ -172,10 +173,10 @@ def memory_bytes(
     gram = choose_method(samples, width, world_size) == "gram"
     # Measured by tools/bench_loss.py: 26 bytes per value of the embeddings, or 20 per value of C.
     loss_bytes = 26 * samples * width if gram else 20 * width**2 / world_size
-    num_states = 2 if config.optimizer == "adamw" else 1  # values per parameter
     cast = costs.itemsize if costs.itemsize < 4 else 0  # the weights in bf16
     return {
-        "weights, gradients, optimizer": (4 * (2 + num_states) + cast) * costs.num_parameters,
+        "weights, gradients, optimizer": (4 * (2 + NUM_STATES[config.optimizer]) + cast)
+        * costs.num_parameters,
         "activations": images / config.accumulate * costs.saved_bytes,
         # The current views count as activations; the crops of two batches are uint8.
         "views and loss": ((NUM_BATCHES_IN_MEMORY - 1) * costs.itemsize + 2) * views + loss_bytes,

@@ -9,9 +9,11 @@ import contextlib
 import errno
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO
+
+from pipelines.common.signals import signals_ignored
 
 # Flags of os.open to read a file: opening a named pipe would wait for a writer, and Windows would
 # translate line ends.
@@ -50,6 +52,20 @@ def atomic_file(path: str | os.PathLike, *, overwrite: bool = False) -> Iterator
             os.unlink(temporary)
         raise
     sync(path.parent)
+
+
+def move_together(moves: Iterable[tuple[Path, Path]]) -> None:
+    """Move files and folders to their final paths: all or none, also at a stop signal."""
+    moved: list[tuple[Path, Path]] = []
+    with signals_ignored():
+        try:
+            for source, path in moves:
+                os.replace(source, path)
+                moved.append((source, path))
+        except OSError:
+            for source, path in reversed(moved):
+                os.replace(path, source)
+            raise
 
 
 @contextlib.contextmanager

@@ -4,43 +4,39 @@ import contextlib
 import signal
 import threading
 from collections.abc import Iterator
+from typing import Any
+
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Stopped(BaseException):
     """A stop signal was received. Not an Exception: only a `main` function may catch it."""
 
 
-@contextlib.contextmanager
-def signals_raise_stopped() -> Iterator[None]:
+def signals_raise_stopped() -> contextlib.AbstractContextManager[None]:
     """Raise Stopped on SIGINT and SIGTERM, so that every `with` block cleans up."""
-    if threading.current_thread() is not threading.main_thread():
-        yield  # Python delivers signals to the main thread only
-        return
 
     def stop(number: int, frame: object) -> None:
-        for other in previous:
+        for other in STOP_SIGNALS:
             signal.signal(other, signal.SIG_IGN)  # the clean-up is short and must finish
         raise Stopped(number)
 
-    previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    for number in previous:
-        signal.signal(number, stop)
-    try:
-        yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+    return _stop_signals_handled(stop)
+
+
+def signals_ignored() -> contextlib.AbstractContextManager[None]:
+    """Ignore SIGINT and SIGTERM in a block that is short and must finish."""
+    return _stop_signals_handled(signal.SIG_IGN)
 
 
 @contextlib.contextmanager
-def signals_ignored() -> Iterator[None]:
-    """Ignore SIGINT and SIGTERM in a block that is short and must finish."""
+def _stop_signals_handled(handler: Any) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
-        yield
+        yield  # Python delivers signals to the main thread only
         return
-    previous = {n: signal.signal(n, signal.SIG_IGN) for n in (signal.SIGINT, signal.SIGTERM)}
+    previous = {number: signal.signal(number, handler) for number in STOP_SIGNALS}
     try:
         yield
     finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+        for number, former in previous.items():
+            signal.signal(number, former)

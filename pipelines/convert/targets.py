@@ -9,8 +9,7 @@ from pathlib import Path
 
 from pipelines.beton.layout import VERSION
 from pipelines.beton.writer import BetonWriter
-from pipelines.common.atomic import atomic_file, refuse_existing, sync
-from pipelines.common.signals import signals_ignored
+from pipelines.common.atomic import atomic_file, move_together, refuse_existing, sync
 from pipelines.convert.data_report import Report
 from pipelines.convert.sources.beton_file import val_path
 from pipelines.webdataset.writer import DATASET, ShardWriter
@@ -56,10 +55,7 @@ class BetonTarget:
     def publish(
         self, work: Path, reports: dict[str, Report], settings: dict, page: str
     ) -> dict[str, Path]:
-        """Write the reports and move all files to their names; returns those of the images.
-
-        If a file cannot be moved, those that were moved are moved back.
-        """
+        """Write the reports and move all files to their names; returns those of the images."""
         for name, report in reports.items():
             content = {"format": "beton", "format_version": VERSION, **report.content(settings)}
             with atomic_file(work / f"{name}.beton.json", overwrite=True) as file:
@@ -67,16 +63,7 @@ class BetonTarget:
         with atomic_file(work / "report.html", overwrite=True) as file:
             file.write(page.encode())
         self.check([*reports])
-        moved = []
-        with signals_ignored():
-            try:
-                for name, path in self._files([*reports]).items():
-                    os.replace(work / name, path)
-                    moved.append((path, work / name))
-            except OSError:
-                for path, origin in reversed(moved):
-                    os.replace(path, origin)
-                raise
+        move_together((work / name, path) for name, path in self._files([*reports]).items())
         sync(self._out.parent)
         return {name: self._path(name) for name in reports}
 
@@ -142,14 +129,9 @@ class ShardTarget:
         with atomic_file(work / "shards" / self.page.name, overwrite=True) as file:
             file.write(page.encode())
         self.check(list(reports))
-        replaced = work / "replaced"  # removed with the work folder
-        try:
-            if self._out.exists():
-                os.replace(self._out, replaced)
-            os.replace(work / "shards", self._out)
-        except BaseException:
-            if replaced.exists() and not self._out.exists():
-                os.replace(replaced, self._out)
-            raise
+        moves = [(work / "shards", self._out)]
+        if self._out.exists():
+            moves.insert(0, (self._out, work / "replaced"))  # removed with the work folder
+        move_together(moves)
         sync(self._out.parent)
         return dict.fromkeys(reports, self._out)
