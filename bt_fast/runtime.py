@@ -128,7 +128,10 @@ def prepare(model: torch.nn.Module, runtime: Runtime) -> None:
     model.to(runtime.device).to(memory_format=torch.channels_last)
 
 
-OUT_OF_MEMORY = "not enough memory; choose a smaller --batch-size, --size or --projector"
+OUT_OF_MEMORY = (
+    "not enough memory; choose a smaller --batch-size, --size or --projector, or for pretraining a"
+    " larger --accumulate"
+)
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:

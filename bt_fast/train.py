@@ -59,10 +59,10 @@ def pretrain(config: Config, stop: StopFlag, world: World = ALONE) -> int:
     setup = build(config, world)
     if broadcast_object(setup.data_identity, world.group) != setup.data_identity:
         raise ValueError(f"--data {config.data} of rank {world.rank} is not that of rank 0")
-    seconds_per_step = measure_step_seconds(setup)
-    rows = describe(setup, seconds_per_step)
-    if config.dry_run and config.device != "cpu":
-        rows |= memory_and_rate_rows(config, count_costs(config), 1, gpus.first_gpu())
+    if config.dry_run and config.device != "cpu":  # first: the step below may not fit
+        memory = memory_and_rate_rows(config, count_costs(config), 1, gpus.first_gpu())
+        console.print(summary_table("bt-fast pretrain --dry-run", memory))
+    rows = describe(setup, measure_step_seconds(setup))
     console.print(summary_table("bt-fast pretrain", rows))
     if config.dry_run:
         return 0
