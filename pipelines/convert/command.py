@@ -155,8 +155,8 @@ class Convert:
     if this one is interrupted."""
 
     verify: bool = False
-    """Verification of OUT, or of SOURCE without OUT: images are decoded, checksums compared, label
-    counts printed, and a contact sheet drawn."""
+    """Verification of OUT, or of SOURCE without OUT: images are decoded, checksums compared, and
+    label counts printed."""
 
 
 class BrokenImages(ValueError):

@@ -116,7 +116,7 @@ def _duplicates(report: Report, content: dict) -> str:
 def _other_class(found: dict) -> str:
     count = found["num_of_other_class"]
     return (
-        html.paragraph(f"{count:,} have another class than the image they equal.") if count else ""
+        html.paragraph(f"Of another class than the image they equal: {count:,}.") if count else ""
     )
 
 

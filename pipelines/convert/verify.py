@@ -1,25 +1,18 @@
 """`bt-convert --verify`: reads an output again and checks every image against its checksum."""
 
 import hashlib
-import io
 import statistics
 import sys
 from collections import Counter
 from pathlib import Path
 
-from PIL import Image as Picture
-from PIL import ImageDraw
-
 from pipelines.beton import BetonReader
-from pipelines.common.atomic import atomic_file
 from pipelines.common.console import print_line, progress
 from pipelines.convert.data_report import account
 from pipelines.convert.manifest import Manifest, SourceError, Split
 from pipelines.convert.sources import beton_file, parts, shards
 from pipelines.convert.workers import prepare_all
 
-COLUMNS, SIDE, CAPTION_HEIGHT = 10, 120, 14  # of the contact sheet: pictures per row, pixels
-NUM_PICTURES = 100
 MAX_BARS = 20  # most classes that are printed as a bar each
 
 
@@ -30,22 +23,19 @@ class DamagedResult(ValueError):
 def verify(path: Path, *, workers: int) -> None:
     """Decode every image of a `.beton` or a folder of web shards, and compare all checksums.
 
-    Prints a histogram of the labels; draws a contact sheet beside each split, `out.beton.png`.
-    Raises DamagedResult after listing all damage; SourceError.
+    Prints a histogram of the labels. Raises DamagedResult after listing all damage; SourceError.
     """
     num_damaged = 0
     if path.suffix == ".beton":
         reader = beton_file.open_beton(path)
-        sheet = path.with_name(f"{path.name}.png")
-        num_damaged += _verify_images(beton_file.read_split(reader), sheet, workers, reader)
+        num_damaged += _verify_images(beton_file.read_split(reader), workers, reader)
         num_damaged += _verify_account(path, len(reader), parts.read_report(path))
     elif path.is_dir() and shards.has_dataset(path):
         dataset = shards.read_dataset(path)
         for name, split in shards.dataset_splits(path, dataset).items():
             report = dataset["splits"][name]
             num_damaged += _verify_shards(path, report["shards"])
-            sheet = path.with_name(f"{path.name}.{name}.png")
-            num_damaged += _verify_images(split, sheet, workers)
+            num_damaged += _verify_images(split, workers)
             num_stored = sum(shard["num_images"] for shard in report["shards"])
             num_damaged += _verify_account(path, num_stored, report)
     else:
@@ -82,13 +72,9 @@ def _verify_shards(folder: Path, entries: list[dict]) -> int:
     return num_damaged
 
 
-def _verify_images(
-    split: Split, sheet: Path, workers: int, reader: BetonReader | None = None
-) -> int:
-    """Decode all images, draw some, count labels; returns the number of damaged images."""
+def _verify_images(split: Split, workers: int, reader: BetonReader | None = None) -> int:
+    """Decode all images, count labels; returns the number of damaged images."""
     manifest = Manifest(split)
-    step = -(-len(manifest) // NUM_PICTURES)
-    pictures: list[tuple[str, bytes]] = []
     actions: Counter[str] = Counter()
     num_damaged = 0
     with progress(f"Verifying {split.root.name}", len(manifest)) as advance:
@@ -101,9 +87,6 @@ def _verify_images(
                 size = (prepared.height, prepared.width)
                 if reader is not None and reader.size(index) != size:
                     reason = f"is of {size} pixels, but {reader.size(index)} in the table"
-                if index % step == 0:
-                    label = manifest.class_names[image.label] if image.label >= 0 else ""
-                    pictures.append((label, prepared.jpeg))
             if reason:
                 num_damaged += 1
                 print_line(
@@ -114,12 +97,6 @@ def _verify_images(
     others = "".join(f", {count:,} {action}" for action, count in sorted(actions.items()))
     print_line(f"{split.root}: {kept:,} of {len(manifest):,} images are intact plain JPEGs{others}")
     _print_labels(manifest)
-    if pictures:
-        try:
-            _draw_sheet(pictures, sheet)
-            print_line(f"Contact sheet: {sheet}")
-        except OSError as error:  # the output may be in a read-only folder
-            print_line(f"No contact sheet: {error}")
     return num_damaged
 
 
@@ -139,21 +116,3 @@ def _print_labels(manifest: Manifest) -> None:
             f"{len(values):,} classes of {min(values):,} ({rarest}) to {max(values):,} images, "
             f"median {statistics.median(values):,.0f}"
         )
-
-
-def _draw_sheet(pictures: list[tuple[str, bytes]], path: Path) -> None:
-    """Write the images with the names of their classes to a PNG."""
-    rows = -(-len(pictures) // COLUMNS)
-    sheet = Picture.new("RGB", (COLUMNS * SIDE, rows * (SIDE + CAPTION_HEIGHT)), "white")
-    draw = ImageDraw.Draw(sheet)
-    for number, (label, jpeg) in enumerate(pictures):
-        left, top = number % COLUMNS * SIDE, number // COLUMNS * (SIDE + CAPTION_HEIGHT)
-        stored = Picture.open(io.BytesIO(jpeg))
-        stored.draft("RGB", (SIDE, SIDE))  # decodes at the lowest sufficient resolution
-        picture = stored.convert("RGB")
-        picture.thumbnail((SIDE - 4, SIDE - 4))
-        sheet.paste(picture, (left + 2, top + 2))
-        caption = label.encode("ascii", "replace").decode()[:18]
-        draw.text((left + 2, top + SIDE), caption, fill="black")
-    with atomic_file(path, overwrite=True) as file:
-        sheet.save(file, "PNG")

@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 from conftest import drawn_picture, jpeg_bytes
 from hostile import make_folder
-from PIL import Image
 from sample_imagenet import convert
 
 from pipelines.beton import BetonReader
@@ -31,10 +30,9 @@ def copies(results, tmp_path) -> tuple[Path, Path]:
 
 
 def test_intact_outputs(copies, capsys):
-    for path, sheet in zip(copies, ("out.beton.png", "shards.train.png"), strict=True):
+    for path in copies:
         assert convert("--verify", path) == 0
         assert "16 of 16 images are intact plain JPEGs" in capsys.readouterr().out
-        assert Image.open(path.parent / sheet).width == 1200
 
 
 def test_every_changed_byte_of_an_image_is_found(copies, capsys):
