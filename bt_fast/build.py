@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.nn.parallel import DistributedDataParallel
@@ -14,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from bt_fast.config import Config
 from bt_fast.distributed.collectives import ALONE, Group, World, all_reduce, require_divisible_batch
 from bt_fast.evaluate.knn_classifier import KnnData, choose_data
+from bt_fast.evaluate.subset import Subset
 from bt_fast.initial_weights import load_initial_weights
 from bt_fast.loss_variants import objective_function
 from bt_fast.models import batch_norm
@@ -49,7 +49,7 @@ class TrainingSetup:
     data_identity: dict[str, int | str]  # must not change when the run is resumed
     loader: Loader
     knn_data: KnnData | None
-    held_out: tuple[ImageDataset, np.ndarray]  # images of probes and their samples, int64 [n]
+    held_out: Subset  # images of the probes
     model: BarlowTwins
     initial_weights: str  # what --init took, for the table
     parallel: torch.nn.Module  # the model, or DDP around it
@@ -132,14 +132,12 @@ def build(config: Config, world: World = ALONE) -> TrainingSetup:
     )
 
 
-def held_out_images(
-    knn_data: KnnData | None, images: ImageDataset, config: Config
-) -> tuple[ImageDataset, np.ndarray]:
+def held_out_images(knn_data: KnnData | None, images: ImageDataset, config: Config) -> Subset:
     """The kNN probe's queries; without classes a random sample of `images`."""
     if knn_data is not None:
-        return knn_data.queries, knn_data.query_samples
+        return knn_data.queries
     order = epoch_order(len(images), config.seed, epoch=-1)
-    return images, order[: min(config.probe_images // 2, MAX_UNLABELLED)]
+    return Subset(images, order[: min(config.probe_images // 2, MAX_UNLABELLED)])
 
 
 def communicators(config: Config, world: World, device: torch.device) -> tuple[Group, Group]:
@@ -203,8 +201,8 @@ def _describe_probe(setup: TrainingSetup) -> str:
         return "none (--probe-every 0)"
     if setup.knn_data is not None:
         return f"kNN and linear: {setup.knn_data.description}"
-    images, samples = setup.held_out
-    return f"rank and loss of {len(samples)} images of {images.path}, without classes"
+    path = setup.held_out.images.path
+    return f"rank and loss of {len(setup.held_out)} images of {path}, without classes"
 
 
 def describe(setup: TrainingSetup, seconds_per_step: dict[int, float]) -> dict[str, str]:

@@ -10,13 +10,14 @@ from rich.console import Console
 from rich.table import Table
 
 from bt_fast.distributed.collectives import ALONE, World
-from bt_fast.evaluate.eval_setup import build_setup, labelled_subset, open_labelled_splits
+from bt_fast.evaluate.eval_setup import build_setup, open_labelled_splits
 from bt_fast.evaluate.knn import measure_knn
 from bt_fast.evaluate.knn_classifier import choose_data
 from bt_fast.evaluate.linear import measure_linear
 from bt_fast.evaluate.options import EvalAll, EvalLinear, EvalSemi
 from bt_fast.evaluate.overlap import warn_of_overlap
 from bt_fast.evaluate.semi import measure_semi
+from bt_fast.evaluate.subset import labelled_subset
 from pipelines.common.console import print_line
 
 

@@ -20,9 +20,10 @@ import numpy as np
 from rich.console import Console
 
 from bt_fast.distributed.collectives import ALONE, World, broadcast_object
-from bt_fast.evaluate.eval_setup import EvalSetup, Subset, build_setup, open_splits
+from bt_fast.evaluate.eval_setup import EvalSetup, build_setup, open_splits
 from bt_fast.evaluate.features import extract_features
 from bt_fast.evaluate.options import Embed
+from bt_fast.evaluate.subset import complete_subset
 from bt_fast.models.networks import feature_width
 from bt_fast.run.console import summary_table
 from pipelines.common.atomic import atomic_file, work_folder
@@ -49,7 +50,7 @@ def run_embed(options: Embed, world: World = ALONE) -> int:
             raise ValueError(f"--out {path} exists; choose another, or replace it: --overwrite")
     setup = build_setup(options, world=world)
     images, _ = open_splits(options, setup.config)
-    identity = setup.identity(Subset(images=images, samples=np.arange(len(images))))
+    identity = setup.identity(complete_subset(images))
     if world.is_first:
         try:
             with work_folder(partial, resume=True) as work:

@@ -1,6 +1,5 @@
 """The encoder under evaluation on its device, and the labelled images that it is evaluated on."""
 
-import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from bt_fast.config import Config, load_config
 from bt_fast.distributed.collectives import ALONE, World
 from bt_fast.evaluate.options import EvalOptions, Options
 from bt_fast.evaluate.overlap import warn_of_overlap
+from bt_fast.evaluate.subset import Subset
 from bt_fast.evaluate.views import Views
 from bt_fast.export.encoder_files import fingerprint, read_pretrained
 from bt_fast.models.library_encoders import require_size
@@ -26,32 +26,6 @@ from pipelines.common.cpu import usable_cores
 from pipelines.convert.sources.shards import has_dataset
 from pipelines.loading.datasets import ImageDataset, open_data, open_val
 from pipelines.loading.image_files import open_folder
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Subset:
-    """Some samples of a data set, to train on or to test on."""
-
-    images: ImageDataset
-    samples: np.ndarray  # int64 [n]
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    @property
-    def labels(self) -> torch.Tensor:
-        """int64 [n], on the CPU."""
-        return torch.from_numpy(self.images.labels[self.samples])
-
-    @property
-    def fingerprint(self) -> str:
-        """SHA-256 (hex) over the data set's checksum and the sample indices."""
-        return hashlib.sha256(self.images.sha256().encode() + self.samples.tobytes()).hexdigest()
-
-
-def labelled_subset(images: ImageDataset) -> Subset:
-    """The samples that have a class, in the file's order."""
-    return Subset(images=images, samples=np.flatnonzero(images.labels >= 0))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -9,7 +9,7 @@ from rich.console import Console
 from bt_fast.config import Config
 from bt_fast.distributed.collectives import ALONE, World
 from bt_fast.evaluate.collapse import centred_rank, collapse_report, effective_rank
-from bt_fast.evaluate.eval_setup import EvalSetup, Subset, build_setup, open_splits
+from bt_fast.evaluate.eval_setup import EvalSetup, build_setup, open_splits
 from bt_fast.evaluate.features import extract_features, model_outputs
 from bt_fast.evaluate.knn_classifier import (
     SETTINGS,
@@ -20,6 +20,7 @@ from bt_fast.evaluate.knn_classifier import (
 )
 from bt_fast.evaluate.options import EvalKnn
 from bt_fast.evaluate.overlap import warn_of_overlap
+from bt_fast.evaluate.subset import Subset
 from bt_fast.run.console import summary_table
 from pipelines.loading.datasets import ImageDataset
 from pipelines.order import epoch_order
@@ -42,7 +43,7 @@ def run_knn(options: EvalKnn, world: World = ALONE) -> int:
     data = choose_data(train, val, setup.seed)
     rows = {"encoder": setup.description}
     if data is not None:
-        queries = Subset(images=data.queries, samples=data.query_samples)
+        queries = data.queries
         rows["data"] = f"{data.description} of {train.path}"
         rows |= measure_knn(setup, data, augmented=options.augmented)[1]
     elif options.augmented:
@@ -50,7 +51,7 @@ def run_knn(options: EvalKnn, world: World = ALONE) -> int:
     else:
         images = train if val is None else val
         order = epoch_order(len(images), setup.seed, _VIEW_EPOCH)
-        queries = Subset(images=images, samples=order[:_MAX_RANK_IMAGES])
+        queries = Subset(images, order[:_MAX_RANK_IMAGES])
         rows["data"] = f"{len(queries)} images of {images.path}"
         rows["kNN"] = f"none: {_missing_classes(train, val)}"
         rows |= measure_rank(setup, queries)
@@ -88,9 +89,8 @@ def measure_knn(
         for k, temperature in SETTINGS
     }
     if augmented:
-        subset = Subset(images=data.queries, samples=data.query_samples)
         for view, letter in enumerate("AB"):
-            outputs = augmented_outputs(setup, setup.encoder, subset, view)
+            outputs = augmented_outputs(setup, setup.encoder, data.queries, view)
             view_scores = knn_scores(bank, outputs, data)
             values = ", ".join(f"{100 * view_scores[f'knn_{k}']:.2f} %" for k, _ in SETTINGS)
             rows[f"held-out images as view {letter}"] = values

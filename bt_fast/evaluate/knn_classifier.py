@@ -13,6 +13,7 @@ import torch.nn.functional as F
 
 from bt_fast.distributed.collectives import ALONE, World
 from bt_fast.evaluate.features import extract_features
+from bt_fast.evaluate.subset import Subset
 from bt_fast.evaluate.views import Views
 from pipelines.loading.datasets import ImageDataset
 from pipelines.order import epoch_order
@@ -53,19 +54,18 @@ def knn_accuracy(
 class KnnData:
     """Bank and query images; images without a class are in neither."""
 
-    bank: ImageDataset
-    bank_samples: np.ndarray  # int64 [n]
-    queries: ImageDataset
-    query_samples: np.ndarray  # int64 [m]
+    bank: Subset
+    queries: Subset
 
     @property
     def num_classes(self) -> int:
-        return max(self.bank.num_classes, self.queries.num_classes)
+        return max(self.bank.images.num_classes, self.queries.images.num_classes)
 
     @property
     def description(self) -> str:
-        split = "held out" if self.queries is not self.bank else "a tenth of the training images"
-        return f"{len(self.query_samples)} queries ({split}), {len(self.bank_samples)} bank images"
+        of_train = self.queries.images is self.bank.images
+        split = "a tenth of the training images" if of_train else "held out"
+        return f"{len(self.queries)} queries ({split}), {len(self.bank)} bank images"
 
 
 def choose_data(
@@ -95,7 +95,7 @@ def choose_data(
     classes = np.unique(train.labels[bank_samples])
     if len(classes) < 2 or len(query_samples) == 0:
         return None
-    return KnnData(bank=train, bank_samples=bank_samples, queries=val, query_samples=query_samples)
+    return KnnData(bank=Subset(train, bank_samples), queries=Subset(val, query_samples))
 
 
 def _shuffled_labelled(images: ImageDataset, seed: int) -> np.ndarray:
@@ -112,22 +112,22 @@ def extract_knn_features(
     world: World = ALONE,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Features [n, width] of bank and queries, on every rank; each reads a slice of the images."""
-    bank = extract_features(encoder, open_views(data.bank), data.bank_samples, crop, world)
-    queries = extract_features(encoder, open_views(data.queries), data.query_samples, crop, world)
+    bank, queries = (
+        extract_features(encoder, open_views(subset.images), subset.samples, crop, world)
+        for subset in (data.bank, data.queries)
+    )
     return bank, queries
 
 
 def knn_scores(bank: torch.Tensor, queries: torch.Tensor, data: KnnData) -> dict[str, float]:
     """`knn_accuracy` for each of SETTINGS, "knn_20" and "knn_200", from features [n, width]."""
     bank, queries = F.normalize(bank, dim=1), F.normalize(queries, dim=1)
-    bank_labels = torch.from_numpy(data.bank.labels[data.bank_samples]).to(bank.device)
-    query_labels = torch.from_numpy(data.queries.labels[data.query_samples]).to(bank.device)
     return {
         f"knn_{k}": knn_accuracy(
             bank,
-            bank_labels,
+            data.bank.labels.to(bank.device),
             queries,
-            query_labels,
+            data.queries.labels.to(bank.device),
             k=k,
             temperature=temperature,
             num_classes=data.num_classes,

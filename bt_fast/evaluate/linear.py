@@ -5,9 +5,10 @@ one, `--cached`, extracts features once and trains a grid of classifiers: see `l
 """
 
 from bt_fast.distributed.collectives import ALONE, World
-from bt_fast.evaluate.eval_setup import EvalSetup, labelled_subset, run_protocol
+from bt_fast.evaluate.eval_setup import EvalSetup, run_protocol
 from bt_fast.evaluate.linear_cached import Grid, fit_grid
 from bt_fast.evaluate.options import EvalLinear
+from bt_fast.evaluate.subset import labelled_subset
 from bt_fast.evaluate.supervised import Protocol, accuracy_rows, train_classifier
 from pipelines.loading.datasets import ImageDataset
 

@@ -27,8 +27,9 @@ import torch.nn.functional as F
 
 from bt_fast.distributed import collectives
 from bt_fast.evaluate.eval_directory import EvalDirectory, open_eval_directory
-from bt_fast.evaluate.eval_setup import EvalSetup, Subset
+from bt_fast.evaluate.eval_setup import EvalSetup
 from bt_fast.evaluate.features import count_correct, model_outputs
+from bt_fast.evaluate.subset import Subset
 from bt_fast.finite import require_finite
 from pipelines.common.atomic import atomic_file
 from pipelines.common.console import progress

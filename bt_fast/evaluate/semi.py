@@ -13,8 +13,9 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 
 from bt_fast.distributed.collectives import ALONE, World
-from bt_fast.evaluate.eval_setup import EvalSetup, Subset, labelled_subset, run_protocol
+from bt_fast.evaluate.eval_setup import EvalSetup, run_protocol
 from bt_fast.evaluate.options import EvalSemi
+from bt_fast.evaluate.subset import Subset, labelled_subset
 from bt_fast.evaluate.supervised import Protocol, accuracy_rows, train_classifier
 from pipelines.loading.datasets import ImageDataset
 from pipelines.order import epoch_order
@@ -37,7 +38,7 @@ def measure_semi(
     else:
         samples = class_balanced(train.labels, options.percent, options.seed)
         selection = f"{options.percent:g} % of every class"
-    train_subset, val_subset = Subset(images=train, samples=samples), labelled_subset(val)
+    train_subset, val_subset = Subset(train, samples), labelled_subset(val)
     released = options.protocol == "released"
     default_lr = 0.005 if released else 0.002
     protocol = Protocol(

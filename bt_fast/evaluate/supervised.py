@@ -27,8 +27,9 @@ from torch import nn
 from bt_fast.distributed import collectives
 from bt_fast.distributed.collectives import ALONE, World
 from bt_fast.evaluate.eval_directory import EvalDirectory, open_eval_directory
-from bt_fast.evaluate.eval_setup import EvalSetup, Subset
+from bt_fast.evaluate.eval_setup import EvalSetup
 from bt_fast.evaluate.features import count_correct, extract_features
+from bt_fast.evaluate.subset import Subset
 from bt_fast.evaluate.views import Views
 from bt_fast.finite import NotFinite
 from bt_fast.models import batch_norm

@@ -8,14 +8,10 @@ protocol of Places-205 applies to any other data set, a .beton or a folder of cl
 from rich.console import Console
 
 from bt_fast.distributed.collectives import ALONE, World
-from bt_fast.evaluate.eval_setup import (
-    EvalSetup,
-    build_setup,
-    labelled_subset,
-    open_labelled_splits,
-)
+from bt_fast.evaluate.eval_setup import EvalSetup, build_setup, open_labelled_splits
 from bt_fast.evaluate.options import EvalTransfer
 from bt_fast.evaluate.overlap import warn_of_overlap
+from bt_fast.evaluate.subset import labelled_subset
 from bt_fast.evaluate.supervised import Protocol, accuracy_rows, train_classifier
 from bt_fast.evaluate.transfer_datasets import inat18, places205
 from bt_fast.evaluate.voc07 import measure_voc

@@ -14,7 +14,7 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from bt_fast.evaluate.eval_setup import Subset
+from bt_fast.evaluate.subset import Subset
 from pipelines.convert.manifest import numbered_names
 from pipelines.loading.image_files import ImageFiles
 
@@ -92,7 +92,7 @@ def voc07(root: Path) -> tuple[list[str], VocSplit, VocSplit]:
                 raise ValueError(f"{main}: {name}_{split}.txt has numbers other than -1, 0 and 1")
         paths = [f"JPEGImages/{identifier}.jpg" for identifier in identifiers]
         images = ImageFiles(folder, paths, [-1] * len(paths), names)
-        subset = Subset(images=images, samples=np.arange(len(paths)))
+        subset = Subset(images, np.arange(len(paths)))
         present = np.array([labels for _, labels in columns], np.int8).T
         splits.append(VocSplit(subset=subset, present=present))
     return names, splits[0], splits[1]

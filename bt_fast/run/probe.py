@@ -9,8 +9,6 @@ import time
 from functools import partial
 from pathlib import Path
 
-import torch
-
 from bt_fast.build import TrainingSetup, average_statistics
 from bt_fast.evaluate.collapse import effective_rank
 from bt_fast.evaluate.features import extract_features, model_outputs
@@ -49,27 +47,27 @@ def probe(setup: TrainingSetup, log: RunLog, step: int) -> None:
 def measure(setup: TrainingSetup) -> dict[str, float]:
     """The readouts by name, the same on every rank."""
     config, world = setup.config, setup.world
-    images, samples = setup.held_out
+    held_out = setup.held_out
     open_views = partial(
         Views, runtime=setup.runtime, size=config.size, num_threads=setup.num_threads
     )
-    views = open_views(images)
+    views = open_views(held_out.images)
     encoder, crop = setup.model.encoder, config.probe_crop
-    features = extract_features(encoder, views, samples, crop, world)
+    features = extract_features(encoder, views, held_out.samples, crop, world)
     readouts: dict[str, float] = {}
     if (data := setup.knn_data) is not None:  # whose queries are the held-out images
-        bank = extract_features(encoder, open_views(data.bank), data.bank_samples, crop, world)
-        labels = torch.from_numpy(data.bank.labels[data.bank_samples]).to(bank.device)
-        query_labels = torch.from_numpy(images.labels[samples]).to(bank.device)
+        bank_views = open_views(data.bank.images)
+        bank = extract_features(encoder, bank_views, data.bank.samples, crop, world)
         readouts |= knn_scores(bank, features, data)
+        labels, query_labels = (s.labels.to(bank.device) for s in (data.bank, data.queries))
         readouts["linear"] = ridge_accuracy(bank, labels, features, query_labels, data.num_classes)
     readouts["rank"] = effective_rank(features)
-    if len(samples) < 2:
+    if len(held_out) < 2:
         return readouts
     z_a, z_b = (
         model_outputs(
             setup.model,
-            samples[: config.batch_size],
+            held_out.samples[: config.batch_size],
             partial(
                 views.random,
                 min_scale=config.min_scale,

@@ -25,8 +25,9 @@ from bt_fast.evaluate.curate.findings import Findings
 from bt_fast.evaluate.curate.neighbours import Whitening, nearest
 from bt_fast.evaluate.curate.report import write_report
 from bt_fast.evaluate.embed import write_csv, write_features
-from bt_fast.evaluate.eval_setup import EvalSetup, Subset, build_setup, open_splits
+from bt_fast.evaluate.eval_setup import EvalSetup, build_setup, open_splits
 from bt_fast.evaluate.options import Curate
+from bt_fast.evaluate.subset import complete_subset
 from bt_fast.run.console import summary_table
 from pipelines.common.atomic import atomic_file, locked
 from pipelines.common.console import progress
@@ -167,7 +168,7 @@ def _features(setup: EvalSetup, images: ImageDataset, folder: Path) -> np.ndarra
     """float32 [n, width], a file in the folder, mapped."""
     if setup.world.is_first:
         folder.mkdir(parents=True, exist_ok=True)
-    identity = setup.identity(Subset(images=images, samples=np.arange(len(images))))
+    identity = setup.identity(complete_subset(images))
     write_features(setup, images, folder if setup.world.is_first else None, identity)
     if not setup.world.is_first:
         return np.empty((0, 0), np.float32)

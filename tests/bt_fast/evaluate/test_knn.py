@@ -11,6 +11,7 @@ from conftest import write_beton
 
 from bt_fast.evaluate import knn_classifier
 from bt_fast.evaluate.knn_classifier import choose_data, knn_accuracy
+from bt_fast.evaluate.subset import Subset
 from pipelines.beton import BetonReader
 
 
@@ -53,15 +54,16 @@ def test_a_tiny_temperature_does_not_overflow():
 def test_a_split_is_disjoint_and_reproducible(small_beton):
     reader = BetonReader(small_beton)
     data = choose_data(reader, None, seed=3)
-    assert len(data.query_samples) == 6 and len(data.bank_samples) == 58
-    assert not set(data.query_samples) & set(data.bank_samples)
-    assert np.array_equal(data.query_samples, choose_data(reader, None, seed=3).query_samples)
+    assert len(data.queries) == 6 and len(data.bank) == 58
+    assert not set(data.queries.samples) & set(data.bank.samples)
+    again = choose_data(reader, None, seed=3)
+    assert np.array_equal(data.queries.samples, again.queries.samples)
 
 
 def test_queries_come_from_a_held_out_file_up_to_the_limit(small_beton, tmp_path):
     val = BetonReader(write_beton(tmp_path / "val.beton", 20))
     data = choose_data(BetonReader(small_beton), val, seed=0, limit=16)
-    assert data.queries is val and len(data.bank_samples) == 16 and len(data.query_samples) == 8
+    assert data.queries.images is val and len(data.bank) == 16 and len(data.queries) == 8
 
 
 def test_scores_do_not_depend_on_the_lengths_of_features():
@@ -69,10 +71,8 @@ def test_scores_do_not_depend_on_the_lengths_of_features():
     cosines = torch.tensor([0.95, 0.95, 0.8, 0.8, 0.8])
     bank = torch.stack([cosines, (1 - cosines.square()).sqrt()], 1)
     labels = SimpleNamespace(labels=np.array([0, 0, 1, 1, 1]))
-    data = SimpleNamespace(
-        bank=labels, bank_samples=np.arange(5), queries=labels, query_samples=np.array([0]),
-        num_classes=2,
-    )  # fmt: skip
+    bank_images, query_image = Subset(labels, np.arange(5)), Subset(labels, np.array([0]))
+    data = SimpleNamespace(bank=bank_images, queries=query_image, num_classes=2)
     for length in (0.01, 1.0, 100.0):
         query = length * torch.tensor([[1.0, 0.0]])
         assert knn_classifier.knn_scores(length * bank, query, data)["knn_20"] == 1

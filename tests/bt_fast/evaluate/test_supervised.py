@@ -11,9 +11,10 @@ from torch.optim import lr_scheduler
 
 from bt_fast.evaluate import supervised
 from bt_fast.evaluate.eval_directory import EvalDirectory
-from bt_fast.evaluate.eval_setup import build_setup, labelled_subset, open_labelled_splits
+from bt_fast.evaluate.eval_setup import build_setup, open_labelled_splits
 from bt_fast.evaluate.options import EvalOptions
 from bt_fast.evaluate.semi import class_balanced
+from bt_fast.evaluate.subset import labelled_subset
 from bt_fast.evaluate.supervised import Protocol
 from bt_fast.export.encoder_files import load_encoder
 from bt_fast.runtime import choose_runtime
