@@ -20,7 +20,7 @@ import re
 import signal
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -239,6 +239,7 @@ def convert(config: Convert) -> tuple[list[tuple[Path, Report]], Path]:
         else ShardTarget(out, config.overwrite, config.shard_size * 1_000_000)
     )
     print_line(f"Listing {config.source}")
+    config = replace(config, image_key=config.image_key and config.image_key.lstrip("."))
     options = SourceOptions(
         **{field.name: getattr(config, field.name) for field in fields(SourceOptions)}
     )
@@ -328,6 +329,8 @@ def _scan(
     )
     for hint in split.unused:
         print_line(f"{name}: not used as labels: {hint}")
+    for warning in split.warnings:
+        print_line(f"{name}: {warning}")
     return Report(name, split, manifest)
 
 
@@ -406,6 +409,10 @@ def _pixel_flags(config: Convert) -> PixelFlags:
         if not re.fullmatch(r"[1-9]\d{0,4}(,[1-9]\d{0,4},[1-9]\d{0,4})?", config.bands, re.ASCII):
             raise UsageError(f"--bands {config.bands}: must be three like 4,3,2 or one, from 1")
         bands = tuple(map(int, config.bands.split(",")))
+    if config.bits is not None and config.bits > 64:
+        raise UsageError(f"--bits {config.bits}: must be 64 or less")
+    if config.source.suffix == ".beton" and _changed(config) & {"bits", "range", "bands", "page"}:
+        raise UsageError("--bits, --range, --bands and --page do not apply to a .beton")
     return PixelFlags(config.bits, limits, bands, config.page)
 
 

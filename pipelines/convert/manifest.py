@@ -69,6 +69,7 @@ class Split:
     ignored: Counter[str] = field(default_factory=Counter)  # reason -> number of entries
     problems: list[tuple[str, str]] = field(default_factory=list)  # (name, reason) of unread ones
     unused: dict[str, None] = field(default_factory=dict)  # possible labels, and how to use them
+    warnings: dict[str, None] = field(default_factory=dict)  # what may not be meant, one line each
     other_labels: set[Label] = field(default_factory=set)  # of images left out, whose classes stay
 
 
@@ -192,9 +193,10 @@ def parse_label(value: object) -> Label:
         value = value[0]
     if isinstance(value, str):
         value = value.strip()
-        if not re.fullmatch(r"[+-]?\d+(\.0*)?", value, re.ASCII):
+        if re.fullmatch(r"[+-]?\d+(\.0*)?", value, re.ASCII):
+            value = int(value.partition(".")[0])
+        elif not value or not re.fullmatch(r"[\d\s.,;+-]*\d[\d\s.,;+-]*", value, re.ASCII):
             return value or None
-        value = int(value.partition(".")[0])
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return None
     if isinstance(value, float) and value.is_integer():

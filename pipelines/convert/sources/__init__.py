@@ -20,7 +20,7 @@ from pathlib import Path
 
 from pipelines.convert.manifest import SourceError, Split
 from pipelines.convert.sources import beton_file, folder, ilsvrc, image_list, parquet, parts, shards
-from pipelines.convert.sources.files import COMPRESSED_SUFFIXES, find_files, refuse_compressed
+from pipelines.convert.sources.files import PACKED, find_files, refuse_compressed
 from pipelines.convert.sources.splits import SourceOptions
 
 Finder = Callable[[Path, SourceOptions], dict[str, Split]]
@@ -96,14 +96,14 @@ def _finder_of_folder(source: Path) -> Finder:
         for suffix, found in archives.items():
             if found and not folder.contains_images(source / "train"):
                 raise SourceError(
-                    f"SOURCE {source} has both images and {suffix} files: name the folder or the "
-                    "file to convert"
+                    f"SOURCE {source} has both images and {suffix} files: name a folder or file of"
+                    " one kind, or move the others away"
                 )
         return folder.find_splits
     if archives[".parquet"] and archives[".tar"]:
         raise SourceError(f"SOURCE {source} has both .parquet and .tar files: name one to convert")
     if archives[".parquet"]:
         return parquet.find_splits
-    for packed in find_files(source, COMPRESSED_SUFFIXES):
+    for packed in find_files(source, PACKED):
         refuse_compressed(source / packed)
     return shards.find_splits if archives[".tar"] else folder.find_splits

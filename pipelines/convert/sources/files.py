@@ -19,7 +19,8 @@ COMPRESSED = {  # first bytes of a file: what it is, and the command that unpack
     b"\x28\xb5\x2f\xfd": ("zstd", "unzstd"),
     b"PK\x03\x04": ("zip", "unzip"),
 }
-COMPRESSED_SUFFIXES = (".gz", ".tgz", ".bz2", ".xz", ".zst", ".zip")
+PACKED = (".gz", ".tgz", ".bz2", ".tbz2", ".xz", ".txz", ".zst", ".zip", ".7z", ".rar")
+UNFINISHED_DOWNLOADS = (".part", ".partial", ".incomplete", ".crdownload", ".aria2", ".tmp")
 
 
 def walk(top: Path) -> Iterator[tuple[str, os.DirEntry | str]]:
@@ -41,7 +42,7 @@ def walk(top: Path) -> Iterator[tuple[str, os.DirEntry | str]]:
             with os.scandir(folder) as entries:
                 for entry in entries:
                     yield folder, entry
-                    if entry.name[0] != "." and is_folder(entry):
+                    if not is_hidden(entry.name) and is_folder(entry):
                         pending.append(entry.path)
         except OSError as error:
             yield folder, f"folder not readable: {error.strerror}"
@@ -54,7 +55,7 @@ def find_files(top: Path, suffixes: str | tuple[str, ...]) -> list[str]:
         entry.path[prefix:]
         for _, entry in walk(top)
         if not isinstance(entry, str)
-        and entry.name[0] != "."
+        and not is_hidden(entry.name)
         and entry.name.lower().endswith(suffixes)
         and not is_folder(entry)
     )
@@ -62,8 +63,13 @@ def find_files(top: Path, suffixes: str | tuple[str, ...]) -> list[str]:
 
 def folders_in(root: Path) -> list[str]:
     """Sorted names of the folders in `root`, without the work folder of an OUT inside it."""
-    names = sorted(e.name for e in os.scandir(root) if is_folder(e) and e.name[0] != ".")
+    names = sorted(e.name for e in os.scandir(root) if is_folder(e) and not is_hidden(e.name))
     return [name for name in names if not (root / name / UNFINISHED).exists()]
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a file or folder is no content: hidden, or what macOS adds to archives."""
+    return name.startswith(".") or name == "__MACOSX"
 
 
 def is_folder(entry: os.DirEntry) -> bool:

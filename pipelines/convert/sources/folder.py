@@ -12,12 +12,17 @@ from pathlib import Path
 
 from pipelines.convert.jpeg import IMAGE_EXTENSIONS
 from pipelines.convert.manifest import FoundImage, Label, Location, SourceError, Split, parse_label
-from pipelines.convert.sources.files import folders_in, is_folder, walk
-from pipelines.convert.sources.labels import label_key
-from pipelines.convert.sources.splits import SourceOptions, place, splits_of_folder
+from pipelines.convert.sources.files import folders_in, is_folder, is_hidden, walk
+from pipelines.convert.sources.labels import SPLIT_COLUMNS, TABLES, label_key
+from pipelines.convert.sources.splits import (
+    SourceOptions,
+    place,
+    refuse_split_column,
+    splits_of_folder,
+)
 
 METADATA = ("metadata.csv", "metadata.jsonl")
-TABLES = (".csv", ".tsv", ".jsonl")  # files that may contain labels
+LABELS_OF_IMAGES = (".cls", ".txt", ".xml", ".mat")  # endings of files beside images
 
 
 def is_named_like_image(name: str) -> bool:
@@ -28,7 +33,7 @@ def is_named_like_image(name: str) -> bool:
 def image_entries(top: Path) -> Iterator[os.DirEntry]:
     """The files below `top` that are named like images."""
     for _, entry in walk(top):
-        if isinstance(entry, str) or entry.name[0] == "." or not is_named_like_image(entry.name):
+        if isinstance(entry, str) or is_hidden(entry.name) or not is_named_like_image(entry.name):
             continue
         if not is_folder(entry):
             yield entry
@@ -80,6 +85,9 @@ def find_splits(source: Path, options: SourceOptions) -> dict[str, Split]:
                 f"{val.root} has images but no class folders, unlike {train.root.name}/. Sort them"
                 f" into class folders, or convert {train.root.name}/ alone"
             )
+    for name, folders in (("train", placement.train), ("val", placement.val)):
+        if len(folders) > 1:
+            splits[name].warnings[f"from several folders: {', '.join(folders)}"] = None
     ignored = splits["train"].ignored
     for reason, names in placement.left_out.items():
         ignored[reason] += sum(1 for name in names for _ in image_entries(source / name))
@@ -88,7 +96,7 @@ def find_splits(source: Path, options: SourceOptions) -> dict[str, Split]:
             hint = f"{entry.name} beside {placement.train[0]}/: one is needed in each folder"
             splits["train"].unused[hint] = None
         _name_table(splits["train"], entry)
-        if entry.name not in with_images and entry.name[0] != ".":
+        if entry.name not in with_images and not is_hidden(entry.name):
             ignored[f"beside {placement.train[0]}/"] += 1
     return splits
 
@@ -122,7 +130,7 @@ def _images(split: Split, tops: Sequence[Path], options: SourceOptions) -> Itera
                         " everything with --all-train, which makes it a class"
                     )
     for entry in (entry for top in tops for entry in os.scandir(top)):
-        if entry.name.startswith("."):
+        if is_hidden(entry.name):
             split.ignored["hidden"] += 1
         elif entry.name in METADATA:
             split.ignored["files beside the class folders"] += 1
@@ -131,24 +139,31 @@ def _images(split: Split, tops: Sequence[Path], options: SourceOptions) -> Itera
             _name_table(split, entry)
             kind = "images" if is_named_like_image(entry.name) else "files"
             split.ignored[f"{kind} beside the class folders"] += 1
+    if count := split.ignored["images beside the class folders"]:
+        split.warnings[f"warning: {count:,} images beside the class folders are left out"] = None
 
 
 def _images_without_folders(
     split: Split, tops: Sequence[Path], options: SourceOptions
 ) -> Iterator[FoundImage]:
     """All images, with the labels of the metadata."""
-    is_empty = True
+    stated: set[frozenset[str]] = set()  # the splits that the names of the images state
     for top in tops:
         labels = _metadata(split, top, options)
         for image in _images_below(split, top, None, set()):
-            is_empty = False
+            stated.add(frozenset(splits_of_folder(os.path.basename(image.name))))
             if labels:
                 name = os.path.relpath(image.location.path, top)
                 image = image._replace(label=labels.pop(name, None))
             yield image
         for name in labels:
             split.problems.append((name, f"in the metadata of {top.name}/, but no such image"))
-    if is_empty:
+    if len(stated) > 1 and all(map(len, stated)) and not options.all_train:
+        raise SourceError(
+            f"{split.root} has images whose names state different splits: sort them into folders,"
+            " or train on all with --all-train"
+        )
+    if not stated:
         split.problems.append(("", "no " + " ".join(sorted(IMAGE_EXTENSIONS))))
 
 
@@ -166,9 +181,13 @@ def _metadata(split: Split, top: Path, options: SourceOptions) -> dict[str, Labe
     number = 1
     try:
         names = dict.fromkeys(name for row in _rows(path) for name in row)
+        if None in names:
+            raise ValueError("a row has more cells than the title")
         if "file_name" not in names:
             raise KeyError("file_name")
-        columns = [name for name in names if name != "file_name"]
+        for name in names.keys() & set(SPLIT_COLUMNS):
+            refuse_split_column(path, name, (row.get(name) for row in _rows(path)), options)
+        columns = [name for name in names if name not in ("file_name", *SPLIT_COLUMNS)]
         key = label_key(names, options.label_key, path, split.unused, candidates=columns)
         for row in _rows(path) if key is not None else ():
             name, label = os.path.normpath(row["file_name"]), parse_label(row.get(key))
@@ -208,7 +227,7 @@ def _sort_keys(split: Split, top: Path, prefix: int, nested: set[str]) -> Iterat
                 split.problems.append((folder[prefix:], entry))
             else:
                 split.ignored["links to a folder listed already"] += 1
-        elif entry.name.startswith("."):
+        elif is_hidden(entry.name):
             split.ignored["hidden"] += 1
         elif is_folder(entry):
             nested |= splits_of_folder(entry.name)
@@ -220,9 +239,10 @@ def _sort_keys(split: Split, top: Path, prefix: int, nested: set[str]) -> Iterat
 
 
 def _name_table(split: Split, entry: os.DirEntry) -> None:
-    """Add a table of another name than METADATA to the labels that are not used."""
-    name = entry.name
-    if name.lower().endswith(TABLES) and name not in METADATA and len(split.unused) < 9:
-        split.unused[f"{name}: only {METADATA[0]} beside the images, with file_name and label"] = (
-            None
-        )
+    """Add a file that may contain labels, but is not METADATA, to the labels that are not used."""
+    name, ending = entry.name, os.path.splitext(entry.name)[1].lower()
+    endings = TABLES if split.class_names else (*TABLES, *LABELS_OF_IMAGES)
+    is_named = any(hint.startswith(f"{ending} files") for hint in split.unused)
+    if ending in endings and name not in METADATA and not is_named:
+        way = f"only {METADATA[0]} beside the images, with file_name and label, is read"
+        split.unused[f"{ending} files, first {name}: {way}"] = None

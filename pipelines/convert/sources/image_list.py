@@ -5,12 +5,17 @@ Paths are absolute or relative to the list's folder and may contain spaces. Labe
 labels has only paths. Images keep the order of the list.
 """
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from pipelines.convert.jpeg import IMAGE_EXTENSIONS
 from pipelines.convert.manifest import FoundImage, Location, SourceError, Split, parse_label
 from pipelines.convert.sources.folder import is_named_like_image
 from pipelines.convert.sources.splits import SourceOptions
+
+_ENDINGS = "|".join(re.escape(ending) for ending in sorted(IMAGE_EXTENSIONS))
+NAME_AND_LABEL = re.compile(rf"(.*(?:{_ENDINGS}))\s*[\s,]\s*(.+)", re.IGNORECASE)
 
 
 def find_splits(source: Path, options: SourceOptions) -> dict[str, Split]:
@@ -44,11 +49,11 @@ def _lines(source: Path) -> Iterator[tuple[int, str, str | None]]:
         for number, line in enumerate(file, 1):
             if not (line := line.strip()):
                 continue
-            path, separator, label = line.rpartition(",")
-            if not (separator and is_named_like_image(path.strip())):
+            if match := NAME_AND_LABEL.fullmatch(line):
+                path, label = match.groups()
+            elif is_named_like_image(line):
+                path, label = line, None
+            else:  # a file with another ending
                 path, *rest = line.rsplit(None, 1)
-                label = rest[0] if rest else ""
-            if label and not is_named_like_image(label):
-                yield number, path.strip(), label.strip()
-            else:
-                yield number, line, None
+                label = rest[0] if rest else None
+            yield number, path, label

@@ -5,6 +5,8 @@ from pathlib import Path
 
 from pipelines.convert.manifest import SourceError
 
+TABLES = (".csv", ".tsv", ".jsonl", ".json", ".xlsx")  # endings of files that may contain labels
+SPLIT_COLUMNS = ("split", "subset", "partition")
 LABEL_NAMES = ("label", "labels", "fine_label")  # the first one that exists is the label
 
 

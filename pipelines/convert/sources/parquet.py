@@ -20,8 +20,12 @@ from pipelines.convert.manifest import (
     Split,
     parse_label,
 )
-from pipelines.convert.sources.labels import LABEL_NAMES, label_key
-from pipelines.convert.sources.splits import SourceOptions, splits_of_files
+from pipelines.convert.sources.labels import LABEL_NAMES, SPLIT_COLUMNS, label_key
+from pipelines.convert.sources.splits import (
+    SourceOptions,
+    refuse_split_column,
+    splits_of_files,
+)
 
 BATCH = 4096  # rows of labels read at a time
 IMAGE_NAMES = ("image", "img")
@@ -45,7 +49,7 @@ def _split(root: Path, files: list[Path], options: SourceOptions) -> Split:
     label = _label_column(files[0], image, options.label_key, split)
     if label is not None:
         split.class_names = _names_in_schema(files[0], label) or None
-    split.images = _images(split, files, image, label)
+    split.images = _images(split, files, image, label, options)
     return split
 
 
@@ -95,7 +99,8 @@ def _label_column(path: Path, image: str, requested: str | None, split: Split) -
         column = column.value_type if types.is_dictionary(column) else column
         return any(is_kind(column) for is_kind in (*kinds, types.is_floating, types.is_null))
 
-    candidates = [name for name in schema.names if name != image and can_be_label(name)]
+    others = {image, *SPLIT_COLUMNS}
+    candidates = [name for name in schema.names if name not in others and can_be_label(name)]
     name = label_key(schema.names, requested, path, split.unused, candidates=candidates)
     if name is None or can_be_label(name):
         return name
@@ -119,8 +124,14 @@ def _names_in_schema(path: Path, label: str) -> list[str]:
     return names
 
 
-def _images(split: Split, files: list[Path], image: str, label: str | None) -> Iterator[FoundImage]:
+def _images(
+    split: Split, files: list[Path], image: str, label: str | None, options: SourceOptions
+) -> Iterator[FoundImage]:
     for path in files:
+        for column in set(_open(path).schema_arrow.names) & set(SPLIT_COLUMNS):
+            batches = _open(path).iter_batches(BATCH, columns=[column])
+            values = {value for batch in batches for value in batch[column].unique().to_pylist()}
+            refuse_split_column(path, column, values, options)
         for column in (image, label):
             if column is not None and column not in _open(path).schema_arrow.names:
                 raise SourceError(f"{path} has no column {column}, unlike {files[0].name}")

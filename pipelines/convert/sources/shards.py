@@ -16,7 +16,7 @@ from typing import BinaryIO
 from pipelines.convert.manifest import FoundImage, Label, Location, SourceError, Split, parse_label
 from pipelines.convert.sources.files import Member, members
 from pipelines.convert.sources.folder import is_named_like_image
-from pipelines.convert.sources.labels import label_key
+from pipelines.convert.sources.labels import TABLES, label_key
 from pipelines.convert.sources.splits import SourceOptions, splits_of_files, splits_of_folder
 from pipelines.webdataset.writer import CHECKSUMS, DATASET, NAMES
 
@@ -88,11 +88,12 @@ def _split(root: Path, paths: list[Path], options: SourceOptions) -> Split:
     def images() -> Iterator[FoundImage]:
         splits: set[str] = set()  # of folders inside the archives
         folders: set[str] = set()  # of images without a label
-        has_label = False
+        found_any = has_label = False
         named_like_archive = len(paths) > 1
         for path in paths:
             is_number = re.fullmatch(r"\w*[-_]\d+|\d+", path.stem) is not None
             for image in _images(split, path, options, splits):
+                found_any = True
                 has_label |= image.label is not None
                 if image.label is None:
                     folder, _, name = image.name.rpartition("/")
@@ -103,6 +104,10 @@ def _split(root: Path, paths: list[Path], options: SourceOptions) -> Split:
             raise SourceError(
                 f"{root} contains archives with folders of several splits: unpack them, or train on"
                 " everything with --all-train"
+            )
+        if options.image_key is not None and not found_any:
+            raise SourceError(
+                f"--image-key {options.image_key}: no sample of {root} has such an image"
             )
         if options.label_key is not None and not has_label:
             raise SourceError(
@@ -138,6 +143,10 @@ def _images(
         for key, extension in images:
             if extension is None:
                 split.ignored["samples without an image"] += key != NAMES
+                for other in samples[key] if key != NAMES else ():
+                    if f".{other}".endswith(TABLES):
+                        name = samples[key][other].name
+                        split.unused[f"{name} in {path.name}: labels have to be in samples"] = None
                 continue
             member = samples[key][extension]
             name = next(stored, member.name)
@@ -221,6 +230,8 @@ def _label(
             fields = content if isinstance(content, dict) else {}
             scalars = [name for name, value in fields.items() if not isinstance(value, dict | list)]
             key = label_key(fields, requested, Path(".json"), split.unused, candidates=scalars)
+            if key is None and not scalars:
+                raise ValueError
             return None if key is None else parse_label(fields[key])
     except (ValueError, TypeError) as error:
         if requested is None and source is not None and source is sample.get("json"):
@@ -229,9 +240,11 @@ def _label(
                 split.unused[f"{what}{source.name} in {path.name}"] = None
             return None
         raise SourceError(f"{path}: {source.name if source else ''}: {error}") from None
+    ending = next(extension for extension, member in sample.items() if member is image)
     for other in sample:
-        if other.endswith((".cls", ".json")):
-            split.unused[".cls or .json whose names have further dots: --image-key jpg"] = None
+        if other.endswith((".cls", ".json")) and "." in ending:
+            last = ending.rpartition(".")[2]
+            split.unused[f".cls or .json whose names have further dots: --image-key {last}"] = None
         elif sample[other] is not image and len(split.unused) < 9:
             split.unused[f".{other} of samples: --label-key {other}"] = None
     return None

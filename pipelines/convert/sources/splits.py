@@ -5,13 +5,14 @@ A name states its split by a word in the name of the file or of a folder: `val20
 """
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 
 from pipelines.convert.manifest import SourceError, Split
-from pipelines.convert.sources.files import find_files
+from pipelines.convert.sources.files import PACKED, UNFINISHED_DOWNLOADS, find_files
+from pipelines.convert.sources.labels import TABLES
 
 WORDS = {
     "train": {"train", "training", "trn"},
@@ -99,21 +100,68 @@ def splits_of_files(
     """
     if source.is_file():
         return {"train": split_of([source])}
-    placement = place(source, find_files(source, suffix), options)
+    files = find_files(source, "")
+    found = [path for path in files if path.lower().endswith(suffix)]
+    others = [path for path in files if not path.lower().endswith(suffix)]
+    placement = place(source, found, options)
     if options.train is None:
         _refuse_configurations(source, placement)
+        _refuse_unread(source, suffix, others)
     splits = {
         name: split_of([source / path for path in paths])
         for name, paths in (("train", placement.train), ("val", placement.val))
         if paths
     }
+    ignored, unused = splits["train"].ignored, splits["train"].unused
+    ignored[f"files that are not {suffix}"] += len(others)
+    if tables := [path for path in others if path.lower().endswith(TABLES)]:
+        unused[f"{_some(tables)}: labels have to be in the {suffix} files"] = None
+    if options.train is None:
+        splits["train"].warnings |= dict.fromkeys(_incomplete_sets(found))
     for reason, paths in placement.left_out.items():
         for path in paths:
             try:
-                splits["train"].ignored[reason] += count(source / path)
+                ignored[reason] += count(source / path)
             except SourceError:  # it need not be readable
-                splits["train"].ignored[reason] += 1
+                ignored[reason] += 1
     return splits
+
+
+def _refuse_unread(root: Path, suffix: str, paths: Sequence[str]) -> None:
+    """Raise SourceError for files that may contain images but are packed or incomplete."""
+    for endings, advice in (
+        (PACKED, "unpack them, or move them away"),
+        (UNFINISHED_DOWNLOADS, "finish their download, or move them away"),
+    ):
+        if found := [path for path in paths if path.lower().endswith(endings)]:
+            raise SourceError(f"{root} has {_some(found)} beside its {suffix} files: {advice}")
+
+
+def _incomplete_sets(paths: Sequence[str]) -> list[str]:
+    """A line for each set of files, `train-00000-of-00014`, of which some are missing."""
+    numbers: dict[tuple[str, str], set[str]] = {}
+    for path in paths:
+        if match := re.match(r"(.*)-(\d+)-of-(\d+)", path):
+            numbers.setdefault((match[1], match[3]), set()).add(match[2])
+    return [
+        f"warning: {len(found)} of the {int(total)} files {start}-...-of-{total} are there"
+        for (start, total), found in numbers.items()
+        if len(found) < int(total)
+    ]
+
+
+def refuse_split_column(
+    table: Path, name: str, values: Iterable[object], options: SourceOptions
+) -> None:
+    """Raise SourceError if the values of a table's column state several splits."""
+    found = {str(value).strip() for value in values}
+    if len({split for value in found for split in splits_of_folder(value)}) > 1 and not (
+        options.all_train
+    ):
+        raise SourceError(
+            f"{table} has a column {name} with {_some(sorted(found))}, which is not used: put each"
+            " split into a folder or file of its own, or train on all with --all-train"
+        )
 
 
 def _refuse_configurations(root: Path, placement: Placement) -> None:

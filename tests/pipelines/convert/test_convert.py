@@ -276,6 +276,8 @@ def test_a_failed_overwrite_keeps_the_old_file(hostile, tmp_path):
     [
         (("SOURCE", "--verify", "--skip-broken"), "--skip-broken applies to a conversion;"),
         (("SOURCE", "--verify", "--max-side", "64"), "--max-side applies to a conversion;"),
+        (("SOURCE", "OUT", "--bits", "99"), "--bits 99: must be 64 or less"),
+        (("x.beton", "OUT", "--bits", "12"), "--page do not apply to a .beton"),
         (("SOURCE", "OUT", "--shard-size", "2"), "--shard-size applies to --format webdataset"),
     ],
 )

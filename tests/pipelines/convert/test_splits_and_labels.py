@@ -245,6 +245,9 @@ def test_the_key_of_a_sample(tmp_path):
     write_tar(source, stereo)
     with pytest.raises(SourceError, match=r"--image-key png$"):
         listed(source)
+    with pytest.raises(SourceError, match=r"--image-key jpg: no sample of .* has such an image"):
+        listed(source, image_key="jpg")
+    assert convert(source, tmp_path / "out.beton", "--image-key", ".left.png") == 0
 
     write_tar(source, [("0.jpg", b"old"), ("0.jpg", JPEG), ("0.txt", b""), ("._0.jpg", b"")])
     split = find_splits(source)["train"]
@@ -346,6 +349,8 @@ def test_columns_of_parquet_files(tmp_path):
     "text,expected",
     [
         ("0.jpg -1\n1.jpg 2\n2.jpg 10\n", [None, "2", "10"]),
+        ("0.jpg great white\n1.jpg,tiger, big\n", ["great white", "tiger, big"]),
+        ("0.jpg 1 2\n", r"l.txt, line 1: 1 2 is not the number or name of one class"),
         ("0.jpg 1\n1.jpg -2\n", r"l.txt, line 2: -2 is not the number or name of one class"),
         ("0.jpg 1.0\n1.jpg 2.0\n", ["1", "2"]),
         ("a name.jpg\t12\n1.jpg 03\n", ["12", "3"]),
@@ -373,6 +378,10 @@ def test_lists_of_images(tmp_path, text, expected):
     [
         ({"0.JPG": JPEG, "0.CLS": b"3\n", "1.jpg": JPEG}, None, ["3", None]),
         ({"0.jpg": JPEG, "0.cls": b"\xef\xbb\xbf3\r\n"}, None, ["3"]),
+        ({"0.jpg": JPEG, "0.cls": b"0 0 1"}, None, "a.tar: 0.cls: 0 0 1 is not the number or"),
+        ({"0.jpg": JPEG, "0.cls": b"1\n2"}, None, "a.tar: 0.cls: 1\n2 is not the number or name"),
+        ({"0.jpg": JPEG, "0.cls": b"0.5"}, None, "a.tar: 0.cls: 0.5 is not the number or name"),
+        ({"0.jpg": JPEG, "0.cls": b"2,4-D"}, None, ["2,4-D"]),
         ({"0.jpg": JPEG, "0.cls": b"-7"}, None, "a.tar: 0.cls: -7 is not the number or name"),
         ({"0.jpg": JPEG, "0.json": b'{"label": "cat"}'}, None, ["cat"]),
         ({"0.jpg": JPEG, "0.json": b'{"label": null, "x": "dog"}'}, "x", ["dog"]),
@@ -459,6 +468,7 @@ def test_labels_in_parquet_files(tmp_path, columns, key, expected):
             {"0.jpg": None, "d/1.jpg": "2"},
         ),
         ("metadata.jsonl", "{\n", "metadata.jsonl, image"),
+        ("metadata.csv", "file_name,label\n0.jpg,a,b\n", "a row has more cells than the title"),
     ],
 )
 def test_labels_in_the_metadata_of_a_folder(tmp_path, name, text, expected):
@@ -523,6 +533,8 @@ def test_labels_that_are_not_used_are_named_before_the_work(tmp_path, capsys):
     "names",
     [
         ("0.jpg", "labels.csv"),
+        ("0.jpg", "0.cls"),
+        ("0.jpg", "annotations.json"),
         ("c/0.jpg", "Labels.TSV"),
         ("train/0.jpg", "test/1.jpg", "train.csv"),
     ],
@@ -531,8 +543,82 @@ def test_a_table_of_another_name_is_named(tmp_path, capsys, names):
     *images, table = names
     write_files(tmp_path / "s", dict.fromkeys(images, JPEG) | {table: b"id,label\n0,1\n"})
     assert convert(tmp_path / "s", tmp_path / "out.beton") == 0
-    hint = f"train: not used as labels: {table}: only metadata.csv beside the images"
+    ending = table[table.index(".") :].lower()
+    hint = f"train: not used as labels: {ending} files, first {table}: only metadata.csv beside"
     assert hint in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "files,hint",
+    [
+        ({"0.json": b'{"ann": {"label": 1}}'}, ".json without the number or name of one class"),
+        ({"0.json": b"[1]"}, ".json without the number or name of one class"),
+        ({"labels.csv": b"file,label"}, "labels.csv in a.tar: labels have to be in samples"),
+        ({"0.target.cls": b"1"}, ".target.cls of samples: --label-key target.cls"),
+    ],
+)
+def test_labels_in_shards_that_are_not_used_are_named(tmp_path, capsys, files, hint):
+    write_tar(tmp_path / "a.tar", {"0.jpg": JPEG} | files)
+    assert convert(tmp_path / "a.tar", tmp_path / "out.beton") == 0
+    assert f"not used as labels: {hint}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kind", [".tar", ".parquet"])
+def test_other_files_beside_shards_are_named(tmp_path, capsys, kind):
+    def write(name: str) -> None:
+        if kind == ".tar":
+            write_tar(tmp_path / "s" / name, {f"{name}.jpg": JPEG, f"{name}.cls": b"1"})
+        else:
+            write_parquet(tmp_path / "s" / name, {"image": cells(name), "label": [1]})
+
+    (tmp_path / "s").mkdir()
+    write(f"train-00000-of-00003{kind}")
+    write(f"train-00002-of-00003{kind}")
+    for ending in (".tar.zst", ".7z", ".zip", f"{kind}.incomplete", ".part"):
+        other = tmp_path / "s" / f"val-0{ending}"
+        other.touch()
+        with pytest.raises(SourceError, match=f"has val-0{ending} beside its {kind} files: "):
+            listed(tmp_path / "s")
+        split = find_splits(tmp_path / "s", SourceOptions(train="train-*"))["train"]
+        assert split.ignored[f"files that are not {kind}"] == 1
+        other.unlink()
+    (tmp_path / "s" / "labels.csv").touch()
+    assert convert(tmp_path / "s", tmp_path / "out.beton") == 0
+    output = capsys.readouterr().out
+    assert f"not used as labels: labels.csv: labels have to be in the {kind} files" in output
+    missing = "train: warning: 2 of the 3 files train-...-of-00003 are there"
+    assert missing in output and f"+ 1 ignored (1 files that are not {kind})" in output
+
+
+def test_a_column_of_splits_is_not_trained_on(tmp_path):
+    table = b"file_name,label,split\n0.jpg,a,train\n1.jpg,b,test\n"
+    write_files(tmp_path / "f", {"0.jpg": JPEG, "1.jpg": JPEG, "metadata.csv": table})
+    write_parquet(tmp_path / "p.parquet", {"image": cells("a", "b"), "split": ["train", "val"]})
+    for source in (tmp_path / "f", tmp_path / "p.parquet"):
+        with pytest.raises(SourceError, match=r"has a column split with .*, which is not used"):
+            listed(source)
+        assert len(listed(source, all_train=True)["train"]) == 2
+    write_parquet(tmp_path / "p.parquet", {"image": cells("a", "b"), "split": ["train", "train"]})
+    assert len(listed(tmp_path / "p.parquet")["train"]) == 2
+
+
+def test_folders_that_may_mean_something_else_are_named(tmp_path, capsys):
+    write_files(tmp_path / "a", {"0.jpg": JPEG, "thumbs/0.jpg": JPEG})
+    assert convert(tmp_path / "a", tmp_path / "a.beton") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[2] == "train: warning: 1 images beside the class folders are left out"
+    names = ("train/c/0.jpg", "train-backup/c/1.jpg", "val/c/2.jpg")
+    write_files(tmp_path / "b", dict.fromkeys(names, JPEG))
+    assert convert(tmp_path / "b", tmp_path / "b.beton") == 0
+    assert "train: from several folders: train, train-backup" in capsys.readouterr().out
+    write_files(tmp_path / "c", dict.fromkeys(("train_0.jpg", "val_0.jpg", "test_0.jpg"), JPEG))
+    with pytest.raises(SourceError, match="images whose names state different splits"):
+        listed(tmp_path / "c")
+    assert len(listed(tmp_path / "c", all_train=True)["train"]) == 3
+    write_files(tmp_path / "c", {"tube.jpg": JPEG})  # then the words are part of the names
+    assert len(listed(tmp_path / "c")["train"]) == 4
+    write_files(tmp_path / "d", {"__MACOSX/._0.jpg": b"", "cat/0.jpg": JPEG})
+    assert find_splits(tmp_path / "d")["train"].class_names == ["cat"]
 
 
 @pytest.mark.parametrize("out", ["out.beton", "shards"])
