@@ -295,8 +295,8 @@ def resume(setup: TrainingSetup, run: RunDirectory | None, console: Console) -> 
             if now != then | ({} if then.get("sha256") else {"sha256": now["sha256"]}):
                 raise ValueError(
                     f"--data {setup.config.data} is not what this run was trained on:"
-                    f" {now['images']:,} images with SHA-256 {str(now['sha256'])[:8]}... now,"
-                    f" {then.get('images')} with {str(then.get('sha256'))[:8]}... then"
+                    f" {now['images']} images with SHA-256 {str(now['sha256'])[:8]} now,"
+                    f" {then.get('images', '?')} with {str(then.get('sha256', '?'))[:8]} then"
                 )
             if found.step > setup.last_step:
                 raise ValueError(

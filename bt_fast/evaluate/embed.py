@@ -190,8 +190,8 @@ def _write_parquet(features: Path, images: ImageDataset) -> Path:
 
 
 def _valid_utf8(name: str) -> str:
-    r"""A file name with \\xNN for each byte that is not UTF-8, which parquet cannot contain."""
-    return os.fsencode(name).decode("utf-8", "backslashreplace")
+    r"""A file name with \xNN for each byte that is not UTF-8, which parquet cannot contain."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 def _pyarrow():

@@ -55,7 +55,10 @@ def atomic_file(path: str | os.PathLike, *, overwrite: bool = False) -> Iterator
 
 
 def move_together(moves: Iterable[tuple[Path, Path]]) -> None:
-    """Move files and folders to their final paths: all or none, also at a stop signal."""
+    """Move files and folders to their final paths; a stop signal waits, a failure moves them back.
+
+    What stood at these paths is replaced, and not restored by a failure.
+    """
     moved: list[tuple[Path, Path]] = []
     with signals_ignored():
         try:

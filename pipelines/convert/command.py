@@ -20,7 +20,7 @@ import re
 import signal
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -216,13 +216,21 @@ def main(argv: list[str] | None = None) -> int:
             advice = "raise the limit, for example with ulimit -n 1024"
             return _fail(f"too many open files: at most {limit} here; {advice}; {kept}", 1)
         action = f"write {config.out}" if config.out else f"verify {config.source}"
-        if error.filename and Path(os.fsdecode(error.filename)).is_relative_to(config.source):
-            action = "read SOURCE"
+        if _is_of_source(error, config):
+            return _fail(f"SOURCE {config.source} cannot be read: {error}; {kept}", 2)
         is_full = config.out and error.errno in (errno.ENOSPC, errno.EDQUOT)
         advice = "; free some space or choose another folder for OUT" if is_full else ""
         return _fail(f"cannot {action}: {error}{advice}; {kept}", 1)
     except ValueError as error:  # contents that no source checks for, such as invalid UTF-8
         return _fail(f"SOURCE {config.source} cannot be read: {error}", 2)
+
+
+def _is_of_source(error: OSError, config: Convert) -> bool:
+    """Whether a file below SOURCE failed, and not one that is written, perhaps into SOURCE."""
+    if config.out is None or not isinstance(error.filename, str):
+        return False
+    is_below = Path(error.filename).is_relative_to(config.source)
+    return is_below and not error.filename.startswith(str(config.out.with_suffix("")))
 
 
 def convert(config: Convert) -> tuple[list[tuple[Path, Report]], Path]:
@@ -239,7 +247,6 @@ def convert(config: Convert) -> tuple[list[tuple[Path, Report]], Path]:
         else ShardTarget(out, config.overwrite, config.shard_size * 1_000_000)
     )
     print_line(f"Listing {config.source}")
-    config = replace(config, image_key=config.image_key and config.image_key.lstrip("."))
     options = SourceOptions(
         **{field.name: getattr(config, field.name) for field in fields(SourceOptions)}
     )
@@ -330,7 +337,7 @@ def _scan(
     for hint in split.unused:
         print_line(f"{name}: not used as labels: {hint}")
     for warning in split.warnings:
-        print_line(f"{name}: {warning}")
+        print_line(f"{name}: warning: {warning}")
     return Report(name, split, manifest)
 
 

@@ -115,9 +115,8 @@ def _duplicates(report: Report, content: dict) -> str:
 
 def _other_class(found: dict) -> str:
     count = found["num_of_other_class"]
-    return (
-        html.paragraph(f"Of another class than the image they equal: {count:,}.") if count else ""
-    )
+    what = "Images whose class differs from that of the identical image"
+    return html.paragraph(f"{what}: {count:,}.") if count else ""
 
 
 def _marked(report: Report, content: dict) -> str:
@@ -198,7 +197,7 @@ def _lists(name: str, content: dict) -> str:
         ("dropped", num_dropped),
         ("repairs", content["num_repairs"]),
     ):
-        listed = content[key][:MAX_LISTED]
+        listed = content[key][:MAX_LISTED]  # of the rejects, which the JSON lists all
         parts += [
             html.subheading(_some(total, key, len(listed))) if total else "",
             html.table(["image", "reason"], [list(entry.values()) for entry in listed]),

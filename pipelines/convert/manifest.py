@@ -36,7 +36,9 @@ class Location(NamedTuple):
     problem: str = ""  # why there are no bytes
 
 
-Label = int | str | None  # number or name of a class; None or a negative number: no class
+Label = int | str | None  # number or name of a class; None or -1: no class
+_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)", re.ASCII)
+_INTEGER = re.compile(r"[+-]?\d+(\.0*)?", re.ASCII)
 
 
 class FoundImage(NamedTuple):
@@ -193,10 +195,10 @@ def parse_label(value: object) -> Label:
         value = value[0]
     if isinstance(value, str):
         value = value.strip()
-        if re.fullmatch(r"[+-]?\d+(\.0*)?", value, re.ASCII):
+        if not all(map(_NUMBER.fullmatch, re.split(r"[\s,;]+", value))):
+            return value or None  # a name, such as 707-320
+        if _INTEGER.fullmatch(value):
             value = int(value.partition(".")[0])
-        elif not value or not re.fullmatch(r"[\d\s.,;+-]*\d[\d\s.,;+-]*", value, re.ASCII):
-            return value or None
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return None
     if isinstance(value, float) and value.is_integer():

@@ -11,6 +11,7 @@
 Similarities are cosines of whitened features, see `neighbours.Whitening`.
 """
 
+import contextlib
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -39,7 +40,7 @@ RESULTS = ("report.html", "pairs.csv", "outliers.csv", "overlap.txt", "keep.txt"
 
 
 def run_curate(options: Curate, world: World = ALONE) -> int:
-    """Write the folder, which is locked meanwhile; returns the exit status."""
+    """Lock and write the folder; returns the exit status."""
     setup = build_setup(options, world=world)
     train, val = open_splits(options, setup.config)
     for images in (train, val):
@@ -54,11 +55,12 @@ def run_curate(options: Curate, world: World = ALONE) -> int:
         return _curate(options, setup, train, val, out, count)
     _refuse_results(out, options.overwrite)
     (out / "features").mkdir(parents=True, exist_ok=True)
-    try:
-        with locked(out):
-            return _curate(options, setup, train, val, out, count)
-    except BlockingIOError:
-        raise ValueError(f"--out {out} is being written by another process") from None
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(locked(out))
+        except BlockingIOError:
+            raise ValueError(f"--out {out} is being written by another process") from None
+        return _curate(options, setup, train, val, out, count)
 
 
 def _curate(

@@ -104,6 +104,8 @@ def _finder_of_folder(source: Path) -> Finder:
         raise SourceError(f"SOURCE {source} has both .parquet and .tar files: name one to convert")
     if archives[".parquet"]:
         return parquet.find_splits
+    if archives[".tar"]:
+        return shards.find_splits
     for packed in find_files(source, PACKED):
         refuse_compressed(source / packed)
-    return shards.find_splits if archives[".tar"] else folder.find_splits
+    return folder.find_splits

@@ -48,16 +48,18 @@ def walk(top: Path) -> Iterator[tuple[str, os.DirEntry | str]]:
             yield folder, f"folder not readable: {error.strerror}"
 
 
+def files_below(top: Path) -> Iterator[os.DirEntry]:
+    """All files below `top` that are not hidden."""
+    for _, entry in walk(top):
+        if not isinstance(entry, str) and not is_hidden(entry.name) and not is_folder(entry):
+            yield entry
+
+
 def find_files(top: Path, suffixes: str | tuple[str, ...]) -> list[str]:
     """Paths relative to `top`, sorted, of the files below it with these endings."""
     prefix = len(os.path.join(top, ""))
     return sorted(
-        entry.path[prefix:]
-        for _, entry in walk(top)
-        if not isinstance(entry, str)
-        and not is_hidden(entry.name)
-        and entry.name.lower().endswith(suffixes)
-        and not is_folder(entry)
+        entry.path[prefix:] for entry in files_below(top) if entry.name.lower().endswith(suffixes)
     )
 
 
@@ -68,7 +70,7 @@ def folders_in(root: Path) -> list[str]:
 
 
 def is_hidden(name: str) -> bool:
-    """Whether a file or folder is no content: hidden, or what macOS adds to archives."""
+    """Whether a name is that of a hidden file or folder, or of what macOS adds to archives."""
     return name.startswith(".") or name == "__MACOSX"
 
 

@@ -12,17 +12,18 @@ from pathlib import Path
 
 from pipelines.convert.jpeg import IMAGE_EXTENSIONS
 from pipelines.convert.manifest import FoundImage, Label, Location, SourceError, Split, parse_label
-from pipelines.convert.sources.files import folders_in, is_folder, is_hidden, walk
-from pipelines.convert.sources.labels import SPLIT_COLUMNS, TABLES, label_key
+from pipelines.convert.sources.files import files_below, folders_in, is_folder, is_hidden, walk
+from pipelines.convert.sources.labels import SPLIT_COLUMNS, TABLES, add_hint, label_key
 from pipelines.convert.sources.splits import (
     SourceOptions,
+    check_split_column,
     place,
-    refuse_split_column,
+    some,
     splits_of_folder,
 )
 
 METADATA = ("metadata.csv", "metadata.jsonl")
-LABELS_OF_IMAGES = (".cls", ".txt", ".xml", ".mat")  # endings of files beside images
+LABELS_OF_IMAGES = (".cls", ".json", ".mat", ".txt", ".xml")  # endings of files beside images
 
 
 def is_named_like_image(name: str) -> bool:
@@ -32,11 +33,7 @@ def is_named_like_image(name: str) -> bool:
 
 def image_entries(top: Path) -> Iterator[os.DirEntry]:
     """The files below `top` that are named like images."""
-    for _, entry in walk(top):
-        if isinstance(entry, str) or is_hidden(entry.name) or not is_named_like_image(entry.name):
-            continue
-        if not is_folder(entry):
-            yield entry
+    return (entry for entry in files_below(top) if is_named_like_image(entry.name))
 
 
 def _holds_images(folder: Path) -> bool:
@@ -87,7 +84,7 @@ def find_splits(source: Path, options: SourceOptions) -> dict[str, Split]:
             )
     for name, folders in (("train", placement.train), ("val", placement.val)):
         if len(folders) > 1:
-            splits[name].warnings[f"from several folders: {', '.join(folders)}"] = None
+            splits[name].warnings[f"from several folders: {some(folders)}"] = None
     ignored = splits["train"].ignored
     for reason, names in placement.left_out.items():
         ignored[reason] += sum(1 for name in names for _ in image_entries(source / name))
@@ -95,8 +92,8 @@ def find_splits(source: Path, options: SourceOptions) -> dict[str, Split]:
         if entry.name in METADATA:
             hint = f"{entry.name} beside {placement.train[0]}/: one is needed in each folder"
             splits["train"].unused[hint] = None
-        _name_table(splits["train"], entry)
         if entry.name not in with_images and not is_hidden(entry.name):
+            _name_table(splits["train"], entry)
             ignored[f"beside {placement.train[0]}/"] += 1
     return splits
 
@@ -111,13 +108,16 @@ def _split(source: Path, tops: Sequence[Path], options: SourceOptions) -> Split:
         inner = tops[0] / classes[0]
         raise SourceError(f"{tops[0]} contains only the split {classes[0]}/: name it, {inner}")
     split = Split(root=root, class_names=classes or None)
-    split.images = _images(split, tops, options)
+    is_unsplit = tops == [source] and not options.all_train  # no folder states the split
+    split.images = _images(split, tops, options, is_unsplit)
     return split
 
 
-def _images(split: Split, tops: Sequence[Path], options: SourceOptions) -> Iterator[FoundImage]:
+def _images(
+    split: Split, tops: Sequence[Path], options: SourceOptions, is_unsplit: bool
+) -> Iterator[FoundImage]:
     if not split.class_names:
-        yield from _images_without_folders(split, tops, options)
+        yield from _images_without_folders(split, tops, options, is_unsplit)
         return
     for name in split.class_names:
         for top in tops:
@@ -140,16 +140,16 @@ def _images(split: Split, tops: Sequence[Path], options: SourceOptions) -> Itera
             kind = "images" if is_named_like_image(entry.name) else "files"
             split.ignored[f"{kind} beside the class folders"] += 1
     if count := split.ignored["images beside the class folders"]:
-        split.warnings[f"warning: {count:,} images beside the class folders are left out"] = None
+        split.warnings[f"images beside the class folders, left out: {count:,}"] = None
 
 
 def _images_without_folders(
-    split: Split, tops: Sequence[Path], options: SourceOptions
+    split: Split, tops: Sequence[Path], options: SourceOptions, is_unsplit: bool
 ) -> Iterator[FoundImage]:
     """All images, with the labels of the metadata."""
     stated: set[frozenset[str]] = set()  # the splits that the names of the images state
     for top in tops:
-        labels = _metadata(split, top, options)
+        labels = _metadata(split, top, options, is_unsplit)
         for image in _images_below(split, top, None, set()):
             stated.add(frozenset(splits_of_folder(os.path.basename(image.name))))
             if labels:
@@ -158,16 +158,20 @@ def _images_without_folders(
             yield image
         for name in labels:
             split.problems.append((name, f"in the metadata of {top.name}/, but no such image"))
-    if len(stated) > 1 and all(map(len, stated)) and not options.all_train:
-        raise SourceError(
-            f"{split.root} has images whose names state different splits: sort them into folders,"
-            " or train on all with --all-train"
-        )
+    if is_unsplit and len(set().union(*stated)) > 1:
+        if all(stated):
+            raise SourceError(
+                f"{split.root} has images whose names state different splits: sort them into"
+                " folders, or train on all with --all-train"
+            )
+        split.warnings["names of some images state different splits, which is not used"] = None
     if not stated:
         split.problems.append(("", "no " + " ".join(sorted(IMAGE_EXTENSIONS))))
 
 
-def _metadata(split: Split, top: Path, options: SourceOptions) -> dict[str, Label]:
+def _metadata(
+    split: Split, top: Path, options: SourceOptions, is_unsplit: bool
+) -> dict[str, Label]:
     """{file name: label} of `top`; empty without metadata."""
     found = [top / name for name in METADATA if (top / name).is_file()]
     if len(found) > 1:
@@ -181,19 +185,19 @@ def _metadata(split: Split, top: Path, options: SourceOptions) -> dict[str, Labe
     number = 1
     try:
         names = dict.fromkeys(name for row in _rows(path) for name in row)
-        if None in names:
-            raise ValueError("a row has more cells than the title")
         if "file_name" not in names:
             raise KeyError("file_name")
-        for name in names.keys() & set(SPLIT_COLUMNS):
-            refuse_split_column(path, name, (row.get(name) for row in _rows(path)), options)
-        columns = [name for name in names if name not in ("file_name", *SPLIT_COLUMNS)]
+        for name in SPLIT_COLUMNS if is_unsplit else ():
+            check_split_column(split, path, name, (row.get(name) for row in _rows(path)))
+        columns = [name for name in names if name != "file_name"]
         key = label_key(names, options.label_key, path, split.unused, candidates=columns)
         for row in _rows(path) if key is not None else ():
             name, label = os.path.normpath(row["file_name"]), parse_label(row.get(key))
             if labels.setdefault(name, label) != label:
                 raise ValueError(f"{name} has two labels, {labels[name]} and {label}")
             number += 1
+    except SourceError:
+        raise
     except (ValueError, KeyError, TypeError, AttributeError, csv.Error) as error:
         what = f"no {error}" if isinstance(error, KeyError) else str(error)
         raise SourceError(f"{path}, image {number}: {what}") from None
@@ -203,7 +207,11 @@ def _metadata(split: Split, top: Path, options: SourceOptions) -> dict[str, Labe
 def _rows(path: Path) -> Iterator[dict]:
     with open(path, encoding="utf-8-sig", newline="") as file:
         if path.suffix == ".csv":
-            yield from csv.DictReader(file)
+            rows = csv.DictReader(file)
+            for row in rows:
+                if any(row.pop(None, ())):  # type: ignore[call-overload]
+                    raise SourceError(f"{path}, line {rows.line_num}: more cells than the title")
+                yield row
         else:
             yield from (json.loads(line) for line in file if line.strip())
 
@@ -242,7 +250,7 @@ def _name_table(split: Split, entry: os.DirEntry) -> None:
     """Add a file that may contain labels, but is not METADATA, to the labels that are not used."""
     name, ending = entry.name, os.path.splitext(entry.name)[1].lower()
     endings = TABLES if split.class_names else (*TABLES, *LABELS_OF_IMAGES)
-    is_named = any(hint.startswith(f"{ending} files") for hint in split.unused)
-    if ending in endings and name not in METADATA and not is_named:
+    if ending in endings and name not in METADATA:
         way = f"only {METADATA[0]} beside the images, with file_name and label, is read"
-        split.unused[f"{ending} files, first {name}: {way}"] = None
+        flag = ", with --label-key" if split.class_names else ""
+        add_hint(split.unused, f"{ending} files", f", first {name}: {way}{flag}")

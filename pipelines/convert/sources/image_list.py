@@ -15,7 +15,7 @@ from pipelines.convert.sources.folder import is_named_like_image
 from pipelines.convert.sources.splits import SourceOptions
 
 _ENDINGS = "|".join(re.escape(ending) for ending in sorted(IMAGE_EXTENSIONS))
-NAME_AND_LABEL = re.compile(rf"(.*(?:{_ENDINGS}))\s*[\s,]\s*(.+)", re.IGNORECASE)
+_NAME_AND_LABEL = re.compile(rf"(.*(?:{_ENDINGS}))\s*([\s,])\s*(.+)", re.IGNORECASE)
 
 
 def find_splits(source: Path, options: SourceOptions) -> dict[str, Split]:
@@ -49,11 +49,22 @@ def _lines(source: Path) -> Iterator[tuple[int, str, str | None]]:
         for number, line in enumerate(file, 1):
             if not (line := line.strip()):
                 continue
-            if match := NAME_AND_LABEL.fullmatch(line):
-                path, label = match.groups()
-            elif is_named_like_image(line):
-                path, label = line, None
-            else:  # a file with another ending
-                path, *rest = line.rsplit(None, 1)
-                label = rest[0] if rest else None
+            path, label = line, None
+            if match := _NAME_AND_LABEL.fullmatch(line):
+                name, separator, rest = match.groups()
+                if not is_named_like_image(rest):  # else one name, of two
+                    path, label = name, rest
+                    _require_one_label(source, number, separator, rest)
+            elif not is_named_like_image(line):  # a file with another ending
+                path, *words = line.rsplit(None, 1)
+                label = words[0] if words else None
             yield number, path, label
+
+
+def _require_one_label(source: Path, number: int, separator: str, rest: str) -> None:
+    """Raise SourceError for further columns, and for words that may be some."""
+    if re.search(r"[,\t]", rest) or (separator == " " and len(rest.split()) > 1):
+        raise SourceError(
+            f"{source}, line {number}: {rest} is not one label; separate a path and its label,"
+            " which may have several words, by one tab or comma"
+        )

@@ -23,7 +23,8 @@ from pipelines.convert.manifest import (
 from pipelines.convert.sources.labels import LABEL_NAMES, SPLIT_COLUMNS, label_key
 from pipelines.convert.sources.splits import (
     SourceOptions,
-    refuse_split_column,
+    check_split_column,
+    splits_of_file,
     splits_of_files,
 )
 
@@ -49,8 +50,32 @@ def _split(root: Path, files: list[Path], options: SourceOptions) -> Split:
     label = _label_column(files[0], image, options.label_key, split)
     if label is not None:
         split.class_names = _names_in_schema(files[0], label) or None
-    split.images = _images(split, files, image, label, options)
+    names = [file.relative_to(root).as_posix() for file in files]
+    if options.train is None and not options.all_train and not any(map(splits_of_file, names)):
+        for name in SPLIT_COLUMNS:
+            check_split_column(split, root, name, _values(files, name))
+    split.images = _images(split, files, image, label)
     return split
+
+
+def _is_text_or_number(path: Path, name: str) -> bool:
+    from pyarrow import types
+
+    column = _open(path).schema_arrow.field(name).type
+    column = column.value_type if types.is_dictionary(column) else column
+    kinds = types.is_integer, types.is_string, types.is_large_string, types.is_boolean
+    return any(is_kind(column) for is_kind in (*kinds, types.is_floating, types.is_null))
+
+
+def _values(files: list[Path], name: str) -> set:
+    """The different values of a column of texts or numbers, in the files that have it."""
+    return {
+        value
+        for path in files
+        if name in _open(path).schema_arrow.names and _is_text_or_number(path, name)
+        for batch in _open(path).iter_batches(BATCH, columns=[name])
+        for value in batch[name].unique().to_pylist()
+    }
 
 
 def _open(path: Path):
@@ -89,20 +114,10 @@ def _image_column(path: Path, requested: str | None) -> str:
 
 def _label_column(path: Path, image: str, requested: str | None, split: Split) -> str | None:
     """The column of the labels. One that is not of numbers or names is only used on request."""
-    from pyarrow import types
-
     schema = _open(path).schema_arrow
-    kinds = types.is_integer, types.is_string, types.is_large_string, types.is_boolean
-
-    def can_be_label(name: str) -> bool:
-        column = schema.field(name).type
-        column = column.value_type if types.is_dictionary(column) else column
-        return any(is_kind(column) for is_kind in (*kinds, types.is_floating, types.is_null))
-
-    others = {image, *SPLIT_COLUMNS}
-    candidates = [name for name in schema.names if name not in others and can_be_label(name)]
+    candidates = [name for name in schema.names if name != image and _is_text_or_number(path, name)]
     name = label_key(schema.names, requested, path, split.unused, candidates=candidates)
-    if name is None or can_be_label(name):
+    if name is None or _is_text_or_number(path, name):
         return name
     column = schema.field(name).type
     if requested is not None:
@@ -124,14 +139,8 @@ def _names_in_schema(path: Path, label: str) -> list[str]:
     return names
 
 
-def _images(
-    split: Split, files: list[Path], image: str, label: str | None, options: SourceOptions
-) -> Iterator[FoundImage]:
+def _images(split: Split, files: list[Path], image: str, label: str | None) -> Iterator[FoundImage]:
     for path in files:
-        for column in set(_open(path).schema_arrow.names) & set(SPLIT_COLUMNS):
-            batches = _open(path).iter_batches(BATCH, columns=[column])
-            values = {value for batch in batches for value in batch[column].unique().to_pylist()}
-            refuse_split_column(path, column, values, options)
         for column in (image, label):
             if column is not None and column not in _open(path).schema_arrow.names:
                 raise SourceError(f"{path} has no column {column}, unlike {files[0].name}")

@@ -10,18 +10,20 @@ their images (see `pipelines.webdataset.writer`).
 import json
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import BinaryIO
 
 from pipelines.convert.manifest import FoundImage, Label, Location, SourceError, Split, parse_label
 from pipelines.convert.sources.files import Member, members
 from pipelines.convert.sources.folder import is_named_like_image
-from pipelines.convert.sources.labels import TABLES, label_key
+from pipelines.convert.sources.labels import MAX_HINTS, TABLES, add_hint, label_key
 from pipelines.convert.sources.splits import SourceOptions, splits_of_files, splits_of_folder
 from pipelines.webdataset.writer import CHECKSUMS, DATASET, NAMES
 
 MAX_NAMES = 1 << 28  # bytes of all names in a shard, at most
 MAX_LABEL = 1 << 16  # bytes of a file with a label
+NO_LABEL = ".json without the number or name of one class"
 BY_FOLDER, BY_ARCHIVE = "folder", "archive"  # values of --label-key
 
 Sample = dict[str, Member]  # extension in lower case -> file
@@ -129,6 +131,8 @@ def _images(
 
     splits: gets those that are names of folders.
     """
+    if options.image_key is not None:
+        options = replace(options, image_key=options.image_key.lstrip("."))
     samples = _samples(split, path, options.image_key)
     stored: Iterator[str] = iter(())
     with open(path, "rb") as file:
@@ -143,10 +147,10 @@ def _images(
         for key, extension in images:
             if extension is None:
                 split.ignored["samples without an image"] += key != NAMES
-                for other in samples[key] if key != NAMES else ():
+                for other, member in samples[key].items() if key != NAMES else ():
                     if f".{other}".endswith(TABLES):
-                        name = samples[key][other].name
-                        split.unused[f"{name} in {path.name}: labels have to be in samples"] = None
+                        rest = f", first {member.name} in {path.name}: labels have to be in samples"
+                        add_hint(split.unused, f".{other} files", rest)
                 continue
             member = samples[key][extension]
             name = next(stored, member.name)
@@ -202,7 +206,7 @@ def _image(path: Path, key: str, sample: Sample, options: SourceOptions) -> str 
     if len(found) > 1:
         names = ", ".join(sample[extension].name for extension in found[:3])
         # Beside a label, the key is right and one of the images is meant; else each may be one.
-        has_label = any(extension in ("cls", "json") for extension in sample)
+        has_label = any(ending in ("cls", "json", options.label_key) for ending in sample)
         endings = sorted(found if has_label else {e.rpartition(".")[2] for e in found})
         raise SourceError(
             f"{path}: {len(found)} images share the key {key} ({names}), which ends at the first"
@@ -230,14 +234,14 @@ def _label(
             fields = content if isinstance(content, dict) else {}
             scalars = [name for name, value in fields.items() if not isinstance(value, dict | list)]
             key = label_key(fields, requested, Path(".json"), split.unused, candidates=scalars)
-            if key is None and not scalars:
-                raise ValueError
-            return None if key is None else parse_label(fields[key])
+            if key is not None:
+                return parse_label(fields[key])
+            if not scalars:
+                add_hint(split.unused, NO_LABEL, f", first {source.name} in {path.name}")
+            return None
     except (ValueError, TypeError) as error:
         if requested is None and source is not None and source is sample.get("json"):
-            what = ".json without the number or name of one class, first "
-            if not any(hint.startswith(what) for hint in split.unused):
-                split.unused[f"{what}{source.name} in {path.name}"] = None
+            add_hint(split.unused, NO_LABEL, f", first {source.name} in {path.name}")
             return None
         raise SourceError(f"{path}: {source.name if source else ''}: {error}") from None
     ending = next(extension for extension, member in sample.items() if member is image)
@@ -245,7 +249,7 @@ def _label(
         if other.endswith((".cls", ".json")) and "." in ending:
             last = ending.rpartition(".")[2]
             split.unused[f".cls or .json whose names have further dots: --image-key {last}"] = None
-        elif sample[other] is not image and len(split.unused) < 9:
+        elif sample[other] is not image and len(split.unused) < MAX_HINTS:
             split.unused[f".{other} of samples: --label-key {other}"] = None
     return None
 

@@ -11,7 +11,12 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from pipelines.convert.manifest import SourceError, Split
-from pipelines.convert.sources.files import PACKED, UNFINISHED_DOWNLOADS, find_files
+from pipelines.convert.sources.files import (
+    PACKED,
+    UNFINISHED_DOWNLOADS,
+    files_below,
+    find_files,
+)
 from pipelines.convert.sources.labels import TABLES
 
 WORDS = {
@@ -74,7 +79,7 @@ def place(
         return Placement(paths, [], {})
     if unplaced := [path for path, splits in found.items() if len(splits) != 1]:
         raise SourceError(
-            f"{root} has names of splits, but not of one split in {_some(unplaced)}: state both"
+            f"{root} has names of splits, but not of one split in {some(unplaced)}: state both"
             " with --train GLOB and --val GLOB, or take all names as they are with --all-train"
         )
     train, val, test = ([path for path in paths if split in found[path]] for split in WORDS)
@@ -82,7 +87,7 @@ def place(
         train, val = val, []
     if not train:
         raise SourceError(
-            f"{root} has only a test split, {_some(test)}; train on it with --train {test[0]}"
+            f"{root} has only a test split, {some(test)}; train on it with --train {test[0]}"
         )
     return Placement(train, val, {FOR_TESTING: test} if test else {})
 
@@ -100,22 +105,22 @@ def splits_of_files(
     """
     if source.is_file():
         return {"train": split_of([source])}
-    files = find_files(source, "")
-    found = [path for path in files if path.lower().endswith(suffix)]
-    others = [path for path in files if not path.lower().endswith(suffix)]
+    found = find_files(source, suffix)
+    num_others = sum(1 for _ in files_below(source)) - len(found)
+    notable = find_files(source, (*PACKED, *UNFINISHED_DOWNLOADS, *TABLES))
     placement = place(source, found, options)
     if options.train is None:
         _refuse_configurations(source, placement)
-        _refuse_unread(source, suffix, others)
+        _refuse_unread(source, suffix, notable)
     splits = {
         name: split_of([source / path for path in paths])
         for name, paths in (("train", placement.train), ("val", placement.val))
         if paths
     }
     ignored, unused = splits["train"].ignored, splits["train"].unused
-    ignored[f"files that are not {suffix}"] += len(others)
-    if tables := [path for path in others if path.lower().endswith(TABLES)]:
-        unused[f"{_some(tables)}: labels have to be in the {suffix} files"] = None
+    ignored[f"not named {suffix}"] += num_others
+    if tables := [path for path in notable if path.lower().endswith(TABLES)]:
+        unused[f"{some(tables)}: labels have to be in the {suffix} files"] = None
     if options.train is None:
         splits["train"].warnings |= dict.fromkeys(_incomplete_sets(found))
     for reason, paths in placement.left_out.items():
@@ -130,11 +135,14 @@ def splits_of_files(
 def _refuse_unread(root: Path, suffix: str, paths: Sequence[str]) -> None:
     """Raise SourceError for files that may contain images but are packed or incomplete."""
     for endings, advice in (
-        (PACKED, "unpack them, or move them away"),
-        (UNFINISHED_DOWNLOADS, "finish their download, or move them away"),
+        (PACKED, "unpack them"),
+        (UNFINISHED_DOWNLOADS, "finish their download"),
     ):
         if found := [path for path in paths if path.lower().endswith(endings)]:
-            raise SourceError(f"{root} has {_some(found)} beside its {suffix} files: {advice}")
+            raise SourceError(
+                f"{root} has {some(found)} beside its {suffix} files: {advice}, or state the files"
+                " to read with --train GLOB"
+            )
 
 
 def _incomplete_sets(paths: Sequence[str]) -> list[str]:
@@ -144,24 +152,27 @@ def _incomplete_sets(paths: Sequence[str]) -> list[str]:
         if match := re.match(r"(.*)-(\d+)-of-(\d+)", path):
             numbers.setdefault((match[1], match[3]), set()).add(match[2])
     return [
-        f"warning: {len(found)} of the {int(total)} files {start}-...-of-{total} are there"
+        f"{len(found)} of the {int(total)} files {start}-...-of-{total} are there"
         for (start, total), found in numbers.items()
         if len(found) < int(total)
     ]
 
 
-def refuse_split_column(
-    table: Path, name: str, values: Iterable[object], options: SourceOptions
-) -> None:
-    """Raise SourceError if the values of a table's column state several splits."""
-    found = {str(value).strip() for value in values}
-    if len({split for value in found for split in splits_of_folder(value)}) > 1 and not (
-        options.all_train
-    ):
+def check_split_column(split: Split, table: Path, name: str, values: Iterable[object]) -> None:
+    """Raise SourceError if the values of a table's column state a test split, or several splits.
+
+    Other values, if there are several, are a warning: the column is not used.
+    """
+    found = sorted({str(value).strip() for value in values if value is not None} - {""})
+    stated = set().union(*map(splits_of_folder, found))
+    is_numbered = len(found) > 1 and all(value.isdigit() for value in found)
+    if "test" in stated or (len(found) > 1 and "val" in stated) or is_numbered:
         raise SourceError(
-            f"{table} has a column {name} with {_some(sorted(found))}, which is not used: put each"
-            " split into a folder or file of its own, or train on all with --all-train"
+            f"{table} has a column {name} with {some(found)}, which is not used: put each split"
+            " into a folder or file of its own, or train on all with --all-train"
         )
+    if len(found) > 1:
+        split.warnings[f"column {name} of {table.name} is not used: {some(found)}"] = None
 
 
 def _refuse_configurations(root: Path, placement: Placement) -> None:
@@ -176,7 +187,7 @@ def _refuse_configurations(root: Path, placement: Placement) -> None:
     prefixes = sorted({prefix(path) for paths in files for path in paths})
     if len(prefixes) > 1 and any(splits_of_file(path) for path in placement.train):
         raise SourceError(
-            f"{root} has splits in several folders ({_some(prefixes)}): name one of them as SOURCE,"
+            f"{root} has splits in several folders ({some(prefixes)}): name one of them as SOURCE,"
             " or state the files with --train GLOB and --val GLOB"
         )
 
@@ -187,11 +198,11 @@ def _place_by_pattern(root: Path, paths: list[str], options: SourceOptions) -> P
         if pattern is not None:
             matched[split] = [path for path in paths if _matches(path, pattern)]
             if not matched[split]:
-                raise SourceError(f"--{split} {pattern} matches nothing of {root}: {_some(paths)}")
+                raise SourceError(f"--{split} {pattern} matches nothing of {root}: {some(paths)}")
     if options.all_train or options.train is None:
         raise SourceError("--val requires --train; --all-train excludes both")
     if both := sorted(set(matched["train"]) & set(matched["val"])):
-        raise SourceError(f"--train and --val match both {_some(both)}")
+        raise SourceError(f"--train and --val match both {some(both)}")
     rest = [path for path in paths if path not in {*matched["train"], *matched["val"]}]
     return Placement(matched["train"], matched["val"], {UNMATCHED: rest} if rest else {})
 
@@ -203,6 +214,7 @@ def _matches(path: str, pattern: str) -> bool:
     return any(fnmatchcase(name, pattern) for name in (path, parts[-1], *folders))
 
 
-def _some(names: Sequence[str]) -> str:
+def some(names: Sequence[str]) -> str:
+    """The first of the names, and the number of the others."""
     shown = ", ".join(name or "." for name in names[:5])
     return shown + (f" and {len(names) - 5} more" if len(names) > 5 else "")

@@ -292,8 +292,8 @@ def test_an_error_of_reading_is_not_one_of_writing(folder, tmp_path, monkeypatch
         raise OSError(errno.EIO, "Input/output error", str(top))
 
     monkeypatch.setattr("pipelines.convert.sources.folder._sort_keys", fail)
-    assert convert(folder, tmp_path / "out.beton") == 1
-    assert "bt-convert: cannot read SOURCE: [Errno 5]" in capsys.readouterr().err
+    assert convert(folder, tmp_path / "out.beton") == 2
+    assert f"SOURCE {folder} cannot be read: [Errno 5]" in capsys.readouterr().err
 
 
 def test_repairs_are_counted_and_the_first_listed(tmp_path, monkeypatch):

@@ -312,7 +312,7 @@ def test_compressed_archives_are_named(tmp_path, module):
     for name in ("x/a.tar", "y/a.tar.gz", "z.tgz", "both/a.tar.gz"):
         write_files(tmp_path, {name: packed})
         source = tmp_path / name.split("/")[0]
-        with pytest.raises(SourceError, match=r"is compressed \(\w+\); decompress it first"):
+        with pytest.raises(SourceError, match=r"is compressed \(\w+\); decompress|unpack them, or"):
             listed(source)
 
 
@@ -349,8 +349,12 @@ def test_columns_of_parquet_files(tmp_path):
     "text,expected",
     [
         ("0.jpg -1\n1.jpg 2\n2.jpg 10\n", [None, "2", "10"]),
-        ("0.jpg great white\n1.jpg,tiger, big\n", ["great white", "tiger, big"]),
-        ("0.jpg 1 2\n", r"l.txt, line 1: 1 2 is not the number or name of one class"),
+        ("0.jpg\tgreat white\n1.jpg, big tiger\n", ["great white", "big tiger"]),
+        ("0.jpg great white\n", r"l.txt, line 1: great white is not one label; separate a path"),
+        ("0.jpg,cat,train\n", r"l.txt, line 1: cat,train is not one label"),
+        ("img/0.jpg mask/0.png\n", [None]),
+        ("0.jpg\t1 2\n", r"l.txt, line 1: 1 2 is not the number or name of one class"),
+        ("0.jpg 707-320\n1.jpg 2020-01-01\n", ["707-320", "2020-01-01"]),
         ("0.jpg 1\n1.jpg -2\n", r"l.txt, line 2: -2 is not the number or name of one class"),
         ("0.jpg 1.0\n1.jpg 2.0\n", ["1", "2"]),
         ("a name.jpg\t12\n1.jpg 03\n", ["12", "3"]),
@@ -468,7 +472,7 @@ def test_labels_in_parquet_files(tmp_path, columns, key, expected):
             {"0.jpg": None, "d/1.jpg": "2"},
         ),
         ("metadata.jsonl", "{\n", "metadata.jsonl, image"),
-        ("metadata.csv", "file_name,label\n0.jpg,a,b\n", "a row has more cells than the title"),
+        ("metadata.csv", "file_name,label\n0.jpg,a,\n1.jpg,a,b\n", "csv, line 3: more cells than"),
     ],
 )
 def test_labels_in_the_metadata_of_a_folder(tmp_path, name, text, expected):
@@ -553,7 +557,7 @@ def test_a_table_of_another_name_is_named(tmp_path, capsys, names):
     [
         ({"0.json": b'{"ann": {"label": 1}}'}, ".json without the number or name of one class"),
         ({"0.json": b"[1]"}, ".json without the number or name of one class"),
-        ({"labels.csv": b"file,label"}, "labels.csv in a.tar: labels have to be in samples"),
+        ({"x.csv": b"", "y.csv": b""}, ".csv files, first x.csv in a.tar: labels have to be in"),
         ({"0.target.cls": b"1"}, ".target.cls of samples: --label-key target.cls"),
     ],
 )
@@ -571,34 +575,61 @@ def test_other_files_beside_shards_are_named(tmp_path, capsys, kind):
         else:
             write_parquet(tmp_path / "s" / name, {"image": cells(name), "label": [1]})
 
+    packed = {".tar.zst": b"\x28\xb5\x2f\xfd", ".tar.gz": b"\x1f\x8b", ".zip": b"PK\x03\x04"}
     (tmp_path / "s").mkdir()
     write(f"train-00000-of-00003{kind}")
     write(f"train-00002-of-00003{kind}")
-    for ending in (".tar.zst", ".7z", ".zip", f"{kind}.incomplete", ".part"):
+    for ending in (*packed, ".7z", f"{kind}.incomplete", ".part"):
         other = tmp_path / "s" / f"val-0{ending}"
-        other.touch()
+        other.write_bytes(packed.get(ending, b""))
         with pytest.raises(SourceError, match=f"has val-0{ending} beside its {kind} files: "):
             listed(tmp_path / "s")
         split = find_splits(tmp_path / "s", SourceOptions(train="train-*"))["train"]
-        assert split.ignored[f"files that are not {kind}"] == 1
+        assert split.ignored[f"not named {kind}"] == 1
         other.unlink()
     (tmp_path / "s" / "labels.csv").touch()
     assert convert(tmp_path / "s", tmp_path / "out.beton") == 0
     output = capsys.readouterr().out
     assert f"not used as labels: labels.csv: labels have to be in the {kind} files" in output
     missing = "train: warning: 2 of the 3 files train-...-of-00003 are there"
-    assert missing in output and f"+ 1 ignored (1 files that are not {kind})" in output
+    assert missing in output and f"+ 1 ignored (1 not named {kind})" in output
 
 
-def test_a_column_of_splits_is_not_trained_on(tmp_path):
-    table = b"file_name,label,split\n0.jpg,a,train\n1.jpg,b,test\n"
+@pytest.mark.parametrize(
+    "values,expected",
+    [
+        (["train", "test"], "test, train"),
+        (["train", "val"], "train, val"),
+        (["trainval", "test"], "test, trainval"),
+        (["test", "test"], "test"),
+        ([0, 2], "0, 2"),
+        (["train", "train"], []),
+        (["fold a", "fold b"], ["fold a, fold b"]),
+    ],
+)
+def test_a_column_of_splits_is_not_trained_on(tmp_path, values, expected):
+    rows = "".join(f"{index}.jpg,a,{value}\n" for index, value in enumerate(values))
+    table = f"file_name,label,split\n{rows}".encode()
     write_files(tmp_path / "f", {"0.jpg": JPEG, "1.jpg": JPEG, "metadata.csv": table})
-    write_parquet(tmp_path / "p.parquet", {"image": cells("a", "b"), "split": ["train", "val"]})
-    for source in (tmp_path / "f", tmp_path / "p.parquet"):
-        with pytest.raises(SourceError, match=r"has a column split with .*, which is not used"):
-            listed(source)
+    for index, value in enumerate(values):  # one file for each value
+        columns = {"image": cells(f"{index}"), "split": [value]}
+        write_parquet(tmp_path / "p" / f"{index}.parquet", columns)
+    for source in (tmp_path / "f", tmp_path / "p"):
+        if isinstance(expected, str):
+            table = r"/f/metadata\.csv" if source.name == "f" else "/p"
+            message = rf"^[^ ]*{table} has a column split with {expected}, which is not used"
+            with pytest.raises(SourceError, match=message):
+                listed(source)
+        else:
+            split = find_splits(source)["train"]
+            assert len(list(split.images)) == 2
+            named = [warning.rpartition(": ")[2] for warning in split.warnings]
+            assert named == expected
         assert len(listed(source, all_train=True)["train"]) == 2
-    write_parquet(tmp_path / "p.parquet", {"image": cells("a", "b"), "split": ["train", "train"]})
+
+
+def test_a_column_split_of_lists_is_no_column_of_splits(tmp_path):
+    write_parquet(tmp_path / "p.parquet", {"image": cells("a", "b"), "split": [["test"], ["val"]]})
     assert len(listed(tmp_path / "p.parquet")["train"]) == 2
 
 
@@ -606,17 +637,24 @@ def test_folders_that_may_mean_something_else_are_named(tmp_path, capsys):
     write_files(tmp_path / "a", {"0.jpg": JPEG, "thumbs/0.jpg": JPEG})
     assert convert(tmp_path / "a", tmp_path / "a.beton") == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[2] == "train: warning: 1 images beside the class folders are left out"
+    assert lines[2] == "train: warning: images beside the class folders, left out: 1"
     names = ("train/c/0.jpg", "train-backup/c/1.jpg", "val/c/2.jpg")
     write_files(tmp_path / "b", dict.fromkeys(names, JPEG))
     assert convert(tmp_path / "b", tmp_path / "b.beton") == 0
-    assert "train: from several folders: train, train-backup" in capsys.readouterr().out
+    assert "train: warning: from several folders: train, train-backup" in capsys.readouterr().out
     write_files(tmp_path / "c", dict.fromkeys(("train_0.jpg", "val_0.jpg", "test_0.jpg"), JPEG))
     with pytest.raises(SourceError, match="images whose names state different splits"):
         listed(tmp_path / "c")
     assert len(listed(tmp_path / "c", all_train=True)["train"]) == 3
-    write_files(tmp_path / "c", {"tube.jpg": JPEG})  # then the words are part of the names
-    assert len(listed(tmp_path / "c")["train"]) == 4
+    write_files(tmp_path / "c", {"tube.jpg": JPEG})
+    split = find_splits(tmp_path / "c")["train"]
+    assert len(list(split.images)) == 4
+    assert [*split.warnings] == ["names of some images state different splits, which is not used"]
+    write_files(
+        tmp_path / "e", dict.fromkeys(("train/COCO_train_0.jpg", "train/COCO_val_1.jpg"), JPEG)
+    )
+    write_files(tmp_path / "e", {"val/COCO_val_2.jpg": JPEG})  # folders state the splits
+    assert [len(images) for images in listed(tmp_path / "e").values()] == [2, 1]
     write_files(tmp_path / "d", {"__MACOSX/._0.jpg": b"", "cat/0.jpg": JPEG})
     assert find_splits(tmp_path / "d")["train"].class_names == ["cat"]
 
