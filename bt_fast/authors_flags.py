@@ -10,7 +10,8 @@ from pipelines.common.flags import Options, last_value, parse_flags
 MAIN = {
     "--learning-rate-weights": "--lr-weights",
     "--learning-rate-biases": "--lr-biases",
-    "--learning-rate": "--lr-weights",  # of early versions, like the next
+    "--learning-rate": "--lr-weights",  # of early versions, like the next two
+    "--lr": "--lr-weights",
     "--scale-loss": "--lr-biases, for its effect on biases",
     "--print-freq": "--log-every",
     "--checkpoint-dir": "--run-dir",

@@ -212,6 +212,8 @@ def describe(setup: TrainingSetup, seconds_per_step: dict[int, float]) -> dict[s
         sum(p.numel() for p in part.parameters()) / 1e6 for part in setup.model.children()
     ]
     schedule = f"{config.epochs} epochs x {setup.loader.steps_per_epoch} steps"
+    if left_out := len(dataset) % config.batch_size:
+        schedule += f", without {left_out} other images in each epoch"
     if setup.last_step < config.epochs * setup.loader.steps_per_epoch:
         schedule += f", stopping after {setup.last_step}"
     warmup = f"{config.effective_warmup_epochs:g} epochs"

@@ -3,6 +3,7 @@
 Commands are imported when they run: --help, --version and wrong flags need no torch.
 """
 
+import difflib
 import importlib
 import signal
 import sys
@@ -66,9 +67,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not arguments or arguments[-1] in ("-h", "--help"):
         print(_USAGE, end="")
         return 0 if arguments else 2
-    known = ", ".join(" ".join(name) for name in commands)
+    known = [" ".join(name) for name in commands]
+    near = difflib.get_close_matches(arguments[0], known, n=1)
+    advice = f"perhaps you meant {near[0]}; " if near else ""
     print(
-        f"bt-fast: there is no command {' '.join(arguments[:2])!r}; the commands are {known}",
+        f"bt-fast: there is no command {' '.join(arguments[:2])!r}; {advice}the commands are"
+        f" {', '.join(known)}",
         file=sys.stderr,
     )
     return 2

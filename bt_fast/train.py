@@ -80,6 +80,8 @@ def pretrain(config: Config, stop: StopFlag, world: World = ALONE) -> int:
         if run:
             log.info(f"run directory: {run.path}")
         log.skipped_in_a_row = skipped_in_a_row
+        if step == setup.last_step:
+            log.info("nothing is left to train; --resume RUN --extend EPOCHS trains longer")
         deferred = Deferred(setup.runtime.device)
         with AsyncCheckpoints(setup, run, log, deferred) as checkpoints:
             step = train(setup, run, log, stop, checkpoints, deferred, step)

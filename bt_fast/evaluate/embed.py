@@ -24,6 +24,7 @@ from bt_fast.evaluate.eval_setup import EvalSetup, build_setup, open_splits
 from bt_fast.evaluate.features import extract_features
 from bt_fast.evaluate.options import Embed
 from bt_fast.evaluate.subset import complete_subset
+from bt_fast.export.encoder_files import weights_file
 from bt_fast.models.networks import feature_width
 from bt_fast.run.console import summary_table
 from pipelines.common.atomic import atomic_file, work_folder
@@ -41,6 +42,8 @@ def run_embed(options: Embed, world: World = ALONE) -> int:
         _pyarrow()
     if options.val_data is not None:
         raise ValueError("--val-data has no effect here; give it as --data")
+    if not options.random:
+        weights_file(options.run)  # raises now, before the files of --out are looked at
     partial = options.out.with_name(f"{options.out.name}.partial")
     paths = [options.out]
     if options.out.suffix == ".npy" and not partial.exists():  # else it may have written the .csv

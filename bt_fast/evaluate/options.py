@@ -31,9 +31,9 @@ class EvalOptions(WeightsOptions):
     run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN_OR_FILE")]
     """Folder of a pretraining run, or file of weights (bt-fast's, or another program's)."""
     data: Path | None = None
-    """Labelled training images: a .beton, or a folder of class folders. Default: the run's."""
+    """Training images: a .beton, or a folder of images. Default: the run's."""
     val_data: Path | None = None
-    """Labelled held-out images. Default: out.val.beton beside out.beton, val/ beside train/."""
+    """Held-out images. Default: out.val.beton beside out.beton, val/ beside train/."""
     random: bool = False
     """Random initialisation, the same as the run's, in place of the pretrained weights."""
     size: int | None = None

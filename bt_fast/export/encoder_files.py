@@ -119,7 +119,7 @@ def read_pretrained(
     has none.
     library: name and image size of an encoder of timm or torchvision, if the file does not say.
     """
-    file = _weights_file(path, projector)
+    file = weights_file(path, projector)
     tensors, metadata = _read_tensors(file)
     library = _find_library(metadata, file) or library
     if library is not None:
@@ -233,7 +233,7 @@ def fingerprint(module: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _weights_file(path: Path, projector: bool) -> Path:
+def weights_file(path: Path, projector: bool = False) -> Path:
     """The path itself, or the file to read in a run's folder. Raises ValueError."""
     if path.is_file():
         return path

@@ -35,7 +35,7 @@ class BetonTarget:
             raise UsageError(f"OUT {self._out} is a folder; name a file, for example {example}")
         if self._out.suffix != ".beton":
             raise UsageError(f"OUT {self._out} must end in .beton")
-        for path in self._files(splits).values():
+        for path in reversed(self._files(splits).values()):  # first OUT itself
             refuse_existing(path, self._overwrite)
         if "val" not in splits and os.path.lexists(self._path("val")):
             raise UsageError(

@@ -68,5 +68,6 @@ def require_full_batches(
     if batch_size > num_images:
         raise ValueError(
             f"--batch-size {batch_size} is more than the {num_images} images of {path};"
-            " a batch is always full, so choose a smaller one"
+            " a batch is always full, so choose a smaller one; recipes for few images are in"
+            " docs/small-data.md"
         )

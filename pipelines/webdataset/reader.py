@@ -35,7 +35,8 @@ class ShardReader:
         self.path, self._split = os.fspath(folder), split
         if not has_dataset(folder):
             raise ValueError(
-                f"{folder} is a folder without {DATASET}; convert it: bt-convert {folder} out.beton"
+                f"{folder} is a folder that bt-convert has not written; convert it: bt-convert"
+                f" {folder} out.beton"
             )
         dataset = read_dataset(folder)
         if split not in dataset["splits"]:

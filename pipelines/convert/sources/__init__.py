@@ -14,6 +14,7 @@ Labels are numbers, which are kept, or names, which are numbered in sorted order
 folder. `splits.py` states how files and folders are placed into the splits.
 """
 
+import difflib
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
@@ -69,7 +70,10 @@ def _finder(source: Path) -> Finder:
     if source.is_dir():
         return _finder_of_folder(source)
     if not source.exists():
-        raise SourceError(f"SOURCE {source} does not exist")
+        names = [path.name for path in source.parent.glob("*")]
+        near = difflib.get_close_matches(source.name, names, n=1)
+        advice = f"; perhaps you meant {source.with_name(near[0])}" if near else ""
+        raise SourceError(f"SOURCE {source} does not exist{advice}")
     if source.suffix == ".tar":
         return ilsvrc.find_splits if ilsvrc.is_archive(source) else shards.find_splits
     finders: dict[str, Finder] = {
@@ -80,7 +84,8 @@ def _finder(source: Path) -> Finder:
     if source.suffix not in finders:
         refuse_compressed(source)
         known = " ".join([".tar", *finders])
-        raise SourceError(f"SOURCE {source} is neither a folder nor one of {known}")
+        advice = "; of an image, give the folder" if folder.is_named_like_image(source.name) else ""
+        raise SourceError(f"SOURCE {source} is neither a folder nor one of {known}{advice}")
     return finders[source.suffix]
 
 
