@@ -46,7 +46,7 @@ figcaption { color: var(--soft); font-size: 12px; overflow-wrap: anywhere; }
 svg { display: block; } svg rect { fill: var(--fill); }
 svg text { fill: var(--soft); font-size: 11px; }
 .sheet { display: grid; grid-template-columns: repeat(auto-fill, minmax(112px, 1fr)); gap: 12px; }
-.sheet img { display: block; max-width: 100%; border-radius: 4px; }
+.sheet img { display: block; min-width: 64px; max-width: 100%; border-radius: 4px; }
 """.strip()
 
 
