@@ -67,7 +67,7 @@ def run_pretrain(config: Config, arguments: Sequence[str], stop: StopFlag) -> in
 def submit(config: Config, partition: str) -> int:
     """Submit the run to Slurm, or print the job with `--dry-run`.
 
-    Raises ValueError with Slurm's message if it refuses the job; a new run directory is removed.
+    Raises ValueError with Slurm's message if it refuses the job, and restores the run directory.
     """
     if config.gpus is None:
         raise ValueError(f"--slurm {partition} needs --gpus, the number of ranks")
@@ -80,17 +80,20 @@ def submit(config: Config, partition: str) -> int:
         return 0
     slurm.require_sbatch(partition)
     is_new = not path.exists()
+    paths = [path / name for name in ("config.json", slurm.SCRIPT, ".lock")]
+    before = {file: file.read_bytes() for file in paths if file.exists()}
     with RunDirectory(path) as run:
         run.record_config(config)
         run.write(slurm.SCRIPT, script)
     try:
         job = slurm.sbatch(path / slurm.SCRIPT, partition)
     except ValueError:
+        for file in paths:
+            file.unlink(missing_ok=True)
+            if file in before:
+                file.write_bytes(before[file])
         if is_new:
             shutil.rmtree(path)
-        elif config.resume is None:
-            for name in ("config.json", slurm.SCRIPT, ".lock"):
-                (path / name).unlink(missing_ok=True)
         raise
     print(script)
     print(f"submitted as job {job}: {path / slurm.SCRIPT}; its output: {path / 'slurm.log'}")

@@ -102,6 +102,10 @@ def test_a_run_is_submitted_and_submitted_again(small_beton, tmp_path, monkeypat
     assert main(["pretrain", "--resume", str(folder), "--slurm=debug", "--gpus=4"]) == 0
     assert options((folder / "slurm.sbatch").read_text())["nodes"] == "4"
     assert load_config(folder, "--resume").gpus == 4
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    sbatch.write_text("#!/bin/sh\nexit 1\n")
+    assert main(["pretrain", "--resume", str(folder), "--slurm=debug", "--gpus=2"]) == 2
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
 @pytest.mark.parametrize(
