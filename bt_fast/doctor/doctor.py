@@ -248,7 +248,8 @@ def gpu_memory(config: "Config", num_gpus: int) -> Row:
                 batches[-1] += f" ({config.batch_size} with --accumulate {num_parts})"
         value = f"recipe {config.recipe}: at most {', '.join(batches)}, computed"
         return Row("batch per GPU", value)
-    local_batch = -(-config.batch_size // num_gpus)
+    num_gpus = next(n for n in range(num_gpus, 0, -1) if config.batch_size % n == 0)
+    local_batch = config.batch_size // num_gpus
     largest = dry_run.largest_batch(config, costs, gpu, num_gpus)
     need = sum(dry_run.memory_bytes(config, costs, local_batch, num_gpus).values())
     value = (

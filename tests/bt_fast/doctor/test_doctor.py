@@ -10,8 +10,11 @@ from conftest import write_beton
 from packaging.requirements import Requirement
 
 from bt_fast.cli import main
+from bt_fast.distributed.collectives import require_divisible_batch
 from bt_fast.doctor import doctor, hardware, requirements
 from bt_fast.doctor.doctor import Doctor, diagnose
+from bt_fast.plan import gpus
+from bt_fast.recipes import RECIPES
 
 
 @pytest.fixture(autouse=True)
@@ -99,3 +102,13 @@ def test_a_package_that_does_not_load_is_broken(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "bt_fast.recipes", None)  # importing it raises ImportError
     assert main(["doctor"]) == 1
     assert "does not load" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("num_gpus,used", [(1, 1), (3, 2), (6, 4)])
+def test_the_suggested_accumulation_is_one_that_pretrain_accepts(monkeypatch, num_gpus, used):
+    monkeypatch.setattr(gpus, "first_gpu", lambda: gpus.MODELS[0])  # 24 GB
+    config = RECIPES["imagenet"]()
+    fix = doctor.gpu_memory(config, num_gpus).fix
+    words = fix.partition(",")[0].split()
+    assert words[words.index("--gpus") + 1] == str(used)
+    require_divisible_batch(config.batch_size, used, 0, int(words[-1]))
