@@ -54,7 +54,7 @@ def run_curate(options: Curate, world: World = ALONE) -> int:
     if not world.is_first:
         return _curate(options, setup, train, val, out, count)
     _refuse_results(out, options.overwrite)
-    (out / "features").mkdir(parents=True, exist_ok=True)
+    out.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
         try:
             stack.enter_context(locked(out))

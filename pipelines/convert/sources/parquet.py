@@ -58,10 +58,10 @@ def _split(root: Path, files: list[Path], options: SourceOptions) -> Split:
     return split
 
 
-def _is_text_or_number(path: Path, name: str) -> bool:
+def _is_text_or_number(column) -> bool:
+    """Whether cells of this Arrow type can be labels."""
     from pyarrow import types
 
-    column = _open(path).schema_arrow.field(name).type
     column = column.value_type if types.is_dictionary(column) else column
     kinds = types.is_integer, types.is_string, types.is_large_string, types.is_boolean
     return any(is_kind(column) for is_kind in (*kinds, types.is_floating, types.is_null))
@@ -69,13 +69,13 @@ def _is_text_or_number(path: Path, name: str) -> bool:
 
 def _values(files: list[Path], name: str) -> set:
     """The different values of a column of texts or numbers, in the files that have it."""
-    return {
-        value
-        for path in files
-        if name in _open(path).schema_arrow.names and _is_text_or_number(path, name)
-        for batch in _open(path).iter_batches(BATCH, columns=[name])
-        for value in batch[name].unique().to_pylist()
-    }
+    values = set()
+    for file in map(_open, files):
+        schema = file.schema_arrow
+        if name in schema.names and _is_text_or_number(schema.field(name).type):
+            for batch in file.iter_batches(BATCH, columns=[name]):
+                values.update(batch[name].unique().to_pylist())
+    return values
 
 
 def _open(path: Path):
@@ -115,11 +115,14 @@ def _image_column(path: Path, requested: str | None) -> str:
 def _label_column(path: Path, image: str, requested: str | None, split: Split) -> str | None:
     """The column of the labels. One that is not of numbers or names is only used on request."""
     schema = _open(path).schema_arrow
-    candidates = [name for name in schema.names if name != image and _is_text_or_number(path, name)]
+    candidates = [
+        name
+        for name in schema.names
+        if name != image and _is_text_or_number(schema.field(name).type)
+    ]
     name = label_key(schema.names, requested, path, split.unused, candidates=candidates)
-    if name is None or _is_text_or_number(path, name):
+    if name is None or _is_text_or_number(column := schema.field(name).type):
         return name
-    column = schema.field(name).type
     if requested is not None:
         raise SourceError(f"--label-key {name}: {path} has cells of type {column} there")
     split.unused[f"{name} of {path.name}, whose cells are of type {column}"] = None

@@ -159,7 +159,7 @@ def _images(
             if member.missing:
                 split.problems.append((name, f"a link to {member.missing}, which is not there"))
                 continue
-            label = _label(split, path, file, samples[key], member, options)
+            label = _label(split, path, file, samples[key], extension, options)
             yield FoundImage(name, label, Location(str(path), member.offset, member.size))
 
 
@@ -216,11 +216,11 @@ def _image(path: Path, key: str, sample: Sample, options: SourceOptions) -> str 
 
 
 def _label(
-    split: Split, path: Path, file: BinaryIO, sample: Sample, image: Member, options: SourceOptions
+    split: Split, path: Path, file: BinaryIO, sample: Sample, extension: str, options: SourceOptions
 ) -> Label:
     requested = options.label_key
     if requested == BY_FOLDER:
-        return Path(image.name).parent.name or None
+        return Path(sample[extension].name).parent.name or None
     if requested == BY_ARCHIVE:
         return path.stem
     source = sample.get((requested or "cls").lower())
@@ -244,12 +244,11 @@ def _label(
             add_hint(split.unused, NO_LABEL, f", first {source.name} in {path.name}")
             return None
         raise SourceError(f"{path}: {source.name if source else ''}: {error}") from None
-    ending = next(extension for extension, member in sample.items() if member is image)
     for other in sample:
-        if other.endswith((".cls", ".json")) and "." in ending:
-            last = ending.rpartition(".")[2]
+        if other.endswith((".cls", ".json")) and "." in extension:
+            last = extension.rpartition(".")[2]
             split.unused[f".cls or .json whose names have further dots: --image-key {last}"] = None
-        elif sample[other] is not image and len(split.unused) < MAX_HINTS:
+        elif other != extension and len(split.unused) < MAX_HINTS:
             split.unused[f".{other} of samples: --label-key {other}"] = None
     return None
 

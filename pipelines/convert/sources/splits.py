@@ -105,9 +105,9 @@ def splits_of_files(
     """
     if source.is_file():
         return {"train": split_of([source])}
-    found = find_files(source, suffix)
+    notable = find_files(source, (suffix, *PACKED, *UNFINISHED_DOWNLOADS, *TABLES))
+    found = [path for path in notable if path.lower().endswith(suffix)]
     num_others = sum(1 for _ in files_below(source)) - len(found)
-    notable = find_files(source, (*PACKED, *UNFINISHED_DOWNLOADS, *TABLES))
     placement = place(source, found, options)
     if options.train is None:
         _refuse_configurations(source, placement)
