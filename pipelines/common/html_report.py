@@ -118,16 +118,14 @@ def bars(counts: Iterable[tuple[str, int]]) -> str:
     return f'<div class="bars">\n{"".join(lines)}</div>\n' if lines else ""
 
 
-def histogram(title: str, values: np.ndarray, num_bins: int = 32, *, log: bool = False) -> str:
-    """A histogram of the values, [n], as SVG; log: bins of equal ratio. Empty without values."""
+def histogram(title: str, values: np.ndarray, num_bins: int = 32) -> str:
+    """A histogram of the values, [n], as SVG. Empty without values."""
     if not len(values):
         return ""
     low, high = float(values.min()), float(values.max())
     if low == high:
-        low, high = (low / 1.1, high * 1.1) if log else (low - 0.5, high + 0.5)
-    edges = (np.geomspace if log else np.linspace)(low, high, num_bins + 1)
-    edges[0], edges[-1] = low, high  # not rounded
-    counts, _ = np.histogram(values, edges)
+        low, high = low - 0.5, high + 0.5
+    counts, _ = np.histogram(values, num_bins, (low, high))
     width, height, step = 320, 96, 320 / num_bins
     rects = [
         f'<rect x="{step * i:.1f}" y="{height - h:.1f}" width="{step - 1:.1f}" height="{h:.1f}"/>'

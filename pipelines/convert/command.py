@@ -19,10 +19,9 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -34,7 +33,7 @@ from pipelines.common.flags import parse_flags
 from pipelines.common.signals import Stopped, signals_raise_stopped
 from pipelines.convert import data_page, findings
 from pipelines.convert.data_report import Report, account
-from pipelines.convert.filters import Lists, parse_drop
+from pipelines.convert.filters import DROPPED, select_listed
 from pipelines.convert.image_table import ImageTable
 from pipelines.convert.journal import Journal
 from pipelines.convert.jpeg import OUT_OF_FILES
@@ -156,7 +155,7 @@ class Convert:
 
     verify: bool = False
     """Verification of OUT, or of SOURCE without OUT: images are decoded, checksums compared, and
-    label counts printed."""
+    the sizes of the classes printed."""
 
 
 class BrokenImages(ValueError):
@@ -179,9 +178,11 @@ def main(argv: list[str] | None = None) -> int:
     try:
         with signals_raise_stopped():
             _check_numbers(config)
-            outs = [config.source]
             if config.verify and config.out is None:
                 _require_no_conversion_flags(config)
+                outs = [config.source]
+                if config.source.suffix == ".beton" and val_path(config.source).exists():
+                    outs.append(val_path(config.source))
             else:
                 written, page = convert(config)
                 kept = "the conversion is complete"
@@ -191,8 +192,6 @@ def main(argv: list[str] | None = None) -> int:
                 for note in filter(None, (findings.note(report) for _, report in written)):
                     print_line(f"{note}: see {page}")
                 outs = list(dict.fromkeys(path for path, _ in written))
-            if config.verify and config.out is None and config.source.suffix == ".beton":
-                outs += [path for path in [val_path(config.source)] if path.exists()]
             for out in outs if config.verify else ():
                 verify(out, workers=config.workers)
         return 0
@@ -208,6 +207,8 @@ def main(argv: list[str] | None = None) -> int:
         return _fail(str(error), 1)
     except BrokenPipeError:
         return _fail_without_reader(kept)
+    except BlockingIOError:
+        return _fail(f"OUT {config.out} is being written by another bt-convert right now", 2)
     except OSError as error:
         if error.errno in OUT_OF_FILES:
             import resource  # not on Windows, which has no such limit
@@ -247,21 +248,21 @@ def convert(config: Convert) -> tuple[list[tuple[Path, Report]], Path]:
         else ShardTarget(out, config.overwrite, config.shard_size * 1_000_000)
     )
     print_line(f"Listing {config.source}")
-    options = SourceOptions(
-        **{field.name: getattr(config, field.name) for field in fields(SourceOptions)}
-    )
-    splits = find_splits(config.source, options)
+    options = _values(config, *(field.name for field in fields(SourceOptions)))
+    splits = find_splits(config.source, SourceOptions(**options))
     target.check(list(splits))
     max_side = splits["train"].max_side if config.max_side is None else config.max_side
     drop, check = _drop_settings(config, splits)
-    Lists.read(config.include, config.exclude, config.classes).apply(splits)
-    settings: dict = {"max_side": max_side, "subset": config.subset, "part": list(part)}
-    settings |= flags.settings() | {"image_key": config.image_key, "drop": drop}
-    journal_settings = {name: getattr(config, name) for name in ("format", "check", "shard_size")}
-    paths = {name: getattr(config, name) for name in ("include", "exclude", "classes")}
-    lists = {name: None if path is None else str(path) for name, path in paths.items()}
+    lists = _values(config, "include", "exclude", "classes")
+    select_listed(splits, **lists)
+    settings = _values(config, "format", "check", "shard_size", "subset", "image_key")
+    settings |= {"max_side": max_side, "part": list(part), "drop": drop} | flags.settings()
 
-    with _work_folder(out, config) as work:
+    work_path = out.with_name(f"{out.name}.partial")
+    existed = work_path.exists()
+    with work_folder(work_path, resume=config.continue_) as work:
+        if existed and not config.continue_:
+            print_line(f"Removed {work_path}, left by a conversion that was killed")
         reports: dict[str, Report] = {}
         for name, split in splits.items():
             class_names = reports["train"].manifest.class_names if reports else None
@@ -270,8 +271,7 @@ def convert(config: Convert) -> tuple[list[tuple[Path, Report]], Path]:
             journals = {}
             for name, report in reports.items():
                 images = {"images": report.manifest.sha256}
-                path = work / f"{name}.journal"
-                journals[name] = Journal(path, images | journal_settings | settings)
+                journals[name] = Journal(work / f"{name}.journal", images | settings)
                 files.callback(journals[name].close)
             held_out: ImageTable | None = None
             # First val, with which the training images are compared.
@@ -296,22 +296,13 @@ def convert(config: Convert) -> tuple[list[tuple[Path, Report]], Path]:
                 val = reports.get("val") if report.name == "train" else None
                 report.findings = findings.find(report, val)
             page = data_page.draw(str(config.source), reports)
-        settings |= {"source": str(config.source), **lists}
-        published = target.publish(work, reports, settings, page)
+        settings |= {name: None if path is None else str(path) for name, path in lists.items()}
+        published = target.publish(work, reports, {"source": str(config.source)} | settings, page)
     return [(published[name], report) for name, report in reports.items()], target.page
 
 
-@contextlib.contextmanager
-def _work_folder(out: Path, config: Convert) -> Iterator[Path]:
-    path = out.with_name(f"{out.name}.partial")
-    existed = path.exists()
-    try:
-        with work_folder(path, resume=config.continue_) as work:
-            if existed and not config.continue_:
-                print_line(f"Removed {path}, left by a conversion that was killed")
-            yield work
-    except BlockingIOError:
-        raise UsageError(f"OUT {out} is being written by another bt-convert right now") from None
+def _values(config: Convert, *names: str) -> dict[str, Any]:
+    return {name: getattr(config, name) for name in names}
 
 
 def _scan(
@@ -381,10 +372,11 @@ def _check_arguments(config: Convert) -> tuple[Path, tuple[int, int]]:
 
 def _drop_settings(config: Convert, splits: dict[str, Split]) -> tuple[list[str], AnyCheck]:
     """What --drop leaves out, and the check with which that is known. Raises UsageError."""
-    try:
-        drop = parse_drop(config.drop)
-    except ValueError as error:
-        raise UsageError(str(error)) from None
+    values = config.drop.split(",") if config.drop is not None else []
+    if unknown := [value for value in values if value not in DROPPED]:
+        known = ", ".join(sorted(DROPPED))
+        raise UsageError(f"--drop {config.drop}: {unknown[0]!r} is none of {known}")
+    drop = [value for value in DROPPED if value in values]
     if {"exact", "overlap"} & set(drop) and config.shard != "1/1":
         raise UsageError(
             f"--drop {config.drop}: a part has only some of the images; give --drop when the parts"
@@ -433,11 +425,8 @@ def _require_images(reports: dict[str, Report], config: Convert) -> None:
         )
     for report in reports.values():
         if not report.num_images:
-            what = (
-                f"--drop {config.drop} leaves no image"
-                if report.dropped
-                else "no image is readable"
-            )
+            drop = f"--drop {config.drop} leaves no image"
+            what = drop if report.dropped else "no image is readable"
             raise BrokenImages(f"{report.split.root}: {what}; nothing was written")
 
 

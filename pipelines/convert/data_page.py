@@ -7,48 +7,31 @@ import numpy as np
 
 import pipelines
 from pipelines.common import html_report as html
-from pipelines.convert.data_report import MAX_LISTED, Report, account
-from pipelines.convert.findings import MARKS, groups, marked_images, note, sample
+from pipelines.convert.data_report import MAX_LISTED, Report, account, class_sizes
+from pipelines.convert.findings import MARKS, groups, marked_images, note
 
 MAX_CLASSES = 1000  # that have a bar
 NUM_RANDOM, NUM_CLASSES = 16, 24  # pictures of the sheets
-NUM_PAIRS, NUM_WORST = 8, 6
+NUM_PAIRS, NUM_MARKED = 8, 6
+SEED = 0
 
 
 def draw(source: str, reports: dict[str, Report]) -> str:
     """The HTML of the report. Reads the pictures it shows from the output."""
     contents = {name: report.content({}) for name, report in reports.items()}
-    notes = [text for report in reports.values() if (text := note(report))]
+    lines = [text for report in reports.values() if (text := note(report))]
+    lines = lines or ["nothing unusual was found"]
+    for name, report in reports.items():
+        lines += [report.summary(), account(contents[name])]
     sections = [
-        html.section(
-            "Account",
-            *(html.paragraph(text) for text in notes or ["nothing unusual was found"]),
-            html.table(
-                ["split", "found", "stored", "rejected", "ignored", "classes", "MB"],
-                [
-                    [
-                        name,
-                        content["found"],
-                        content["num_images"],
-                        len(content["rejects"]),
-                        sum(content["ignored"].values()),
-                        content["num_classes"],
-                        round(content["bytes_out"] / 1e6),
-                    ]
-                    for name, content in contents.items()
-                ],
-            ),
-            *(html.paragraph(account(content)) for content in contents.values()),
-        ),
+        html.section("Account", *map(html.paragraph, lines)),
         _overlaps(reports, contents),
         *(_duplicates(report, contents[name]) for name, report in reports.items()),
         *(_marked(report, contents[name]) for name, report in reports.items()),
         _classes(contents),
-        *(_sides(report, contents[name]) for name, report in reports.items()),
-        _channels(contents["train"]["channels"]),
         *(_formats(name, content) for name, content in contents.items()),
         *(_lists(name, content) for name, content in contents.items()),
-        *(_sheets(report) for report in reports.values()),
+        *map(_sheets, reports.values()),
         html.paragraph(f"bt-convert {pipelines.__version__}"),
     ]
     return html.page(f"Conversion of {source}", sections)
@@ -70,7 +53,8 @@ def _some(count: int, what: str, listed: int) -> str:
     return f"{count:,} {what}" + (f", of which {listed:,} are listed" if listed < count else "")
 
 
-def _group_names(names: list[str], count: int) -> str:
+def _group_names(group: dict) -> str:
+    names, count = group["names"], group["num_images"]
     return ", ".join(names) + (f" and {count - len(names):,} more" if count > len(names) else "")
 
 
@@ -78,18 +62,16 @@ def _overlaps(reports: dict[str, Report], contents: dict[str, dict]) -> str:
     found = contents["train"].get("in_val")
     if not found or not found["num_images"]:
         return ""
-    report, val = reports["train"], reports["val"]
-    pairs = [(g.members[0], g.original) for g in groups(report.overlaps)[:NUM_PAIRS]]
-    rows = [(g["val"], _group_names(g["names"], g["num_images"])) for g in found["groups"]]
+    some = groups(reports["train"].overlaps)[:NUM_PAIRS]
     return html.section(
         f"Training images that are validation images: {found['num_images']:,}",
         html.paragraph("Their bytes are equal; bt-convert --drop overlap leaves them out."),
         _other_class(found),
         html.subheading("Training images"),
-        _pictures(report, [index for index, _ in pairs]),
+        _pictures(reports["train"], [group.members[0] for group in some]),
         html.subheading("Validation images"),
-        _pictures(val, [index for _, index in pairs]),
-        html.table(["in val", "in train"], rows),
+        _pictures(reports["val"], [group.original for group in some]),
+        html.table(["in val", "in train"], [(g["val"], _group_names(g)) for g in found["groups"]]),
     )
 
 
@@ -97,18 +79,14 @@ def _duplicates(report: Report, content: dict) -> str:
     found = content["duplicates"]
     if not found["num_images"]:
         return ""
-    pairs = [
-        i for g in groups(report.images.duplicates)[:NUM_PAIRS] for i in (g.original, g.members[0])
-    ]
-    rows = [(g["num_images"], _group_names(g["names"], g["num_images"])) for g in found["groups"]]
+    some = groups(report.images.duplicates)[:NUM_PAIRS]
+    advice = "; bt-convert --drop exact keeps the first." if report.name == "train" else "."
+    rows = [(group["num_images"], _group_names(group)) for group in found["groups"]]
     return html.section(
         f"Exact duplicates in {report.name}: {found['num_images']:,} beside the first of each",
-        html.paragraph(
-            "Their bytes are equal"
-            + ("; bt-convert --drop exact keeps the first." if report.name == "train" else ".")
-        ),
+        html.paragraph(f"Their bytes are equal{advice}"),
         _other_class(found),
-        _pictures(report, pairs),
+        _pictures(report, [i for group in some for i in (group.original, group.members[0])]),
         html.table(["images", "names"], rows),
     )
 
@@ -122,12 +100,11 @@ def _other_class(found: dict) -> str:
 def _marked(report: Report, content: dict) -> str:
     parts = []
     for kind, flag in MARKS.items():
-        if count := content[kind]["num_images"]:
-            names = content[kind]["names"]
-            indices = marked_images(report, flag)[1][:NUM_WORST]
+        count, names = content[kind]["num_images"], content[kind]["names"]
+        if count:
             parts += [
                 html.subheading(_some(count, f"{kind} images", len(names))),
-                _pictures(report, indices),
+                _pictures(report, marked_images(report, flag)[1][:NUM_MARKED]),
                 html.paragraph(", ".join(names)),
             ]
     if count := content["not_decoded"]:
@@ -140,45 +117,13 @@ def _classes(contents: dict[str, dict]) -> str:
     parts = []
     for split, content in contents.items() if names else ():
         counts = content["samples_per_class"]
-        smallest, largest = (names[counts.index(value)] for value in (min(counts), max(counts)))
         parts += [
-            html.subheading(
-                f"{split}: {min(counts):,} images ({smallest}) to {max(counts):,} ({largest}),"
-                f" median {float(np.median(counts)):,.0f}"
-            ),
+            html.subheading(f"{split}: {class_sizes(names, counts)}"),
             html.bars(list(zip(names, counts, strict=True))[:MAX_CLASSES]),
         ]
     if len(names) > MAX_CLASSES:
         parts.append(html.paragraph(f"The first {MAX_CLASSES:,} of {len(names):,} classes."))
-    if alike := contents["train"]["similar_classes"]:
-        parts.append(html.subheading("Names of classes that differ in case or spaces only"))
-        parts.append(html.table(["classes"], [[", ".join(group)] for group in alike]))
     return html.section("Classes", *parts)
-
-
-def _sides(report: Report, content: dict) -> str:
-    height, width = (report.images.rows[side] for side in ("height", "width"))
-    sides = content["sides"]
-    return html.section(
-        f"Sides in {report.name}, as stored",
-        html.table(
-            ["side", "smallest", "median", "largest"],
-            [[side, s["min"], round(s["median"]), s["max"]] for side, s in sides.items()],
-        ),
-        html.row(
-            html.histogram("width in pixels", width),
-            html.histogram("height in pixels", height),
-            html.histogram("width / height, logarithmic", width / height, log=True),
-        ),
-    )
-
-
-def _channels(found: dict) -> str:
-    rows = [[what, *found[key]] for what, key in (("mean", "mean"), ("deviation", "std"))]
-    return html.section(
-        f"Channels of {found['num_images']:,} random training images, from 0 to 1",
-        html.table(["", "red", "green", "blue"], rows),
-    )
 
 
 def _formats(name: str, content: dict) -> str:
@@ -191,10 +136,9 @@ def _formats(name: str, content: dict) -> str:
 def _lists(name: str, content: dict) -> str:
     """Reasons why entries are not stored, and the images that were repaired, rejected, dropped."""
     parts = [html.table(["ignored", "entries"], sorted(content["ignored"].items()))]
-    num_dropped = sum(content["dropped_by_reason"].values())
     for key, total in (
         ("rejects", len(content["rejects"])),
-        ("dropped", num_dropped),
+        ("dropped", sum(content["dropped_by_reason"].values())),
         ("repairs", content["num_repairs"]),
     ):
         listed = content[key][:MAX_LISTED]  # of the rejects, which the JSON lists all
@@ -206,26 +150,22 @@ def _lists(name: str, content: dict) -> str:
 
 
 def _sheets(report: Report) -> str:
-    rows, names = report.images.rows, report.manifest.class_names
-    labels, firsts = np.unique(rows["label"], return_index=True)
+    is_train = report.name == "train"
+    some = _sample(len(report.images), NUM_RANDOM if is_train else NUM_RANDOM // 2)
+    parts = [html.subheading("A random sample"), _pictures(report, some)]
+    labels, firsts = np.unique(report.images.rows["label"], return_index=True)
     labels, firsts = labels[labels >= 0], firsts[labels >= 0]
-    some = [labels[i] for i in sample(len(labels), NUM_CLASSES)] if len(labels) else []
-    per_class = {names[label]: int(firsts[np.searchsorted(labels, label)]) for label in some}
-    area = rows["height"].astype(np.uint32) * rows["width"]
-    ratio = np.abs(np.log(rows["width"] / rows["height"]))
-    smallest = np.argsort(area, kind="stable")[:NUM_WORST].tolist()
-    extreme = np.argsort(-ratio, kind="stable")[:NUM_WORST].tolist()
-    parts = [
-        html.subheading("A random sample"),
-        _pictures(report, sample(len(rows), NUM_RANDOM // (1 if report.name == "train" else 2))),
-    ]
-    if report.name == "train":
+    if is_train and len(labels):
+        some = _sample(len(labels), NUM_CLASSES)
+        names = [report.manifest.class_names[label] for label in labels[some]]
         parts += [
-            html.subheading("One of each class") if per_class else "",
-            _pictures(report, per_class.values(), per_class),
-            html.subheading("The most extreme aspect ratios"),
-            _pictures(report, extreme),
-            html.subheading("The smallest"),
-            _pictures(report, smallest),
+            html.subheading("One of each class"),
+            _pictures(report, firsts[some].tolist(), names),
         ]
     return html.section(f"Images of {report.name}", *parts)
+
+
+def _sample(num_images: int, count: int) -> list[int]:
+    """Sorted indices of at most `count` random images, the same for equal arguments."""
+    chosen = np.random.default_rng(SEED).choice(num_images, min(count, num_images), replace=False)
+    return sorted(chosen.tolist())

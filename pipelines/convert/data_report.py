@@ -1,5 +1,6 @@
 """The report on the conversion of a split: printed lines and the JSON file beside the output."""
 
+import statistics
 import sys
 from array import array
 from collections import Counter
@@ -72,17 +73,16 @@ class Report:
             if len(self.repairs) < MAX_LISTED:
                 self.repairs.append({"path": path, "why": why.strip("()")})
 
-    def reject(self, path: str, reason: str) -> None:
-        """List a broken image."""
+    def leave_out(self, path: str, reason: str, is_dropped: bool) -> None:
+        """List a broken image, or count one that --drop leaves out."""
         self._not_stored.append(self.num_images + len(self._not_stored))
-        self.rejects.append({"path": path, "reason": reason})
-
-    def leave_out(self, path: str, reason: str) -> None:
-        """Count an image that --drop leaves out."""
-        self._not_stored.append(self.num_images + len(self._not_stored))
+        entry = {"path": path, "reason": reason}
+        if not is_dropped:
+            self.rejects.append(entry)
+            return
         self.dropped[reason] += 1
         if len(self.left_out) < MAX_LISTED:
-            self.left_out.append({"path": path, "reason": reason})
+            self.left_out.append(entry)
 
     def names(self, indices: Iterable[int]) -> dict[int, str]:
         """The names of stored images."""
@@ -125,12 +125,12 @@ class Report:
         manifest = self.manifest
         found = manifest.num_listed + len(self.split.problems) + self.split.ignored.total()
         not_selected = Counter({NOT_SELECTED: manifest.num_listed - len(manifest)})
-        names = self.manifest.class_names
+        names = manifest.class_names
         return {
             "bt_fast_version": pipelines.__version__,
             "split": self.name,
             **settings,
-            "listing": self.manifest.sha256,
+            "listing": manifest.sha256,
             "checksum": f"sha256:{self.checksum}",
             "num_images": self.num_images,
             "num_classes": len(names),
@@ -150,6 +150,15 @@ class Report:
             "repairs": self.repairs,
             "rejects": self.rejects,
         }
+
+
+def class_sizes(names: list[str], counts: list[int]) -> str:
+    """The numbers of images of the classes, as text."""
+    smallest, largest = min(counts), max(counts)
+    return (
+        f"{smallest:,} images ({names[counts.index(smallest)]}) to {largest:,}"
+        f" ({names[counts.index(largest)]}), median {statistics.median(counts):,.0f}"
+    )
 
 
 def account(report: dict) -> str:

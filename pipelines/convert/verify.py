@@ -1,19 +1,16 @@
 """`bt-convert --verify`: reads an output again and checks every image against its checksum."""
 
 import hashlib
-import statistics
 import sys
 from collections import Counter
 from pathlib import Path
 
 from pipelines.beton import BetonReader
 from pipelines.common.console import print_line, progress
-from pipelines.convert.data_report import account
+from pipelines.convert.data_report import account, class_sizes
 from pipelines.convert.manifest import Manifest, SourceError, Split
 from pipelines.convert.sources import beton_file, parts, shards
 from pipelines.convert.workers import prepare_all
-
-MAX_BARS = 20  # most classes that are printed as a bar each
 
 
 class DamagedResult(ValueError):
@@ -23,7 +20,7 @@ class DamagedResult(ValueError):
 def verify(path: Path, *, workers: int) -> None:
     """Decode every image of a `.beton` or a folder of web shards, and compare all checksums.
 
-    Prints a histogram of the labels. Raises DamagedResult after listing all damage; SourceError.
+    Prints the sizes of the classes. Raises DamagedResult after listing all damage; SourceError.
     """
     num_damaged = 0
     if path.suffix == ".beton":
@@ -96,23 +93,7 @@ def _verify_images(split: Split, workers: int, reader: BetonReader | None = None
     kept = actions.pop("kept", 0)
     others = "".join(f", {count:,} {action}" for action, count in sorted(actions.items()))
     print_line(f"{split.root}: {kept:,} of {len(manifest):,} images are intact plain JPEGs{others}")
-    _print_labels(manifest)
+    names = manifest.class_names
+    counts = [manifest.samples_per_class[label] for label in range(len(names))]
+    print_line(f"{len(names):,} classes" + (f" of {class_sizes(names, counts)}" if names else ""))
     return num_damaged
-
-
-def _print_labels(manifest: Manifest) -> None:
-    """Print a bar per class, or for many classes the smallest, largest and median size."""
-    class_names, counts = manifest.class_names, manifest.samples_per_class
-    if not class_names:
-        print_line("No classes")
-        return
-    values = [counts[label] for label in range(len(class_names))]
-    if len(values) <= MAX_BARS:
-        for name, value in zip(class_names, values, strict=True):
-            print_line(f"{value:>9,} {'#' * round(40 * value / max(values))} {name}")
-    else:
-        rarest = class_names[values.index(min(values))]
-        print_line(
-            f"{len(values):,} classes of {min(values):,} ({rarest}) to {max(values):,} images, "
-            f"median {statistics.median(values):,.0f}"
-        )

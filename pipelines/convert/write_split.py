@@ -45,11 +45,9 @@ def write_split(
                     image.jpeg, image.height, image.width, entry.label, entry.name, outcome.checksum
                 )
                 report.accept(entry.name, entry.label, image, outcome.checksum, outcome.num_bytes)
-            elif outcome.is_dropped:
-                report.leave_out(entry.name, outcome.reason)
             else:
-                report.reject(entry.name, outcome.reason)
-                if not report.split.root.exists():
+                report.leave_out(entry.name, outcome.reason, outcome.is_dropped)
+                if not outcome.is_dropped and not report.split.root.exists():
                     raise SourceError(f"{report.split.root} no longer exists")
             if is_new:
                 journal.append(outcome)
