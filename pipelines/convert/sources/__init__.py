@@ -33,6 +33,12 @@ _OPTIONS: dict[Finder, set[str]] = {  # those that a source uses
     parquet.find_splits: {*_PLACING, "image_key", "label_key"},
     shards.find_splits: {*_PLACING, "image_key", "label_key"},
 }
+_FINDERS: dict[str, Finder] = {
+    ".tar": shards.find_splits,
+    ".beton": beton_file.find_splits,
+    ".parquet": parquet.find_splits,
+    ".txt": image_list.find_splits,
+}
 
 
 def find_splits(source: Path, options: SourceOptions | None = None) -> dict[str, Split]:
@@ -74,19 +80,14 @@ def _finder(source: Path) -> Finder:
         near = difflib.get_close_matches(source.name, names, n=1)
         advice = f"; perhaps you meant {source.with_name(near[0])}" if near else ""
         raise SourceError(f"SOURCE {source} does not exist{advice}")
-    if source.suffix == ".tar":
-        return ilsvrc.find_splits if ilsvrc.is_archive(source) else shards.find_splits
-    finders: dict[str, Finder] = {
-        ".beton": beton_file.find_splits,
-        ".parquet": parquet.find_splits,
-        ".txt": image_list.find_splits,
-    }
-    if source.suffix not in finders:
+    if source.suffix not in _FINDERS:
         refuse_compressed(source)
-        known = " ".join([".tar", *finders])
+        known = " ".join(_FINDERS)
         advice = "; of an image, give the folder" if folder.is_named_like_image(source.name) else ""
         raise SourceError(f"SOURCE {source} is neither a folder nor one of {known}{advice}")
-    return finders[source.suffix]
+    if source.suffix == ".tar" and ilsvrc.is_archive(source):
+        return ilsvrc.find_splits
+    return _FINDERS[source.suffix]
 
 
 def _finder_of_folder(source: Path) -> Finder:
@@ -94,23 +95,24 @@ def _finder_of_folder(source: Path) -> Finder:
         return shards.find_splits
     if parts.has_parts(source):
         return parts.find_splits
-    if ilsvrc.has_archive(source) and not folder.contains_images(source):
+    has_images = folder.contains_images(source)
+    if ilsvrc.has_archive(source) and not has_images:
         return ilsvrc.find_splits
-    archives = {suffix: find_files(source, suffix) for suffix in (".parquet", ".tar")}
-    if folder.contains_images(source):
-        for suffix, found in archives.items():
-            if found and not folder.contains_images(source / "train"):
-                raise SourceError(
-                    f"SOURCE {source} has both images and {suffix} files: name a folder or file of"
-                    " one kind, or move the others away"
-                )
+    archives = find_files(source, (".parquet", ".tar", *PACKED))
+    kinds = [
+        kind for kind in (".parquet", ".tar") if any(a.lower().endswith(kind) for a in archives)
+    ]
+    if has_images:
+        if kinds and not folder.contains_images(source / "train"):
+            raise SourceError(
+                f"SOURCE {source} has both images and {kinds[0]} files: name a folder or file of"
+                " one kind, or move the others away"
+            )
         return folder.find_splits
-    if archives[".parquet"] and archives[".tar"]:
+    if len(kinds) > 1:
         raise SourceError(f"SOURCE {source} has both .parquet and .tar files: name one to convert")
-    if archives[".parquet"]:
-        return parquet.find_splits
-    if archives[".tar"]:
-        return shards.find_splits
-    for packed in find_files(source, PACKED):
+    if kinds:
+        return _FINDERS[kinds[0]]
+    for packed in archives:
         refuse_compressed(source / packed)
     return folder.find_splits

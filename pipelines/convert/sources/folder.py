@@ -58,43 +58,42 @@ def find_splits(source: Path, options: SourceOptions) -> dict[str, Split]:
         return {"train": _split(source, [source], options)}
     with_images = [name for name in folders if contains_images(source / name)]
     placement = place(source, with_images, options, splits_of_folder)
-    only_train = not patterns and not placement.val and not placement.left_out
-    named = [name for name in placement.train if splits_of_folder(name)]
-    if only_train and len(named) < len(placement.train):  # classes, one of them named train
+    of_train = placement.splits["train"]
+    only_train = not patterns and len(placement.splits) == 1 and not placement.left_out
+    named = [name for name in of_train if splits_of_folder(name)]
+    if only_train and len(named) < len(of_train):  # classes, one of them named train
         if others := [name for name in named if not _holds_images(source / name)]:
             raise SourceError(
                 f"{source} has class folders in {others[0]}/, but other folders beside it: state"
                 f" the split with --train {others[0]}, or take all as classes with --all-train"
             )
         return {"train": _split(source, [source], options)}
-    if len(placement.train) > 1 and any(_holds_images(source / name) for name in placement.train):
+    if len(of_train) > 1 and any(_holds_images(source / name) for name in of_train):
         raise SourceError(
             f"{source} has images in several folders named like the training split"
-            f" ({', '.join(placement.train[:5])}): take all as classes with --all-train, or"
-            f" name one with --train {placement.train[0]}"
+            f" ({', '.join(of_train[:5])}): take all as classes with --all-train, or"
+            f" name one with --train {of_train[0]}"
         )
-    splits = {"train": _split(source, [source / name for name in placement.train], options)}
-    if placement.val:
-        splits["val"] = _split(source, [source / name for name in placement.val], options)
-        train, val = splits["train"], splits["val"]
-        if train.class_names and not val.class_names:
-            raise SourceError(
-                f"{val.root} has images but no class folders, unlike {train.root.name}/. Sort them"
-                f" into class folders, or convert {train.root.name}/ alone"
-            )
-    for name, folders in (("train", placement.train), ("val", placement.val)):
-        if len(folders) > 1:
-            splits[name].warnings[f"from several folders: {some(folders)}"] = None
-    ignored = splits["train"].ignored
+    splits = {}
+    for name, names in placement.splits.items():
+        splits[name] = _split(source, [source / folder for folder in names], options)
+        if len(names) > 1:
+            splits[name].warnings[f"from several folders: {some(names)}"] = None
+    train, val = splits["train"], splits.get("val")
+    if val is not None and train.class_names and not val.class_names:
+        raise SourceError(
+            f"{val.root} has images but no class folders, unlike {train.root.name}/. Sort them"
+            f" into class folders, or convert {train.root.name}/ alone"
+        )
     for reason, names in placement.left_out.items():
-        ignored[reason] += sum(1 for name in names for _ in image_entries(source / name))
+        train.ignored[reason] += sum(1 for name in names for _ in image_entries(source / name))
     for entry in os.scandir(source):
         if entry.name in METADATA:
-            hint = f"{entry.name} beside {placement.train[0]}/: one is needed in each folder"
-            splits["train"].unused[hint] = None
+            hint = f"{entry.name} beside {of_train[0]}/: one is needed in each folder"
+            train.unused[hint] = None
         if entry.name not in with_images and not is_hidden(entry.name):
-            _name_table(splits["train"], entry)
-            ignored[f"beside {placement.train[0]}/"] += 1
+            _name_table(train, entry)
+            train.ignored[f"beside {of_train[0]}/"] += 1
     return splits
 
 
@@ -108,27 +107,26 @@ def _split(source: Path, tops: Sequence[Path], options: SourceOptions) -> Split:
         inner = tops[0] / classes[0]
         raise SourceError(f"{tops[0]} contains only the split {classes[0]}/: name it, {inner}")
     split = Split(root=root, class_names=classes or None)
-    is_unsplit = tops == [source] and not options.all_train  # no folder states the split
-    split.images = _images(split, tops, options, is_unsplit)
+    if classes:
+        split.images = _images_in_classes(split, tops, classes, options)
+    else:
+        is_unsplit = tops == [source] and not options.all_train  # no folder states the split
+        split.images = _images_without_classes(split, tops, options.label_key, is_unsplit)
     return split
 
 
-def _images(
-    split: Split, tops: Sequence[Path], options: SourceOptions, is_unsplit: bool
+def _images_in_classes(
+    split: Split, tops: Sequence[Path], classes: list[str], options: SourceOptions
 ) -> Iterator[FoundImage]:
-    if not split.class_names:
-        yield from _images_without_folders(split, tops, options, is_unsplit)
-        return
-    for name in split.class_names:
-        for top in tops:
-            if (top / name).is_dir():
-                nested = set[str]()
-                yield from _images_below(split, top / name, name, nested)
-                if len(nested) > 1 and not options.all_train:
-                    raise SourceError(
-                        f"{top / name} has splits of its own: name it as SOURCE, or train on"
-                        " everything with --all-train, which makes it a class"
-                    )
+    for folder in (top / name for name in classes for top in tops):
+        if folder.is_dir():
+            nested = set[str]()
+            yield from _images_below(split, folder, folder.name, nested)
+            if len(nested) > 1 and not options.all_train:
+                raise SourceError(
+                    f"{folder} has splits of its own: name it as SOURCE, or train on"
+                    " everything with --all-train, which makes it a class"
+                )
     for entry in (entry for top in tops for entry in os.scandir(top)):
         if is_hidden(entry.name):
             split.ignored["hidden"] += 1
@@ -143,13 +141,13 @@ def _images(
         split.warnings[f"images beside the class folders, left out: {count:,}"] = None
 
 
-def _images_without_folders(
-    split: Split, tops: Sequence[Path], options: SourceOptions, is_unsplit: bool
+def _images_without_classes(
+    split: Split, tops: Sequence[Path], requested: str | None, is_unsplit: bool
 ) -> Iterator[FoundImage]:
-    """All images, with the labels of the metadata."""
+    """All images, with the labels of the metadata. requested: value of --label-key."""
     stated: set[frozenset[str]] = set()  # the splits that the names of the images state
     for top in tops:
-        labels = _metadata(split, top, options, is_unsplit)
+        labels = _metadata(split, top, requested, is_unsplit)
         for image in _images_below(split, top, None, set()):
             stated.add(frozenset(splits_of_folder(os.path.basename(image.name))))
             if labels:
@@ -169,16 +167,14 @@ def _images_without_folders(
         split.problems.append(("", "no " + " ".join(sorted(IMAGE_EXTENSIONS))))
 
 
-def _metadata(
-    split: Split, top: Path, options: SourceOptions, is_unsplit: bool
-) -> dict[str, Label]:
+def _metadata(split: Split, top: Path, requested: str | None, is_unsplit: bool) -> dict[str, Label]:
     """{file name: label} of `top`; empty without metadata."""
     found = [top / name for name in METADATA if (top / name).is_file()]
     if len(found) > 1:
         raise SourceError(f"{top} has both {' and '.join(METADATA)}: move one away")
     if not found:
-        if options.label_key:
-            raise SourceError(f"--label-key {options.label_key}: {top} has no {METADATA[0]}")
+        if requested:
+            raise SourceError(f"--label-key {requested}: {top} has no {METADATA[0]}")
         return {}
     path = found[0]
     labels: dict[str, Label] = {}
@@ -190,7 +186,7 @@ def _metadata(
         for name in SPLIT_COLUMNS if is_unsplit else ():
             check_split_column(split, path, name, (row.get(name) for row in _rows(path)))
         columns = [name for name in names if name != "file_name"]
-        key = label_key(names, options.label_key, path, split.unused, candidates=columns)
+        key = label_key(names, requested, path, split.unused, candidates=columns)
         for row in _rows(path) if key is not None else ():
             name, label = os.path.normpath(row["file_name"]), parse_label(row.get(key))
             if labels.setdefault(name, label) != label:
@@ -222,13 +218,7 @@ def _images_below(split: Split, top: Path, label: Label, nested: set[str]) -> It
     nested: gets the splits that are names of folders below `top`.
     """
     prefix = len(os.path.join(split.root, ""))
-    for key in sorted(_sort_keys(split, top, prefix, nested)):
-        name = os.path.join(*key.split("\0"))
-        yield FoundImage(name, label, Location(os.path.join(split.root, name)))
-
-
-def _sort_keys(split: Split, top: Path, prefix: int, nested: set[str]) -> Iterator[str]:
-    """Folder, NUL and name of every image, without the first `prefix` characters of the path."""
+    keys = []  # folder, NUL and name of every image
     for folder, entry in walk(top):
         if isinstance(entry, str):
             if entry:
@@ -240,10 +230,13 @@ def _sort_keys(split: Split, top: Path, prefix: int, nested: set[str]) -> Iterat
         elif is_folder(entry):
             nested |= splits_of_folder(entry.name)
         elif is_named_like_image(entry.name):
-            yield f"{folder[prefix:]}\0{entry.name}"
+            keys.append(f"{folder[prefix:]}\0{entry.name}")
         else:
             _name_table(split, entry)
             split.ignored["not named like an image"] += 1
+    for key in sorted(keys):
+        name = os.path.join(*key.split("\0"))
+        yield FoundImage(name, label, Location(os.path.join(split.root, name)))
 
 
 def _name_table(split: Split, entry: os.DirEntry) -> None:

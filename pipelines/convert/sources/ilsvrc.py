@@ -8,7 +8,7 @@ names of the classes by number. Order, names and labels are those of the unpacke
 
 import io
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from pipelines.convert.jpeg import JPEG_EXTENSIONS
@@ -35,44 +35,33 @@ def find_splits(source: Path, options: SourceOptions) -> dict[str, Split]:
     labels = options.labels
     if source.is_dir():
         archives = {"train": source / TRAIN, "val": source / VAL}
-    elif not _holds_archives(source):
-        archives = {"val": source}
-    elif labels is None:
-        archives = {"train": source}
     else:
-        raise SourceError(f"--labels {labels}: {source} contains the classes of its images")
-    if labels is not None and not archives["val"].exists():
+        archives = {"train" if _holds_archives(source) else "val": source}
+    archives = {name: path for name, path in archives.items() if path.exists()}
+    if labels is not None and "val" not in archives:
         raise SourceError(f"--labels {labels}: {source} contains the classes of its images")
     splits = {}
-    if (train := archives.get("train")) and train.exists():
-        splits["train"] = _train(train)
-    if (val := archives.get("val")) and val.exists():
-        splits["val" if "train" in splits else "train"] = _val(val, labels)
+    if "train" in archives:
+        splits["train"] = _train(archives["train"])
+    if "val" in archives:
+        splits["val" if splits else "train"] = _val(archives["val"], labels)
     return splits
 
 
 def _holds_archives(path: Path) -> bool:
     first = next(members(path), None)
-    return first is not None and _is_class(first)
-
-
-def _is_class(member: Member) -> bool:
-    return member.name.endswith(".tar")
+    return first is not None and first.name.endswith(".tar")
 
 
 def _train(path: Path) -> Split:
-    archives = sorted((m for m in members(path) if _is_class(m)), key=lambda m: m.name)
+    archives = sorted(m for m in members(path) if m.name.endswith(".tar"))
     split = Split(root=path, class_names=[Path(m.name).stem for m in archives])
 
     def images() -> Iterator[FoundImage]:
         for archive in archives:
-            end = archive.offset + archive.size
-            files = members(path, archive.offset, end)
-            for member in sorted(files, key=lambda member: member.name):
-                if not _is_image(member):
-                    split.ignored["not named like a JPEG"] += 1
-                    continue
-                yield _image(path, member, Path(archive.name).stem)
+            files = members(path, archive.offset, archive.offset + archive.size)
+            for member in _images(split, files):
+                yield _found(path, member, Path(archive.name).stem)
 
     split.images = images()
     return split
@@ -80,26 +69,25 @@ def _train(path: Path) -> Split:
 
 def _val(path: Path, labels: Path | None) -> Split:
     split = Split(root=path)
-    files = []
-    for member in members(path):
-        if _is_image(member):
-            files.append((Path(member.name).name, member))
-        else:
-            split.ignored["not named like a JPEG"] += 1
-    files.sort(key=lambda file: file[0])
-    classes = _classes(labels or _devkit_beside(path), [name for name, _ in files])
-    labelled = sorted(zip(classes, files, strict=True), key=lambda image: (image[0], image[1][0]))
-    split.images = (_image(path, member, name) for name, (_, member) in labelled)
+    files = _images(split, members(path))
+    classes = _classes(labels or _devkit_beside(path), [Path(file.name).name for file in files])
+    # `sorted` keeps the order of the names within a class.
+    labelled = sorted(zip(classes, files, strict=True), key=lambda image: image[0])
+    split.images = (_found(path, member, name) for name, member in labelled)
     return split
 
 
-def _image(archive: Path, member: Member, class_name: str) -> FoundImage:
+def _images(split: Split, files: Iterable[Member]) -> list[Member]:
+    """The files that are named like JPEGs, sorted by name; counts the others."""
+    files = list(files)
+    images = [file for file in files if Path(file.name).suffix.lower() in JPEG_EXTENSIONS]
+    split.ignored["not named like a JPEG"] += len(files) - len(images)
+    return sorted(images, key=lambda file: Path(file.name).name)
+
+
+def _found(archive: Path, member: Member, class_name: str) -> FoundImage:
     location = Location(str(archive), member.offset, member.size)
     return FoundImage(f"{class_name}/{Path(member.name).name}", class_name, location)
-
-
-def _is_image(member: Member) -> bool:
-    return Path(member.name).suffix.lower() in JPEG_EXTENSIONS
 
 
 def _devkit_beside(val: Path) -> Path:

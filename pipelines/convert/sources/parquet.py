@@ -45,11 +45,11 @@ def find_splits(source: Path, options: SourceOptions) -> dict[str, Split]:
 
 
 def _split(root: Path, files: list[Path], options: SourceOptions) -> Split:
-    image = _image_column(files[0], options.image_key)
+    schema = _open(files[0]).schema_arrow
+    image = _image_column(files[0], schema, options.image_key)
     split = Split(root=root, load=lambda images: _load(images, image))
-    label = _label_column(files[0], image, options.label_key, split)
-    if label is not None:
-        split.class_names = _names_in_schema(files[0], label) or None
+    label = _label_column(files[0], schema, image, options.label_key, split)
+    split.class_names = _names_in_schema(files[0], schema, label) or None
     names = [file.relative_to(root).as_posix() for file in files]
     if options.train is None and not options.all_train and not any(map(splits_of_file, names)):
         for name in SPLIT_COLUMNS:
@@ -89,9 +89,8 @@ def _open(path: Path):
         raise SourceError(f"{path} cannot be read: {error}") from None
 
 
-def _image_column(path: Path, requested: str | None) -> str:
+def _image_column(path: Path, schema, requested: str | None) -> str:
     """The column with the bytes of the images. Raises SourceError."""
-    schema = _open(path).schema_arrow
     from pyarrow import types
 
     name = requested or next((name for name in IMAGE_NAMES if name in schema.names), "image")
@@ -100,8 +99,7 @@ def _image_column(path: Path, requested: str | None) -> str:
             f"{path} has no column {name}; it has {', '.join(schema.names)}: state the column of"
             " the images with --image-key NAME"
         )
-    column = schema.field(name).type
-    content = column
+    column = content = schema.field(name).type
     if types.is_struct(column) and column.get_field_index("bytes") >= 0:
         content = column.field("bytes").type
     if not (types.is_binary(content) or types.is_large_binary(content) or types.is_null(content)):
@@ -112,29 +110,26 @@ def _image_column(path: Path, requested: str | None) -> str:
     return name
 
 
-def _label_column(path: Path, image: str, requested: str | None, split: Split) -> str | None:
+def _label_column(
+    path: Path, schema, image: str, requested: str | None, split: Split
+) -> str | None:
     """The column of the labels. One that is not of numbers or names is only used on request."""
-    schema = _open(path).schema_arrow
-    candidates = [
-        name
-        for name in schema.names
-        if name != image and _is_text_or_number(schema.field(name).type)
-    ]
+    kinds = {name: schema.field(name).type for name in schema.names}
+    candidates = [name for name in kinds if name != image and _is_text_or_number(kinds[name])]
     name = label_key(schema.names, requested, path, split.unused, candidates=candidates)
-    if name is None or _is_text_or_number(column := schema.field(name).type):
+    if name is None or _is_text_or_number(kinds[name]):
         return name
     if requested is not None:
-        raise SourceError(f"--label-key {name}: {path} has cells of type {column} there")
-    split.unused[f"{name} of {path.name}, whose cells are of type {column}"] = None
+        raise SourceError(f"--label-key {name}: {path} has cells of type {kinds[name]} there")
+    split.unused[f"{name} of {path.name}, whose cells are of type {kinds[name]}"] = None
     return None
 
 
-def _names_in_schema(path: Path, label: str) -> list[str]:
+def _names_in_schema(path: Path, schema, label: str | None) -> list[str]:
     """The names of the classes that the hub's metadata lists; none without them."""
-    metadata = _open(path).schema_arrow.metadata or {}
     try:
-        features = json.loads(metadata.get(b"huggingface", b"{}")).get("info", {})["features"]
-        names = [str(name) for name in features[label].get("names", [])]
+        content = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
+        names = [str(name) for name in content["info"]["features"][label].get("names", [])]
     except (ValueError, LookupError, TypeError, AttributeError):
         return []
     if len(set(names)) < len(names):
@@ -143,16 +138,18 @@ def _names_in_schema(path: Path, label: str) -> list[str]:
 
 
 def _images(split: Split, files: list[Path], image: str, label: str | None) -> Iterator[FoundImage]:
+    first = {*_open(files[0]).schema_arrow.names}
     for path in files:
+        file = _open(path)
+        schema = file.schema_arrow
         for column in (image, label):
-            if column is not None and column not in _open(path).schema_arrow.names:
+            if column is not None and column not in schema.names:
                 raise SourceError(f"{path} has no column {column}, unlike {files[0].name}")
-        first, here = (set(_open(file).schema_arrow.names) for file in (files[0], path))
-        if label is None and (found := sorted(here & set(LABEL_NAMES) - first)):
+        if label is None and (found := sorted({*schema.names} & {*LABEL_NAMES} - first)):
             raise SourceError(f"{path} has a column {found[0]}, unlike {files[0].name}")
-        _image_column(path, image)
-        names = _names_in_schema(path, label) if label is not None else []
-        for row, value, name in _rows(path, image, label):
+        _image_column(path, schema, image)
+        names = _names_in_schema(path, schema, label)
+        for row, value, name in _rows(file, image, label):
             name = name or f"{path.relative_to(split.root).with_suffix('')}/{row}"
             try:
                 value = _named(parse_label(value), names)
@@ -171,24 +168,21 @@ def _named(label: Label, names: list[str]) -> Label:
     return names[label]
 
 
-def _rows(path: Path, image: str, label: str | None) -> Iterator[tuple[int, Any, str | None]]:
+def _rows(file, image: str, label: str | None) -> Iterator[tuple[int, Any, str | None]]:
     """Yield (row number, label, path of the image) of every row, without reading the images."""
-    file = _open(path)
-    available = {column.path for column in file.schema}
-    has_paths = f"{image}.path" in available
-    columns = [*([label] if label is not None else []), *([f"{image}.path"] if has_paths else [])]
+    path = f"{image}.path"
+    has_paths = path in {column.path for column in file.schema}
+    columns = [column for column in (label, path if has_paths else None) if column is not None]
     if not columns:
         yield from ((row, None, None) for row in range(file.metadata.num_rows))
         return
-    row = 0
+    first = 0
     for batch in file.iter_batches(BATCH, columns=columns):
+        rows = range(first, first + len(batch))
         labels = batch[label].to_pylist() if label is not None else [None] * len(batch)
-        paths = [None] * len(batch)
-        if has_paths:
-            paths = [value and value["path"] for value in batch[image].to_pylist()]
-        for value, name in zip(labels, paths, strict=True):
-            yield row, value, name
-            row += 1
+        cells = batch[image].to_pylist() if has_paths else [None] * len(batch)
+        yield from zip(rows, labels, (cell and cell["path"] for cell in cells), strict=True)
+        first = rows.stop
 
 
 def _load(images: Iterator[SourceImage], column: str) -> Iterator[SourceImage]:
@@ -210,9 +204,9 @@ def _load(images: Iterator[SourceImage], column: str) -> Iterator[SourceImage]:
                 except (OSError, ArrowException) as error:
                     raise SourceError(f"{path} cannot be read: {error}") from None
             value = values[row - starts[group]].as_py()  # type: ignore[index]
-            data = value.get("bytes") if isinstance(value, dict) else value
+            cell = value if isinstance(value, dict) else {"bytes": value}
+            data = cell.get("bytes")
             if data is None:
-                outside = value.get("path") if isinstance(value, dict) else None
-                problem = "not in the file, only its path" if outside else "no bytes"
+                problem = "not in the file, only its path" if cell.get("path") else "no bytes"
                 data = image.data._replace(problem=problem)
             yield image._replace(data=data)

@@ -11,12 +11,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from pipelines.convert.manifest import SourceError, Split
-from pipelines.convert.sources.files import (
-    PACKED,
-    UNFINISHED_DOWNLOADS,
-    files_below,
-    find_files,
-)
+from pipelines.convert.sources.files import PACKED, UNFINISHED_DOWNLOADS, files_below, find_files
 from pipelines.convert.sources.labels import TABLES
 
 WORDS = {
@@ -41,10 +36,9 @@ class SourceOptions:
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """Paths, sorted, relative to the source: of both splits, and by reason those left out."""
+    """Paths, sorted, relative to the source: of each split, and by reason those left out."""
 
-    train: list[str]
-    val: list[str]
+    splits: dict[str, list[str]]
     left_out: dict[str, list[str]]
 
 
@@ -76,20 +70,19 @@ def place(
         return _place_by_pattern(root, paths, options)
     found = {path: splits_of(path) for path in paths}
     if options.all_train or not any(splits - {"train"} for splits in found.values()):
-        return Placement(paths, [], {})
+        return Placement({"train": paths}, {})
     if unplaced := [path for path, splits in found.items() if len(splits) != 1]:
         raise SourceError(
             f"{root} has names of splits, but not of one split in {some(unplaced)}: state both"
             " with --train GLOB and --val GLOB, or take all names as they are with --all-train"
         )
     train, val, test = ([path for path in paths if split in found[path]] for split in WORDS)
-    if not train:
-        train, val = val, []
-    if not train:
+    if not train and not val:
         raise SourceError(
             f"{root} has only a test split, {some(test)}; train on it with --train {test[0]}"
         )
-    return Placement(train, val, {FOR_TESTING: test} if test else {})
+    splits = {"train": train, "val": val} if train and val else {"train": train or val}
+    return Placement(splits, {FOR_TESTING: test} if test else {})
 
 
 def splits_of_files(
@@ -114,8 +107,7 @@ def splits_of_files(
         _refuse_unread(source, suffix, notable)
     splits = {
         name: split_of([source / path for path in paths])
-        for name, paths in (("train", placement.train), ("val", placement.val))
-        if paths
+        for name, paths in placement.splits.items()
     }
     ignored, unused = splits["train"].ignored, splits["train"].unused
     ignored[f"not named {suffix}"] += num_others
@@ -183,9 +175,9 @@ def _refuse_configurations(root: Path, placement: Placement) -> None:
         named = [index for index, name in enumerate(folders) if splits_of_folder(name)]
         return "/".join(folders[: named[0]] if named else folders)
 
-    files = (placement.train, placement.val, *placement.left_out.values())
+    files = (*placement.splits.values(), *placement.left_out.values())
     prefixes = sorted({prefix(path) for paths in files for path in paths})
-    if len(prefixes) > 1 and any(splits_of_file(path) for path in placement.train):
+    if len(prefixes) > 1 and any(map(splits_of_file, placement.splits["train"])):
         raise SourceError(
             f"{root} has splits in several folders ({some(prefixes)}): name one of them as SOURCE,"
             " or state the files with --train GLOB and --val GLOB"
@@ -193,7 +185,7 @@ def _refuse_configurations(root: Path, placement: Placement) -> None:
 
 
 def _place_by_pattern(root: Path, paths: list[str], options: SourceOptions) -> Placement:
-    matched: dict[str, list[str]] = {"train": [], "val": []}
+    matched: dict[str, list[str]] = {}
     for split, pattern in (("train", options.train), ("val", options.val)):
         if pattern is not None:
             matched[split] = [path for path in paths if _matches(path, pattern)]
@@ -201,10 +193,10 @@ def _place_by_pattern(root: Path, paths: list[str], options: SourceOptions) -> P
                 raise SourceError(f"--{split} {pattern} matches nothing of {root}: {some(paths)}")
     if options.all_train or options.train is None:
         raise SourceError("--val requires --train; --all-train excludes both")
-    if both := sorted(set(matched["train"]) & set(matched["val"])):
+    if both := sorted(set(matched["train"]).intersection(matched.get("val", ()))):
         raise SourceError(f"--train and --val match both {some(both)}")
-    rest = [path for path in paths if path not in {*matched["train"], *matched["val"]}]
-    return Placement(matched["train"], matched["val"], {UNMATCHED: rest} if rest else {})
+    rest = sorted(set(paths).difference(*matched.values()))
+    return Placement(matched, {UNMATCHED: rest} if rest else {})
 
 
 def _matches(path: str, pattern: str) -> bool:

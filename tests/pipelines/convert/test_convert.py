@@ -288,10 +288,10 @@ def test_flags_without_an_effect_are_refused(folder, tmp_path, capsys, arguments
 
 
 def test_an_error_of_reading_is_not_one_of_writing(folder, tmp_path, monkeypatch, capsys):
-    def fail(split, top, prefix, nested):
+    def fail(split, top, label, nested):
         raise OSError(errno.EIO, "Input/output error", str(top))
 
-    monkeypatch.setattr("pipelines.convert.sources.folder._sort_keys", fail)
+    monkeypatch.setattr("pipelines.convert.sources.folder._images_below", fail)
     assert convert(folder, tmp_path / "out.beton") == 2
     assert f"SOURCE {folder} cannot be read: [Errno 5]" in capsys.readouterr().err
 
