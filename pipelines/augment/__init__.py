@@ -71,11 +71,6 @@ class Draw:
         return _map_fields(lambda tensor: tensor.to(device), self)
 
 
-def concatenate(*draws: Draw) -> Draw:
-    """The parameters of several batches as those of one, in order."""
-    return _map_fields(lambda *tensors: torch.cat(tensors), *draws)
-
-
 def _map_fields(function, *draws: Draw) -> Draw:
     names = [field.name for field in dataclasses.fields(Draw)]
     return Draw(**{name: function(*(getattr(draw, name) for draw in draws)) for name in names})
@@ -135,7 +130,8 @@ def apply(
 
 def draw_views(branches: Iterable[Branch], keys: Iterable[np.ndarray]) -> Draw:
     """`draw` for each branch with its keys, as the parameters of one batch, in order."""
-    return concatenate(*(draw(*pair) for pair in zip(branches, keys, strict=True)))
+    draws = (draw(*pair) for pair in zip(branches, keys, strict=True))
+    return _map_fields(lambda *tensors: torch.cat(tensors), *draws)
 
 
 def apply_in_threads(

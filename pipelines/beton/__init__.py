@@ -12,28 +12,7 @@ from functools import cached_property
 
 import numpy as np
 
-from pipelines.beton.layout import (
-    ALLOCATION,
-    EXTRAS,
-    FIELD,
-    FIELD_RECORDS,
-    HEADER,
-    INT,
-    JPEG,
-    MAGIC,
-    MAX_CLASSES,
-    MAX_PIXELS,
-    PAGE_SIZES,
-    RAW,
-    RGB_IMAGE,
-    VERSION,
-    chunks,
-    content_sha256,
-    metadata_dtype,
-    name_at,
-    name_ends,
-    tables_crc,
-)
+from pipelines.beton import layout
 from pipelines.common.atomic import READ
 
 
@@ -91,14 +70,14 @@ class BetonReader:
 
     def is_raw(self, index: int) -> bool:
         """Whether the record is height x width x 3 bytes of RGB instead of a JPEG."""
-        return int(self._images[index]["mode"]) == RAW
+        return int(self._images[index]["mode"]) == layout.RAW
 
     def name(self, index: int) -> str:
         """Path of the source file relative to the converted folder, or "record 17"."""
         index = range(len(self))[index]
         if self._checksums is None:
             return f"record {index}"
-        return name_at(self._names, self._name_ends, index)
+        return layout.name_at(self._names, self._name_ends, index)
 
     def location(self, index: int) -> tuple[int, int, int | None]:
         """(offset in the file, bytes, CRC-32 or None if the file has no checksums)."""
@@ -114,36 +93,36 @@ class BetonReader:
     def sha256(self) -> str:
         """`content_sha256` of the file (reads no image); sizes stand for missing checksums."""
         checksums = self._sizes if self._checksums is None else self._checksums
-        return content_sha256([self._metadata], [np.ascontiguousarray(checksums)])
+        return layout.content_sha256([self._metadata], [np.ascontiguousarray(checksums)])
 
     def _read_tables(self) -> None:
         """Map header, field descriptors, metadata and allocations as views, without copies."""
-        self._header = self._view(0, HEADER, 1)
+        self._header = self._view(0, layout.HEADER, 1)
         version, num_fields, self.page_size, num_samples, self._tables_start = self._header.item()
-        self._require(version == VERSION, "not a .beton file of version 2")
+        self._require(version == layout.VERSION, "not a .beton file of version 2")
         self._require(self._tables_start > 0, "its conversion did not finish; convert again")
         self._require(num_samples > 0, "it contains no images")
-        self._require(self.page_size in PAGE_SIZES, f"impossible page size {self.page_size}")
+        self._require(self.page_size in layout.PAGE_SIZES, f"impossible page size {self.page_size}")
 
-        self._fields = self._view(HEADER.itemsize, FIELD, num_fields)
+        self._fields = self._view(layout.HEADER.itemsize, layout.FIELD, num_fields)
         type_ids = self._fields["type_id"].tolist()
         self.fields = [name.split(b"\0")[0] for name in self._fields["name"].tolist()]  # bytes
-        unknown = set(type_ids) - FIELD_RECORDS.keys()
+        unknown = set(type_ids) - layout.FIELD_RECORDS.keys()
         self._require(not unknown, f"unknown field types {unknown}: FFCV defines 0 to 6")
-        self.image_field = _choose(b"image", RGB_IMAGE, self.fields, type_ids)
-        self._label_field = _choose(b"label", INT, self.fields, type_ids)
+        self.image_field = _choose(b"image", layout.RGB_IMAGE, self.fields, type_ids)
+        self._label_field = _choose(b"label", layout.INT, self.fields, type_ids)
         self._require(self.image_field >= 0, "it has no RGB image field")
 
-        metadata_start = HEADER.itemsize + self._fields.nbytes
-        record = metadata_dtype(type_ids)
+        metadata_start = layout.HEADER.itemsize + self._fields.nbytes
+        record = layout.metadata_dtype(type_ids)
         self._metadata = self._view(metadata_start, record, num_samples)
         self._images = self._metadata[f"f{self.image_field}"]
         self._data_start = metadata_start + self._metadata.nbytes
-        count, rest = divmod(len(self._bytes) - self._tables_start, ALLOCATION.itemsize)
+        count, rest = divmod(len(self._bytes) - self._tables_start, layout.ALLOCATION.itemsize)
         self._require(rest == 0, "truncated, or its allocation table is damaged")
         plausible = 0 < count <= len(self._metadata) * len(type_ids)  # at most one per field
         self._require(plausible, f"{count} allocations for {len(self._metadata)} images")
-        self._allocations = self._view(self._tables_start, ALLOCATION, count)
+        self._allocations = self._view(self._tables_start, layout.ALLOCATION, count)
 
     def _locate_images(self) -> None:
         """Find the bytes of every image; FFCV stores their size only in the allocation table."""
@@ -164,13 +143,15 @@ class BetonReader:
             self._require_all(matches, "an image points to the bytes of another")
             self._ptrs, self._sizes = ptrs[found], sizes[found]
 
-        for rows in chunks(len(image_ptrs)):
+        for rows in layout.chunks(len(image_ptrs)):
             images = self._images[rows]
             pixels = images["height"].astype(np.uint64) * images["width"]
-            possible = (pixels > 0) & (pixels <= MAX_PIXELS)
+            possible = (pixels > 0) & (pixels <= layout.MAX_PIXELS)
             self._require_all(possible, "an image has an impossible size", rows)
-            self._require_all(images["mode"] <= RAW, "an image is neither JPEG nor raw", rows)
-            complete = (images["mode"] == JPEG) | (self._sizes[rows] == 3 * pixels)
+            self._require_all(
+                images["mode"] <= layout.RAW, "an image is neither JPEG nor raw", rows
+            )
+            complete = (images["mode"] == layout.JPEG) | (self._sizes[rows] == 3 * pixels)
             self._require_all(complete, "a raw image's length is not height x width x 3", rows)
 
     def _allocated_in_order(self) -> bool:
@@ -181,12 +162,12 @@ class BetonReader:
             and (allocations["size"][rows] > 0).all()
             and (allocations["ptr"][rows] == image_ptrs[rows]).all()
             and (np.diff(image_ptrs[rows.start : rows.stop + 1].astype(np.int64)) > 0).all()
-            for rows in chunks(len(image_ptrs))
+            for rows in layout.chunks(len(image_ptrs))
         )
 
     def _check_allocations(self, ptrs: np.ndarray, sizes: np.ndarray) -> None:
         """Check uint64 [n] each, sorted by ptr: inside the data, in one page, not overlapping."""
-        for rows in chunks(len(ptrs)):
+        for rows in layout.chunks(len(ptrs)):
             start, size = ptrs[rows], sizes[rows]
             # Differences, not sums: a uint64 sum can wrap around.
             inside = (start >= self._data_start) & (start <= self._tables_start)
@@ -207,8 +188,8 @@ class BetonReader:
         arguments = self._fields["arguments"][self.image_field].tobytes()
         if not any(arguments):
             return
-        extras = np.frombuffer(arguments, EXTRAS, count=1)
-        known = extras["magic"][0].tobytes() == MAGIC
+        extras = np.frombuffer(arguments, layout.EXTRAS, count=1)
+        known = extras["magic"][0].tobytes() == layout.MAGIC
         self._require(known, "its image field has arguments that neither FFCV nor bt-fast writes")
         num_classes, start, names_size, class_names_size = (
             int(extras[key][0]) for key in ("num_classes", "ptr", "names_size", "class_names_size")
@@ -219,25 +200,25 @@ class BetonReader:
         self._require(inside, "its extras are not between the images and the allocation table")
         blob = self._view(start, np.dtype(np.uint8), num_bytes)
         tables = (self._metadata, blob, self._allocations)
-        crc = tables_crc(self._header, self._fields, self.image_field, tables)
+        crc = layout.tables_crc(self._header, self._fields, self.image_field, tables)
         self._require(crc == extras["crc"][0], "its tables are damaged (checksum mismatch)")
         self._checksums = blob[:names_start].view("<u4")
         self._names = blob[names_start:classes_start]
-        self._name_ends = name_ends(self._names)
+        self._name_ends = layout.name_ends(self._names)
         self._require(len(self._name_ends) == len(self), "its list of names is damaged")
         classes = blob[classes_start:]
-        ends = name_ends(classes)
+        ends = layout.name_ends(classes)
         self._require(len(ends) == num_classes, "its list of classes is damaged")
-        self.class_names = [name_at(classes, ends, label) for label in range(num_classes)]
+        self.class_names = [layout.name_at(classes, ends, label) for label in range(num_classes)]
 
     def _read_labels(self) -> None:
         self.labels = np.full(len(self), -1, np.int64)
         if self._label_field >= 0:
             stored = self._metadata[f"f{self._label_field}"]
-            for rows in chunks(len(self)):
+            for rows in layout.chunks(len(self)):
                 np.maximum(stored[rows], -1, out=self.labels[rows])
         highest = int(self.labels.max())
-        limit = MAX_CLASSES if self.class_names is None else len(self.class_names)
+        limit = layout.MAX_CLASSES if self.class_names is None else len(self.class_names)
         self._require(highest < limit, f"label {highest} is out of range: at most {limit} classes")
         self.num_classes = highest + 1 if self.class_names is None else limit
 
@@ -269,7 +250,7 @@ def _map(path: str) -> mmap.mmap:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
             raise BetonError(f"{path}: not a regular file")
-        if status.st_size < HEADER.itemsize:
+        if status.st_size < layout.HEADER.itemsize:
             raise BetonError(f"{path}: too short ({status.st_size} bytes) to be a .beton file")
         return mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ)
     except OSError as error:

@@ -14,26 +14,12 @@ from typing import BinaryIO
 
 import numpy as np
 
-from pipelines.beton.layout import (
-    ALLOCATION,
-    EXTRAS,
-    FIELD,
-    HEADER,
-    INT,
-    JPEG,
-    MAGIC,
-    PAGE_SIZES,
-    RGB_IMAGE,
-    VERSION,
-    content_sha256,
-    metadata_dtype,
-    tables_crc,
-)
+from pipelines.beton import layout
 from pipelines.common.atomic import atomic_file, open_for_recovery, read_at
 
-TYPE_IDS = [RGB_IMAGE, INT]  # fields "image" and "label"
+TYPE_IDS = [layout.RGB_IMAGE, layout.INT]  # fields "image" and "label"
 IMAGE_FIELD = 0
-ROW = np.dtype([("metadata", metadata_dtype(TYPE_IDS)), ("size", "<u8"), ("crc", "<u4")])
+ROW = np.dtype([("metadata", layout.metadata_dtype(TYPE_IDS)), ("size", "<u8"), ("crc", "<u4")])
 CHUNK = 4096  # rows in memory at a time
 
 
@@ -53,7 +39,7 @@ class BetonWriter:
     `in_place` writes into `path` itself and keeps what a killed writer has stored there, so that
     `recover` can read it: for callers that move the file when it is complete.
 
-    Raises FileExistsError unless `overwrite` or `in_place`; OSError when the disk is full.
+    Raises FileExistsError unless `in_place`; OSError when the disk is full.
     """
 
     def __init__(
@@ -63,19 +49,18 @@ class BetonWriter:
         num_samples: int,
         class_names: Sequence[str] = (),
         page_size: int = 8 << 20,
-        overwrite: bool = False,
         in_place: bool = False,
     ):
-        if page_size not in PAGE_SIZES:
+        if page_size not in layout.PAGE_SIZES:
             raise ValueError(f"page_size {page_size}: must be a power of two from 2 MiB to 2 GiB")
         self.path = Path(path)
         self.page_size = page_size
-        self._overwrite, self._in_place = overwrite, in_place
+        self._in_place = in_place
         self._capacity = num_samples
         self._num_classes = len(class_names)
         self._class_names = b"".join(_terminated(name) for name in class_names)
         self._num_images = self._names_size = 0
-        self._metadata_start = HEADER.itemsize + len(TYPE_IDS) * FIELD.itemsize
+        self._metadata_start = layout.HEADER.itemsize + len(TYPE_IDS) * layout.FIELD.itemsize
         metadata_end = self._metadata_start + num_samples * ROW["metadata"].itemsize
         self._data_start = self._position = _round_up(metadata_end, page_size)
         self._row = np.zeros(1, ROW)  # the padding between its fields stays 0
@@ -83,11 +68,8 @@ class BetonWriter:
 
     def __enter__(self) -> "BetonWriter":
         with ExitStack() as exit_:
-            self._file: BinaryIO
-            if self._in_place:
-                self._file = exit_.enter_context(open_for_recovery(self.path))
-            else:
-                self._file = exit_.enter_context(atomic_file(self.path, overwrite=self._overwrite))
+            opened = open_for_recovery if self._in_place else atomic_file
+            self._file: BinaryIO = exit_.enter_context(opened(self.path))
             self._file.seek(self._position)
             self._rows = exit_.enter_context(tempfile.TemporaryFile(dir=self.path.parent))
             self._names = exit_.enter_context(tempfile.TemporaryFile(dir=self.path.parent))
@@ -122,13 +104,13 @@ class BetonWriter:
         if not -1 <= label < self._num_classes:
             raise ValueError(f"{name}: label {label} is out of range: {self._num_classes} classes")
         page_size, position = self._next_position(size)
-        if size == 0 or page_size not in PAGE_SIZES:
+        if size == 0 or page_size not in layout.PAGE_SIZES:
             raise ValueError(f"{name}: {size} bytes cannot be stored")
         terminated = _terminated(name)
         checksum = zlib.crc32(jpeg) if checksum is None else checksum
         self._skip(self._position, position)
         self._file.write(jpeg)
-        self._row[0] = ((JPEG, width, height, position), label), size, checksum
+        self._row[0] = ((layout.JPEG, width, height, position), label), size, checksum
         self._rows.write(self._row.view(np.uint8).data)
         self._names.write(terminated)
         self._names_size += len(terminated)
@@ -163,13 +145,16 @@ class BetonWriter:
         extras_size = 4 * len(self) + self._names_size + len(self._class_names)
         alloc_table_ptr = _round_up(extras_ptr + extras_size, 8)
         header = np.array(
-            [(VERSION, len(TYPE_IDS), self.page_size, len(self), alloc_table_ptr)], HEADER
+            [(layout.VERSION, len(TYPE_IDS), self.page_size, len(self), alloc_table_ptr)],
+            layout.HEADER,
         )
         sizes = self._names_size, len(self._class_names)
-        locator = np.array([(np.void(MAGIC), 0, self._num_classes, extras_ptr, *sizes)], EXTRAS)
+        locator = np.array(
+            [(np.void(layout.MAGIC), 0, self._num_classes, extras_ptr, *sizes)], layout.EXTRAS
+        )
         tables = self._write_tables(extras_ptr, alloc_table_ptr)
-        locator["crc"] = tables_crc(header, _fields(locator), IMAGE_FIELD, tables)
-        for position, table in (HEADER.itemsize, _fields(locator)), (0, header):
+        locator["crc"] = layout.tables_crc(header, _fields(locator), IMAGE_FIELD, tables)
+        for position, table in (layout.HEADER.itemsize, _fields(locator)), (0, header):
             self._file.seek(position)
             self._file.write(table.view(np.uint8).data)
         metadata_end = self._metadata_start + len(self) * ROW["metadata"].itemsize
@@ -180,7 +165,7 @@ class BetonWriter:
 
     def sha256(self) -> str:
         """`content_sha256` of the images added, equal to that of the reader."""
-        return content_sha256(self._metadata_chunks(), self._checksum_chunks())
+        return layout.content_sha256(self._metadata_chunks(), self._checksum_chunks())
 
     def _next_position(self, size: int) -> tuple[int, int]:
         """Page size and position of the next image if it has `size` bytes."""
@@ -236,7 +221,7 @@ class BetonWriter:
     def _allocation_chunks(self) -> Iterator[np.ndarray]:
         first = 0
         for rows in self._row_chunks():
-            allocations = np.empty(len(rows), ALLOCATION)
+            allocations = np.empty(len(rows), layout.ALLOCATION)
             allocations["sample_id"] = np.arange(first, first + len(rows))
             allocations["ptr"] = rows["metadata"]["f0"]["data_ptr"]
             allocations["size"] = rows["size"]
@@ -245,7 +230,7 @@ class BetonWriter:
 
 
 def _fields(locator: np.ndarray) -> np.ndarray:
-    fields = np.zeros(len(TYPE_IDS), FIELD)
+    fields = np.zeros(len(TYPE_IDS), layout.FIELD)
     fields["type_id"] = TYPE_IDS
     fields["name"] = b"image", b"label"
     fields["arguments"][IMAGE_FIELD] = locator.tobytes().ljust(1024, b"\0")

@@ -55,7 +55,8 @@ def atomic_file(path: str | os.PathLike, *, overwrite: bool = False) -> Iterator
 
 
 def move_together(moves: Iterable[tuple[Path, Path]]) -> None:
-    """Move files and folders to their final paths; a stop signal waits, a failure moves them back.
+    """Move files and folders to their final paths, and sync the folders of these; a stop signal
+    waits, a failure moves them back.
 
     What stood at these paths is replaced, and not restored by a failure.
     """
@@ -69,6 +70,8 @@ def move_together(moves: Iterable[tuple[Path, Path]]) -> None:
             for source, path in reversed(moved):
                 os.replace(path, source)
             raise
+    for folder in {path.parent for _, path in moved}:
+        sync(folder)
 
 
 @contextlib.contextmanager

@@ -36,10 +36,6 @@ th, td { padding: 3px 18px 3px 0; text-align: left; vertical-align: top;
   border-bottom: 1px solid var(--line); overflow-wrap: anywhere; }
 th { color: var(--soft); font-weight: 600; }
 td.number { text-align: right; font-variant-numeric: tabular-nums; overflow-wrap: normal; }
-.bars { display: grid; grid-template-columns: minmax(80px, max-content) 1fr max-content;
-  gap: 2px 12px; align-items: center; max-height: 420px; overflow: auto; font-size: 13px; }
-.bar { height: 11px; background: var(--fill); border-radius: 2px; }
-.number { font-variant-numeric: tabular-nums; text-align: right; }
 .plots { display: flex; flex-wrap: wrap; gap: 24px; }
 figure { margin: 0; }
 figcaption { color: var(--soft); font-size: 12px; overflow-wrap: anywhere; }
@@ -106,27 +102,15 @@ def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     return f"<table>\n<tr>{titles}</tr>\n{''.join(lines)}</table>\n" if lines else ""
 
 
-def bars(counts: Iterable[tuple[str, int]]) -> str:
-    """A horizontal bar for each name and count. Empty without any."""
-    counts = list(counts)
-    largest = max((count for _, count in counts), default=0) or 1
-    lines = [
-        f'<span>{text(name)}</span><div class="bar" style="width:{100 * count / largest:.1f}%">'
-        f'</div><span class="number">{text(count)}</span>\n'
-        for name, count in counts
-    ]
-    return f'<div class="bars">\n{"".join(lines)}</div>\n' if lines else ""
-
-
-def histogram(title: str, values: np.ndarray, num_bins: int = 32) -> str:
+def histogram(title: str, values: np.ndarray) -> str:
     """A histogram of the values, [n], as SVG. Empty without values."""
     if not len(values):
         return ""
     low, high = float(values.min()), float(values.max())
     if low == high:
         low, high = low - 0.5, high + 0.5
-    counts, _ = np.histogram(values, num_bins, (low, high))
-    width, height, step = 320, 96, 320 / num_bins
+    counts, _ = np.histogram(values, 32, (low, high))
+    width, height, step = 320, 96, 10
     rects = [
         f'<rect x="{step * i:.1f}" y="{height - h:.1f}" width="{step - 1:.1f}" height="{h:.1f}"/>'
         for i, h in enumerate((height * counts / max(counts.max(), 1)).tolist())
@@ -157,14 +141,15 @@ def sheet(pictures: Iterable[Picture]) -> str:
     return f'<div class="sheet">\n{"".join(figures)}</div>\n' if figures else ""
 
 
-def thumbnail(jpeg: bytes, side: int = THUMBNAIL_SIDE) -> bytes:
-    """A JPEG of at most `side` x `side` pixels. Raises ValueError if the image does not decode."""
+def thumbnail(jpeg: bytes) -> bytes:
+    """A JPEG of at most THUMBNAIL_SIDE pixels. Raises ValueError if the image does not decode."""
     height, width, _, _ = simplejpeg.decode_jpeg_header(jpeg)
-    # The lowest resolution of the decoder that is at least three quarters of `side`.
-    least = [max(1, min(s, 3 * side * s // (4 * max(height, width)))) for s in (height, width)]
+    # The lowest resolution of the decoder that is at least three quarters of the side.
+    wanted = 3 * THUMBNAIL_SIDE / (4 * max(height, width))
+    least = [max(1, min(s, int(wanted * s))) for s in (height, width)]
     pixels = simplejpeg.decode_jpeg(
         jpeg, "RGB", min_height=least[0], min_width=least[1], min_factor=1, strict=False
     )
     small = Image.fromarray(pixels)
-    small.thumbnail((side, side))
+    small.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
     return simplejpeg.encode_jpeg(np.ascontiguousarray(small), quality=80, colorsubsampling="420")

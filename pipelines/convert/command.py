@@ -438,7 +438,3 @@ def _fail_without_reader(kept: str) -> int:
 def _fail(message: str, code: int) -> int:
     print_line(f"bt-convert: {message}", file=sys.stderr)
     return code
-
-
-if __name__ == "__main__":
-    sys.exit(main())

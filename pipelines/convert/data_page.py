@@ -10,7 +10,6 @@ from pipelines.common import html_report as html
 from pipelines.convert.data_report import MAX_LISTED, Report, account, class_sizes
 from pipelines.convert.findings import MARKS, groups, marked_images, note
 
-MAX_CLASSES = 1000  # that have a bar
 NUM_RANDOM, NUM_CLASSES = 16, 24  # pictures of the sheets
 NUM_PAIRS, NUM_MARKED = 8, 6
 SEED = 0
@@ -114,16 +113,16 @@ def _marked(report: Report, content: dict) -> str:
 
 def _classes(contents: dict[str, dict]) -> str:
     names = contents["train"]["classes"]
-    parts = []
-    for split, content in contents.items() if names else ():
-        counts = content["samples_per_class"]
-        parts += [
-            html.subheading(f"{split}: {class_sizes(names, counts)}"),
-            html.bars(list(zip(names, counts, strict=True))[:MAX_CLASSES]),
-        ]
-    if len(names) > MAX_CLASSES:
-        parts.append(html.paragraph(f"The first {MAX_CLASSES:,} of {len(names):,} classes."))
-    return html.section("Classes", *parts)
+    if not names:
+        return ""
+    counts = {split: content["samples_per_class"] for split, content in contents.items()}
+    rows = list(zip(names, *counts.values(), strict=True))[:MAX_LISTED]
+    return html.section(
+        _some(len(names), "classes", len(rows)),
+        *(html.paragraph(f"{split}: {class_sizes(names, c)}") for split, c in counts.items()),
+        html.row(*(html.histogram(f"images of a class, {s}", np.array(counts[s])) for s in counts)),
+        html.table(["class", *counts], rows),
+    )
 
 
 def _formats(name: str, content: dict) -> str:

@@ -110,8 +110,10 @@ class Manifest:
             raise SourceError(f"{split.root} has no images that can be read{reason}")
         class_names = split.class_names if class_names is None else class_names
         self.class_names = _class_names(split, found) if class_names is None else class_names
-        if split.class_names is None:
-            _add_numbered(self.class_names, found)
+        if split.class_names is None and self.class_names and _are_numbers(self.class_names):
+            # Higher numbers, which only the validation images have, are classes of both splits.
+            highest = max((label for label in found if isinstance(label, int)), default=-1)
+            self.class_names += numbered_names(highest + 1)[len(self.class_names) :]
         label_of = _label_indices(split, found, self.class_names)
         self._labels = {number: label_of[label] for label, number in found.items()}
         self.samples_per_class: Counter[int] = Counter()
@@ -151,16 +153,18 @@ class Manifest:
         wanted, first = set(positions), self._range.start
         if self._per_class < max(self.samples_per_class.values()):  # a subset
             return {position: image for position, image in enumerate(self) if position in wanted}
+        self._file.seek(0)
         return {
             number - first: self._parse(line)
-            for number, line in enumerate(self._lines())
+            for number, line in enumerate(self._file)
             if number - first in wanted
         }
 
     def _subset(self) -> Iterator[SourceImage]:
         num_seen: Counter[int] = Counter()
         num_extra = self._num_extra
-        for image in map(self._parse, self._lines()):
+        self._file.seek(0)
+        for image in map(self._parse, self._file):
             index = num_seen[image.label]
             num_seen[image.label] += 1
             if index < self._per_class:
@@ -168,10 +172,6 @@ class Manifest:
             elif index == self._per_class and num_extra:
                 num_extra -= 1
                 yield image
-
-    def _lines(self) -> Iterator[bytes]:
-        self._file.seek(0)
-        return iter(self._file)
 
     def _parse(self, line: bytes) -> SourceImage:
         name, number, offset, size, checksum, prefix, path = json.loads(line)
@@ -222,14 +222,6 @@ def _class_names(split: Split, labels: Iterable[Label]) -> list[str]:
             f" {names[0]}: use one kind (-1: no class)"
         )
     return numbered_names(max(numbers, default=-1) + 1) if numbers else names
-
-
-def _add_numbered(class_names: list[str], labels: Iterable[Label]) -> None:
-    """Add the classes of higher numbers, which only the validation images have, to "0", "1", ..."""
-    numbers = [label for label in labels if isinstance(label, int)]
-    count = len(class_names)
-    if numbers and class_names and _are_numbers(class_names):
-        class_names += numbered_names(max(numbers) + 1)[count:]
 
 
 def _are_numbers(class_names: list[str]) -> bool:

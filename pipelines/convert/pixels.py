@@ -26,15 +26,8 @@ from typing import NoReturn
 import numpy as np
 from PIL import Image, ImageFile, features
 
-from pipelines.convert.tiff import (
-    BANDS,
-    EXTRA_SAMPLES,
-    HEIGHT,
-    PHOTOMETRIC,
-    WIDTH,
-    UnreadableImage,
-    read_pages,
-)
+from pipelines.convert import tiff
+from pipelines.convert.tiff import UnreadableImage
 
 MAX_PIXELS = 1 << 27  # 402 MB as RGB; compared with the header before decoding
 # The only formats that Pillow may decode, with what it must be built with.
@@ -96,13 +89,13 @@ def read_rgb(data: bytes, flags: PixelFlags) -> tuple[Image.Image, str]:
     if max(bands) > page.num_bands:
         raise UnreadableImage(f"{_describe(page)}: it has no band {max(bands)}, as of --bands")
     samples = page.samples()[..., [band - 1 for band in bands]]
-    low, high = 0.0, float(page.white or (1 << page.bits) - 1)
     if page.is_deep and flags.range:
         low, high = flags.range
-    elif page.is_deep and flags.bits:
-        high = (1 << flags.bits) - 1
-    if not (page.is_deep and flags.range) and not (samples.min() >= 0 and samples.max() <= high):
-        raise UnreadableImage(f"{_describe(page)}: values outside 0 to {high:g}")
+    else:
+        bits = flags.bits if page.is_deep else None
+        low, high = 0.0, float((1 << bits) - 1 if bits else page.white or (1 << page.bits) - 1)
+        if not (samples.min() >= 0 and samples.max() <= high):
+            raise UnreadableImage(f"{_describe(page)}: values outside 0 to {high:g}")
     pixels = np.stack([_scale(samples[..., i], low, high) for i in range(len(bands))], axis=2)
     pixels = 255 - pixels if page.is_inverted else pixels
     return Image.fromarray(pixels if len(bands) == 3 else pixels[..., 0]).convert("RGB"), what
@@ -111,27 +104,24 @@ def read_rgb(data: bytes, flags: PixelFlags) -> tuple[Image.Image, str]:
 def _decide(page: _Page, flags: PixelFlags) -> list[str]:
     """What flags decide for this page. Raises UnreadableImage if any of it remains unknown."""
     decided, unknown = [], []
-    if page.num_pages > 1:
-        if flags.page:
-            decided.append(f"page {flags.page}")
-        elif page.name in ANIMATED:
-            decided.append(FIRST_FRAME)
-        else:
-            unknown.append(("which page is meant", "--page N"))
-    if not page.num_colours:
-        if flags.bands:
-            decided.append(f"bands {','.join(map(str, flags.bands))}")
-        else:
-            answer = "--bands R,G,B by number, such as 1,2,3, or one for grey"
-            unknown.append(("which bands are red, green and blue", answer))
-    if page.is_deep:
-        if flags.range:
-            decided.append("range {:g} to {:g}".format(*flags.range))
-        elif flags.bits and page.kind != "f":
-            decided.append(f"bits {flags.bits}")
-        elif not page.white:
-            by_bits = "--bits N (12: 4095 is white) or " if page.kind != "f" else ""
-            unknown.append(("which value is white", f"{by_bits}--range MIN:MAX"))
+    if page.num_pages > 1 and flags.page:
+        decided.append(f"page {flags.page}")
+    elif page.num_pages > 1 and page.name in ANIMATED:
+        decided.append(FIRST_FRAME)
+    elif page.num_pages > 1:
+        unknown.append(("which page is meant", "--page N"))
+    if not page.num_colours and flags.bands:
+        decided.append(f"bands {','.join(map(str, flags.bands))}")
+    elif not page.num_colours:
+        answer = "--bands R,G,B by number, such as 1,2,3, or one for grey"
+        unknown.append(("which bands are red, green and blue", answer))
+    if page.is_deep and flags.range:
+        decided.append("range {:g} to {:g}".format(*flags.range))
+    elif page.is_deep and flags.bits and page.kind != "f":
+        decided.append(f"bits {flags.bits}")
+    elif page.is_deep and not page.white:
+        by_bits = "--bits N (12: 4095 is white) or " if page.kind != "f" else ""
+        unknown.append(("which value is white", f"{by_bits}--range MIN:MAX"))
     if unknown:
         questions, answers = (" and ".join(texts) for texts in zip(*unknown, strict=True))
         raise UnreadableImage(
@@ -212,24 +202,19 @@ def _page(data: bytes, flags: PixelFlags) -> _Page:
         facts["num_pages"] = num_pages = getattr(image, "n_frames", 1)
         if num_pages > 1 and facts.get("bits") == 16:
             raise UnreadableImage("an animated PNG of 16 bits, which is not converted")
-        if flags.page and num_pages > 1:
-            _require_page(name, num_pages, flags)
-            image.seek(flags.page - 1)
+        image.seek(_page_index(name, num_pages, flags))
     return _Page(name=name, image=lambda: image, **facts)
 
 
 def _tiff_page(data: bytes, flags: PixelFlags) -> _Page:
     """The page of a TIFF; smaller copies and masks are no pages."""
-    pages = read_pages(data)
+    pages = tiff.read_pages(data)
     complete = [index for index, page in enumerate(pages) if page.is_complete] or [0]
-    index = complete[0]
-    if flags.page and len(complete) > 1:
-        _require_page("TIFF", len(complete), flags)
-        index = complete[flags.page - 1]
+    index = complete[_page_index("TIFF", len(complete), flags)]
     page = pages[index]
-    check_size(page.number(HEIGHT), page.number(WIDTH))
-    photometric, num_bands = page.number(PHOTOMETRIC), page.number(BANDS, 1)
-    is_known = num_bands == _TIFF_BANDS.get(photometric) and not page.numbers(EXTRA_SAMPLES)
+    check_size(page.number(tiff.HEIGHT), page.number(tiff.WIDTH))
+    photometric, num_bands = page.number(tiff.PHOTOMETRIC), page.number(tiff.BANDS, 1)
+    is_known = num_bands == _TIFF_BANDS.get(photometric) and not page.numbers(tiff.EXTRA_SAMPLES)
     is_deep = page.bits > 8 or page.kind != "u"
     if photometric > 2 and not (is_known and not is_deep):
         raise UnreadableImage(
@@ -255,11 +240,12 @@ def _tiff_page(data: bytes, flags: PixelFlags) -> _Page:
     )
 
 
-def _require_page(name: str, num_pages: int, flags: PixelFlags) -> None:
-    if flags.page and flags.page > num_pages:
-        raise UnreadableImage(
-            f"{name}, {num_pages} pages: it has no page {flags.page}, as of --page"
-        )
+def _page_index(name: str, num_pages: int, flags: PixelFlags) -> int:
+    """Index of the page that --page states, if a file has several; else of the first."""
+    number = (flags.page or 1) if num_pages > 1 else 1
+    if number > num_pages:
+        raise UnreadableImage(f"{name}, {num_pages} pages: it has no page {number}, as of --page")
+    return number - 1
 
 
 def _check_png(data: bytes) -> None:

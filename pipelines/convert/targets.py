@@ -9,7 +9,7 @@ from pathlib import Path
 
 from pipelines.beton.layout import VERSION
 from pipelines.beton.writer import BetonWriter
-from pipelines.common.atomic import atomic_file, move_together, refuse_existing, sync
+from pipelines.common.atomic import atomic_file, move_together, refuse_existing
 from pipelines.convert.data_report import Report
 from pipelines.convert.sources.beton_file import val_path
 from pipelines.webdataset.writer import DATASET, ShardWriter
@@ -58,13 +58,10 @@ class BetonTarget:
         """Write the reports and move all files to their names; returns those of the images."""
         for name, report in reports.items():
             content = {"format": "beton", "format_version": VERSION, **report.content(settings)}
-            with atomic_file(work / f"{name}.beton.json", overwrite=True) as file:
-                file.write(json.dumps(content, indent=1).encode() + b"\n")
-        with atomic_file(work / "report.html", overwrite=True) as file:
-            file.write(page.encode())
+            _write(work / f"{name}.beton.json", json.dumps(content, indent=1) + "\n")
+        _write(work / "report.html", page)
         self.check([*reports])
         move_together((work / name, path) for name, path in self._files([*reports]).items())
-        sync(self._out.parent)
         return {name: self._path(name) for name in reports}
 
     def _files(self, splits: list[str]) -> dict[str, Path]:
@@ -124,14 +121,16 @@ class ShardTarget:
             "classes": class_names,
             "splits": contents,
         }
-        with atomic_file(work / "shards" / DATASET, overwrite=True) as file:
-            file.write(json.dumps(dataset, indent=1).encode() + b"\n")
-        with atomic_file(work / "shards" / self.page.name, overwrite=True) as file:
-            file.write(page.encode())
-        self.check(list(reports))
+        _write(work / "shards" / DATASET, json.dumps(dataset, indent=1) + "\n")
+        _write(work / "shards" / self.page.name, page)
+        self.check([*reports])
         moves = [(work / "shards", self._out)]
         if self._out.exists():
             moves.insert(0, (self._out, work / "replaced"))  # removed with the work folder
         move_together(moves)
-        sync(self._out.parent)
         return dict.fromkeys(reports, self._out)
+
+
+def _write(path: Path, text: str) -> None:
+    with atomic_file(path, overwrite=True) as file:
+        file.write(text.encode())

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from pipelines.convert.jpeg import Prepared, UnreadableImage, prepare, read_image
-from pipelines.convert.manifest import Manifest, SourceError, Split
+from pipelines.convert.manifest import Manifest, SourceError
 from pipelines.convert.sources.folder import find_splits
 from pipelines.convert.sources.splits import SourceOptions
 
@@ -31,18 +31,6 @@ class ImageFiles:
         self.class_names: list[str] | None = class_names
         self.num_classes = len(class_names)
         self.sizes = Sizes(self._read_size, len(self._paths))
-
-    @classmethod
-    def from_split(cls, split: Split, class_names: list[str] | None = None) -> "ImageFiles":
-        """The images of a split, in bt-convert's order. Raises SourceError.
-
-        class_names: those of the training images, for a held-out split.
-        """
-        manifest = Manifest(split, class_names=class_names)
-        for path, reason in split.problems:
-            raise SourceError(f"{split.root / path}: {reason}")
-        names, labels = zip(*((image.name, image.label) for image in manifest), strict=True)
-        return cls(split.root, names, labels, manifest.class_names)
 
     def __len__(self) -> int:
         return len(self._paths)
@@ -109,9 +97,12 @@ class Sizes:
 
 
 def open_folder(folder: Path) -> dict[str, ImageFiles]:
-    """{"train": ..., "val": ...}, with bt-convert's splits and classes. Raises SourceError."""
+    """{"train": ..., "val": ...}, as bt-convert orders and labels them. Raises SourceError."""
     opened: dict[str, ImageFiles] = {}
     for name, split in find_splits(folder, SourceOptions()).items():
-        class_names = opened["train"].class_names if opened else None
-        opened[name] = ImageFiles.from_split(split, class_names)
+        manifest = Manifest(split, class_names=opened["train"].class_names if opened else None)
+        for path, reason in split.problems:
+            raise SourceError(f"{split.root / path}: {reason}")
+        names, labels = zip(*((image.name, image.label) for image in manifest), strict=True)
+        opened[name] = ImageFiles(split.root, names, labels, manifest.class_names)
     return opened

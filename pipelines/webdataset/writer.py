@@ -53,8 +53,6 @@ class ShardWriter:
         self._folder, self._split = folder, split
         self._max_bytes, self._has_classes = max_bytes, has_classes
         self._num_images = 0
-        self._file: BinaryIO | None = None
-        self._finalized = False
 
     def __enter__(self) -> "ShardWriter":
         self._places = tempfile.TemporaryFile(dir=self._folder)
@@ -66,9 +64,8 @@ class ShardWriter:
             self._places.close()
         if error_type is None:
             self.finalize()
-        elif self._file is not None:
-            with suppress(OSError):  # the disk is full, so the buffer cannot be flushed
-                self._file.close()
+        with suppress(OSError):  # the disk is full, so the buffer cannot be flushed
+            self._file.close()
 
     def __len__(self) -> int:
         return self._num_images
@@ -99,7 +96,6 @@ class ShardWriter:
 
     def recover(self, size: int) -> bytes:
         """The bytes where `add` would store the next image, of `size` bytes."""
-        assert self._file is not None
         shard, position = self._next_position(size)
         if shard == len(self.shards):
             return read_at(self._file, position, size)
@@ -113,14 +109,13 @@ class ShardWriter:
         """The JPEG of image `index`, of those added so far."""
         self._places.flush()
         shard, offset, size = PLACE.unpack(read_at(self._places, index * PLACE.size, PLACE.size))
-        if self._file is not None:
+        if not self._file.closed:
             self._file.flush()
         with open(self._path(shard, "tar"), "rb") as file:
             return read_at(file, offset, size)
 
     def discard_rest(self) -> None:
         """Remove what a killed writer left after the images added so far."""
-        assert self._file is not None
         self._file.flush()
         self._file.truncate(self._position)
         later = len(self.shards) + 1
@@ -131,11 +126,11 @@ class ShardWriter:
 
     def finalize(self) -> None:
         """Complete the last shard. Called at the end of the block."""
-        if not self._finalized:
-            if not len(self):
-                raise ValueError(f"{self._folder}: no images were added")
-            self._finish_shard()
-            self._finalized = True
+        if self._file.closed:
+            return
+        if not len(self):
+            raise ValueError(f"{self._folder}: no images were added")
+        self._finish_shard()
 
     def sha256(self) -> str:
         """SHA-256 (hex) of the concatenated SHA-256 (hex) of the shards."""
@@ -154,14 +149,13 @@ class ShardWriter:
         return len(self.shards), self._position + BLOCK
 
     def _begin_shard(self) -> None:
-        self._file = open_for_recovery(self._path(len(self.shards), "tar"))
+        self._file: BinaryIO = open_for_recovery(self._path(len(self.shards), "tar"))
         self._digest = hashlib.sha256()
         self._position = 0
         self._index: list[str] = []  # a line for each image
         self._names, self._checksums = bytearray(), array("I")
 
     def _finish_shard(self) -> None:
-        assert self._file is not None
         self._write_member(NAMES, self._names)
         self._write_member(CHECKSUMS, np.asarray(self._checksums, "<u4").tobytes())
         self._write(END)
@@ -169,7 +163,6 @@ class ShardWriter:
         self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()
-        self._file = None
         number = len(self.shards)
         with open(self._path(number, "idx"), "w") as file:
             file.write(f"v1.2 {len(self._index)}\n")
@@ -196,7 +189,6 @@ class ShardWriter:
         return entry
 
     def _write(self, data: bytes | bytearray) -> None:
-        assert self._file is not None
         self._file.write(data)
         self._digest.update(data)
         self._position += len(data)

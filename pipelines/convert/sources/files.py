@@ -142,7 +142,7 @@ def _headers(path: Path, start: int, end: int | None) -> Iterator[tarfile.TarInf
                 _require_end(path, file, archive.offset if info is None else info.offset, end)
     except tarfile.TarError as error:
         refuse_compressed(path)
-        raise SourceError(f"{path} is not a complete tar archive: {error}; get it again") from None
+        raise _incomplete(path, str(error)) from None
 
 
 def _require_end(path: Path, file: BinaryIO, position: int, end: int | None) -> None:
@@ -154,17 +154,15 @@ def _require_end(path: Path, file: BinaryIO, position: int, end: int | None) -> 
     while chunk := file.read(min(1 << 20, rest)):
         if chunk.strip(b"\0"):
             what = "a damaged header" if is_first and chunk[:512].strip(b"\0") else "more data"
-            raise SourceError(
-                f"{path} is not a complete tar archive: {what} where it ends, at byte {position};"
-                " get it again"
-            )
+            raise _incomplete(path, f"{what} where it ends, at byte {position}")
         rest -= len(chunk)
         is_first = False
     if is_first:
-        raise SourceError(
-            f"{path} is not a complete tar archive: its end is missing at byte {position}; get it"
-            " again"
-        )
+        raise _incomplete(path, f"its end is missing at byte {position}")
+
+
+def _incomplete(path: Path, reason: str) -> SourceError:
+    return SourceError(f"{path} is not a complete tar archive: {reason}; get it again")
 
 
 def refuse_compressed(path: Path) -> None:

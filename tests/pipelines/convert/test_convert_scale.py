@@ -38,8 +38,7 @@ def fill_manifest(count: int, folder: Path) -> None:
 
 
 def write_beton(count: int, folder: Path) -> None:
-    names = {"num_samples": count, "class_names": CLASSES}
-    with BetonWriter(folder / f"{count}.beton", **names, overwrite=True) as writer:
+    with BetonWriter(folder / f"{count}.beton", num_samples=count, class_names=CLASSES) as writer:
         for index in range(count):
             writer.add(b"x", 1, 1, index % 2, f"cat/{index}.jpg", checksum=0)
         writer.finalize()

@@ -14,7 +14,7 @@ from hostile import make_folder
 from pipelines.convert.command import main
 
 ROOT = Path(__file__).parents[3]
-COMMAND = [sys.executable, "-m", "pipelines.convert.command"]
+COMMAND = [sys.executable, "-m", "pipelines"]
 
 
 @pytest.fixture(scope="module")
