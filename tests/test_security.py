@@ -178,13 +178,8 @@ def ambiguous_archive(folder: Path) -> list[str]:
         for name, content in {"1.jpg": jpeg, "1.a.jpg": jpeg, "1.cls": b"1"}.items():
             (folder / name).write_bytes(content)
             archive.add(folder / name, name)
-    return [
-        "convert",
-        str(folder / "mixed.tar"),
-        str(folder / "out"),
-        "--format=webdataset",
-        "--workers=1",
-    ]
+    paths = [str(folder / "mixed.tar"), str(folder / "out")]
+    return ["convert", *paths, "--format=webdataset", "--workers=1"]
 
 
 def shard_outside(folder: Path) -> list[str]:

@@ -17,30 +17,20 @@ from pipelines.common.console import printable
 
 THUMBNAIL_SIDE = 112  # pixels
 _STYLE = """
-:root { color-scheme: light dark; --ink: #1d2430; --soft: #667085; --line: #d9dee7;
-  --fill: #3b6fd4; --paper: #fff; --back: #f4f6f9; }
-@media (prefers-color-scheme: dark) { :root { --ink: #e6e9ef; --soft: #98a2b3; --line: #343b48;
-  --fill: #7ba4f4; --paper: #1b2029; --back: #12151b; } }
-* { box-sizing: border-box; }
-body { margin: 0; background: var(--back); color: var(--ink);
+:root { color-scheme: light dark; }
+body { max-width: 1120px; margin: 0 auto; padding: 8px 16px 64px;
   font: 15px/1.5 system-ui, sans-serif; }
-main { max-width: 1120px; margin: 0 auto; padding: 24px 16px 64px; }
-h1 { font-size: 24px; margin: 8px 0 16px; overflow-wrap: anywhere; }
-h2 { font-size: 17px; margin: 0 0 8px; }
-h3 { font-size: 14px; margin: 16px 0 4px; }
-p { margin: 4px 0 8px; }
-section { background: var(--paper); border: 1px solid var(--line); border-radius: 10px;
-  padding: 16px 20px; margin: 16px 0; }
-table { border-collapse: collapse; margin: 4px 0 8px; }
+h1, th, td, figcaption { overflow-wrap: anywhere; }
+h1 { font-size: 24px; } h2 { font-size: 17px; } h3 { font-size: 14px; }
+section { border: 1px solid #8886; border-radius: 10px; padding: 0 20px 8px; margin: 16px 0; }
+table { border-collapse: collapse; }
 th, td { padding: 3px 18px 3px 0; text-align: left; vertical-align: top;
-  border-bottom: 1px solid var(--line); overflow-wrap: anywhere; }
-th { color: var(--soft); font-weight: 600; }
+  border-bottom: 1px solid #8886; }
 td.number { text-align: right; font-variant-numeric: tabular-nums; overflow-wrap: normal; }
+th, figcaption { color: #888; }
 .plots { display: flex; flex-wrap: wrap; gap: 24px; }
-figure { margin: 0; }
-figcaption { color: var(--soft); font-size: 12px; overflow-wrap: anywhere; }
-svg { display: block; } svg rect { fill: var(--fill); }
-svg text { fill: var(--soft); font-size: 11px; }
+figure { margin: 0; } figcaption { font-size: 12px; }
+svg { display: block; } svg rect { fill: #5b86dc; } svg text { fill: #888; font-size: 11px; }
 .sheet { display: grid; grid-template-columns: repeat(auto-fill, minmax(112px, 1fr)); gap: 12px; }
 .sheet img { display: block; min-width: 64px; max-width: 100%; border-radius: 4px; }
 """.strip()
@@ -67,9 +57,9 @@ def page(title: str, sections: Iterable[str]) -> str:
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f'<link rel="icon" href="data:,">\n<title>{text(title)}</title>\n'
-        f"<style>\n{_STYLE}\n</style>\n</head>\n<body>\n<main>\n<h1>{text(title)}</h1>\n"
+        f"<style>\n{_STYLE}\n</style>\n</head>\n<body>\n<h1>{text(title)}</h1>\n"
         + "".join(sections)
-        + "</main>\n</body>\n</html>\n"
+        + "</body>\n</html>\n"
     )
 
 

@@ -292,9 +292,9 @@ def convert(config: Convert) -> tuple[list[tuple[Path, Report]], Path]:
                 held_out = report.images
             _require_images(reports, config)
             for report in reports.values():
-                account(report.content({}))  # raises ValueError if it does not add up
                 val = reports.get("val") if report.name == "train" else None
                 report.findings = findings.find(report, val)
+            # Raises ValueError if the account does not add up.
             page = data_page.draw(str(config.source), reports)
         settings |= {name: None if path is None else str(path) for name, path in lists.items()}
         published = target.publish(work, reports, {"source": str(config.source)} | settings, page)

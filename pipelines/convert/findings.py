@@ -62,14 +62,11 @@ def marked_images(report: Report, flag: int) -> tuple[int, list[int]]:
 def groups(pairs: Iterable[int]) -> list[Group]:
     """The first groups of identical images of pairs (index, index of the image it equals)."""
     table = np.asarray(pairs, np.int64).reshape(-1, 2)
-    originals, counts = np.unique(table[:, 1], return_counts=True)
-    table = table[np.argsort(table[:, 1], kind="stable")]
-    starts = np.cumsum(counts) - counts
+    members, originals = table[np.argsort(table[:, 1], kind="stable")].T
+    columns = np.unique(originals, return_index=True, return_counts=True)
     return [
-        Group(count, table[start : start + min(count, MAX_OF_GROUP), 0].tolist(), original)
-        for original, count, start in zip(
-            *(column[:MAX_LISTED].tolist() for column in (originals, counts, starts)), strict=True
-        )
+        Group(count, members[start : start + min(count, MAX_OF_GROUP)].tolist(), original)
+        for original, start, count in zip(*(c[:MAX_LISTED].tolist() for c in columns), strict=True)
     ]
 
 

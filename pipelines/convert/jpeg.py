@@ -125,16 +125,16 @@ def _prepare_jpeg(data: bytes, max_side: int, check: Check, flags: PixelFlags) -
     except KeyError:  # a subsampling without a name in simplejpeg, such as 4:4:1
         colours, subsampling = "unusual", ""
     plain = frame in PLAIN_FRAMES and colours in ("YCbCr", "Gray")
+    space = "RGB" if num_channels == 3 else "GRAY"
     if plain and max_side and max(height, width) > max_side:
         # Same pixels as Pillow's (both use libjpeg-turbo), but damage raises.
-        pixels = simplejpeg.decode_jpeg(data, "RGB" if num_channels == 3 else "GRAY", strict=True)
+        pixels = simplejpeg.decode_jpeg(data, space, strict=True)
         return _encode(pixels, max_side, "resized", subsampling)
     if plain and (check == "none" or (check == "quick" and _has_valid_structure(data))):
         return Prepared(data, height, width, "kept")
     # The cheapest decoding that reads every coefficient: at an eighth of the size.
     eighth = {"min_height": 1, "min_width": 1, "min_factor": 8, "fastdct": True}
     if plain:
-        space = "RGB" if num_channels == 3 else "GRAY"
         pixels = simplejpeg.decode_jpeg(data, space, strict=True, **eighth)
         # What looks blank so small may have a fine texture, which the full size shows.
         is_blank = _is_blank(pixels) and _is_blank(simplejpeg.decode_jpeg(data, space))

@@ -71,8 +71,7 @@ class DaliBackend:
             )
         except RuntimeError as error:
             raise ValueError(
-                f"--loader dali: DALI does not start here ({short_message(error)}); choose"
-                " --loader native"
+                f"--loader dali: DALI does not start here ({_cause(error)}); choose --loader native"
             ) from None
         copying: deque[tuple] = deque()  # DALI's outputs while the GPU copies them
         while True:
@@ -81,9 +80,16 @@ class DaliBackend:
             except StopIteration:
                 return
             except RuntimeError as error:
-                raise self._explained([s for part, _ in pending for s in part], error) from None
+                for samples, _ in pending:
+                    self._decode(samples)
+                raise ValueError(
+                    "DALI cannot decode an image that the native loader decodes"
+                    f" ({_cause(error)}); choose --loader native"
+                ) from None
             samples, _ = pending.popleft()
-            self._require_sizes(samples, np.stack([np.array(shape) for shape in shapes])[:, :2])
+            sizes = np.stack([np.array(shape) for shape in shapes])[:, :2]
+            recorded = [self.dataset.size(int(sample)) for sample in samples]
+            self._decode(samples[(sizes != recorded).any(axis=1)])
             crops = torch.stack([torch.from_dlpack(view.as_tensor()) for view in views])
             if crops.is_cuda:
                 copying.append((views, torch.cuda.current_stream().record_event()))
@@ -99,26 +105,13 @@ class DaliBackend:
         height, width = self.dataset.size(sample)  # as a PPM: a line of text, then the pixels
         return np.concatenate([np.frombuffer(b"P6 %d %d 255\n" % (width, height), np.uint8), data])
 
-    def _require_sizes(self, samples: np.ndarray, sizes: np.ndarray) -> None:
-        """Raise ValueError unless the decoded sizes, int [n, 2], are the recorded ones."""
-        recorded = [self.dataset.size(int(sample)) for sample in samples]
-        for sample in samples[(sizes != recorded).any(axis=1)]:
-            self.decoder.decode(int(sample))  # raises
-
-    def _explained(self, samples: list[np.int64], error: RuntimeError) -> ValueError:
-        """DALI's error as one line, which names the image if native decoding fails, too."""
-        for sample in samples:
-            try:
-                self.decoder.decode(int(sample))
-            except ValueError as known:
-                return known
-        return ValueError(
-            "DALI cannot decode an image that the native loader decodes"
-            f" ({short_message(error)}); choose --loader native"
-        )
+    def _decode(self, samples: np.ndarray) -> None:
+        """Raise ValueError, with its name, for an image that the native loader refuses, too."""
+        for sample in samples.tolist():
+            self.decoder.decode(sample)
 
 
-def short_message(error: Exception) -> str:
+def _cause(error: Exception) -> str:
     """The cause in DALI's message, which stands between a traceback and general advice."""
     lines = str(error).partition("encountered:")[2].split("\n") or [str(error)]
     return next((line.strip() for line in lines if line.strip()), str(error).split("\n")[0])

@@ -13,20 +13,19 @@ from pathlib import Path
 
 from pipelines.convert.filters import DROPPED, NOT_SELECTED
 from pipelines.convert.manifest import SourceError, Split
+from pipelines.convert.pixels import PixelFlags
 from pipelines.convert.sources import beton_file, shards
 from pipelines.convert.sources.files import is_folder
 from pipelines.convert.sources.splits import SourceOptions
 
 # Equal in the reports of all parts.
-COMMON_KEYS = (
-    *("listing", "max_side", "subset", "drop", "bits", "range", "bands", "page", "image_key"),
-)
+COMMON_KEYS = ("listing", "max_side", "subset", "drop", "image_key", *PixelFlags().settings())
 REQUIRED_KEYS = {*COMMON_KEYS, "part", "split", "checksum"}
 
 
 def has_parts(folder: Path) -> bool:
     """Whether the folder contains parts."""
-    return any(True for _ in _reports(folder))
+    return any(True for _ in _parts(folder))
 
 
 def find_splits(source: Path, options: SourceOptions) -> dict[str, Split]:
@@ -35,21 +34,6 @@ def find_splits(source: Path, options: SourceOptions) -> dict[str, Split]:
     for report, split in _parts(source):
         parts[report["split"]].append((report, split))
     return {name: _join(source, found) for name, found in parts.items() if found}
-
-
-def _reports(folder: Path) -> Iterator[tuple[Path, list[dict]]]:
-    """Yield (path, report of each split) of every part in the folder."""
-    with os.scandir(folder) as entries:  # iterdir would list millions of images in memory
-        names = sorted(e.name for e in entries if e.name.endswith(".beton") or is_folder(e))
-    for path in map(folder.joinpath, names):
-        if path.suffix == ".beton":
-            reports = [read_report(path)]
-        elif path.is_dir() and shards.has_dataset(path):
-            reports = list(shards.read_dataset(path)["splits"].values())
-        else:
-            continue
-        if all(report.keys() >= REQUIRED_KEYS and report["part"][1] > 1 for report in reports):
-            yield path, reports
 
 
 def read_report(beton: Path) -> dict:
@@ -63,15 +47,26 @@ def read_report(beton: Path) -> dict:
 
 
 def _parts(folder: Path) -> Iterator[tuple[dict, Split]]:
-    for path, reports in _reports(folder):
-        if path.is_dir():
-            splits = shards.dataset_splits(path, shards.read_dataset(path))
-            yield from ((report, splits[report["split"]]) for report in reports)
-        else:
-            reader = beton_file.open_beton(path)
-            if reports[0]["checksum"] != f"sha256:{reader.sha256()}":
-                raise SourceError(f"{path} is not the file that {path.name}.json describes")
-            yield reports[0], beton_file.read_split(reader)
+    """Yield (report, images) of each split of every part in the folder."""
+    with os.scandir(folder) as entries:  # iterdir would list millions of images in memory
+        names = sorted(e.name for e in entries if e.name.endswith(".beton") or is_folder(e))
+    for path in map(folder.joinpath, names):
+        if path.suffix == ".beton":
+            report = read_report(path)
+            if _is_part(report):
+                reader = beton_file.open_beton(path)
+                if report["checksum"] != f"sha256:{reader.sha256()}":
+                    raise SourceError(f"{path} is not the file that {path.name}.json describes")
+                yield report, beton_file.read_split(reader)
+        elif path.is_dir() and shards.has_dataset(path):
+            dataset = shards.read_dataset(path)
+            if all(map(_is_part, dataset["splits"].values())):
+                splits = shards.dataset_splits(path, dataset)
+                yield from ((report, splits[name]) for name, report in dataset["splits"].items())
+
+
+def _is_part(report: dict) -> bool:
+    return report.keys() >= REQUIRED_KEYS and report["part"][1] > 1
 
 
 def _join(folder: Path, parts: list[tuple[dict, Split]]) -> Split:

@@ -135,19 +135,20 @@ def _images(
         options = replace(options, image_key=options.image_key.lstrip("."))
     samples = _samples(split, path, options.image_key)
     stored: Iterator[str] = iter(())
+    names = samples.pop(NAMES, {}).get("")
     with open(path, "rb") as file:
         images = [(key, _image(path, key, sample, options)) for key, sample in samples.items()]
         num_images = sum(extension is not None for _, extension in images)
-        if (names := samples.get(NAMES)) is not None:
-            text = _read(path, file, names[""], MAX_NAMES).decode("utf-8", "surrogateescape")
+        if names is not None:
+            text = _read(path, file, names, MAX_NAMES).decode("utf-8", "surrogateescape")
             listed = text.split("\0")[:-1]
             if len(listed) != num_images:
                 raise SourceError(f"{path}: {num_images} images but {len(listed)} names")
             stored = iter(listed)
         for key, extension in images:
             if extension is None:
-                split.ignored["samples without an image"] += key != NAMES
-                for other, member in samples[key].items() if key != NAMES else ():
+                split.ignored["samples without an image"] += 1
+                for other, member in samples[key].items():
                     if f".{other}".endswith(TABLES):
                         rest = f", first {member.name} in {path.name}: labels have to be in samples"
                         add_hint(split.unused, f".{other} files", rest)

@@ -119,15 +119,6 @@ def test_classes_of_images_that_are_left_out_stay(tmp_path, flag, name):
     assert BetonReader(tmp_path / "out.beton").class_names == ["ant", "bee", "cat"]
 
 
-def test_nothing_need_be_excluded(tmp_path):
-    """The list of a clean data set is empty."""
-    write_files(tmp_path / "s", {"cat/0.jpg": JPEG})
-    (tmp_path / "overlap.txt").touch()
-    flags = ["--exclude", tmp_path / "overlap.txt"]
-    assert convert(tmp_path / "s", tmp_path / "out.beton", *flags) == 0
-    assert len(BetonReader(tmp_path / "out.beton")) == 1
-
-
 def test_numbered_classes_keep_the_order_of_their_numbers(tmp_path):
     names = [f"{number}-{copy}" for number in range(12) for copy in range(2)]
     columns = {"image": cells(*names), "label": [int(name.split("-")[0]) for name in names]}
@@ -185,6 +176,7 @@ def test_a_validation_image_that_is_repaired_drops_its_copies(tmp_path, monkeypa
         ("--exclude {0}/missing", "cannot be read"),
         ("--classes {0}/x", "is of class cat/9.jpg, other.jpg (2 in all)"),
         ("--classes {0}/b", "--classes leaves no image of"),
+        ("--drop overlap", "has no validation images"),
         ("--drop same", "'same' is none of blank, exact, overlap"),
         ("--drop exact --shard 1/2", "give --drop when the parts are joined"),
         ("--drop blank --check quick", "leave out --check quick"),
@@ -194,20 +186,12 @@ def test_what_is_wrong_is_one_line(tmp_path, capsys, flags, message):
     lists = {"x": "other.jpg\ncat/9.jpg", "val": "val.jpg", "a": "a/1.jpg", "b": "b"}
     lists |= {"all": "a/1.jpg\nb/2.jpg", "empty": "# nothing\n\n"}
     write_files(tmp_path, {name: content.encode() for name, content in lists.items()})
-    write_files(
-        tmp_path / "images",
-        {"train/a/1.jpg": JPEG, "train/b/2.jpg": JPEG, "val/a/val.jpg": JPEG},
-    )
+    images = dict.fromkeys(("train/a/1.jpg", "train/b/2.jpg", "val/a/val.jpg"), JPEG)
+    source = write_files(tmp_path / "images", images) / ("train" if "has no val" in message else "")
     out = tmp_path / "out.beton"
-    assert convert(tmp_path / "images", out, *flags.format(tmp_path).split()) == 2
+    assert convert(source, out, *flags.format(tmp_path).split()) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1 and not out.exists()
-
-
-def test_overlap_without_validation_images(tmp_path, capsys):
-    write_files(tmp_path / "images", {"a/1.jpg": JPEG})
-    assert convert(tmp_path / "images", tmp_path / "out.beton", "--drop", "overlap") == 2
-    assert "has no validation images" in capsys.readouterr().err
 
 
 def test_a_list_is_read_as_it_is_written(tmp_path):
@@ -216,3 +200,5 @@ def test_a_list_is_read_as_it_is_written(tmp_path):
     assert read_list(tmp_path / "names") == names
     with pytest.raises(SourceError, match="--include"):
         read_list(tmp_path / "none", "--include")
+    (tmp_path / "names").write_text("")  # the list of overlaps of a clean data set
+    assert read_list(tmp_path / "names", "--exclude") == []

@@ -1,35 +1,25 @@
 """The ILSVRC2012 archives convert like a folder of their images."""
 
 import io
-import tarfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 from sample_imagenet import CLASSES, convert, same_as
-
-
-def add(archive: tarfile.TarFile, name: str, content: bytes) -> None:
-    member = tarfile.TarInfo(name)
-    member.size = len(content)
-    archive.addfile(member, io.BytesIO(content))
+from test_splits_and_labels import write_tar
 
 
 @pytest.fixture
 def downloads(imagenet_folder, tmp_path) -> Path:
     """The two archives as downloaded, with unsorted members."""
-    root = tmp_path / "downloads"
-    root.mkdir()
-    with tarfile.open(root / "ILSVRC2012_img_train.tar", "w") as outer:
-        for name in sorted(CLASSES, reverse=True):
-            buffer = io.BytesIO()
-            with tarfile.open(fileobj=buffer, mode="w") as inner:
-                for path in sorted((imagenet_folder / "train" / name).iterdir(), reverse=True):
-                    add(inner, path.name, path.read_bytes())
-            add(outer, f"{name}.tar", buffer.getvalue())
-    with tarfile.open(root / "ILSVRC2012_img_val.tar", "w") as archive:
-        for path in sorted((imagenet_folder / "val").rglob("*.JPEG"), key=lambda path: path.name):
-            add(archive, path.name, path.read_bytes())
+    root, outer = tmp_path / "downloads", {}
+    for name in sorted(CLASSES, reverse=True):
+        files = sorted((imagenet_folder / "train" / name).iterdir(), reverse=True)
+        write_tar(tmp_path / "class.tar", {path.name: path.read_bytes() for path in files})
+        outer[f"{name}.tar"] = (tmp_path / "class.tar").read_bytes()
+    write_tar(root / "ILSVRC2012_img_train.tar", outer)
+    files = sorted((imagenet_folder / "val").rglob("*.JPEG"), key=lambda path: path.name)
+    write_tar(root / "ILSVRC2012_img_val.tar", {path.name: path.read_bytes() for path in files})
     return root
 
 
@@ -47,10 +37,9 @@ def write_devkit(path: Path, folder: Path) -> None:
     buffer = io.BytesIO()
     savemat(buffer, {"synsets": synsets.reshape(-1, 1)})
     numbers = "".join(f"{names.index(name) + 1}\n" for name in val_classes(folder))
-    with tarfile.open(path, "w:gz") as archive:
-        top = "ILSVRC2012_devkit_t12/data"
-        add(archive, f"{top}/ILSVRC2012_validation_ground_truth.txt", numbers.encode())
-        add(archive, f"{top}/meta.mat", buffer.getvalue())
+    top = "ILSVRC2012_devkit_t12/data"
+    files = {f"{top}/ILSVRC2012_validation_ground_truth.txt": numbers.encode()}
+    write_tar(path, files | {f"{top}/meta.mat": buffer.getvalue()}, "w:gz")
 
 
 def test_ilsvrc_with_a_devkit(imagenet_folder, downloads, imagenet_beton, tmp_path):

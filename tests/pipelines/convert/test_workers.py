@@ -52,14 +52,8 @@ def convert(*contents: bytes, serve=serve_or_die) -> list[str]:
 
 def test_an_image_that_kills_its_worker_is_rejected_alone(monkeypatch, capsys):
     monkeypatch.setattr(workers, "CHUNK_SIZE", 2)
-    crashed, ended = "crashed the decoder (signal 11)", "crashed the decoder (status 3)"
-    assert convert(PLAIN, b"signal11", b"exit", PLAIN, b"") == [
-        "",
-        crashed,
-        ended,
-        "",
-        "empty file",
-    ]
+    crashes = [f"crashed the decoder ({how})" for how in ("signal 11", "status 3")]
+    assert convert(PLAIN, b"signal11", b"exit", PLAIN, b"") == ["", *crashes, "", "empty file"]
     assert capsys.readouterr().err.count("A worker process ended with") == 2
 
 

@@ -66,7 +66,7 @@ def test_starting_later_gives_the_same_next_20_batches(reader, name, first):
 
 
 @pytest.mark.parametrize("name", LOADERS)
-@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize("world_size", [2, 3, 4])
 def test_ranks_share_the_global_batch(reader, name, world_size):
     (whole,) = loader_of(reader, name).batches(3, 4)
     parts = [
@@ -106,16 +106,6 @@ def test_a_loop_left_early_can_be_started_again(reader, name):
 def test_what_cannot_be_loaded_is_refused(reader, changes, message):
     with pytest.raises(ValueError, match=message):
         loader_of(reader, **changes)
-
-
-def test_ranks_that_change_in_number_see_every_sample_once(reader):
-    """Two steps of an epoch on four ranks, the other two on two."""
-    seen = []
-    for world_size, steps in ((4, (0, 2)), (2, (2, 4))):
-        for rank in range(world_size):
-            loader = loader_of(reader, batch_size=16, rank=rank, world_size=world_size)
-            seen += [batch.request.samples for batch in loader.batches(*steps)]
-    assert sorted(np.concatenate(seen)) == list(range(64))
 
 
 # Damage

@@ -1,6 +1,6 @@
 """ShardReader and BetonReader agree on the same images."""
 
-import json
+import os
 import re
 import shutil
 import tarfile
@@ -90,10 +90,13 @@ def test_other_or_incomplete_folders_are_refused(shards, tmp_path):
     with pytest.raises(ValueError, match="has no val images"):
         ShardReader(shards, "val")
     folder = shutil.copytree(shards, tmp_path / "short")
-    with open(folder / "train-000000.tar", "r+b") as file:
-        file.truncate(5000)
-    with pytest.raises(SourceError, match="5000 bytes"):
+    os.truncate(folder / "train-000000.tar", 5000)
+    with pytest.raises(SourceError, match=r"has 5000 bytes, but .* get it again"):
         ShardReader(folder)
-    with pytest.raises(SourceError, match="damaged"):
-        (folder / "dataset.json").write_text(json.dumps({"format": "webdataset"}))
+    (folder / "train-000000.tar").unlink()
+    with pytest.raises(SourceError, match=r"has 0 bytes, but .* get it again"):
         ShardReader(folder)
+    for content in ("[1]", '{"format": "webdataset"}', "{"):
+        (folder / "dataset.json").write_text(content)
+        with pytest.raises(SourceError, match=r"dataset\.json is damaged"):
+            ShardReader(folder)

@@ -1,10 +1,8 @@
 """Web shards: those of bt-convert, read by webdataset, DALI and tar, and those of other tools."""
 
 import hashlib
-import io
 import json
 import os
-import shutil
 import tarfile
 import zlib
 from pathlib import Path
@@ -14,6 +12,7 @@ import pytest
 from conftest import drawn_picture, jpeg_bytes
 from hostile import make_folder, saved
 from sample_imagenet import convert
+from test_splits_and_labels import write_tar
 
 from pipelines.beton import BetonReader
 
@@ -125,67 +124,24 @@ def test_train_and_val_without_classes(tmp_path):
 # Shards of other tools
 
 
-def write_archive(path: Path, files: dict[str, bytes]) -> None:
-    with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as archive:
-        for name, content in files.items():
-            member = tarfile.TarInfo(name)
-            member.size = len(content)
-            archive.addfile(member, io.BytesIO(content))
-
-
 def test_shards_of_other_tools(tmp_path):
     pictures = [drawn_picture(index) for index in range(5)]
     jpegs = [jpeg_bytes(picture) for picture in pictures]
     long_name = "x" * 150 + "/é"
     source = tmp_path / "source"
-    source.mkdir()
     files = {"a.b/k1.cls": b"10", "a.b/k1.jpg": jpegs[0], "a.b/k1.json": b"{}"}
     files |= {"a.b/k2.jpeg": jpegs[1], "a.b/k2.cls": b"2\n", "a.b/k3.txt": b"no image"}
-    write_archive(source / "imagenet-train-000000.tar", files)
+    write_tar(source / "imagenet-train-000000.tar", files)
     files = {f"{long_name}.jpg": jpegs[2], f"{long_name}.cls": b"0"}
-    write_archive(source / "imagenet-train-000001.tar", files)
+    write_tar(source / "imagenet-train-000001.tar", files)
     files = {"1.png": saved(pictures[3], "PNG"), "1.cls": b"11", "__meta__": b""}
-    write_archive(source / "imagenet-val-000000.tar", files)
+    write_tar(source / "imagenet-val-000000.tar", files)
     assert convert(source, tmp_path / "out.beton") == 0
     train, val = BetonReader(tmp_path / "out.beton"), BetonReader(tmp_path / "out.val.beton")
     assert [train.image(index).tobytes() for index in range(3)] == jpegs[:3]
     assert train.labels.tolist() == [10, 2, 0] and val.labels.tolist() == [11]
     assert train.class_names == val.class_names == [str(label) for label in range(12)]
     assert train.name(0) == "a.b/k1.jpg"
-
-
-@pytest.mark.parametrize(
-    "damage,message",
-    [
-        (lambda shards: archives(shards)[1].unlink(), "get it again"),
-        (lambda shards: (shards / "dataset.json").write_text("[1]"), "dataset.json is damaged"),
-    ],
-)
-def test_damaged_shards_print_one_line(many, tmp_path, capsys, damage, message):
-    shutil.copytree(many[1], tmp_path / "shards")
-    damage(tmp_path / "shards")
-    assert convert(tmp_path / "shards", tmp_path / "out.beton") == 2
-    errors = capsys.readouterr().err
-    assert message in errors and errors.count("\n") == 1
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["shards"]
-
-
-def test_damage_inside_shards_of_other_tools(tmp_path, capsys):
-    jpeg = jpeg_bytes(drawn_picture(0))
-    complete = {"1.jpg": jpeg, "1.cls": b"1"}
-    for files, message in (
-        (complete | {"1.cls": b"\xff"}, "1.cls: 'utf-8' codec"),
-        (complete | {"2.jpg": jpeg, "2.cls": b"cat"}, "labels that are numbers, such as 1, and"),
-        (complete | {"1.cls": b"9" * 12}, "is out of range"),
-        (complete | {"1.cls": b"1" * 70000}, "has 70000 bytes"),
-    ):
-        write_archive(tmp_path / "a.tar", files)
-        assert convert(tmp_path / "a.tar", tmp_path / "out.beton") == 2
-        assert message in (error := capsys.readouterr().err) and error.count("\n") == 1
-    for content in ((tmp_path / "a.tar").read_bytes()[: len(jpeg) // 2], b"<html>404</html>" * 99):
-        (tmp_path / "a.tar").write_bytes(content)
-        assert convert(tmp_path / "a.tar", tmp_path / "out.beton") == 2
-        assert "not a complete tar archive" in capsys.readouterr().err
 
 
 # The output folder
