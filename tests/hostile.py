@@ -3,6 +3,7 @@
 import io
 import os
 import struct
+import tarfile
 import zlib
 from pathlib import Path
 
@@ -20,8 +21,13 @@ def saved(picture: Image.Image, format: str, **options) -> bytes:
 
 def png_bomb(width: int, height: int) -> bytes:
     """A small PNG of black pixels whose header has a large size."""
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    chunks = (b"IHDR", header), (b"IDAT", zlib.compress(bytes(100_000))), (b"IEND", b"")
+    return png(width, height, 8, 2, bytes(100_000))
+
+
+def png(width: int, height: int, bits: int, colour_type: int, rows: bytes) -> bytes:
+    """A PNG file with these rows."""
+    header = struct.pack(">IIBBBBB", width, height, bits, colour_type, 0, 0, 0)
+    chunks = (b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")
     return b"\x89PNG\r\n\x1a\n" + b"".join(
         struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
         for kind, body in chunks
@@ -147,6 +153,20 @@ def make_hostile_folder(root: Path) -> None:
     (root / "b" / "dangling.jpg").symlink_to("nowhere.jpg")
     (root / "b" / "loop.jpg").symlink_to("loop.jpg")
     os.mkfifo(root / "b" / "pipe.jpg")
+
+
+def write_tar(path: Path, files: dict | list, mode: str = "w") -> None:
+    """Write an archive of {name: content, or kind and target of a link}, or of such pairs."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, mode) as archive:
+        for name, content in files.items() if isinstance(files, dict) else files:
+            info = tarfile.TarInfo(name)
+            if isinstance(content, tuple):
+                info.type, info.linkname = content
+                archive.addfile(info)
+            else:
+                info.size = len(content)
+                archive.addfile(info, io.BytesIO(content))
 
 
 def make_folder(root: Path, classes: dict[str, int], seed: int = 0) -> Path:

@@ -8,7 +8,6 @@ import shutil
 import struct
 import subprocess
 import sys
-import tarfile
 import zipfile
 from pathlib import Path
 
@@ -16,7 +15,7 @@ import pytest
 import torch
 import torchvision
 from conftest import drawn_picture, jpeg_bytes, write_beton
-from hostile import jpeg_bomb, make_folder, png_bomb
+from hostile import jpeg_bomb, make_folder, png_bomb, write_tar
 from sample_voc import write_devkit
 from tiny_runs import pretrain
 
@@ -174,10 +173,7 @@ def test_a_record_that_decodes_to_another_size_is_refused(tmp_path, capsys):
 def ambiguous_archive(folder: Path) -> list[str]:
     """Web shards with two images in a sample."""
     jpeg = jpeg_bytes(drawn_picture(0, 40, 30))
-    with tarfile.open(folder / "mixed.tar", "w") as archive:
-        for name, content in {"1.jpg": jpeg, "1.a.jpg": jpeg, "1.cls": b"1"}.items():
-            (folder / name).write_bytes(content)
-            archive.add(folder / name, name)
+    write_tar(folder / "mixed.tar", {"1.jpg": jpeg, "1.a.jpg": jpeg, "1.cls": b"1"})
     paths = [str(folder / "mixed.tar"), str(folder / "out")]
     return ["convert", *paths, "--format=webdataset", "--workers=1"]
 

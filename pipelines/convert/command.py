@@ -19,7 +19,7 @@ import os
 import re
 import signal
 import sys
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -256,7 +256,7 @@ def convert(config: Convert) -> tuple[list[tuple[Path, Report]], Path]:
     lists = _values(config, "include", "exclude", "classes")
     select_listed(splits, **lists)
     settings = _values(config, "format", "check", "shard_size", "subset", "image_key")
-    settings |= {"max_side": max_side, "part": list(part), "drop": drop} | flags.settings()
+    settings |= {"max_side": max_side, "part": part, "drop": drop} | asdict(flags)
 
     work_path = out.with_name(f"{out.name}.partial")
     existed = work_path.exists()
@@ -270,8 +270,8 @@ def convert(config: Convert) -> tuple[list[tuple[Path, Report]], Path]:
         with contextlib.ExitStack() as files:
             journals = {}
             for name, report in reports.items():
-                images = {"images": report.manifest.sha256}
-                journals[name] = Journal(work / f"{name}.journal", images | settings)
+                origin = {"version": __version__, "images": report.manifest.sha256}
+                journals[name] = Journal(work / f"{name}.journal", origin | settings)
                 files.callback(journals[name].close)
             held_out: ImageTable | None = None
             # First val, with which the training images are compared.

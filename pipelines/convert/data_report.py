@@ -13,9 +13,10 @@ import pipelines
 from pipelines.common.console import print_line
 from pipelines.convert.filters import NOT_SELECTED
 from pipelines.convert.image_table import ImageTable
-from pipelines.convert.jpeg import JPEG_EXTENSIONS, Prepared
-from pipelines.convert.manifest import Manifest, Split
+from pipelines.convert.jpeg import JPEG_EXTENSIONS
+from pipelines.convert.manifest import Manifest, SourceImage, Split
 from pipelines.convert.pixels import FIRST_FRAME
+from pipelines.convert.workers import Outcome
 
 MAX_LISTED = 100  # names in a list of the report, whose total is stated
 
@@ -54,35 +55,37 @@ class Report:
     def num_images(self) -> int:
         return self.actions.total()
 
-    def accept(self, path: str, label: int, image: Prepared, checksum: int, bytes_in: int) -> None:
-        """Count an image that was stored."""
-        if self.held_out is not None and (same := self.held_out.find(image.jpeg, checksum)) >= 0:
-            self.overlaps.extend((len(self.images), same))
-        self.images.add(image, checksum, label)
+    def add(self, entry: SourceImage, outcome: Outcome) -> None:
+        """Count an image that was stored, or list one that was not."""
+        if (image := outcome.image) is None:
+            self._leave_out({"path": entry.name, "reason": outcome.reason}, outcome.is_dropped)
+            return
+        if self.held_out is not None:
+            same = self.held_out.find(image.jpeg, outcome.checksum)
+            self.overlaps.extend((len(self.images), same) if same >= 0 else ())
+        self.images.add(image, outcome.checksum, entry.label)
         action, _, why = image.action.partition(" ")
         self.actions[action] += 1
-        self.samples_per_class[label] += 1
-        self.bytes_in += bytes_in
+        self.samples_per_class[entry.label] += 1
+        self.bytes_in += outcome.num_bytes
         self.bytes_out += len(image.jpeg)
         self.longest_side = max(self.longest_side, image.height, image.width)
         if action == "reencoded":
             self.reencoded[why.strip("()").partition(":")[0]] += 1
         # A PNG named .png is merely another format; a PNG named .jpg counts as repaired.
-        if action == "reencoded" and Path(path).suffix.lower() in JPEG_EXTENSIONS:
+        if action == "reencoded" and Path(entry.name).suffix.lower() in JPEG_EXTENSIONS:
             self.num_repairs += 1
             if len(self.repairs) < MAX_LISTED:
-                self.repairs.append({"path": path, "why": why.strip("()")})
+                self.repairs.append({"path": entry.name, "why": why.strip("()")})
 
-    def leave_out(self, path: str, reason: str, is_dropped: bool) -> None:
-        """List a broken image, or count one that --drop leaves out."""
+    def _leave_out(self, image: dict[str, str], is_dropped: bool) -> None:
         self._not_stored.append(self.num_images + len(self._not_stored))
-        entry = {"path": path, "reason": reason}
         if not is_dropped:
-            self.rejects.append(entry)
+            self.rejects.append(image)
             return
-        self.dropped[reason] += 1
+        self.dropped[image["reason"]] += 1
         if len(self.left_out) < MAX_LISTED:
-            self.left_out.append(entry)
+            self.left_out.append(image)
 
     def names(self, indices: Iterable[int]) -> dict[int, str]:
         """The names of stored images."""

@@ -5,6 +5,7 @@ CRC-32 of the rest of the line, and as JSON its outcome and the CRC-32 of the st
 is valid if both checksums match, so nothing is synced: images lost in a crash are converted again.
 """
 
+import dataclasses
 import json
 import zlib
 from collections.abc import Callable, Generator
@@ -20,6 +21,7 @@ class Journal:
     """The journal in file `path`, new or continued. Raises SourceError for other settings."""
 
     def __init__(self, path: Path, settings: dict):
+        settings = json.loads(json.dumps(settings))  # with lists for tuples
         self._file = open_for_recovery(path)
         line = self._file.readline()
         if not line.endswith(b"\n"):  # new, or killed before the first image
@@ -52,15 +54,15 @@ class Journal:
         end = self._file.tell()
         try:
             while (entry := self._read_entry()) is not None:
-                num_bytes, size, crc, height, width, text, is_blank, is_grey, is_dropped = entry
-                jpeg = read(size) if size else b""
-                if len(jpeg) != size or (size and zlib.crc32(jpeg) != crc):
-                    break
-                if size:
-                    prepared = Prepared(jpeg, height, width, text, is_blank, is_grey)
-                    yield Outcome(num_bytes, prepared, crc)
-                else:
-                    yield Outcome(num_bytes, reason=text, is_dropped=is_dropped)
+                num_bytes, stored, checksum, reason, is_dropped = entry
+                image = None
+                if stored is not None:
+                    size, *facts = stored
+                    jpeg = read(size)
+                    if len(jpeg) != size or zlib.crc32(jpeg) != checksum:
+                        break
+                    image = Prepared(jpeg, *facts)
+                yield Outcome(num_bytes, image, checksum, reason, is_dropped)
                 end = self._file.tell()
         finally:
             self._file.seek(end)
@@ -68,13 +70,12 @@ class Journal:
 
     def append(self, outcome: Outcome) -> None:
         """Record the outcome of the next image, whose bytes have been written already."""
-        image = outcome.image
-        if image is None:
-            stored = [0, 0, 0, 0, outcome.reason, None, None]
-        else:
-            size, pixels = [image.height, image.width], [image.is_blank, image.is_grey]
-            stored = [len(image.jpeg), outcome.checksum, *size, image.action, *pixels]
-        entry = json.dumps([outcome.num_bytes, *stored, outcome.is_dropped])
+        stored = None
+        if outcome.image is not None:
+            jpeg, *facts = dataclasses.astuple(outcome.image)
+            stored = [len(jpeg), *facts]
+        fields = [outcome.num_bytes, stored, outcome.checksum, outcome.reason, outcome.is_dropped]
+        entry = json.dumps(fields)
         self._file.write(f"{zlib.crc32(entry.encode()):08x} {entry}\n".encode())
         self._file.flush()
 

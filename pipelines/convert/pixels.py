@@ -49,11 +49,6 @@ class PixelFlags:
     bands: tuple[int, ...] | None = None  # red, green and blue, or grey; counted from 1
     page: int | None = None  # counted from 1
 
-    def settings(self) -> dict:
-        """For the report and the journal."""
-        lists = {"range": self.range and [*self.range], "bands": self.bands and [*self.bands]}
-        return {"bits": self.bits, **lists, "page": self.page}
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Page:

@@ -44,11 +44,9 @@ def write_split(
                 writer.add(
                     image.jpeg, image.height, image.width, entry.label, entry.name, outcome.checksum
                 )
-                report.accept(entry.name, entry.label, image, outcome.checksum, outcome.num_bytes)
-            else:
-                report.leave_out(entry.name, outcome.reason, outcome.is_dropped)
-                if not outcome.is_dropped and not report.split.root.exists():
-                    raise SourceError(f"{report.split.root} no longer exists")
+            elif not outcome.is_dropped and not report.split.root.exists():
+                raise SourceError(f"{report.split.root} no longer exists")
+            report.add(entry, outcome)
             if is_new:
                 journal.append(outcome)
             advance()

@@ -93,15 +93,13 @@ class ShardReader:
         """File name of the image and its archive."""
         return f"{index:09}.jpg in {self.archives[self._shard(index)].name}"
 
-    def location(self, index: int) -> tuple[int, int, int | None]:
-        """(offset in its archive, bytes, CRC-32 or None if the shards have no checksums)."""
+    def location(self, index: int) -> tuple[int, int, int]:
+        """(offset in its archive, bytes, CRC-32)."""
         offset, size = self.locations[index].tolist()
-        return offset, size, None if self._checksums is None else int(self._checksums[index])
+        return offset, size, int(self._checksums[index])
 
     def checksum_ok(self, index: int) -> bool:
-        """Whether the image matches its checksum; True if the shards have no checksums."""
-        if self._checksums is None:
-            return True
+        """Whether the image matches its checksum."""
         return zlib.crc32(self.image(index).data) == int(self._checksums[index])
 
     def sha256(self) -> str:
@@ -123,8 +121,8 @@ class ShardReader:
     def _file(self, index: int, offset: int, size: int) -> np.ndarray:
         return self._bytes[self._shard(index)][offset : offset + size]
 
-    def _read_checksums(self) -> np.ndarray | None:
-        """uint32 [N], stored after the images of each archive; None for shards without."""
+    def _read_checksums(self) -> np.ndarray:
+        """uint32 [N], stored after the images of each archive."""
         tables = []
         for path, content, end in zip(self.archives, self._bytes, self.first[1:], strict=True):
             offset, size = self.locations[end - 1].tolist()
@@ -133,8 +131,10 @@ class ShardReader:
                 if member.name == CHECKSUMS:
                     stored = content[member.offset : member.offset + member.size]
                     tables.append(np.frombuffer(stored.tobytes(), "<u4"))
-        checksums = np.concatenate(tables) if tables else np.empty(0, np.uint32)
-        return checksums if len(checksums) == len(self) else None
+        checksums = np.concatenate([np.empty(0, np.uint32), *tables])
+        if len(checksums) != len(self):
+            raise ValueError(f"{self.path}/*.tar: a list of checksums is missing; convert again")
+        return checksums
 
 
 def _read_index(archive: Path, num_images: int) -> np.ndarray:

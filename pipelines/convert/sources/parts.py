@@ -8,6 +8,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import asdict
 from itertools import chain
 from pathlib import Path
 
@@ -19,8 +20,8 @@ from pipelines.convert.sources.files import is_folder
 from pipelines.convert.sources.splits import SourceOptions
 
 # Equal in the reports of all parts.
-COMMON_KEYS = ("listing", "max_side", "subset", "drop", "image_key", *PixelFlags().settings())
-REQUIRED_KEYS = {*COMMON_KEYS, "part", "split", "checksum"}
+COMMON_KEYS = ("listing", "max_side", "subset", "drop", "image_key", *asdict(PixelFlags()))
+REQUIRED_KEYS = {*COMMON_KEYS, "part", "split", "checksum", "found"}
 
 
 def has_parts(folder: Path) -> bool:
@@ -101,8 +102,6 @@ def _not_stored(reports: list[dict]) -> Counter[str]:
     Every part counts what was ignored while the source was listed, and the images of other parts as
     not selected.
     """
-    if any("found" not in report for report in reports):  # of early versions
-        return Counter()
     ignored = Counter(reports[0]["ignored"])
     for report in reports:
         ignored |= Counter(report["ignored"])

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import numpy as np
 from conftest import drawn_picture, jpeg_bytes
-from hostile import saved
+from hostile import saved, write_tar
 from PIL import Image
 from sample_imagenet import convert
-from test_splits_and_labels import write_files, write_parquet, write_tar
+from test_splits_and_labels import write_files, write_parquet
 
 BROKEN = ("cat/broken0.jpg", "cat/broken1.jpg", "dog/broken2.jpg")
 BLANK = ("cat/blank.jpg", "dog/nearly.png")

@@ -5,9 +5,10 @@ from pathlib import Path
 
 import planted
 import pytest
+from hostile import write_tar
 from sample_imagenet import convert
 from test_convert_continue import Interruption, contents
-from test_splits_and_labels import JPEG, cells, write_files, write_parquet, write_tar
+from test_splits_and_labels import JPEG, cells, write_files, write_parquet
 
 import pipelines.convert.jpeg
 from pipelines.beton import BetonReader

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hostile import write_tar
 from sample_imagenet import CLASSES, convert, same_as
-from test_splits_and_labels import write_tar
 
 
 @pytest.fixture

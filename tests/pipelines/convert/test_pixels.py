@@ -6,7 +6,7 @@ import zlib
 import numpy as np
 import pytest
 from conftest import jpeg_bytes
-from hostile import saved
+from hostile import png, saved
 from PIL import Image
 
 from pipelines.convert import pixels
@@ -36,15 +36,9 @@ def grown(samples: np.ndarray, white: int, dtype: str = "u2") -> np.ndarray:
     return np.rint(samples * (white / 255)).astype(dtype)
 
 
-def png(samples: np.ndarray, colour_type: int, extra: bytes = b"") -> bytes:
-    """A PNG of 16 bits."""
+def deep_png(samples: np.ndarray, colour_type: int) -> bytes:
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in samples)
-    header = struct.pack(">IIBBBBB", WIDTH, HEIGHT, 16, colour_type, 0, 0, 0)
-    chunks = (b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")
-    return b"\x89PNG\r\n\x1a\n" + b"".join(
-        struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-        for kind, body in chunks
-    )
+    return png(WIDTH, HEIGHT, 16, colour_type, rows)
 
 
 def pnm(magic: str, samples: np.ndarray, white: int) -> bytes:
@@ -107,11 +101,11 @@ def thirteen(dtype: str) -> np.ndarray:
 BANDS_AND_RANGE = {"bands": (4, 3, 2), "range": (0, 2550)}
 NIR = np.dstack([RGB, GREY])
 DECIDED = {
-    "12 bits in 16, PNG": (png(grown(GREY, 4095), 0), {"bits": 12}, GREY),
-    "16 bits, PNG": (png(grown(RGB, 65535), 2), {"bits": 16}, RGB),
-    "14 bits and alpha, PNG": (png(grown(NIR, 16383), 6), {"bits": 14}, RGB),
-    "grey and alpha, PNG": (png(grown(NIR[..., :2], 65535), 4), {"bits": 16}, GREY),
-    "a range, clipped": (png(grown(GREY, 1000) * 2 + 500, 0), {"range": (500, 2500)}, GREY),
+    "12 bits in 16, PNG": (deep_png(grown(GREY, 4095), 0), {"bits": 12}, GREY),
+    "16 bits, PNG": (deep_png(grown(RGB, 65535), 2), {"bits": 16}, RGB),
+    "14 bits and alpha, PNG": (deep_png(grown(NIR, 16383), 6), {"bits": 14}, RGB),
+    "grey and alpha, PNG": (deep_png(grown(NIR[..., :2], 65535), 4), {"bits": 16}, GREY),
+    "a range, clipped": (deep_png(grown(GREY, 1000) * 2 + 500, 0), {"range": (500, 2500)}, GREY),
     "PGM that states white": (pnm("P5", grown(GREY, 4095), 4095), {}, GREY),
     "PPM that states white": (pnm("P6", grown(RGB, 1023), 1023), {}, RGB),
     "PGM of 65535": (pnm("P5", grown(GREY, 4095), 65535), {"bits": 12}, GREY),
@@ -185,8 +179,8 @@ def deep_avif() -> bytes:
 DEEP = "of more than 8 bits"
 WHITE, BAND, PAGE = "which value is white", "which bands are red, green and blue", "which page"
 REFUSED = {
-    "16 bits, PNG": (png(grown(RGB, 4095), 2), {}, f"16-bit RGB, values 0 to 4095: {WHITE}"),
-    "too few bits": (png(grown(GREY, 4095), 0), {"bits": 11}, "values outside 0 to 2047"),
+    "16 bits, PNG": (deep_png(grown(RGB, 4095), 2), {}, f"16-bit RGB, values 0 to 4095: {WHITE}"),
+    "too few bits": (deep_png(grown(GREY, 4095), 0), {"bits": 11}, "values outside 0 to 2047"),
     "PGM of 65535": (pnm("P5", grown(GREY, 4095), 65535), {}, f"values 0 to 4095: {WHITE}"),
     "32 bits": (tiff(GREY.astype("i4")), {}, f"32-bit signed grey, values 0 to 255: {WHITE}"),
     "8 bits, signed": (tiff(GREY.astype("i1")), {"bits": 7}, "values outside 0 to 127"),

@@ -1,6 +1,5 @@
 """Splits, images and labels of a source: nothing is guessed, and nothing is lost in silence."""
 
-import io
 import json
 import os
 import tarfile
@@ -8,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from conftest import drawn_picture, jpeg_bytes
+from hostile import write_tar
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sample_imagenet import convert
@@ -18,21 +18,7 @@ from pipelines.convert.sources import find_splits
 from pipelines.convert.sources.splits import SourceOptions
 
 JPEG = jpeg_bytes(drawn_picture(0, 16, 12))
-Link = tuple[bytes, str]  # kind and target of a link in an archive
 LINK, HARD_LINK = tarfile.SYMTYPE, tarfile.LNKTYPE
-
-
-def write_tar(path: Path, files: dict[str, bytes | Link] | list, mode: str = "w") -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, mode) as archive:
-        for name, content in files.items() if isinstance(files, dict) else files:
-            info = tarfile.TarInfo(name)
-            if isinstance(content, tuple):
-                info.type, info.linkname = content
-                archive.addfile(info)
-            else:
-                info.size = len(content)
-                archive.addfile(info, io.BytesIO(content))
 
 
 def write_parquet(path: Path, columns: dict, names: list[str] | None = None) -> None:

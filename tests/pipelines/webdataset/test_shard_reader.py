@@ -52,7 +52,7 @@ def test_a_flipped_bit_is_detected(shards, tmp_path):
     assert [index for index in range(64) if not reader.checksum_ok(index)] == [9]
 
 
-def test_shards_of_an_earlier_version_have_no_checksums(shards, tmp_path):
+def test_shards_without_checksums_are_refused(shards, tmp_path):
     folder = shutil.copytree(shards, tmp_path / "old")
     content = (folder / "train-000000.tar").read_bytes()
     start = content.index(b".crc32")
@@ -60,7 +60,8 @@ def test_shards_of_an_earlier_version_have_no_checksums(shards, tmp_path):
     header.name = ".other"
     content = content[:start] + header.tobuf(tarfile.USTAR_FORMAT) + content[start + 512 :]
     (folder / "train-000000.tar").write_bytes(content)
-    assert ShardReader(folder).location(9)[2] is None
+    with pytest.raises(ValueError, match="a list of checksums is missing"):
+        ShardReader(folder)
 
 
 @pytest.mark.parametrize(

@@ -10,9 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import drawn_picture, jpeg_bytes
-from hostile import make_folder, saved
+from hostile import make_folder, saved, write_tar
 from sample_imagenet import convert
-from test_splits_and_labels import write_tar
 
 from pipelines.beton import BetonReader
 
