@@ -138,11 +138,11 @@ class _Process:
 
 
 class _Workers:
-    """`count` processes, each started and served by a thread of this process."""
+    """At most `count` processes, each served by a thread of this process during a task."""
 
     def __init__(self, count: int) -> None:
         self._processes: set[_Process] = set()
-        self._thread_local = threading.local()
+        self._idle: list[_Process] = []
         self._threads = ThreadPoolExecutor(count)
         self._is_closed = False
 
@@ -153,19 +153,23 @@ class _Workers:
             raise _not_started(str(error)) from None
 
     def _run(self, task: Task) -> list[Outcome]:
-        outcomes = self._process().run(task)
-        if outcomes is None:
-            cause = self._end_process()
-            if not self._is_closed:
-                again = f"{len(task[0])} images are tried again, each in a new process"
-                print_line(f"A worker process ended with {cause}; {again}", file=sys.stderr)
-            outcomes = [self._run_alone(([image], *task[1:])) for image in task[0]]
-        return outcomes
+        try:
+            process = self._idle.pop()
+        except IndexError:
+            process = self._start()
+        if (outcomes := process.run(task)) is not None:
+            self._idle.append(process)
+            return outcomes
+        cause = self._end(process)
+        if not self._is_closed:
+            again = f"{len(task[0])} images are tried again, each in a new process"
+            print_line(f"A worker process ended with {cause}; {again}", file=sys.stderr)
+        return [self._run_alone(([image], *task[1:])) for image in task[0]]
 
     def _run_alone(self, task: Task) -> Outcome:
         """The outcome of one image, in a process of its own."""
-        outcomes = self._process().run(task)
-        cause = self._end_process()
+        process = self._start()
+        outcomes, cause = process.run(task), self._end(process)
         if outcomes is not None:
             return outcomes[0]
         if cause == "signal 9":
@@ -175,20 +179,17 @@ class _Workers:
             )
         return Outcome(0, reason=f"{CRASHED} ({cause})")
 
-    def _process(self) -> _Process:
-        """The process of this thread, started if it has none."""
-        if not hasattr(self._thread_local, "process"):
-            if self._is_closed:
-                raise CancelledError  # not seen: pending results are dropped
-            self._thread_local.process = _Process()
-            self._processes.add(self._thread_local.process)
+    def _start(self) -> _Process:
+        if self._is_closed:
+            raise CancelledError  # not seen: pending results are dropped
+        process = _Process()
+        self._processes.add(process)
         if self._is_closed:  # while it started
-            self._thread_local.process.kill()
+            process.kill()
             raise CancelledError
-        return self._thread_local.process
+        return process
 
-    def _end_process(self) -> str:
-        process = self._thread_local.__dict__.pop("process")
+    def _end(self, process: _Process) -> str:
         self._processes.discard(process)
         return process.end()
 
@@ -232,19 +233,14 @@ def _prepare_images(
         try:
             data = image.data if isinstance(image.data, bytes) else _read(image.data)
             num_bytes = len(data)
-            prepared = prepare(data, max_side, _check_of(image, check), flags)
+            has_checksum = isinstance(image.data, Location) and image.data.checksum is not None
+            auto: Check = "none" if has_checksum else "full"
+            prepared = prepare(data, max_side, auto if check == "auto" else check, flags)
             outcome = Outcome(num_bytes, prepared, zlib.crc32(prepared.jpeg))
         except UnreadableImage as error:
             outcome = Outcome(num_bytes, reason=str(error))
         outcomes.append(outcome)
     return outcomes
-
-
-def _check_of(image: SourceImage, check: AnyCheck) -> Check:
-    if check != "auto":
-        return check
-    has_checksum = isinstance(image.data, Location) and image.data.checksum is not None
-    return "none" if has_checksum else "full"
 
 
 def _read(location: Location) -> bytes:
