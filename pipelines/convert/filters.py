@@ -24,7 +24,7 @@ DROPPED = {  # values of --drop: reason
 }
 
 
-def read_list(path: Path, flag: str = "") -> list[str]:
+def read_list(path: Path, flag: str) -> list[str]:
     """The names in a file, one a line. Raises SourceError, which names the flag."""
     try:
         with open(path, encoding="utf-8-sig", errors="surrogateescape") as file:

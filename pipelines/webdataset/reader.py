@@ -25,9 +25,7 @@ MAX_LABELS = 30_000  # images whose label is read: enough for the kNN probe
 class ShardReader:
     """A split of a folder that `bt-convert --format webdataset` wrote.
 
-    Attributes: `path`; `archives`, paths of the tar files; `first`, int64 [shards + 1], sample
-    index of the first image in each; `locations`, int64 [N, 2]: offset in the archive and bytes;
-    `class_names`; `num_classes`.
+    Attributes: `path`; `class_names`; `num_classes`.
     Raises ValueError for a folder that is damaged, has no `dataset.json` or not this split.
     """
 
@@ -41,15 +39,15 @@ class ShardReader:
         dataset = read_dataset(folder)
         if split not in dataset["splits"]:
             raise ValueError(f"{folder} has no {split} images; convert a source that has them")
-        self.archives = shard_paths(folder, dataset, split)
+        self._archives = shard_paths(folder, dataset, split)
         self.class_names: list[str] | None = list(dataset["classes"])
         self.num_classes = len(dataset["classes"])
         counts = [int(shard["num_images"]) for shard in dataset["splits"][split]["shards"]]
-        self.first = np.cumsum([0, *counts])
-        tables = [_read_index(*pair) for pair in zip(self.archives, counts, strict=True)]
-        self.locations = np.concatenate([table[:, :2] for table in tables])
+        self._first = np.cumsum([0, *counts])  # index of the first image in each archive
+        tables = [_read_index(*pair) for pair in zip(self._archives, counts, strict=True)]
+        self._locations = np.concatenate([table[:, :2] for table in tables])  # offset, bytes [N, 2]
         self._label_locations = np.concatenate([table[:, 2:] for table in tables])  # [N, 2 or 0]
-        self._bytes = [np.memmap(path, np.uint8, "r") for path in self.archives]
+        self._bytes = [np.memmap(path, np.uint8, "r") for path in self._archives]
         self._checksums = self._read_checksums()
         self.sizes = Sizes(self._read_size, len(self))
 
@@ -57,11 +55,11 @@ class ShardReader:
         return type(self), (Path(self.path), self._split)
 
     def __len__(self) -> int:
-        return len(self.locations)
+        return len(self._locations)
 
     def image(self, index: int) -> np.ndarray:
         """uint8 [bytes], a read-only view of the archive: a JPEG."""
-        return self._file(index, *self.locations[index].tolist())
+        return self._file(index, *self._locations[index].tolist())
 
     @cached_property
     def labels(self) -> np.ndarray:
@@ -91,11 +89,11 @@ class ShardReader:
 
     def name(self, index: int) -> str:
         """File name of the image and its archive."""
-        return f"{index:09}.jpg in {self.archives[self._shard(index)].name}"
+        return f"{index:09}.jpg in {self._archives[self._shard(index)].name}"
 
     def location(self, index: int) -> tuple[int, int, int]:
         """(offset in its archive, bytes, CRC-32)."""
-        offset, size = self.locations[index].tolist()
+        offset, size = self._locations[index].tolist()
         return offset, size, int(self._checksums[index])
 
     def checksum_ok(self, index: int) -> bool:
@@ -116,7 +114,7 @@ class ShardReader:
             ) from None
 
     def _shard(self, index: int) -> int:
-        return int(np.searchsorted(self.first, index, "right")) - 1
+        return int(np.searchsorted(self._first, index, "right")) - 1
 
     def _file(self, index: int, offset: int, size: int) -> np.ndarray:
         return self._bytes[self._shard(index)][offset : offset + size]
@@ -124,8 +122,8 @@ class ShardReader:
     def _read_checksums(self) -> np.ndarray:
         """uint32 [N], stored after the images of each archive."""
         tables = []
-        for path, content, end in zip(self.archives, self._bytes, self.first[1:], strict=True):
-            offset, size = self.locations[end - 1].tolist()
+        for path, content, end in zip(self._archives, self._bytes, self._first[1:], strict=True):
+            offset, size = self._locations[end - 1].tolist()
             start = offset + -(-size // BLOCK) * BLOCK
             for member in members(path, start=start):
                 if member.name == CHECKSUMS:

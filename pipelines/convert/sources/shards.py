@@ -41,7 +41,11 @@ def find_splits(source: Path, options: SourceOptions) -> dict[str, Split]:
             raise SourceError(f"SOURCE {source} has a {DATASET}, which flags cannot change")
         return dataset_splits(source, read_dataset(source))
     return splits_of_files(
-        source, ".tar", options, lambda paths: _split(source, paths, options), _count
+        source,
+        ".tar",
+        options,
+        lambda paths: _split(source, paths, options),
+        lambda path: sum(is_named_like_image(member.name) for member in members(path)),
     )
 
 
@@ -260,7 +264,3 @@ def _read(path: Path, file: BinaryIO, member: Member, limit: int) -> bytes:
         raise SourceError(f"{path}: {member.name} has {member.size} bytes, more than {limit}")
     file.seek(member.offset)
     return file.read(member.size)
-
-
-def _count(path: Path) -> int:
-    return sum(is_named_like_image(member.name) for member in members(path))

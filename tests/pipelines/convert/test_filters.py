@@ -198,7 +198,7 @@ def test_what_is_wrong_is_one_line(tmp_path, capsys, flags, message):
 def test_a_list_is_read_as_it_is_written(tmp_path):
     names = ["a/b c.jpg", "é.jpg", "record 17", "x#y.jpg"]
     (tmp_path / "names").write_text("# two\n# lines\n" + list_text(names))
-    assert read_list(tmp_path / "names") == names
+    assert read_list(tmp_path / "names", "--include") == names
     with pytest.raises(SourceError, match="--include"):
         read_list(tmp_path / "none", "--include")
     (tmp_path / "names").write_text("")  # the list of overlaps of a clean data set
