@@ -92,14 +92,16 @@ def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     return f"<table>\n<tr>{titles}</tr>\n{''.join(lines)}</table>\n" if lines else ""
 
 
-def histogram(title: str, values: np.ndarray) -> str:
-    """A histogram of the values, [n], as SVG. Empty without values."""
+def histogram(title: str, values: np.ndarray, *, log: bool = False) -> str:
+    """A histogram of the values, [n], as SVG; log: bins of equal ratio. Empty without values."""
     if not len(values):
         return ""
     low, high = float(values.min()), float(values.max())
     if low == high:
-        low, high = low - 0.5, high + 0.5
-    counts, _ = np.histogram(values, 32, (low, high))
+        low, high = (low / 1.1, high * 1.1) if log else (low - 0.5, high + 0.5)
+    edges = (np.geomspace if log else np.linspace)(low, high, 33)
+    edges[0], edges[-1] = low, high  # not rounded
+    counts, _ = np.histogram(values, edges)
     width, height, step = 320, 96, 10
     rects = [
         f'<rect x="{step * i:.1f}" y="{height - h:.1f}" width="{step - 1:.1f}" height="{h:.1f}"/>'

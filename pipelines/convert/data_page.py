@@ -8,11 +8,10 @@ import numpy as np
 import pipelines
 from pipelines.common import html_report as html
 from pipelines.convert.data_report import MAX_LISTED, Report, account, class_sizes
-from pipelines.convert.findings import MARKS, groups, marked_images, note
+from pipelines.convert.findings import MARKS, groups, marked_images, note, sample
 
 NUM_RANDOM, NUM_CLASSES = 16, 24  # pictures of the sheets
-NUM_PAIRS, NUM_MARKED = 8, 6
-SEED = 0
+NUM_PAIRS, NUM_WORST = 8, 6
 
 
 def draw(source: str, reports: dict[str, Report]) -> str:
@@ -28,6 +27,8 @@ def draw(source: str, reports: dict[str, Report]) -> str:
         *(_duplicates(report, contents[name]) for name, report in reports.items()),
         *(_marked(report, contents[name]) for name, report in reports.items()),
         _classes(contents),
+        *(_sides(report, contents[name]) for name, report in reports.items()),
+        _channels(contents["train"]["channels"]),
         *(_formats(name, content) for name, content in contents.items()),
         *(_lists(name, content) for name, content in contents.items()),
         *map(_sheets, reports.values()),
@@ -103,7 +104,7 @@ def _marked(report: Report, content: dict) -> str:
         if count:
             parts += [
                 html.subheading(_some(count, f"{kind} images", len(names))),
-                _pictures(report, marked_images(report, flag)[1][:NUM_MARKED]),
+                _pictures(report, marked_images(report, flag)[1][:NUM_WORST]),
                 html.paragraph(", ".join(names)),
             ]
     if count := content["not_decoded"]:
@@ -122,6 +123,37 @@ def _classes(contents: dict[str, dict]) -> str:
         *(html.paragraph(f"{split}: {class_sizes(names, c)}") for split, c in counts.items()),
         html.row(*(html.histogram(f"images of a class, {s}", np.array(counts[s])) for s in counts)),
         html.table(["class", *counts], rows),
+        html.table(
+            ["names that differ in case, spaces, _ and - only"],
+            [[", ".join(alike)] for alike in contents["train"]["similar_classes"]],
+        ),
+    )
+
+
+def _sides(report: Report, content: dict) -> str:
+    height, width = (report.images.rows[side] for side in ("height", "width"))
+    return html.section(
+        f"Sides in {report.name}, as stored",
+        html.table(
+            ["side", "smallest", "median", "largest"],
+            [
+                [side, s["min"], round(s["median"]), s["max"]]
+                for side, s in content["sides"].items()
+            ],
+        ),
+        html.row(
+            html.histogram("width in pixels", width),
+            html.histogram("height in pixels", height),
+            html.histogram("width / height, logarithmic", width / height, log=True),
+        ),
+    )
+
+
+def _channels(found: dict) -> str:
+    rows = [[what, *found[key]] for what, key in (("mean", "mean"), ("deviation", "std"))]
+    return html.section(
+        f"Channels of {found['num_images']:,} random training images, from 0 to 1",
+        html.table(["", "red", "green", "blue"], rows),
     )
 
 
@@ -149,22 +181,24 @@ def _lists(name: str, content: dict) -> str:
 
 
 def _sheets(report: Report) -> str:
-    is_train = report.name == "train"
-    some = _sample(len(report.images), NUM_RANDOM if is_train else NUM_RANDOM // 2)
+    rows, is_train = report.images.rows, report.name == "train"
+    some = sample(len(rows), NUM_RANDOM if is_train else NUM_RANDOM // 2)
     parts = [html.subheading("A random sample"), _pictures(report, some)]
-    labels, firsts = np.unique(report.images.rows["label"], return_index=True)
+    labels, firsts = np.unique(rows["label"], return_index=True)
     labels, firsts = labels[labels >= 0], firsts[labels >= 0]
     if is_train and len(labels):
-        some = _sample(len(labels), NUM_CLASSES)
+        some = sample(len(labels), NUM_CLASSES)
         names = [report.manifest.class_names[label] for label in labels[some]]
         parts += [
             html.subheading("One of each class"),
             _pictures(report, firsts[some].tolist(), names),
         ]
+    if is_train:
+        height, width = rows["height"].astype(np.float64), rows["width"].astype(np.float64)
+        for title, badness in (
+            ("The most extreme aspect ratios", np.abs(np.log(width / height))),
+            ("The smallest", -height * width),
+        ):
+            worst = np.argsort(-badness, kind="stable")[:NUM_WORST].tolist()
+            parts += [html.subheading(title), _pictures(report, worst)]
     return html.section(f"Images of {report.name}", *parts)
-
-
-def _sample(num_images: int, count: int) -> list[int]:
-    """Sorted indices of at most `count` random images, the same for equal arguments."""
-    chosen = np.random.default_rng(SEED).choice(num_images, min(count, num_images), replace=False)
-    return sorted(chosen.tolist())

@@ -1,18 +1,26 @@
-"""What the stored images of a split show: duplicates, blank and grey images.
+"""What the stored images of a split show: duplicates, blank and grey images, sides, channels.
 
-Everything is computed once, when a split is complete, from `ImageTable`. Lists are of the first
-`MAX_LISTED`, and state the total.
+Everything is computed once, when a split is complete, from `ImageTable` and from a few images that
+are read again from the output. Lists are of the first `MAX_LISTED`, and state the total.
 """
 
+import re
+from collections import defaultdict
 from collections.abc import Iterable
+from contextlib import suppress
 from typing import NamedTuple
 
 import numpy as np
+import simplejpeg
+from PIL import Image
 
 from pipelines.convert.data_report import MAX_LISTED, Report
 from pipelines.convert.image_table import BLANK, DECODED, GREY
 
 MAX_OF_GROUP = 10  # names of identical images that are listed
+IMAGES_PER_SAMPLE, MIN_SAMPLE, MAX_SAMPLE = 256, 16, 512  # of the channels' statistics
+SAMPLE_SIDE = 256  # at most so many of an image's rows or columns
+SEED = 0
 MARKS = {"blank": BLANK, "grey": GREY}
 
 
@@ -50,7 +58,13 @@ def find(report: Report, val: Report | None = None) -> dict:
         ]
     for kind, (count, listed) in marked.items():
         findings[kind] = {"num_images": count, "names": [names[i] for i in listed]}
-    return findings | {"not_decoded": int((rows["flags"] & DECODED == 0).sum())}
+    if report.name == "train":
+        findings["channels"] = _channels(report)
+    return findings | {
+        "not_decoded": int((rows["flags"] & DECODED == 0).sum()),
+        "similar_classes": similar(report.manifest.class_names),
+        "sides": {side: _spread(rows[side]) for side in ("height", "width")},
+    }
 
 
 def marked_images(report: Report, flag: int) -> tuple[int, list[int]]:
@@ -77,6 +91,48 @@ def _counts(pairs: Iterable[int], rows: np.ndarray, others: np.ndarray) -> dict:
     return {"num_images": len(table), "num_of_other_class": int(differ.sum())}
 
 
+def similar(class_names: list[str]) -> list[list[str]]:
+    """Classes whose names differ in case, spaces, _ and - only: perhaps one class."""
+    found = defaultdict(list)
+    for name in class_names:
+        if key := re.sub(r"[\s_-]", "", name).casefold():
+            found[key].append(name)
+    return [names for names in found.values() if len(names) > 1][:MAX_LISTED]
+
+
+def sample(num_images: int, count: int) -> list[int]:
+    """Sorted indices of at most `count` random images, the same for equal arguments."""
+    chosen = np.random.default_rng(SEED).choice(num_images, min(count, num_images), replace=False)
+    return sorted(chosen.tolist())
+
+
+def _spread(values: np.ndarray) -> dict:
+    return {"min": int(values.min()), "median": float(np.median(values)), "max": int(values.max())}
+
+
+def _channels(report: Report) -> dict:
+    """Mean and standard deviation of red, green and blue in [0, 1], over a sample of images."""
+    num_images = len(report.images)
+    counts, num_decoded = np.zeros((3, 256), np.int64), 0
+    for index in sample(
+        num_images, min(max(num_images // IMAGES_PER_SAMPLE, MIN_SAMPLE), MAX_SAMPLE)
+    ):
+        with suppress(ValueError):  # of images that conversion did not decode
+            pixels = simplejpeg.decode_jpeg(report.images.read(index), "RGB", strict=False)
+            step = min(pixels.shape[:2]) // SAMPLE_SIDE + 1
+            some = Image.fromarray(np.ascontiguousarray(pixels[::step, ::step]))
+            counts += np.reshape(some.histogram(), (3, 256))
+            num_decoded += 1
+    values, num_pixels = np.arange(256) / 255, max(counts[0].sum(), 1)
+    mean = counts @ values / num_pixels
+    deviation = np.sqrt((counts @ values**2 / num_pixels - mean**2).clip(0))  # one colour: below 0
+    return {
+        "num_images": num_decoded,
+        "mean": mean.round(4).tolist(),
+        "std": deviation.round(4).tolist(),
+    }
+
+
 def note(report: Report) -> str:
     """What is to be looked at, as one line; empty if there is nothing."""
     found = report.findings
@@ -86,6 +142,7 @@ def note(report: Report) -> str:
         "duplicates of another class": found["duplicates"]["num_of_other_class"],
         "blank": found["blank"]["num_images"],
         "grey": found["grey"]["num_images"],
+        "pairs of similar class names": len(found["similar_classes"]),
     }
     texts = [f"{count:,} {what}" for what, count in counts.items() if count]
     return f"{report.name}: {', '.join(texts)}" if texts else ""

@@ -1,4 +1,4 @@
-"""What is known of the stored images of a split, in at most 21 bytes for each of them.
+"""What is known of the stored images of a split, in at most 25 bytes for each of them.
 
 An image is a duplicate of another if all bytes of their JPEGs are equal; the CRC-32 only finds the
 candidates. Images that conversion encodes again are equal afterwards if they were before.
@@ -12,7 +12,9 @@ import numpy as np
 from pipelines.convert.jpeg import Prepared
 
 DECODED, BLANK, GREY = 1, 2, 4  # bits of `flags`
-ROW = np.dtype([("checksum", "<u4"), ("label", "<i4"), ("flags", "u1")])
+ROW = np.dtype(
+    [("checksum", "<u4"), ("height", "<u2"), ("width", "<u2"), ("label", "<i4"), ("flags", "u1")]
+)
 
 
 class ImageTable:
@@ -50,7 +52,7 @@ class ImageTable:
             self._slots[slot] = index + 1
         flags = DECODED * (image.is_blank is not None)
         flags |= BLANK * bool(image.is_blank) | GREY * bool(image.is_grey)
-        self._rows[index] = checksum, label, flags
+        self._rows[index] = checksum, image.height, image.width, label, flags
         self._num_images += 1
 
     def _slot(self, jpeg: bytes, checksum: int) -> int:

@@ -12,6 +12,8 @@ from pipelines.convert.manifest import Manifest, SourceError, Split
 from pipelines.convert.sources import beton_file, parts, shards
 from pipelines.convert.workers import prepare_all
 
+MAX_BARS = 20  # most classes that are printed as a bar each
+
 
 class DamagedResult(ValueError):
     """Part of an output differs from what was written."""
@@ -20,7 +22,7 @@ class DamagedResult(ValueError):
 def verify(path: Path, *, workers: int) -> None:
     """Decode every image of a `.beton` or a folder of web shards, and compare all checksums.
 
-    Prints the sizes of the classes. Raises DamagedResult after listing all damage; SourceError.
+    Prints a histogram of the labels. Raises DamagedResult after listing all damage; SourceError.
     """
     num_damaged = 0
     if path.suffix == ".beton":
@@ -93,7 +95,14 @@ def _verify_images(split: Split, workers: int, reader: BetonReader | None = None
     kept = actions.pop("kept", 0)
     others = "".join(f", {count:,} {action}" for action, count in sorted(actions.items()))
     print_line(f"{split.root}: {kept:,} of {len(manifest):,} images are intact plain JPEGs{others}")
+    _print_labels(manifest)
+    return num_damaged
+
+
+def _print_labels(manifest: Manifest) -> None:
+    """Print the sizes of the classes, and a bar for each of a few."""
     names = manifest.class_names
     counts = [manifest.samples_per_class[label] for label in range(len(names))]
     print_line(f"{len(names):,} classes" + (f" of {class_sizes(names, counts)}" if names else ""))
-    return num_damaged
+    for name, count in zip(names, counts, strict=True) if len(names) <= MAX_BARS else ():
+        print_line(f"{count:>9,} {'#' * round(40 * count / max(counts))} {name}")
