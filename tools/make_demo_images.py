@@ -103,8 +103,9 @@ def scatter(outline: np.ndarray, rng: np.random.Generator, reach: float) -> list
 
 
 def checks(rng: np.random.Generator, reach: float) -> list[np.ndarray]:
-    """Every other cell of a chessboard rotated by 45 degrees."""
-    return [arc(0.5, num=5) + centre for centre in lattice(reach)]
+    """Every other cell of a chessboard."""
+    upright = rotation(np.pi / 4)
+    return [(arc(0.5, num=5) + centre) @ upright for centre in lattice(1.5 * reach)]
 
 
 def bands(
@@ -121,8 +122,8 @@ def bands(
 
 
 ring = np.concatenate([arc(1), arc(0.55)[::-1]])  # the inner circle in the opposite direction
-triangle = arc(1, num=4) @ rotation(-np.pi / 2)
-star = arc(1, num=11) * np.resize([1, 0.42], (11, 1)) @ rotation(-np.pi / 2)
+triangle = arc(1.2, num=4) @ rotation(-np.pi / 2)
+star = arc(1, num=11) * np.resize([1.1, 0.3], (11, 1)) @ rotation(-np.pi / 2)
 
 CLASSES: dict[str, Callable[[np.random.Generator, float], list[np.ndarray]]] = {
     "checks": checks,
@@ -134,7 +135,7 @@ CLASSES: dict[str, Callable[[np.random.Generator, float], list[np.ndarray]]] = {
     "stars": partial(scatter, star),
     "stripes": partial(bands, np.zeros_like, 0),
     "triangles": partial(scatter, triangle),
-    "zigzags": partial(bands, lambda x: 0.8 * np.abs(x % 2 - 1), np.pi / 2),
+    "zigzags": partial(bands, lambda x: 0.5 * np.abs(2 * x % 2 - 1), np.pi / 2),
 }
 
 
