@@ -8,15 +8,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.console import Console
-
 from bt_fast.config import Config
 from bt_fast.distributed import launcher, slurm
 from bt_fast.distributed.collectives import ALONE, World, require_divisible_batch
 from bt_fast.distributed.ranks import adopt_rank, run_rank
 from bt_fast.distributed.rendezvous import num_restarts
 from bt_fast.distributed.signals import EXIT_REFUSED, EXIT_STOPPED, StopFlag
-from bt_fast.run.console import summary_table
+from bt_fast.run.console import print_summary
 from bt_fast.run.directory import RunDirectory, choose_path, make_folder
 from pipelines.loading.datasets import open_data, require_equal_shares, require_full_batches
 
@@ -42,7 +40,7 @@ def run_pretrain(config: Config, arguments: Sequence[str], stop: StopFlag) -> in
         from bt_fast.plan.dry_run import plan
 
         rows = {"recipe": config.title} | plan(config, num_ranks)
-        Console(soft_wrap=True).print(summary_table("bt-fast pretrain, the plan", rows))
+        print_summary("bt-fast pretrain, the plan", rows)
         return 0
     if placement.srun is None and num_ranks == 1:
         return _train(config, stop, ALONE)

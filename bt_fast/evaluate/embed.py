@@ -1,13 +1,13 @@
 """`bt-fast embed`: the features of all images of a data set as a file, for other programs.
 
-    features.npy       float32 [n, width], one row per image; read with numpy.load(mmap_mode="r")
-    features.csv       beside it: name, label (-1: none) and class of each row
-    features.parquet   instead of both: columns name, label, class and feature (a list of float32)
+    features.npy    float32 [n, width], one row per image; read with numpy.load(mmap_mode="r")
+    features.csv    beside it: name, label (-1: none) and class of each row
 
 Rows are in the order of the data. Images are read in chunks, which are written as they are
 computed: memory does not grow with their number, and an interrupted command continues.
 """
 
+import contextlib
 import csv
 import io
 import json
@@ -17,16 +17,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
 
 from bt_fast.distributed.collectives import ALONE, World, broadcast_object
 from bt_fast.evaluate.eval_setup import EvalSetup, build_setup, open_splits
-from bt_fast.evaluate.features import extract_features
 from bt_fast.evaluate.options import Embed
 from bt_fast.evaluate.subset import complete_subset
 from bt_fast.export.encoder_files import weights_file
 from bt_fast.models.networks import feature_width
-from bt_fast.run.console import summary_table
+from bt_fast.run.console import print_summary
 from pipelines.common.atomic import atomic_file, work_folder
 from pipelines.common.console import print_line, progress
 from pipelines.loading.datasets import ImageDataset
@@ -36,17 +34,15 @@ CHUNK = 4096  # images
 
 def run_embed(options: Embed, world: World = ALONE) -> int:
     """Write the file; returns the exit status."""
-    if options.out.suffix not in (".npy", ".parquet"):
-        raise ValueError(f"--out {options.out} must end in .npy or .parquet")
-    if options.out.suffix == ".parquet":
-        _pyarrow()
+    if options.out.suffix != ".npy":
+        raise ValueError(f"--out {options.out} must end in .npy")
     if options.val_data is not None:
         raise ValueError("--val-data has no effect here; give it as --data")
     if not options.random:
         weights_file(options.run)  # raises now, before the files of --out are looked at
     partial = options.out.with_name(f"{options.out.name}.partial")
     paths = [options.out]
-    if options.out.suffix == ".npy" and not partial.exists():  # else it may have written the .csv
+    if not partial.exists():  # else it may have written the .csv
         paths.append(options.out.with_suffix(".csv"))
     for path in paths:
         if path.exists() and not options.overwrite:
@@ -54,21 +50,29 @@ def run_embed(options: Embed, world: World = ALONE) -> int:
     setup = build_setup(options, world=world)
     images, _ = open_splits(options, setup.config)
     identity = setup.identity(complete_subset(images))
-    if world.is_first:
-        try:
-            with work_folder(partial, resume=True) as work:
-                write_features(setup, images, work, identity)
-                _publish(work / "features.npy", images, options.out)
-        except BlockingIOError:
-            raise ValueError(f"--out {options.out} is being written by another process") from None
-        shape = f"{len(images)} x {feature_width(setup.encoder)}"
-        rows = {"encoder": setup.description, "data": images.path, "features": shape}
-        Console(soft_wrap=True).print(
-            summary_table("bt-fast embed", rows | {"out": str(options.out)})
-        )
-    else:
+    if not world.is_first:
         write_features(setup, images, None, identity)
+        return 0
+    with unlocked(options.out), work_folder(partial, resume=True) as work:
+        write_features(setup, images, work, identity)
+        rows = zip(map(images.name, range(len(images))), images.labels.tolist(), strict=True)
+        names = [*(images.class_names or map(str, range(images.num_classes))), ""]
+        named = ((name, label, names[label]) for name, label in rows)
+        write_csv(options.out.with_suffix(".csv"), ("name", "label", "class"), named)
+        os.replace(work / "features.npy", options.out)
+    shape = f"{len(images)} x {feature_width(setup.encoder)}"
+    table = {"encoder": setup.description, "data": images.path, "features": shape}
+    print_summary("bt-fast embed", table | {"out": str(options.out)})
     return 0
+
+
+@contextlib.contextmanager
+def unlocked(out: Path) -> Iterator[None]:
+    """Raise ValueError if another process holds the lock that the block needs."""
+    try:
+        yield
+    except BlockingIOError:
+        raise ValueError(f"--out {out} is being written by another process") from None
 
 
 def embed(
@@ -79,7 +83,7 @@ def embed(
     Args:
         run: folder of a run, or file of weights.
         data: a .beton or a folder of images; default: the run's training images.
-        out: a .npy, beside which a .csv has names and labels, or a .parquet.
+        out: a .npy, beside which a .csv has names and labels.
         flags: further flags of `bt-fast embed` by name, such as size=224 or which="teacher".
 
     Returns:
@@ -122,7 +126,7 @@ def write_features(
     with progress("embedding", len(images) - done) as advance:
         for start in range(done, len(images), CHUNK):
             samples = np.arange(start, min(start + CHUNK, len(images)))
-            features = extract_features(setup.encoder, views, samples, setup.crop, setup.world)
+            features = setup.features(views, samples)
             if work is not None:
                 file = np.lib.format.open_memmap(work / "features.npy", "r+")
                 file[samples] = features.cpu().numpy()
@@ -143,16 +147,6 @@ def _number_done(work: Path, identity: dict[str, Any]) -> int:
         return 0
 
 
-def _publish(features: Path, images: ImageDataset, out: Path) -> None:
-    """Move the complete file to its name, with names, labels and classes."""
-    if out.suffix == ".parquet":
-        features = _write_parquet(features, images)
-    else:
-        rows = (row for rows in _rows(images) for row in rows)
-        write_csv(out.with_suffix(".csv"), ("name", "label", "class"), rows)
-    os.replace(features, out)
-
-
 def write_csv(path: Path, header: Iterable[str], rows: Iterable[Iterable]) -> None:
     """Write or replace a CSV file; names that are not UTF-8 keep their bytes."""
     with atomic_file(path, overwrite=True) as file:
@@ -162,47 +156,3 @@ def write_csv(path: Path, header: Iterable[str], rows: Iterable[Iterable]) -> No
         writer.writerows(rows)
         text.flush()
         text.detach()
-
-
-def _rows(images: ImageDataset) -> Iterator[list[tuple[str, int, str]]]:
-    """(name, label, class) of every image, in chunks."""
-    names = [*(images.class_names or map(str, range(images.num_classes))), ""]
-    for start in range(0, len(images), CHUNK):
-        indices = range(start, min(start + CHUNK, len(images)))
-        labels = images.labels[start : indices.stop].tolist()
-        yield [
-            (images.name(i), label, names[label]) for i, label in zip(indices, labels, strict=True)
-        ]
-
-
-def _write_parquet(features: Path, images: ImageDataset) -> Path:
-    pa, parquet = _pyarrow()
-    values = np.load(features, mmap_mode="r")
-    columns = ("name", pa.string()), ("label", pa.int64()), ("class", pa.string())
-    schema = pa.schema([*columns, ("feature", pa.list_(pa.float32(), values.shape[1]))])
-    path, start = features.with_suffix(".parquet"), 0
-    with parquet.ParquetWriter(path, schema) as writer:
-        for rows in _rows(images):
-            part = pa.array(values[start : start + len(rows)].ravel())
-            start += len(rows)
-            lists = pa.FixedSizeListArray.from_arrays(part, values.shape[1])
-            rows = [(_valid_utf8(name), label, _valid_utf8(kind)) for name, label, kind in rows]
-            texts = [list(column) for column in zip(*rows, strict=True)]
-            writer.write_table(pa.table([*texts, lists], schema=schema))
-    return path
-
-
-def _valid_utf8(name: str) -> str:
-    r"""A file name with \xNN for each byte that is not UTF-8, which parquet cannot contain."""
-    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
-
-
-def _pyarrow():
-    try:
-        import pyarrow
-        from pyarrow import parquet
-    except ImportError:
-        raise ValueError(
-            "--out .parquet needs PyArrow: pip install pyarrow; or choose .npy"
-        ) from None
-    return pyarrow, parquet

@@ -7,12 +7,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
 from torch import nn
 
 from bt_fast.choices import Stem, is_of_library
 from bt_fast.config import Config, load_config
 from bt_fast.distributed.collectives import ALONE, World
+from bt_fast.evaluate.features import extract_features
 from bt_fast.evaluate.options import EvalOptions, Options
 from bt_fast.evaluate.overlap import warn_of_overlap
 from bt_fast.evaluate.subset import Subset
@@ -20,7 +20,7 @@ from bt_fast.evaluate.views import Views
 from bt_fast.export.encoder_files import fingerprint, read_pretrained
 from bt_fast.models.library_encoders import require_size
 from bt_fast.models.networks import build_encoder
-from bt_fast.run.console import summary_table
+from bt_fast.run.console import print_summary
 from bt_fast.runtime import Runtime, apply_switches, choose_runtime, prepare
 from pipelines.common.cpu import usable_cores
 from pipelines.convert.sources.shards import has_dataset
@@ -70,6 +70,10 @@ class EvalSetup:
             num_threads=self.num_threads,
             cache_bytes=self.cache_bytes,
         )
+
+    def features(self, views: Views, samples: np.ndarray) -> torch.Tensor:
+        """Features of the samples' central crops: float32 [n, width], on every rank."""
+        return extract_features(self.encoder, views, samples, self.crop, self.world)
 
 
 def build_setup(
@@ -192,5 +196,5 @@ def run_protocol(
         warn_of_overlap(train, val)
     rows = {"encoder": setup.description, "data": f"{train.path}, {len(train)} images"}
     rows |= measure(options, setup, train, val)[1]
-    Console(soft_wrap=True).print(summary_table(f"bt-fast eval {name}", rows))
+    print_summary(f"bt-fast eval {name}", rows)
     return 0

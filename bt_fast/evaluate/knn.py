@@ -4,24 +4,17 @@ from functools import partial
 
 import numpy as np
 import torch
-from rich.console import Console
 
 from bt_fast.config import Config
 from bt_fast.distributed.collectives import ALONE, World
 from bt_fast.evaluate.collapse import centred_rank, collapse_report, effective_rank
 from bt_fast.evaluate.eval_setup import EvalSetup, build_setup, open_splits
-from bt_fast.evaluate.features import extract_features, model_outputs
-from bt_fast.evaluate.knn_classifier import (
-    SETTINGS,
-    KnnData,
-    choose_data,
-    extract_knn_features,
-    knn_scores,
-)
+from bt_fast.evaluate.features import model_outputs
+from bt_fast.evaluate.knn_classifier import SETTINGS, KnnData, choose_data, knn_scores
 from bt_fast.evaluate.options import EvalKnn
 from bt_fast.evaluate.overlap import warn_of_overlap
 from bt_fast.evaluate.subset import Subset
-from bt_fast.run.console import summary_table
+from bt_fast.run.console import print_summary
 from pipelines.loading.datasets import ImageDataset
 from pipelines.order import epoch_order
 
@@ -54,10 +47,10 @@ def run_knn(options: EvalKnn, world: World = ALONE) -> int:
         queries = Subset(images, order[:_MAX_RANK_IMAGES])
         rows["data"] = f"{len(queries)} images of {images.path}"
         rows["kNN"] = f"none: {_missing_classes(train, val)}"
-        rows |= measure_rank(setup, queries)
+        rows["rank of the features"] = _ranks(_features(setup, queries))
     if options.collapse:
         rows |= measure_collapse(setup, queries)
-    Console(soft_wrap=True).print(summary_table("bt-fast eval knn", rows))
+    print_summary("bt-fast eval knn", rows)
     return 0
 
 
@@ -71,18 +64,15 @@ def _missing_classes(train: ImageDataset, val: ImageDataset | None) -> str:
     return f"{train.path} has too few images"
 
 
-def measure_rank(setup: EvalSetup, queries: Subset) -> dict[str, str]:
-    """Row on the features of the central crops."""
-    views, samples = setup.views(queries.images), queries.samples
-    features = extract_features(setup.encoder, views, samples, setup.crop, setup.world)
-    return {"rank of the features": _ranks(features)}
+def _features(setup: EvalSetup, subset: Subset) -> torch.Tensor:
+    return setup.features(setup.views(subset.images), subset.samples)
 
 
 def measure_knn(
     setup: EvalSetup, data: KnnData, *, augmented: bool = False
 ) -> tuple[float, dict[str, str]]:
     """(accuracy with k = 20, rows of the table)."""
-    bank, queries = extract_knn_features(setup.encoder, data, setup.views, setup.crop, setup.world)
+    bank, queries = (_features(setup, subset) for subset in (data.bank, data.queries))
     scores = knn_scores(bank, queries, data)
     rows = {
         f"kNN, k = {k}, T = {temperature}": f"{100 * scores[f'knn_{k}']:.2f} %"

@@ -4,17 +4,13 @@ Each of a query's k most similar bank images adds exp(cosine similarity / temper
 of its class; the class with the highest score is predicted.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from bt_fast.distributed.collectives import ALONE, World
-from bt_fast.evaluate.features import extract_features
 from bt_fast.evaluate.subset import Subset
-from bt_fast.evaluate.views import Views
 from pipelines.loading.datasets import ImageDataset
 from pipelines.order import epoch_order
 
@@ -102,21 +98,6 @@ def _shuffled_labelled(images: ImageDataset, seed: int) -> np.ndarray:
     """Samples that have a class, in a random order: int64 [n]."""
     order = epoch_order(len(images), seed, _SPLIT_EPOCH)
     return order[images.labels[order] >= 0]
-
-
-def extract_knn_features(
-    encoder: torch.nn.Module,
-    data: KnnData,
-    open_views: Callable[[ImageDataset], Views],
-    crop: float,
-    world: World = ALONE,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Features [n, width] of bank and queries, on every rank; each reads a slice of the images."""
-    bank, queries = (
-        extract_features(encoder, open_views(subset.images), subset.samples, crop, world)
-        for subset in (data.bank, data.queries)
-    )
-    return bank, queries
 
 
 def knn_scores(bank: torch.Tensor, queries: torch.Tensor, data: KnnData) -> dict[str, float]:

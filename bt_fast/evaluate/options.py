@@ -12,16 +12,7 @@ from bt_fast.export.options import WeightsOptions
 Options = TypeVar("Options", bound="EvalOptions")
 
 # Flags that are at least 1, in every command that has them.
-_COUNTS = (
-    "workers",
-    "size",
-    "gpus",
-    "epochs",
-    "batch_size",
-    "semi_epochs",
-    "semi_batch_size",
-    "clusters",
-)
+_COUNTS = "workers size gpus epochs batch_size semi_epochs semi_batch_size clusters"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,7 +45,7 @@ class EvalOptions(WeightsOptions):
     """Folder for states and results. Default: RUN/eval, or FILE.d/eval."""
 
     def __post_init__(self) -> None:
-        for name in _COUNTS:
+        for name in _COUNTS.split():
             value = getattr(self, name, None)
             if value is not None and value < 1:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
@@ -141,23 +132,19 @@ class EvalSemi(TrainedOptions):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class EvalTransfer(EvalOptions):
+class EvalTransfer(TrainedOptions):
     """Evaluate the frozen encoder on another data set."""
 
     dataset: Literal["places205", "inat18", "voc07", "folder"] = "folder"
     """Data set at --data, in its published layout; folder: class folders, or a .beton."""
     epochs: int | None = None
     """Passes over the images. Default: 84 for inat18, else 14."""
-    batch_size: int = 256
-    """Number of images per step."""
     lr: float = 0.01
     """Learning rate of the classifier, divided by 10 after a third and two thirds."""
     weight_decay: float = 5e-4
     """Weight decay of weights and bias."""
     min_scale: float = 0.08
     """Smallest random crop, fraction of the image's area."""
-    seed: int = 0
-    """Seed of the classifier's initialisation, the order and the crops."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -197,6 +184,6 @@ class Embed(EvalOptions):
     """Images: a .beton, or a folder, of whose splits it is the training images. Default: the
     run's."""
     out: Path = Path("features.npy")
-    """Output file: .npy, beside which a .csv has names and labels, or .parquet with all columns."""
+    """Output file: .npy, beside which a .csv has names and labels."""
     overwrite: bool = False
     """Permission to replace an existing file."""

@@ -28,7 +28,7 @@ from bt_fast.distributed import collectives
 from bt_fast.distributed.collectives import ALONE, World
 from bt_fast.evaluate.eval_directory import EvalDirectory, open_eval_directory
 from bt_fast.evaluate.eval_setup import EvalSetup
-from bt_fast.evaluate.features import count_correct, extract_features
+from bt_fast.evaluate.features import count_correct
 from bt_fast.evaluate.subset import Subset
 from bt_fast.evaluate.views import Views
 from bt_fast.finite import NotFinite
@@ -141,9 +141,7 @@ def _train(
         print_line(f"{name}: continuing after epoch {first} of {protocol.epochs}")
     train_views, val_views = setup.views(train.images), setup.views(val.images)
     # A first batch: without it, features that are not finite look like a learning rate too high.
-    extract_features(
-        setup.encoder, train_views, train.samples[: protocol.batch_size], setup.crop, setup.world
-    )
+    setup.features(train_views, train.samples[: protocol.batch_size])
     report_every = max(1, protocol.epochs // 10)
     with progress(name, (protocol.epochs - first) * len(train)) as advance:
         for epoch in range(first, protocol.epochs):

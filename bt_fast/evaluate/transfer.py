@@ -5,8 +5,6 @@ by 10 at two equally spaced points, weight decay 5e-4. VOC07: linear SVMs, see `
 protocol of Places-205 applies to any other data set, a .beton or a folder of class folders.
 """
 
-from rich.console import Console
-
 from bt_fast.distributed.collectives import ALONE, World
 from bt_fast.evaluate.eval_setup import EvalSetup, build_setup, open_labelled_splits
 from bt_fast.evaluate.options import EvalTransfer
@@ -15,7 +13,7 @@ from bt_fast.evaluate.subset import labelled_subset
 from bt_fast.evaluate.supervised import Protocol, accuracy_rows, train_classifier
 from bt_fast.evaluate.transfer_datasets import inat18, places205
 from bt_fast.evaluate.voc07 import measure_voc
-from bt_fast.run.console import summary_table
+from bt_fast.run.console import print_summary
 
 
 def run_transfer(options: EvalTransfer, world: World = ALONE) -> int:
@@ -35,7 +33,7 @@ def run_transfer(options: EvalTransfer, world: World = ALONE) -> int:
         rows["mean average precision"] = f"{100 * result['map']:.2f} %"
     else:
         rows |= _classify(options, setup)
-    Console(soft_wrap=True).print(summary_table("bt-fast eval transfer", rows))
+    print_summary("bt-fast eval transfer", rows)
     return 0
 
 

@@ -121,38 +121,36 @@ def read_pretrained(
     """
     file = weights_file(path, projector)
     tensors, metadata = _read_tensors(file)
-    library = _find_library(metadata, file) or library
-    if library is not None:
+    architecture, size = _find_library(metadata, file) or library or ("", None)
+    if size is not None:
         if stem is not None:
-            raise ValueError(f"{file} holds {library[0]}: leave out --stem")
-        return _read_library_encoder(tensors, *library, which, file, projector)
-    resnets = _find_resnets(tensors)
-    if not resnets:
-        some = ", ".join(printable(name) for name in list(tensors)[:3]) or "none"
-        raise ValueError(
-            f"{file} holds no ResNet with torchvision's names (no layer1.0.conv1.weight); its"
-            f" tensors: {some}{', ...' if len(tensors) > 3 else ''}"
-        )
-    prefix = _choose_encoder(resnets, which, file)
-    architecture = _find_architecture(resnets[prefix], file)
-    stem = _choose_stem(resnets[prefix], stem, metadata, file)
-    encoder = build_encoder(architecture, stem=stem)
-    _load(encoder, resnets[prefix])
+            raise ValueError(f"{file} holds {architecture}: leave out --stem")
+        encoder, stem = build_library_encoder(architecture, size=size), "imagenet"
+        encoders = _find_library_encoders(tensors, encoder, f"{architecture} for {size} px", file)
+        prefix = _choose_encoder(encoders, which, file)
+    else:
+        encoders = _find_resnets(tensors, file)
+        prefix = _choose_encoder(encoders, which, file)
+        architecture = _find_architecture(encoders[prefix], file)
+        stem = _choose_stem(encoders[prefix], stem, metadata, file)
+        encoder = build_encoder(architecture, stem=stem)
+    _load(encoder, encoders[prefix])
     # The projector is a sibling of the encoder: module.backbone. -> module.projector.
     parent, _, name = prefix.rstrip(".").rpartition(".")
     siblings = _without_prefix(f"{parent}.projector." if parent else "projector.", tensors)
+    has_projector = projector and siblings and name in _PROJECTED
     pretrained = Pretrained(
         encoder=encoder,
         architecture=architecture,
         stem=stem,
-        size=None,
-        projector=_matching_projector(siblings, file)
-        if projector and siblings and name in _PROJECTED
-        else None,
+        size=size,
+        projector=_matching_projector(siblings, file) if has_projector else None,
         source=file,
-        name=_labels(resnets)[prefix] if len(resnets) > 1 else "",
+        name=_labels(encoders)[prefix] if len(encoders) > 1 else "",
     )
-    _require_finite_weights(pretrained)
+    for module in (pretrained.encoder, pretrained.projector):
+        if module is not None:
+            require_finite(module.state_dict(), str(file), "choose another file or checkpoint")
     return pretrained
 
 
@@ -175,11 +173,10 @@ def _find_library(metadata: Mapping[str, Any], file: Path) -> tuple[str, int] | 
     return architecture, int(str(size))
 
 
-def _read_library_encoder(
-    tensors: Tensors, name: str, size: int, which: str | None, file: Path, projector: bool
-) -> Pretrained:
-    """An encoder of timm or torchvision, wherever in the file it is. Raises ValueError."""
-    encoder = build_library_encoder(name, size=size)
+def _find_library_encoders(
+    tensors: Tensors, encoder: nn.Module, title: str, file: Path
+) -> dict[str, Tensors]:
+    """{prefix: its tensors} wherever in the file weights fit the encoder. Raises ValueError."""
     shapes = _shapes(encoder.state_dict())
     first = next(iter(shapes))
     prefixes = [tensor.removesuffix(first) for tensor in tensors if tensor.endswith(first)]
@@ -187,22 +184,8 @@ def _read_library_encoder(
     found = {p: _without_prefix(p, tensors) for p, reason in differences.items() if not reason}
     if not found:
         reason = next(iter(differences.values()), f"it has no {first}")
-        raise ValueError(f"{file} does not hold a {name} for {size} px: {printable(reason)}")
-    encoders = {p: {key: t[key] for key in shapes if key in t} for p, t in found.items()}
-    prefix = _choose_encoder(encoders, which, file)
-    _load(encoder, encoders[prefix])
-    siblings = _without_prefix(f"{prefix.removesuffix('encoder.')}projector.", tensors)
-    pretrained = Pretrained(
-        encoder=encoder,
-        architecture=name,
-        stem="imagenet",
-        size=size,
-        projector=_matching_projector(siblings, file) if projector and siblings else None,
-        source=file,
-        name=_labels(encoders)[prefix] if len(encoders) > 1 else "",
-    )
-    _require_finite_weights(pretrained)
-    return pretrained
+        raise ValueError(f"{file} does not hold a {title}: {printable(reason)}")
+    return {p: {key: t[key] for key in shapes if key in t} for p, t in found.items()}
 
 
 def _first_difference(shapes: Mapping[str, torch.Size], weights: Tensors) -> str:
@@ -213,14 +196,6 @@ def _first_difference(shapes: Mapping[str, torch.Size], weights: Tensors) -> str
         if weights[name].shape != shape:
             return f"{name} is {list(weights[name].shape)} instead of {list(shape)}"
     return ""
-
-
-def _require_finite_weights(pretrained: Pretrained) -> None:
-    for module in (pretrained.encoder, pretrained.projector):
-        if module is not None:
-            require_finite(
-                module.state_dict(), str(pretrained.source), "choose another file or checkpoint"
-            )
 
 
 def fingerprint(module: nn.Module) -> str:
@@ -341,8 +316,8 @@ def _without_prefix(prefix: str, tensors: Tensors) -> Tensors:
     return {k.removeprefix(prefix): value for k, value in tensors.items() if k.startswith(prefix)}
 
 
-def _find_resnets(tensors: Tensors) -> dict[str, Tensors]:
-    """{prefix: tensors under torchvision's names} of every ResNet.
+def _find_resnets(tensors: Tensors, file: Path) -> dict[str, Tensors]:
+    """{prefix: tensors under torchvision's names} of every ResNet. Raises ValueError without one.
 
     What is beside it, such as `fc` or a projector, is left out, except convolutions: with those
     torchvision's ResNet would be another network.
@@ -353,6 +328,12 @@ def _find_resnets(tensors: Tensors) -> dict[str, Tensors]:
         for prefix, mark in marks.items()
         if mark == "layer1" or f"{prefix}0.weight" in tensors
     }
+    if not resnets:
+        some = ", ".join(printable(name) for name in list(tensors)[:3]) or "none"
+        raise ValueError(
+            f"{file} holds no ResNet with torchvision's names (no layer1.0.conv1.weight); its"
+            f" tensors: {some}{', ...' if len(tensors) > 3 else ''}"
+        )
     for name, tensor in tensors.items():
         prefix = max((p for p in resnets if name.startswith(p)), key=len, default=None)
         if prefix is not None:

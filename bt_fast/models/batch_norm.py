@@ -421,43 +421,12 @@ class BatchNormAct2d(BatchNorm2d):
         return self.act(self.drop(super().forward(x)))
 
 
-class _OneView:
-    """One view of n images; n may differ between ranks and be 0."""
-
-    num_views = 1
-    uneven = True
-
-
-class _OneViewBatchNorm1d(_OneView, BatchNorm1d):
-    """[n, C] -> [n, C]."""
-
-
-class _OneViewBatchNorm2d(_OneView, BatchNorm2d):
-    """[n, C, H, W] -> [n, C, H, W]."""
-
-
-class _OneViewBatchNormAct2d(_OneView, BatchNormAct2d):
-    """[n, C, H, W] -> [n, C, H, W]."""
-
-
-_PER_VIEW = {
-    "BatchNorm1d": BatchNorm1d,
-    "BatchNorm2d": BatchNorm2d,
-    "BatchNormAct2d": BatchNormAct2d,
-}
-_ONE_VIEW = {
-    "BatchNorm1d": _OneViewBatchNorm1d,
-    "BatchNorm2d": _OneViewBatchNorm2d,
-    "BatchNormAct2d": _OneViewBatchNormAct2d,
-}
-
-
-def _kind(layer: nn.Module) -> str | None:
-    """Name of torch's batch norm, or of timm's with an activation; None for other layers."""
-    if type(layer) in (nn.BatchNorm1d, nn.BatchNorm2d):
-        return type(layer).__name__
-    is_timms = type(layer).__module__.startswith("timm.")
-    return "BatchNormAct2d" if is_timms and type(layer).__name__ == "BatchNormAct2d" else None
+def _per_view_class(layer: nn.Module) -> type[_PerViewBatchNorm] | None:
+    """Ours for a batch norm of torch, or of timm with an activation; None for other layers."""
+    kind: Any = type(layer)
+    if kind.__module__.startswith("timm.") and kind.__name__ == "BatchNormAct2d":
+        return BatchNormAct2d
+    return {nn.BatchNorm1d: BatchNorm1d, nn.BatchNorm2d: BatchNorm2d}.get(kind)
 
 
 def convert_to_per_view(model: nn.Module, name: str) -> None:
@@ -466,10 +435,10 @@ def convert_to_per_view(model: nn.Module, name: str) -> None:
     Raises ValueError, with the encoder's name, for a norm over the batch of another kind.
     """
     for path, layer in model.named_modules():
-        kind, buffers = _kind(layer), dict(layer.named_buffers(recurse=False))
-        if kind is not None and layer.affine and layer.momentum and "running_var" in buffers:
-            layer.__class__ = _PER_VIEW[kind]  # which adds no state
-        elif kind is not None or "running_mean" in buffers or "running_var" in buffers:
+        ours, buffers = _per_view_class(layer), dict(layer.named_buffers(recurse=False))
+        if ours is not None and layer.affine and layer.momentum and "running_var" in buffers:
+            layer.__class__ = ours  # which adds no state
+        elif ours is not None or "running_mean" in buffers or "running_var" in buffers:
             raise ValueError(
                 f"--encoder {name}: {path} is a {type(layer).__name__}, a norm over the batch that"
                 " cannot be computed for each view; choose another encoder"
@@ -477,8 +446,9 @@ def convert_to_per_view(model: nn.Module, name: str) -> None:
 
 
 def convert_sync_batch_norm(model: nn.Module, group: Group) -> None:
-    """Let torch's batch norms of one view use the samples of all ranks of a group; in place."""
+    """Let torch's batch norms use the samples of all ranks of a group, of one view; in place."""
     for layer in model.modules():
-        if group is not None and (kind := _kind(layer)) is not None:
-            layer.__class__ = _ONE_VIEW[kind]  # which adds no state
+        if group is not None and (ours := _per_view_class(layer)) is not None:
+            layer.__class__ = ours  # which adds no state
+            layer.num_views, layer.uneven = 1, True  # type: ignore[assignment]
             set_process_group(layer, group)

@@ -192,6 +192,11 @@ def reason(error: OSError) -> str:
     return error.strerror or str(error)
 
 
+def print_summary(title: str, rows: dict[str, str]) -> None:
+    """Print a `summary_table`, long lines of which the terminal wraps."""
+    Console(soft_wrap=True).print(summary_table(title, rows))
+
+
 def summary_table(title: str, rows: dict[str, str]) -> Table:
     """A table with a name and a value in each row."""
     table = Table(title=title, title_justify="left", show_header=False)

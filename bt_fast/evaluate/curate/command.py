@@ -11,13 +11,11 @@
 Similarities are cosines of whitened features, see `neighbours.Whitening`.
 """
 
-import contextlib
 from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 import torch
-from rich.console import Console
 
 from bt_fast.distributed.collectives import ALONE, World
 from bt_fast.evaluate.curate import subsets
@@ -25,11 +23,11 @@ from bt_fast.evaluate.curate.clusters import ITERATIONS, cluster
 from bt_fast.evaluate.curate.findings import Findings
 from bt_fast.evaluate.curate.neighbours import Whitening, nearest
 from bt_fast.evaluate.curate.report import write_report
-from bt_fast.evaluate.embed import write_csv, write_features
+from bt_fast.evaluate.embed import unlocked, write_csv, write_features
 from bt_fast.evaluate.eval_setup import EvalSetup, build_setup, open_splits
 from bt_fast.evaluate.options import Curate
 from bt_fast.evaluate.subset import complete_subset
-from bt_fast.run.console import summary_table
+from bt_fast.run.console import print_summary
 from pipelines.common.atomic import atomic_file, locked
 from pipelines.common.console import progress
 from pipelines.convert.filters import list_text
@@ -55,11 +53,7 @@ def run_curate(options: Curate, world: World = ALONE) -> int:
         return _curate(options, setup, train, val, out, count)
     _refuse_results(out, options.overwrite)
     out.mkdir(parents=True, exist_ok=True)
-    with contextlib.ExitStack() as stack:
-        try:
-            stack.enter_context(locked(out))
-        except BlockingIOError:
-            raise ValueError(f"--out {out} is being written by another process") from None
+    with unlocked(out), locked(out):
         return _curate(options, setup, train, val, out, count)
 
 
@@ -94,7 +88,7 @@ def _curate(
     if kept is not None:
         rows["kept"] = f"{len(kept):,} of {len(train):,} by {options.by}: {out / 'keep.txt'}"
     rows["report"] = str(out / "report.html")
-    Console(soft_wrap=True).print(summary_table("bt-fast curate", rows))
+    print_summary("bt-fast curate", rows)
     return 0
 
 

@@ -10,6 +10,7 @@ import torch
 import bt_fast
 from bt_fast.cli import main
 from bt_fast.evaluate import embed as module
+from bt_fast.evaluate import eval_setup
 from pipelines.beton import BetonReader
 from pipelines.crop import center_boxes, crop_and_resize
 
@@ -42,10 +43,9 @@ def expected_features(run, reader: BetonReader, size: int = 32) -> np.ndarray:
 
 
 def test_features_names_and_labels_in_order(labelled_run, small_beton, tmp_path, capsys):
-    out = tmp_path / "f.npy"
-    command = ["embed", str(labelled_run), "--data", str(small_beton), "--out", str(out), *FLAGS]
-    command += ["--size=32", "--crop=1.0"]
-    assert main(command) == 0
+    """By the function; the command does not replace its files, and refuses another format."""
+    flags = {"device": "cpu", "precision": "fp32", "workers": 1, "size": 32, "crop": 1.0}
+    out = bt_fast.embed(labelled_run, small_beton, out=tmp_path / "f.npy", **flags)
     reader = BetonReader(small_beton)
     features = np.load(out, mmap_mode="r")
     assert features.dtype == np.float32 and features.shape[0] == len(reader)
@@ -53,12 +53,15 @@ def test_features_names_and_labels_in_order(labelled_run, small_beton, tmp_path,
     rows = list(csv.DictReader(out.with_suffix(".csv").open()))
     assert [row["name"] for row in rows] == [reader.name(i) for i in range(len(reader))]
     assert [int(row["label"]) for row in rows] == reader.labels.tolist()
-    assert main(command) == 2 and "--overwrite" in capsys.readouterr().err
+    assert [row["class"] for row in rows] == [reader.class_names[i] for i in reader.labels]
+    command = ["embed", str(labelled_run), "--data", str(small_beton), "--out"]
+    assert main([*command, str(out)]) == 2 and "--overwrite" in capsys.readouterr().err
+    assert main([*command, "f.txt"]) == 2 and "must end in .npy" in capsys.readouterr().err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["f.csv", "f.npy"]
 
 
 def test_an_interrupted_command_continues(labelled_run, small_beton, tmp_path, monkeypatch, capsys):
-    real, calls = module.extract_features, []
+    real, calls = eval_setup.extract_features, []
 
     def killed(*arguments):
         calls.append(1)
@@ -71,7 +74,7 @@ def test_an_interrupted_command_continues(labelled_run, small_beton, tmp_path, m
         return main(["embed", str(labelled_run), *flags])
 
     assert run("whole.npy") == 0
-    monkeypatch.setattr(module, "extract_features", killed)
+    monkeypatch.setattr(eval_setup, "extract_features", killed)
     assert run("parts.npy") == 130 and not (tmp_path / "parts.npy").exists()
     assert run("parts.npy") == 0 and len(calls) == 3 + 5  # 64 images in chunks of 10
     assert "continuing after 20 of 64 images" in capsys.readouterr().out
@@ -97,24 +100,6 @@ def test_a_kill_while_the_files_are_moved(
     assert main([*command, *["--overwrite"] * is_moved]) == 0
     assert len(np.load(out)) == 64
     assert {path.name for path in tmp_path.iterdir()} == {"f.npy", "f.csv"}
-
-
-def test_parquet_and_the_function(labelled_run, small_beton, tmp_path):
-    parquet = pytest.importorskip("pyarrow.parquet", reason="PyArrow is not installed")
-    flags = {"device": "cpu", "precision": "fp32", "workers": 1}
-    out = bt_fast.embed(labelled_run, small_beton, out=tmp_path / "f.parquet", **flags)
-    bt_fast.embed(labelled_run, small_beton, out=tmp_path / "f.npy", **flags)
-    table = parquet.read_table(out).to_pydict()
-    reader = BetonReader(small_beton)
-    assert table["label"] == reader.labels.tolist()
-    assert table["class"] == [reader.class_names[label] for label in reader.labels]
-    assert np.array_equal(np.array(table["feature"], np.float32), np.load(tmp_path / "f.npy"))
-
-
-@pytest.mark.parametrize("out,message", [("f.txt", "must end in .npy or .parquet")])
-def test_wrong_names_are_refused(labelled_run, tmp_path, capsys, out, message):
-    assert main(["embed", str(labelled_run), f"--out={tmp_path / out}"]) == 2
-    assert message in capsys.readouterr().err
 
 
 @pytest.mark.slow

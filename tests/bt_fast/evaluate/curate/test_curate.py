@@ -10,7 +10,7 @@ import pytest
 from conftest import drawn_picture, jpeg_bytes, write_beton
 
 from bt_fast.cli import main
-from bt_fast.evaluate import embed
+from bt_fast.evaluate import eval_setup
 from pipelines.beton import BetonReader
 from pipelines.common.atomic import locked
 from pipelines.convert import command
@@ -89,7 +89,7 @@ def test_features_are_reused_and_results_are_not_overwritten_unasked(
     assert len(first.splitlines()) == 10
     assert curate(labelled_run, out, *data) == 2
     assert "--overwrite" in capsys.readouterr().err
-    monkeypatch.setattr(embed, "extract_features", None)  # would fail
+    monkeypatch.setattr(eval_setup, "extract_features", None)  # would fail
     again = ("--by", "random", "--fraction", "0.25", "--seed", "1", "--overwrite")
     assert curate(labelled_run, out, *data, *again) == 0
     assert (out / "keep.txt").read_text() != first
