@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from bt_fast.config import RENAMED, Config, load_config, resumed
 from pipelines import __version__
@@ -33,15 +34,18 @@ Barlow Twins pretraining as fast as the hardware allows.
 bt-fast COMMAND --help lists a command's options. bt-convert makes a .beton from an image folder.
 """
 
-# Commands that evaluate an encoder: the module, its flags and its function.
-_EVALUATIONS = {
-    "eval all": ("all_protocols", "EvalAll", "run_all"),
-    "eval knn": ("knn", "EvalKnn", "run_knn"),
-    "eval linear": ("linear", "EvalLinear", "run_linear"),
-    "eval semi": ("semi", "EvalSemi", "run_semi"),
-    "eval transfer": ("transfer", "EvalTransfer", "run_transfer"),
-    "embed": ("embed", "Embed", "run_embed"),
-    "curate": ("curate.command", "Curate", "run_curate"),
+# Every command but pretrain: its flags, and the function that takes them.
+_COMMANDS = {
+    "eval all": ("evaluate.options.EvalAll", "evaluate.all_protocols.run_all"),
+    "eval knn": ("evaluate.options.EvalKnn", "evaluate.knn.run_knn"),
+    "eval linear": ("evaluate.options.EvalLinear", "evaluate.linear.run_linear"),
+    "eval semi": ("evaluate.options.EvalSemi", "evaluate.semi.run_semi"),
+    "eval transfer": ("evaluate.options.EvalTransfer", "evaluate.transfer.run_transfer"),
+    "embed": ("evaluate.options.Embed", "evaluate.embed.run_embed"),
+    "curate": ("evaluate.options.Curate", "evaluate.curate.command.run_curate"),
+    "compare": ("run.compare.Compare", "run.compare.run_compare"),
+    "export": ("export.options.Export", "export.export.run_export"),
+    "doctor": ("doctor.doctor.Doctor", "doctor.doctor.run_doctor"),
 }
 
 
@@ -50,10 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     commands: dict[tuple[str, ...], Callable[[list[str]], int]] = {
         ("pretrain",): _pretrain,
-        **{tuple(name.split()): partial(_eval, name) for name in _EVALUATIONS},
-        ("compare",): _compare,
-        ("export",): _export,
-        ("doctor",): _doctor,
+        **{tuple(name.split()): partial(_run, name) for name in _COMMANDS},
     }
     for name, command in commands.items():
         if tuple(arguments[: len(name)]) == name:
@@ -134,41 +135,25 @@ def parse_pretrain(arguments: Sequence[str]) -> Config:
     return config
 
 
-def _eval(name: str, arguments: list[str]) -> int:
+def _run(name: str, arguments: list[str]) -> int:
     from bt_fast import authors_flags
-    from bt_fast.evaluate import options
+    from pipelines.common.flags import parse_flags
 
-    module, flags, function = _EVALUATIONS[name]
-    program, cls = f"bt-fast {name}", getattr(options, flags)
-    parsed = authors_flags.parse(cls, program, arguments, authors_flags.EVALUATE)
+    flags, function = _COMMANDS[name]
+    if not flags.startswith("evaluate."):
+        options = parse_flags(_imported(flags), f"bt-fast {name}", arguments)
+        return _imported(function)(options)
+    theirs = authors_flags.EVALUATE
+    options = authors_flags.parse(_imported(flags), f"bt-fast {name}", arguments, theirs)
     from bt_fast.evaluate.command import run_evaluation
 
-    evaluate = getattr(importlib.import_module(f"bt_fast.evaluate.{module}"), function)
-    return run_evaluation(name, parsed, arguments, evaluate)
+    return run_evaluation(name, options, arguments, _imported(function))
 
 
-def _export(arguments: list[str]) -> int:
-    from bt_fast.export.options import Export
-    from pipelines.common.flags import parse_flags
-
-    options = parse_flags(Export, "bt-fast export", arguments)
-    from bt_fast.export.export import run_export
-
-    return run_export(options)
-
-
-def _compare(arguments: list[str]) -> int:
-    from bt_fast.run.compare import Compare, run_compare
-    from pipelines.common.flags import parse_flags
-
-    return run_compare(parse_flags(Compare, "bt-fast compare", arguments))
-
-
-def _doctor(arguments: list[str]) -> int:
-    from bt_fast.doctor.doctor import Doctor, run_doctor
-    from pipelines.common.flags import parse_flags
-
-    return run_doctor(parse_flags(Doctor, "bt-fast doctor", arguments))
+def _imported(path: str) -> Any:
+    """The object at MODULE.NAME of bt_fast."""
+    module, _, name = path.rpartition(".")
+    return getattr(importlib.import_module(f"bt_fast.{module}"), name)
 
 
 if __name__ == "__main__":

@@ -125,21 +125,7 @@ def weighted_sum(on_diagonal: Term, off_diagonal: Term, lambd: float) -> Term:
 def correlation_terms(
     z_a: torch.Tensor, z_b: torch.Tensor, *, group: Group = None, method: Method = "auto"
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The two terms of the loss: (on_diagonal, off_diagonal), scalars.
-
-    Args:
-        z_a, z_b: [n, D], this rank's embeddings of the two views, row i of both from image i; the
-            same number of rows on every rank.
-        group: the ranks whose rows form the global batch; None for one process.
-        method: "dense" (one process), "gram", "columns", or "auto" for the fastest.
-
-    Returns:
-        the terms of the global batch, on every rank; their gradients are the true ones with respect
-        to this rank's embeddings, including those through the statistics over all ranks.
-
-    Raises:
-        ValueError: shapes or dtypes differ, fewer than two samples, or an unknown method.
-    """
+    """The loss's terms (on_diagonal, off_diagonal), scalars; see `barlow_twins_loss`."""
     num_samples = require_embeddings(z_a, z_b, group)
     world_size, num_dimensions = group_size(group), z_a.shape[1]
     if method == "auto":

@@ -4,7 +4,6 @@ All of them can be guarded: a step whose guard or gradients are not finite chang
 decided on the device, without waiting for it. Biases and norm parameters have no weight decay.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,31 +16,25 @@ SGD_MOMENTUM = 0.9
 NUM_STATES: dict[OptimizerName, int] = {"lars": 1, "sgd": 1, "adamw": 2}  # values per parameter
 
 
-def _guarded_step(step: Callable[[], Any], optimizer: Any, guard: torch.Tensor) -> torch.Tensor:
+class _Guarded(torch.optim.Optimizer):
     """torch's fused optimizers skip a step where `found_inf` is 1, as for a loss scaler."""
-    gradients = [
-        p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None
-    ]
-    applied = torch.isfinite(guard) & torch.isfinite(nn.utils.get_total_norm(gradients))
-    optimizer.grad_scale, optimizer.found_inf = None, (~applied).float()
-    step()
-    return applied
+
+    def step(self, *, guard: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        """Update -> whether it was applied, a bool scalar on the device; see `LARS.step`."""
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        applied = torch.isfinite(guard) & torch.isfinite(nn.utils.get_total_norm(gradients))
+        self.grad_scale, self.found_inf = None, (~applied).float()
+        super().step()
+        return applied
 
 
-class AdamW(torch.optim.AdamW):
+class AdamW(_Guarded, torch.optim.AdamW):  # type: ignore[misc]
     """torch's fused AdamW with a guard."""
 
-    def step(self, *, guard: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
-        """Update -> whether it was applied, a bool scalar on the device; see `LARS.step`."""
-        return _guarded_step(super().step, self, guard)
 
-
-class SGD(torch.optim.SGD):
+class SGD(_Guarded, torch.optim.SGD):  # type: ignore[misc]
     """torch's fused SGD with a guard."""
-
-    def step(self, *, guard: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
-        """Update -> whether it was applied, a bool scalar on the device; see `LARS.step`."""
-        return _guarded_step(super().step, self, guard)
 
 
 GuardedOptimizer = LARS | AdamW | SGD

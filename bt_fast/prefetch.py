@@ -7,7 +7,7 @@ may be two steps ahead of the GPU; more would not make it faster, only hold more
 """
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 
@@ -29,10 +29,9 @@ def prefetch(
     Normalised, channels-last, in the runtime's dtype, on its device. Views may be used until the
     next ones are requested, by work on the stream that was current when they were returned.
     """
-    augment_views = runtime.augmentation()
     if runtime.device.type != "cuda":
         for batch in batches:
-            yield _augmented(batch, branches, runtime.device, augment_views)
+            yield augment_batch(batch, branches, runtime)
         return
 
     side = torch.cuda.Stream(runtime.device)
@@ -43,7 +42,7 @@ def prefetch(
         with torch.cuda.stream(side):  # also for the loader's own work on the GPU
             next_batch = next(iterator, None)
             if next_batch is not None:
-                views = _augmented(next_batch, branches, runtime.device, augment_views)
+                views = augment_batch(next_batch, branches, runtime)
                 ahead.append((views, side.record_event()))
         if next_batch is None and not ahead:
             return
@@ -61,14 +60,6 @@ def prefetch(
 
 def augment_batch(batch: Batch, branches: tuple[Branch, Branch], runtime: Runtime) -> torch.Tensor:
     """The views of one batch, made on the current stream: [2 n, 3, H, W], view A first."""
-    return _augmented(batch, branches, runtime.device, runtime.augmentation())
-
-
-def _augmented(
-    batch: Batch,
-    branches: tuple[Branch, Branch],
-    device: torch.device,
-    augment_views: Callable[[torch.Tensor, augment.Draw], torch.Tensor],
-) -> torch.Tensor:
-    crops = batch.views.to(device, non_blocking=True)  # uint8 [2, n, H, W, 3]
-    return augment_views(crops.flatten(0, 1), augment.draw_views(branches, batch.request.keys))
+    crops = batch.views.to(runtime.device, non_blocking=True)  # uint8 [2, n, H, W, 3]
+    parameters = augment.draw_views(branches, batch.request.keys)
+    return runtime.augmentation()(crops.flatten(0, 1), parameters)

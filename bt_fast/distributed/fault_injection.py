@@ -8,10 +8,10 @@ nan         views of one step that are NaN            memory      raise an out-o
 """
 
 import os
+import re
 import signal
 import time
 from collections.abc import Iterator
-from typing import Literal, get_args
 
 import torch
 
@@ -19,7 +19,7 @@ from bt_fast.distributed.collectives import World
 from bt_fast.distributed.rendezvous import num_restarts
 
 VARIABLE = "BT_FAST_FAULT"
-Kind = Literal["exit", "exception", "kill", "hang", "nan", "memory"]
+KINDS = "exit|exception|kill|hang|nan|memory"
 
 
 def inject(
@@ -29,7 +29,10 @@ def inject(
     fault = os.environ.get(VARIABLE)
     if fault is None or num_restarts():
         return views_of_steps
-    rank, fault_step, kind = _parse(fault)
+    parts = re.fullmatch(rf"(\d+):(\d+):({KINDS})", fault)
+    if parts is None:
+        raise ValueError(f"{VARIABLE}={fault} is not RANK:STEP:{KINDS}")
+    rank, fault_step, kind = int(parts[1]), int(parts[2]), parts[3]
     if rank != world.rank:
         return views_of_steps
     numbered = enumerate(views_of_steps, first_step)
@@ -51,11 +54,3 @@ def _cause(kind: str, views: torch.Tensor) -> torch.Tensor:
     while kind == "hang":
         time.sleep(1)
     return views * torch.nan
-
-
-def _parse(fault: str) -> tuple[int, int, str]:
-    rank, _, rest = fault.partition(":")
-    step, _, kind = rest.partition(":")
-    if not (rank.isdecimal() and step.isdecimal() and kind in get_args(Kind)):
-        raise ValueError(f"{VARIABLE}={fault} is not RANK:STEP:{'|'.join(get_args(Kind))}")
-    return int(rank), int(step), kind

@@ -63,7 +63,8 @@ def place_ranks(gpus: int | None, device: str, *, use_srun: bool) -> Placement:
 def start_ranks(placement: Placement, command: Sequence[str], stop: StopFlag) -> int:
     """Run `bt-fast COMMAND...` as ranks, and restart them; returns the exit status."""
     if placement.srun is not None:
-        return run_under(placement.srun, command, stop)
+        words = [*placement.srun, *_rank_command(command)]
+        return _supervise(lambda: [subprocess.Popen(words, stdin=subprocess.DEVNULL)], stop)
     return run_processes(command, placement.num_ranks, stop)
 
 
@@ -110,12 +111,6 @@ def run_processes(command: Sequence[str], world_size: int, stop: StopFlag) -> in
         return subprocess.Popen(_rank_command(command), env=environment)
 
     return _supervise(lambda: [start_rank(rank) for rank in range(world_size)], stop)
-
-
-def run_under(launcher: Sequence[str], command: Sequence[str], stop: StopFlag) -> int:
-    """Run `bt-fast COMMAND...` by the words of an srun command; returns the exit status."""
-    words = [*launcher, *_rank_command(command)]
-    return _supervise(lambda: [subprocess.Popen(words, stdin=subprocess.DEVNULL)], stop)
 
 
 def _rank_command(command: Sequence[str]) -> list[str]:

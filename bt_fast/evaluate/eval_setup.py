@@ -13,6 +13,7 @@ from bt_fast.choices import Stem, is_of_library
 from bt_fast.config import Config, load_config
 from bt_fast.distributed.collectives import ALONE, World
 from bt_fast.evaluate.features import extract_features
+from bt_fast.evaluate.knn_classifier import require_same_classes
 from bt_fast.evaluate.options import EvalOptions, Options
 from bt_fast.evaluate.overlap import warn_of_overlap
 from bt_fast.evaluate.subset import Subset
@@ -145,8 +146,7 @@ def open_labelled_splits(
     for images in (train, val):
         if not (images.labels >= 0).any():
             raise ValueError(f"{images.path} has no classes")
-    if train.class_names and val.class_names not in (None, train.class_names):
-        raise ValueError(f"{val.path} has other classes than {train.path}")
+    require_same_classes(train, val)
     if len(np.unique(train.labels[train.labels >= 0])) < 2:
         raise ValueError(f"{train.path} has fewer than two classes")
     return train, val

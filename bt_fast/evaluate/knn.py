@@ -38,9 +38,7 @@ def run_knn(options: EvalKnn, world: World = ALONE) -> int:
     if data is not None:
         queries = data.queries
         rows["data"] = f"{data.description} of {train.path}"
-        rows |= measure_knn(setup, data, augmented=options.augmented)[1]
-    elif options.augmented:
-        raise ValueError(f"--augmented needs images with classes: {_missing_classes(train, val)}")
+        rows |= measure_knn(setup, data)[1]
     else:
         images = train if val is None else val
         order = epoch_order(len(images), setup.seed, _VIEW_EPOCH)
@@ -68,9 +66,7 @@ def _features(setup: EvalSetup, subset: Subset) -> torch.Tensor:
     return setup.features(setup.views(subset.images), subset.samples)
 
 
-def measure_knn(
-    setup: EvalSetup, data: KnnData, *, augmented: bool = False
-) -> tuple[float, dict[str, str]]:
+def measure_knn(setup: EvalSetup, data: KnnData) -> tuple[float, dict[str, str]]:
     """(accuracy with k = 20, rows of the table)."""
     bank, queries = (_features(setup, subset) for subset in (data.bank, data.queries))
     scores = knn_scores(bank, queries, data)
@@ -78,12 +74,6 @@ def measure_knn(
         f"kNN, k = {k}, T = {temperature}": f"{100 * scores[f'knn_{k}']:.2f} %"
         for k, temperature in SETTINGS
     }
-    if augmented:
-        for view, letter in enumerate("AB"):
-            outputs = augmented_outputs(setup, setup.encoder, data.queries, view)
-            view_scores = knn_scores(bank, outputs, data)
-            values = ", ".join(f"{100 * view_scores[f'knn_{k}']:.2f} %" for k, _ in SETTINGS)
-            rows[f"held-out images as view {letter}"] = values
     rows["rank of the features"] = _ranks(queries)
     return scores[f"knn_{SETTINGS[0][0]}"], rows
 
@@ -92,7 +82,24 @@ def measure_collapse(setup: EvalSetup, queries: Subset) -> dict[str, str]:
     """Rows on the embeddings of the images' two views, in evaluation mode."""
     assert setup.projector is not None
     model = torch.nn.Sequential(setup.encoder, setup.projector)
-    z_a, z_b = (augmented_outputs(setup, model, queries, view) for view in (0, 1))
+    config, views = setup.config or Config(), setup.views(queries.images)
+    z_a, z_b = (
+        model_outputs(
+            model,
+            queries.samples,
+            partial(
+                views.random,
+                min_scale=setup.min_scale,
+                seed=setup.seed,
+                epoch=_VIEW_EPOCH,
+                branch=branch,
+                view=view,
+            ),
+            setup.runtime,
+            setup.world,
+        )
+        for view, branch in enumerate((config.view_a, config.view_b))
+    )
     return {"rank of the embeddings": _ranks(z_a), **collapse_report(z_a, z_b).rows}
 
 
@@ -103,19 +110,3 @@ def _ranks(features: torch.Tensor) -> str:
         f"RankMe {effective_rank(features):.1f}, centred {centred_rank(features):.1f},"
         f" of {min(features.shape)}"
     )
-
-
-def augmented_outputs(
-    setup: EvalSetup, model: torch.nn.Module, queries: Subset, view: int
-) -> torch.Tensor:
-    """The model's outputs for one of pretraining's two views of the images."""
-    config = setup.config or Config()
-    batches = partial(
-        setup.views(queries.images).random,
-        min_scale=setup.min_scale,
-        seed=setup.seed,
-        epoch=_VIEW_EPOCH,
-        branch=(config.view_a, config.view_b)[view],
-        view=view,
-    )
-    return model_outputs(model, queries.samples, batches, setup.runtime, setup.world)

@@ -73,12 +73,8 @@ def choose_data(
     (never the classes) of both parts. `limit` caps the bank, half of it the queries. Returns None
     if the bank has fewer than two classes or there are no queries.
     """
-    if (
-        val is not None
-        and train.class_names
-        and val.class_names not in (None, [], train.class_names)
-    ):
-        raise ValueError(f"{val.path} has other classes than {train.path}")
+    if val is not None:
+        require_same_classes(train, val)
     bank_samples = _shuffled_labelled(train, seed)
     if val is None:
         num_queries = len(bank_samples) // 10
@@ -92,6 +88,12 @@ def choose_data(
     if len(classes) < 2 or len(query_samples) == 0:
         return None
     return KnnData(bank=Subset(train, bank_samples), queries=Subset(val, query_samples))
+
+
+def require_same_classes(train: ImageDataset, val: ImageDataset) -> None:
+    """Raise ValueError if both data sets name their classes, and differ."""
+    if train.class_names and val.class_names and val.class_names != train.class_names:
+        raise ValueError(f"{val.path} has other classes than {train.path}")
 
 
 def _shuffled_labelled(images: ImageDataset, seed: int) -> np.ndarray:

@@ -78,8 +78,6 @@ class EvalAll(EvalOptions):
 class EvalKnn(EvalOptions):
     """Measure the weighted kNN accuracy of an encoder and the rank of its features."""
 
-    augmented: bool = False
-    """Additional accuracy on augmented held-out images, once per branch."""
     collapse: bool = False
     """Collapse report on the projector's embeddings; needs a checkpoint."""
 

@@ -27,7 +27,6 @@ from pipelines.loading.datasets import open_data, require_full_batches
 
 IMAGENET_IMAGES = 1_281_167
 LINK_GBPS = 400.0  # bandwidth of one rank's network card
-REFERENCE_BATCH = 256  # images of the single GPU that the efficiency refers to
 
 # Fractions of a GPU's published rates that a step attains: of FLOP/s by products and convolutions,
 # of bandwidth by all else. With them an A100 of 80 GB reaches ResNet-50's published 2,500 views/s
@@ -60,14 +59,12 @@ def plan(config: Config, world_size: int) -> dict[str, str]:
     local_gpu = gpus.first_gpu() if config.device != "cpu" else None
     gpu = local_gpu if local_gpu and local_gpu.flop_per_s else gpus.H100
     method = choose_method(config.batch_size, config.projector[-1], world_size)
-    reference = step_costs.predict(single_gpu(config, costs, REFERENCE_BATCH, gpu), 1, LINK_GBPS)
     prediction = step_costs.predict(
         single_gpu(config, costs, local_batch, gpu),
         world_size,
         LINK_GBPS,
         separate_communicators=config.separate_communicators,
         norm_ranks=config.bn_group,
-        single_device_images_per_s=reference.images_per_s,
     )
     norm_ranks = config.bn_group or world_size
     rows = {
@@ -94,8 +91,8 @@ def plan(config: Config, world_size: int) -> dict[str, str]:
         **memory_and_rate_rows(config, costs, world_size, local_gpu),
         "predicted": f"{1e3 * prediction.step:.1f} ms a step, {prediction.images_per_s:,.0f}"
         f" images/s, {duration(prediction.step * last_step)} without data and probes"
-        f" ({100 * prediction.efficiency:.0f} % of {world_size} single GPUs with {REFERENCE_BATCH}"
-        f" images each) on {gpu.name}",
+        f" ({100 * prediction.efficiency:.0f} % of {world_size} single GPUs with as many images"
+        f" each) on {gpu.name}",
         "breakdown, ms": ", ".join(
             f"{part} {1e3 * seconds:.1f}"
             for part, seconds in prediction.seconds.items()
@@ -128,10 +125,8 @@ def memory_and_rate_rows(
         images = min(largest, local_batch)
         rows[title] = f"up to {largest} images per GPU" if largest else "does not fit"
         if largest and models[0].flop_per_s:
-            rates = (
-                f"{gpu.name} {images / step_seconds(config, costs, images, gpu):,.0f}"
-                for gpu in models
-            )
+            times = {gpu.name: single_gpu(config, costs, images, gpu) for gpu in models}
+            rates = (f"{name} {images / one.step:,.0f}" for name, one in times.items())
             rows[title] += f"; of {images}, computed images/s (not measured): {', '.join(rates)}"
         num_parts = fitting_accumulate(config, costs, models[0], local_batch, world_size)
         if largest < local_batch and num_parts:
@@ -182,12 +177,6 @@ def memory_bytes(
         "views and loss": ((NUM_BATCHES_IN_MEMORY - 1) * costs.itemsize + 2) * views + loss_bytes,
         "CUDA and its libraries": RESERVED_BYTES,
     }
-
-
-def step_seconds(config: Config, costs: "ModelCosts", images: int, gpu: GpuModel) -> float:
-    """Seconds of a step on one GPU, without waiting for data."""
-    times = single_gpu(config, costs, images, gpu)
-    return times.encoder + times.loss + times.optimizer
 
 
 def single_gpu(config: Config, costs: "ModelCosts", images: int, gpu: GpuModel) -> StepTimes:

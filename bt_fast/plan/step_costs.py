@@ -86,6 +86,11 @@ class StepTimes:
     num_dimensions: int
     num_norm_layers: int
 
+    @property
+    def step(self) -> float:
+        """Seconds of the step on this device alone, without waiting for data."""
+        return self.encoder + self.loss + self.optimizer
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Prediction:
@@ -99,7 +104,7 @@ class Prediction:
     hidden: float  # seconds of communication under the backward pass
     step: float
     images_per_s: float
-    efficiency: float  # relative to `world_size` single devices
+    efficiency: float  # relative to `world_size` single devices with as many images
 
 
 def latency(num_ranks: int) -> float:
@@ -114,7 +119,6 @@ def predict(
     *,
     separate_communicators: bool = True,
     norm_ranks: int = 0,
-    single_device_images_per_s: float | None = None,
 ) -> Prediction:
     """The step of W ranks, each with the images of `times`.
 
@@ -127,7 +131,6 @@ def predict(
         separate_communicators: whether batch norm and loss have their own; if not, the first batch
             norm of the backward pass waits for the gradients of the projector.
         norm_ranks: ranks whose samples batch norm normalises together; 0 = all.
-        single_device_images_per_s: reference of `efficiency`. Default: the rate of `times`.
     """
     w, n, d = world_size, times.images, times.num_dimensions
     rate = NVLINK_BYTES_PER_S
@@ -155,8 +158,6 @@ def predict(
         "queueing behind gradients": queueing,
     }
     step = sum(seconds.values())
-    if single_device_images_per_s is None:
-        single_device_images_per_s = n / (times.encoder + times.loss + times.optimizer)
     return Prediction(
         world_size=w,
         gradient_bytes=gradient_bytes,
@@ -166,5 +167,5 @@ def predict(
         hidden=hidden,
         step=step,
         images_per_s=w * n / step,
-        efficiency=n / step / single_device_images_per_s,
+        efficiency=times.step / step,
     )

@@ -223,8 +223,6 @@ def _require_same(saved: Mapping, current: Mapping, source: Path) -> None:
         raise ValueError(f"{source} belongs to another model: only one of the two has {name}")
     for name, here in current.items():
         there = saved[name]
-        if here is None:
-            raise ValueError(f"{source} belongs to another model: it has {name}")
         if (there.shape, there.dtype) != (here.shape, here.dtype):
             raise ValueError(
                 f"{source} belongs to another model: {name} is {_format(there)} there and"

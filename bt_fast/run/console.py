@@ -25,8 +25,6 @@ from pipelines.common.console import printable
 
 _PLAIN_INTERVAL = 5.0  # seconds between plain lines
 
-_Timestamp = float | torch.cuda.Event
-
 
 class Clock:
     """Training time per log interval, without pauses; on a GPU measured by CUDA events."""
@@ -34,9 +32,10 @@ class Clock:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._started = self._now()
-        self._parts: list[tuple[_Timestamp, _Timestamp]] = []
+        self._parts: list[tuple[Any, Any]] = []  # start and end
 
-    def _now(self) -> _Timestamp:
+    def _now(self) -> Any:
+        """Seconds, or an event on a GPU."""
         if self._device.type != "cuda":
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
@@ -56,12 +55,8 @@ class Clock:
         self._started = self._now()
 
 
-def _seconds(start: _Timestamp, end: _Timestamp) -> float:
-    if isinstance(start, float):
-        assert isinstance(end, float)
-        return end - start
-    assert isinstance(end, torch.cuda.Event)
-    return start.elapsed_time(end) / 1e3
+def _seconds(start: Any, end: Any) -> float:
+    return end - start if isinstance(start, float) else start.elapsed_time(end) / 1e3
 
 
 class RunLog:

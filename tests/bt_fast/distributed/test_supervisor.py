@@ -11,6 +11,7 @@ import pytest
 from tiny_runs import wait_until
 
 from bt_fast.distributed import launcher
+from bt_fast.distributed.launcher import Placement
 from bt_fast.distributed.rendezvous import RESTARTS
 from bt_fast.distributed.signals import EXIT_STOPPED, STOP_SIGNALS, StopFlag
 
@@ -79,7 +80,8 @@ def test_a_signal_is_forwarded(ranks, hang_up, tmp_path, number):
 
 def test_another_launcher_is_one_process(ranks):
     program = "assert sys.argv[1:] == []; sys.exit(75 if restarts else 137)"
-    status, started = ranks(program, launcher.run_under, ["env", "A=1"], [])
+    by_srun = Placement(num_ranks=2, num_local_gpus=0, srun=["env", "A=1"], on_gpus=False)
+    status, started = ranks(program, launcher.start_ranks, by_srun, [])
     assert (status, started) == (EXIT_STOPPED, ["0/0", "0/1"])
 
 
