@@ -240,7 +240,7 @@ class _Columns(torch.autograd.Function):
         (a, inverse_a), (b, inverse_b) = _standardise_in_place(z[0]), _standardise_in_place(z[1])
         num_samples, num_local = a.shape
         first, end = rank * num_local, (rank + 1) * num_local
-        all_a = _gather_columns(a, group)  # [N, D]
+        all_a = all_gather(a, group).transpose(0, 1).flatten(1)  # [N, D]
         block = all_a.T @ b / num_samples  # [D, D / W], columns first .. end of C
         diagonal = block[first:end].diagonal()
         is_column = torch.arange(first, end, device=a.device) < ctx.width  # not padding
@@ -260,7 +260,8 @@ class _Columns(torch.autograd.Function):
         diagonal = block[ctx.local].diagonal()
         g[ctx.local].diagonal().copy_(-2 * grad_on * (1 - diagonal))
         grad_b = all_a @ g / num_samples
-        grad_a = _reduce_columns(b @ g.T / num_samples, ctx.group)  # [N, D] -> [N, D / W]
+        parts = (b @ g.T / num_samples).unflatten(1, (group_size(ctx.group), -1))  # [N, W, D / W]
+        grad_a = reduce_scatter(parts.transpose(0, 1), ctx.group)  # [N, D / W]
         grads = [
             (grad - grad.mean(0) - x * (grad * x).mean(0)) * inverse
             for grad, x, inverse in ((grad_a, a, inverse_a), (grad_b, b, inverse_b))
@@ -281,13 +282,3 @@ def _to_rows(z: torch.Tensor, width: int, group: Group) -> torch.Tensor:
     """This rank's columns [2, N, D / W] -> its rows [2, n, D]."""
     parts = z.unflatten(1, (group_size(group), -1)).transpose(0, 1)  # [W, 2, n, D / W]
     return all_to_all(parts, group).permute(1, 2, 0, 3).flatten(2)[..., :width]
-
-
-def _gather_columns(a: torch.Tensor, group: Group) -> torch.Tensor:
-    """Every rank's columns [N, D / W] -> [N, D]."""
-    return all_gather(a, group).transpose(0, 1).flatten(1)
-
-
-def _reduce_columns(partial: torch.Tensor, group: Group) -> torch.Tensor:
-    """[N, D] on every rank -> this rank's columns of their sum over ranks [N, D / W]."""
-    return reduce_scatter(partial.unflatten(1, (group_size(group), -1)).transpose(0, 1), group)

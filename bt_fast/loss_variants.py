@@ -70,7 +70,8 @@ def _variant_terms(
     with torch.autocast(z_a.device.type, enabled=False):
         z_a, z_b = (_Gather.apply(z, group).to(compute_dtype(z)) for z in (z_a, z_b))  # [N, D]
         if objective == "feature-norm":
-            return _feature_norm(z_a, z_b)
+            a, b = (torch.nn.functional.normalize(standardise(z), dim=1) for z in (z_a, z_b))
+            return _matrix_terms(a, b, 1.0)
         if objective == "covariance":
             return _matrix_terms(z_a - z_a.mean(0), z_b - z_b.mean(0), 1 / len(z_a))
         if objective == "cross-entropy":
@@ -101,11 +102,6 @@ def _matrix_terms(a: torch.Tensor, b: torch.Tensor, weight: float) -> Terms:
     squared_norm = (a @ a.T * (b @ b.T)).sum() if use_gram else (a.T @ b).square().sum()
     on_diagonal = (1 - diagonal).square().sum()
     return on_diagonal, weight**2 * squared_norm - diagonal.square().sum()
-
-
-def _feature_norm(z_a: torch.Tensor, z_b: torch.Tensor) -> Terms:
-    a, b = (torch.nn.functional.normalize(standardise(z), dim=1) for z in (z_a, z_b))
-    return _matrix_terms(a, b, 1.0)
 
 
 def _cross_entropy(z_a: torch.Tensor, z_b: torch.Tensor, temperature: float) -> Terms:

@@ -26,7 +26,7 @@ from torch.distributed import TCPStore
 from bt_fast.distributed import slurm
 from bt_fast.distributed.rendezvous import RESTARTS
 from bt_fast.distributed.signals import EXIT_REFUSED, EXIT_STOPPED, EXIT_UNSAVED, StopFlag
-from pipelines.common.flags import last_value, without_repetition
+from pipelines.common.flags import last_value
 
 MAX_RESTARTS = 3
 _GRACE_PERIOD = 10.0  # seconds for ranks to report and exit after one has died
@@ -90,7 +90,7 @@ def several_machines(arguments: Sequence[str], placement: Placement, gpus_per_ma
         f"  torchrun --nnodes {num_machines} --nproc-per-node {per_machine}"
         " --rdzv-backend c10d --rdzv-endpoint FIRST_MACHINE:29500 --rdzv-id bt-fast"
         f" --max-restarts {MAX_RESTARTS} -m bt_fast.cli pretrain"
-        f" {shlex.join(without_repetition(arguments))}"
+        f" {shlex.join(arguments)}"
     )
 
 

@@ -239,15 +239,9 @@ def gpu_memory(config: "Config", num_gpus: int) -> Row:
 
     costs, gpu = dry_run.count_costs(config), dry_run.first_gpu()
     if gpu is None:
-        batches = []
-        for title, memory in dry_run.GPUS.items():
-            largest = dry_run.largest_batch(config, costs, memory)
-            batches.append(f"{largest} on {title}")
-            num_parts = dry_run.fitting_accumulate(config, costs, memory, config.batch_size)
-            if largest < config.batch_size and num_parts:
-                batches[-1] += f" ({config.batch_size} with --accumulate {num_parts})"
-        value = f"recipe {config.recipe}: at most {', '.join(batches)}, computed"
-        return Row("batch per GPU", value)
+        rows = dry_run.memory_rows(config, costs, 1)
+        batches = ", ".join(f"{title} {rows[title]}" for title in dry_run.GPUS)
+        return Row("batch per GPU", f"recipe {config.recipe}, computed: {batches}")
     name, memory = gpu
     num_gpus = next(n for n in range(num_gpus, 0, -1) if config.batch_size % n == 0)
     local_batch = config.batch_size // num_gpus

@@ -47,14 +47,8 @@ def run_all(options: EvalAll, world: World = ALONE) -> int:
             seed=options.seed,
         )
         scores[semi].append(measure_semi(semi_options, setup, train, val)[0])  # changes the encoder
-    table = comparison(scores, str(options.run), len(labelled_subset(val)))
-    Console(soft_wrap=True).print(table)
-    return 0
-
-
-def comparison(scores: dict[str, list[float]], run: str, num_images: int) -> Table:
-    """One row per evaluation: top-1 at random initialisation, pretrained, and the difference."""
-    table = Table(title=f"bt-fast eval all {run}: top-1 of {num_images} held-out images")
+    num_images = len(labelled_subset(val))
+    table = Table(title=f"bt-fast eval all {options.run}: top-1 of {num_images} held-out images")
     table.title_justify = "left"
     for heading in ("", "random", "pretrained", "difference"):
         table.add_column(heading, justify="right" if heading else "left")
@@ -62,4 +56,5 @@ def comparison(scores: dict[str, list[float]], run: str, num_images: int) -> Tab
         table.add_row(
             name, f"{100 * before:.2f} %", f"{100 * after:.2f} %", f"{100 * (after - before):+.2f}"
         )
-    return table
+    Console(soft_wrap=True).print(table)
+    return 0

@@ -19,7 +19,7 @@ from bt_fast.evaluate.overlap import warn_of_overlap
 from bt_fast.evaluate.subset import Subset
 from bt_fast.evaluate.views import Views
 from bt_fast.export.encoder_files import fingerprint, read_pretrained
-from bt_fast.models.library_encoders import require_size
+from bt_fast.models.library_encoders import count_features
 from bt_fast.models.networks import build_encoder
 from bt_fast.run.console import print_summary
 from bt_fast.runtime import Runtime, apply_switches, choose_runtime, prepare
@@ -107,7 +107,7 @@ def build_setup(
         encoder, projector_module = pretrained.encoder, pretrained.projector
         description = pretrained.description
     if is_of_library(architecture):
-        require_size(encoder, architecture, options.size or size)
+        count_features(encoder, architecture, options.size or size)
     digest = fingerprint(encoder)
     for module in (encoder, projector_module):
         if module is not None:

@@ -37,7 +37,8 @@ def measure_linear(
         result = fit_grid(
             setup, train_subset, val_subset, grid, min_scale=min_scale, num_views=options.views
         )
-        title = f"quick: features read once, {len(grid)} classifiers at once, {grid.epochs} epochs"
+        number = len(grid.pairs)
+        title = f"quick: features read once, {number} classifiers at once, {grid.epochs} epochs"
         chosen = {"chosen on a tenth of train": f"lr {result['lr']:g}, wd {result['decay']:g}"}
     else:
         result = train_classifier(setup, "linear", train_subset, val_subset, protocol)

@@ -49,9 +49,6 @@ class Grid:
     batch_size: int = 256
     seed: int = 0
 
-    def __len__(self) -> int:
-        return len(self.rates) * len(self.decays)
-
     @property
     def pairs(self) -> list[tuple[float, float]]:
         """(rate, decay) of every classifier."""

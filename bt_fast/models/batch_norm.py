@@ -205,9 +205,10 @@ class _PerViewBatchNorm(nn.modules.batchnorm._BatchNorm):
             # Detached: torch 2.11's DDP optimizer treats outputs of a graph as differentiable.
             self.batch_statistics = mean.detach(), variance.detach()
         else:
-            self.num_batches_tracked.add_(self.num_views)
-            _update(self.running_mean, mean, self.momentum)
-            _update(self.running_var, variance, self.momentum)
+            with torch.no_grad():
+                self.num_batches_tracked.add_(self.num_views)
+                for running, batch in (self.running_mean, mean), (self.running_var, variance):
+                    running.copy_(_moving_average(running, batch, self.momentum))
 
     def _forward_native(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """y, mean, unbiased variance: with a momentum of 1, torch's running statistics."""
@@ -228,15 +229,10 @@ class _PerViewBatchNorm(nn.modules.batchnorm._BatchNorm):
         return torch.cat(views), mean, variance
 
 
-@torch.no_grad()
-def _update(running: torch.Tensor, batch: torch.Tensor, momentum: float) -> None:
-    """Update running statistics [values] by the views' [V, values], in place."""
-    running.copy_(_moving_average(running, batch, momentum))
-
-
 def _moving_average(
     running: torch.Tensor, batch: torch.Tensor, momentum: float | torch.Tensor
 ) -> torch.Tensor:
+    """Running statistics [values] after those of the views, [V, values]."""
     for view in batch.to(running.dtype):
         running = running.lerp(view, momentum)
     return running

@@ -50,13 +50,8 @@ def build_library_encoder(
             layer.inplace = False  # type: ignore[assignment]
     if per_view:
         batch_norm.convert_to_per_view(encoder, name)
-    encoder.feature_width = _feature_width(encoder, name, size)  # type: ignore[assignment]
+    encoder.feature_width = count_features(encoder, name, size)  # type: ignore[assignment]
     return encoder
-
-
-def require_size(encoder: nn.Module, name: str, size: int) -> None:
-    """Raise ValueError unless the encoder takes images of this side."""
-    _feature_width(encoder, name, size)
 
 
 def size_options(name: str, size: int) -> dict[str, int]:
@@ -129,8 +124,9 @@ def _line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
-def _feature_width(encoder: nn.Module, name: str, size: int) -> int:
-    """Number of features, by a forward pass of one image. Raises ValueError."""
+def count_features(encoder: nn.Module, name: str, size: int) -> int:
+    """Number of features, by a forward pass of one image. Raises ValueError unless the encoder
+    takes images of this side."""
     parameter = next(encoder.parameters())
     was_training = encoder.training
     encoder.eval()

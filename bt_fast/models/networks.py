@@ -35,7 +35,7 @@ from torchvision.models import resnet
 from bt_fast.choices import Stem, is_of_library
 from bt_fast.config import Config
 from bt_fast.models.batch_norm import Activation, BatchNorm1d, BatchNorm2d, as_pair, norm_act
-from bt_fast.models.library_encoders import build_library_encoder, require_size
+from bt_fast.models.library_encoders import build_library_encoder, count_features
 
 # For each encoder: block, number of blocks per stage, other arguments.
 ARCHITECTURES: dict[str, tuple[str, tuple[int, ...], dict[str, Any]]] = {
@@ -118,7 +118,7 @@ def build_model(config: Config) -> BarlowTwins:
         zero_init=config.zero_init,
     )
     if is_of_library(config.encoder) and config.resolution is not None:
-        require_size(model.encoder, config.encoder, config.view_size(0))
+        count_features(model.encoder, config.encoder, config.view_size(0))
     return model
 
 
