@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
 
 from pipelines.common.flags import Options, last_value, parse_flags
 
@@ -48,24 +47,11 @@ def _explained(error: str, arguments: Sequence[str], flags: Mapping[str, str]) -
     widths = last_value("--projector", arguments) or ""
     if re.fullmatch(r"\d+([-,x]\d+)+", widths):
         found.append(f"--projector {widths} is --projector {' '.join(re.split('[-,x]', widths))}")
-    if directory := _positional(error, arguments, flags):
-        ours = "FILE --data DIR" if flags is EVALUATE else f"--data {directory}"
-        if flags is MAIN and not directory.endswith(".beton"):
-            ours = f"--data out.beton, after bt-convert {directory} out.beton"
-        theirs = "DIR FILE" if flags is EVALUATE else f"DIR ({directory})"
-        found.insert(0, f"{theirs} is {ours}")
+    directory = arguments[0] if flags is MAIN and arguments else "-"
+    if not directory.startswith("-"):
+        converted = f"out.beton, after bt-convert {directory} out.beton"
+        ours = directory if directory.endswith(".beton") else converted
+        found.insert(0, f"DIR ({directory}) is --data {ours}")
     if not found:
         return error
     return f"in bt-fast, {'; '.join(found)}; see docs/coming-from-barlowtwins.md"
-
-
-def _positional(error: str, arguments: Sequence[str], flags: Mapping[str, str]) -> str | None:
-    """An argument that belongs to no flag, unless a flag is unknown to both programs."""
-    if flags is MAIN and arguments[:1] and not arguments[0].startswith("-"):
-        return arguments[0]
-    if not (unrecognised := re.match(r"Unrecognized options: (.*); see ", error)):
-        return None
-    words = ["", *unrecognised[1].split(", ")]
-    if any(word.startswith("-") and word.partition("=")[0] not in flags for word in words):
-        return None
-    return next((b for a, b in pairwise(words) if not (a + b).startswith("-")), None)

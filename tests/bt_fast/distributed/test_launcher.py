@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 from tiny_runs import TINY, learned, metrics, pretrain, same, start, wait_for_step, wait_until
 
-from bt_fast.cli import main
 from bt_fast.distributed.signals import EXIT_STOPPED
 
 pytestmark = pytest.mark.slow
@@ -108,15 +107,6 @@ def test_a_restart_with_the_same_flags_resumes(small_beton, tmp_path, capsys, mo
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     assert pretrain(*flags, "--max-steps", 3) == 0
     assert "at step 2 of 3" in " ".join(capsys.readouterr().out.split())
-
-
-def test_more_gpus_than_a_machine_has_prints_the_command(tmp_path, monkeypatch, capsys):
-    """Data and folder may be on other machines."""
-    monkeypatch.chdir(tmp_path)
-    assert main(["pretrain", "--gpus", "32"]) == 2
-    error = capsys.readouterr().err
-    assert "torchrun --nnodes 4 --nproc-per-node 8" in error and "--gpus 32" in error
-    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("kind", ["exit", "exception", "kill", "hang"])

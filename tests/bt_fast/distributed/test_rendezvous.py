@@ -16,16 +16,7 @@ from bt_fast.cli import main
 from bt_fast.distributed import ranks, rendezvous, slurm
 from bt_fast.distributed.collectives import World
 
-PREFIXES = (
-    "RANK",
-    "WORLD_",
-    "LOCAL_",
-    "MASTER_",
-    "SLURM_",
-    "TORCHELASTIC",
-    "CUDA_VISIBLE",
-    "OMPI_",
-)
+PREFIXES = ("RANK", "WORLD_", "LOCAL_", "MASTER_", "SLURM_", "TORCHELASTIC", "CUDA_", "OMPI_")
 
 
 @pytest.fixture
