@@ -32,6 +32,10 @@ FLOP_PER_S, BYTES_PER_S = 0.5 * 989e12, 0.9 * 3350e9
 # Bytes that encoder and projector move, forwards and backwards, per byte saved for the backward
 # pass: for ResNet-50 about 160 GB for 21.6, counted by tools/compiled_traffic.py.
 MOVED_PER_SAVED = 7.4
+# Seconds of a step for every batch norm, whatever the number of images: 16 kernels of a compiled
+# step, with those of its convolution and casts (306 for 19 norms), 3 us each for launch and waves.
+SECONDS_PER_NORM = 16 * 3e-6
+WEIGHT_BYTES = 14  # per parameter: cast to bf16, the gradient in bf16 and in float32
 RESERVED_BYTES = 2e9  # CUDA's context, workspaces of cuDNN and cuBLAS, buffers of NCCL
 MEMORY_FRACTION = 0.95  # of a GPU's memory; the rest is lost to fragmentation in the allocator
 # Bytes that a run may use, MEMORY_FRACTION of torch's figure: of 24 GB 23.7e9 bytes on an L4 or A10
@@ -176,17 +180,17 @@ def single_gpu(config: Config, costs: "ModelCosts", images: int) -> StepTimes:
     width = config.projector[-1]
     tf32 = 1 if costs.itemsize < 4 else 2  # half as fast as bf16
     encoder = (
-        step_costs.fixed_seconds(costs.num_norm_layers, costs.num_parameters, BYTES_PER_S)
+        SECONDS_PER_NORM * costs.num_norm_layers
+        + WEIGHT_BYTES * costs.num_parameters / BYTES_PER_S
         + images * tf32 * costs.flop / FLOP_PER_S
         + images * MOVED_PER_SAVED * costs.saved_bytes / BYTES_PER_S
     )
-    loss_flop = step_costs.loss_flop(choose_method(images, width), images, width)
     return StepTimes(
         images=images,
         # Parts are computed forwards twice; a forward pass is a third of both.
         encoder=encoder * (4 / 3 if config.accumulate > 1 else 1),
         backward=encoder * 2 / 3,
-        loss=2 * loss_flop / FLOP_PER_S,  # TF32
+        loss=2 * step_costs.auto_loss_flop(images, width) / FLOP_PER_S,  # TF32
         optimizer=step_costs.lars_bytes(costs.num_parameters) / BYTES_PER_S,
         embedding_itemsize=2,
         gradient_itemsize=2 if config.compress_gradients else 4,

@@ -12,7 +12,7 @@ parameters:
                    the three of the loss, the step waits for each of them
 
 Independent of n are LARS, the latency of collectives, and in the encoder a fixed time per kernel
-and per weight (`fixed_seconds`).
+and per weight.
 """
 
 from dataclasses import dataclass
@@ -30,28 +30,16 @@ _LOSS_COLLECTIVES = 3
 _OVERLAP_FRACTION = 0.9  # part of the backward pass that can hide the gradients' all-reduce
 
 
-def loss_flop(method: str, num_samples: int, num_dimensions: int, world_size: int = 1) -> int:
-    """FLOP of the loss and its gradient per rank; num_samples is the global batch."""
-    if method == "gram":
+def auto_loss_flop(num_samples: int, num_dimensions: int, world_size: int = 1) -> int:
+    """FLOP of the loss and its gradient per rank, by the method that `choose_method` chooses;
+    num_samples is the global batch."""
+    if choose_method(num_samples, num_dimensions, world_size) == "gram":
         return 8 * num_samples * num_samples * num_dimensions // world_size
     return 6 * num_samples * num_dimensions * num_dimensions // world_size
 
 
 def lars_bytes(num_parameters: int) -> int:
     return 28 * num_parameters
-
-
-# Kernels of a compiled step per batch norm, forwards and backwards, with those of its convolution
-# and casts of weights (306 kernels for 19 norms, by tools/compiled_traffic.py).
-_KERNELS_PER_NORM = 16
-KERNEL_SECONDS = 3e-6  # overhead of a kernel beyond its bytes and FLOP: launch, first and last wave
-_WEIGHT_BYTES = 14  # per parameter: cast to bf16, the gradient in bf16 and in float32
-
-
-def fixed_seconds(num_norm_layers: int, num_parameters: int, bytes_per_s: float) -> float:
-    """Seconds of encoder and projector that do not depend on the number of images."""
-    kernels = _KERNELS_PER_NORM * num_norm_layers * KERNEL_SECONDS
-    return kernels + _WEIGHT_BYTES * num_parameters / bytes_per_s
 
 
 def num_norm_layers(model: nn.Module) -> int:
@@ -62,12 +50,6 @@ def num_norm_layers(model: nn.Module) -> int:
         return len(layers)
     blocks = [m for m in modules if isinstance(m, (BasicBlock, Bottleneck))]
     return len(layers) - sum(block.downsample is not None for block in blocks)
-
-
-def auto_loss_flop(num_samples: int, num_dimensions: int, world_size: int) -> int:
-    """`loss_flop` of the method that `choose_method` chooses."""
-    method = choose_method(num_samples, num_dimensions, world_size)
-    return loss_flop(method, num_samples, num_dimensions, world_size)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -149,7 +131,7 @@ def predict(
     hidden = min(sending, _OVERLAP_FRACTION * times.backward)
     seconds = {
         "encoder": times.encoder,
-        "loss": times.loss * auto_loss_flop(n * w, d, w) / auto_loss_flop(n, d, 1),
+        "loss": times.loss * auto_loss_flop(n * w, d, w) / auto_loss_flop(n, d),
         "optimizer": times.optimizer,
         "gradients, exposed": sending - hidden,
         "embeddings": embedding_bytes / rate,
