@@ -49,12 +49,11 @@ def run_embed(options: Embed, world: World = ALONE) -> int:
             raise ValueError(f"--out {path} exists; choose another, or replace it: --overwrite")
     setup = build_setup(options, world=world)
     images, _ = open_splits(options, setup.config)
-    identity = setup.identity(complete_subset(images))
     if not world.is_first:
-        write_features(setup, images, None, identity)
+        write_features(setup, images, partial)
         return 0
     with unlocked(options.out), work_folder(partial, resume=True) as work:
-        write_features(setup, images, work, identity)
+        write_features(setup, images, work)
         rows = zip(map(images.name, range(len(images))), images.labels.tolist(), strict=True)
         names = [*(images.class_names or map(str, range(images.num_classes))), ""]
         named = ((name, label, names[label]) for name, label in rows)
@@ -100,21 +99,16 @@ def embed(
     return path
 
 
-def write_features(
-    setup: EvalSetup, images: ImageDataset, work: Path | None, identity: dict[str, Any]
-) -> None:
-    """Complete features.npy in the folder `work`, which holds state.json beside it.
+def write_features(setup: EvalSetup, images: ImageDataset, work: Path) -> None:
+    """Complete features.npy in the existing folder `work`, which holds state.json beside it.
 
-    All ranks divide every chunk, the first one writes. What another command left is reused if its
-    `identity` is the same.
-
-    Args:
-        work: an existing folder; None on all ranks but the first.
-        identity: of encoder and images, see `EvalSetup.identity`.
+    All ranks divide every chunk, the first one writes. What another command left is reused if it is
+    of the same encoder and images.
     """
     shape = len(images), feature_width(setup.encoder)
-    done = 0
-    if work is not None:
+    done, is_first = 0, setup.world.is_first
+    if is_first:
+        identity = setup.identity(complete_subset(images))
         done = _number_done(work, identity)
         if not done:
             (work / "state.json").unlink(missing_ok=True)  # of another command
@@ -127,7 +121,7 @@ def write_features(
         for start in range(done, len(images), CHUNK):
             samples = np.arange(start, min(start + CHUNK, len(images)))
             features = setup.features(views, samples)
-            if work is not None:
+            if is_first:
                 file = np.lib.format.open_memmap(work / "features.npy", "r+")
                 file[samples] = features.cpu().numpy()
                 file.flush()

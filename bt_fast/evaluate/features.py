@@ -6,6 +6,7 @@ from functools import partial
 import numpy as np
 import torch
 
+from bt_fast.config import Config
 from bt_fast.distributed.collectives import ALONE, World, gather_slices
 from bt_fast.evaluate.views import Views
 from bt_fast.finite import require_finite
@@ -53,6 +54,30 @@ def model_outputs(
     way_out = "evaluate an earlier checkpoint or another encoder"
     require_finite({"its features": rows.norm(dim=1)}, "the encoder", way_out)
     return rows
+
+
+def two_view_outputs(
+    model: torch.nn.Module, views: Views, samples: np.ndarray, config: Config, world: World
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`model_outputs` for pretraining's two views of held-out images, in evaluation mode."""
+    z_a, z_b = (
+        model_outputs(
+            model,
+            samples,
+            partial(
+                views.random,
+                min_scale=config.min_scale,
+                seed=config.seed,
+                epoch=-1,  # which training never reaches
+                branch=branch,
+                view=view,
+            ),
+            views.runtime,
+            world,
+        )
+        for view, branch in enumerate((config.view_a, config.view_b))
+    )
+    return z_a, z_b
 
 
 def count_correct(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

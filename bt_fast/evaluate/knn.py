@@ -1,7 +1,5 @@
 """`bt-fast eval knn`: weighted kNN accuracy, rank of the features, collapse of the embeddings."""
 
-from functools import partial
-
 import numpy as np
 import torch
 
@@ -9,7 +7,7 @@ from bt_fast.config import Config
 from bt_fast.distributed.collectives import ALONE, World
 from bt_fast.evaluate.collapse import centred_rank, collapse_report, effective_rank
 from bt_fast.evaluate.eval_setup import EvalSetup, build_setup, open_splits
-from bt_fast.evaluate.features import model_outputs
+from bt_fast.evaluate.features import two_view_outputs
 from bt_fast.evaluate.knn_classifier import SETTINGS, KnnData, choose_data, knn_scores
 from bt_fast.evaluate.options import EvalKnn
 from bt_fast.evaluate.overlap import warn_of_overlap
@@ -18,7 +16,7 @@ from bt_fast.run.console import print_summary
 from pipelines.loading.datasets import ImageDataset
 from pipelines.order import epoch_order
 
-_VIEW_EPOCH = -1  # of augmented views and random samples, which pretraining never reaches
+_ORDER_EPOCH = -1  # of random samples, which pretraining never reaches
 _MAX_RANK_IMAGES = 25_600  # RankMe's number of images
 
 
@@ -41,7 +39,7 @@ def run_knn(options: EvalKnn, world: World = ALONE) -> int:
         rows |= measure_knn(setup, data)[1]
     else:
         images = train if val is None else val
-        order = epoch_order(len(images), setup.seed, _VIEW_EPOCH)
+        order = epoch_order(len(images), setup.seed, _ORDER_EPOCH)
         queries = Subset(images, order[:_MAX_RANK_IMAGES])
         rows["data"] = f"{len(queries)} images of {images.path}"
         rows["kNN"] = f"none: {_missing_classes(train, val)}"
@@ -83,23 +81,7 @@ def measure_collapse(setup: EvalSetup, queries: Subset) -> dict[str, str]:
     assert setup.projector is not None
     model = torch.nn.Sequential(setup.encoder, setup.projector)
     config, views = setup.config or Config(), setup.views(queries.images)
-    z_a, z_b = (
-        model_outputs(
-            model,
-            queries.samples,
-            partial(
-                views.random,
-                min_scale=setup.min_scale,
-                seed=setup.seed,
-                epoch=_VIEW_EPOCH,
-                branch=branch,
-                view=view,
-            ),
-            setup.runtime,
-            setup.world,
-        )
-        for view, branch in enumerate((config.view_a, config.view_b))
-    )
+    z_a, z_b = two_view_outputs(model, views, queries.samples, config, setup.world)
     return {"rank of the embeddings": _ranks(z_a), **collapse_report(z_a, z_b).rows}
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from bt_fast.build import TrainingSetup, average_statistics
 from bt_fast.evaluate.collapse import effective_rank
-from bt_fast.evaluate.features import extract_features, model_outputs
+from bt_fast.evaluate.features import extract_features, two_view_outputs
 from bt_fast.evaluate.knn_classifier import knn_scores
 from bt_fast.evaluate.ridge import ridge_accuracy
 from bt_fast.evaluate.views import Views
@@ -20,7 +20,6 @@ from bt_fast.loss import correlation_terms
 from bt_fast.run.console import RunLog
 from bt_fast.run.directory import RunDirectory, read_metrics
 
-_VIEW_EPOCH = -1  # of the views of held-out images, which training never reaches
 READOUTS = {"knn_20": "kNN (k = 20)", "knn_200": "kNN (k = 200)", "linear": "linear"}
 
 
@@ -64,23 +63,8 @@ def measure(setup: TrainingSetup) -> dict[str, float]:
     readouts["rank"] = effective_rank(features)
     if len(held_out) < 2:
         return readouts
-    z_a, z_b = (
-        model_outputs(
-            setup.model,
-            held_out.samples[: config.batch_size],
-            partial(
-                views.random,
-                min_scale=config.min_scale,
-                seed=config.seed,
-                epoch=_VIEW_EPOCH,
-                branch=branch,
-                view=view,
-            ),
-            setup.runtime,
-            world,
-        )
-        for view, branch in enumerate((config.view_a, config.view_b))
-    )
+    samples = held_out.samples[: config.batch_size]
+    z_a, z_b = two_view_outputs(setup.model, views, samples, config, world)
     on_diagonal, off_diagonal = correlation_terms(z_a, z_b)
     return readouts | {
         "probe_on_diagonal": on_diagonal.item(),

@@ -11,6 +11,7 @@
 Similarities are cosines of whitened features, see `neighbours.Whitening`.
 """
 
+import contextlib
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -24,9 +25,8 @@ from bt_fast.evaluate.curate.findings import Findings
 from bt_fast.evaluate.curate.neighbours import Whitening, nearest
 from bt_fast.evaluate.curate.report import write_report
 from bt_fast.evaluate.embed import unlocked, write_csv, write_features
-from bt_fast.evaluate.eval_setup import EvalSetup, build_setup, open_splits
+from bt_fast.evaluate.eval_setup import build_setup, open_splits
 from bt_fast.evaluate.options import Curate
-from bt_fast.evaluate.subset import complete_subset
 from bt_fast.run.console import print_summary
 from pipelines.common.atomic import atomic_file, locked
 from pipelines.common.console import progress
@@ -49,40 +49,39 @@ def run_curate(options: Curate, world: World = ALONE) -> int:
     if count < 2:
         raise ValueError(f"--fraction {options.fraction} keeps fewer than two images")
     _require_names(train)
-    if not world.is_first:
-        return _curate(options, setup, train, val, out, count)
-    _refuse_results(out, options.overwrite)
-    out.mkdir(parents=True, exist_ok=True)
-    with unlocked(out), locked(out):
-        return _curate(options, setup, train, val, out, count)
-
-
-def _curate(
-    options: Curate,
-    setup: EvalSetup,
-    train: ImageDataset,
-    val: ImageDataset | None,
-    out: Path,
-    count: int,
-) -> int:
-    features = {"train": _features(setup, train, out / "features" / "train")}
-    if val is not None:
-        features["val"] = _features(setup, val, out / "features" / "val")
-    if not setup.world.is_first:
-        return 0
-    findings = examine(
-        features["train"],
-        features.get("val"),
-        options.threshold,
-        options.clusters or round(len(train) ** 0.5),
-        options.seed,
-        setup.runtime.device,
-    )
-    kept = _choose(options, count, features["train"], findings)
-    for name in RESULTS:
-        (out / name).unlink(missing_ok=True)
-    _write_lists(out, train, val, findings, kept)
-    write_report(out / "report.html", train, val, findings, kept, options)
+    if world.is_first:
+        for name in RESULTS:
+            if (out / name).exists() and not options.overwrite:
+                raise ValueError(
+                    f"--out {out} holds a {name}; choose another folder, or replace it: --overwrite"
+                )
+        out.mkdir(parents=True, exist_ok=True)
+    with unlocked(out), locked(out) if world.is_first else contextlib.nullcontext():
+        splits = {"train": train} | ({} if val is None else {"val": val})
+        folders = {name: out / "features" / name for name in splits}
+        for name, images in splits.items():
+            if world.is_first:
+                folders[name].mkdir(parents=True, exist_ok=True)
+            write_features(setup, images, folders[name])
+        if not world.is_first:
+            return 0
+        features = {
+            name: np.load(folder / "features.npy", mmap_mode="r")
+            for name, folder in folders.items()
+        }
+        findings = examine(
+            features["train"],
+            features.get("val"),
+            options.threshold,
+            options.clusters or round(len(train) ** 0.5),
+            options.seed,
+            setup.runtime.device,
+        )
+        kept = _choose(options, count, features["train"], findings)
+        for name in RESULTS:
+            (out / name).unlink(missing_ok=True)
+        _write_lists(out, train, val, findings, kept)
+        write_report(out / "report.html", train, val, findings, kept, options)
     rows = {"encoder": setup.description, "data": f"{train.path}, {len(train):,} images"}
     rows |= findings.rows()
     if kept is not None:
@@ -158,25 +157,6 @@ def _choose(
     if options.fraction is None:
         return np.flatnonzero(redundancy < options.threshold)
     return subsets.least_redundant(redundancy, count)
-
-
-def _features(setup: EvalSetup, images: ImageDataset, folder: Path) -> np.ndarray:
-    """float32 [n, width], a file in the folder, mapped."""
-    if setup.world.is_first:
-        folder.mkdir(parents=True, exist_ok=True)
-    identity = setup.identity(complete_subset(images))
-    write_features(setup, images, folder if setup.world.is_first else None, identity)
-    if not setup.world.is_first:
-        return np.empty((0, 0), np.float32)
-    return np.load(folder / "features.npy", mmap_mode="r")
-
-
-def _refuse_results(out: Path, overwrite: bool) -> None:
-    for name in RESULTS:
-        if (out / name).exists() and not overwrite:
-            raise ValueError(
-                f"--out {out} holds a {name}; choose another folder, or replace it: --overwrite"
-            )
 
 
 def _require_names(images: ImageDataset) -> None:
