@@ -18,6 +18,7 @@ from bt_fast.prefetch import augment_batch
 from bt_fast.run import checkpoint
 from bt_fast.step import measure_step_seconds
 from pipelines import augment
+from tools import reference
 
 
 @pytest.mark.parametrize("optimizer", ["lars", "adamw", "sgd"])
@@ -136,8 +137,8 @@ def test_a_compiled_update_equals_an_eager_one(small_beton):
         assert (compiled - eager).norm() <= 2e-3 * eager.norm() + 1e-6
 
 
-def reference_step(model, views, momenta, rates, *, lambd, weight_decay, grad_scale) -> None:
-    """One update as the paper and the released code describe it, from scratch."""
+def reference_gradients(model, views, *, lambd, grad_scale) -> None:
+    """As the paper describes them, from scratch."""
     z_a, z_b = (model(view) for view in views)
     norm_a, norm_b = (
         (z - z.mean(0)) / (z.var(0, unbiased=False) + 1e-5).sqrt() for z in (z_a, z_b)
@@ -145,18 +146,8 @@ def reference_step(model, views, momenta, rates, *, lambd, weight_decay, grad_sc
     correlation = norm_a.T @ norm_b / len(z_a)
     off_diagonal = correlation - torch.diag(correlation.diagonal())
     loss = ((1 - correlation.diagonal()) ** 2).sum() + lambd * (off_diagonal**2).sum()
-    parameters = list(model.parameters())
-    gradients = torch.autograd.grad(loss, parameters)
-    with torch.no_grad():
-        for parameter, gradient, momentum in zip(parameters, gradients, momenta, strict=True):
-            update = gradient * grad_scale
-            if parameter.ndim > 1:
-                update = update + weight_decay * parameter
-                norms = parameter.norm(), update.norm()
-                if norms[0] > 0 and norms[1] > 0:
-                    update = update * (1e-3 * norms[0] / norms[1])
-            momentum.mul_(0.9).add_(update)
-            parameter.sub_(rates[parameter.ndim > 1] * momentum)
+    model.zero_grad()
+    (loss * grad_scale).backward()
 
 
 def test_the_loop_trains_as_the_paper_says(small_beton):
@@ -167,7 +158,8 @@ def test_the_loop_trains_as_the_paper_says(small_beton):
     setup = build(parse_pretrain(["--data", str(small_beton), *flags]))
     model = with_torchs_batch_norm(setup.model)
     start = [p.detach().clone() for p in model.parameters()]
-    momenta = [torch.zeros_like(p) for p in model.parameters()]
+    groups = [[p for p in model.parameters() if (p.ndim > 1) == matrix] for matrix in (True, False)]
+    lars = reference.Lars([{"params": params} for params in groups], 0.0, weight_decay=0.02)
     for batch in setup.loader.batches(0, 4):
         rate = 16 / 256 * batch.request.step / 40  # linear warm-up: 10 epochs of 4 steps
         views = [
@@ -176,10 +168,9 @@ def test_the_loop_trains_as_the_paper_says(small_beton):
                 batch.views, (augment.VIEW_A, augment.VIEW_B), batch.request.keys, strict=True
             )
         ]
-        reference_step(
-            model, views, momenta, {True: 3 * rate, False: 0.5 * rate},
-            lambd=0.02, weight_decay=0.02, grad_scale=1 / 16,
-        )  # fmt: skip
+        reference_gradients(model, views, lambd=0.02, grad_scale=1 / 16)
+        lars.param_groups[0]["lr"], lars.param_groups[1]["lr"] = 3 * rate, 0.5 * rate
+        lars.step()
         rates = train.set_learning_rates(setup, batch.request.step)
         assert rates == pytest.approx({"lr_weights": 3 * rate, "lr_biases": 0.5 * rate})
         branches = setup.config.view_a, setup.config.view_b
