@@ -128,10 +128,6 @@ def demo() -> Config:
 
 
 RECIPES: dict[str, Callable[[], Config]] = {
-    "imagenet": imagenet,
-    "imagenet-8gpu": imagenet_8gpu,
-    "imagenet-vit": imagenet_vit,
-    "cifar10": cifar10,
-    "cifar10-cpu": cifar10_cpu,
-    "demo": demo,
+    recipe().recipe: recipe
+    for recipe in (imagenet, imagenet_8gpu, imagenet_vit, cifar10, cifar10_cpu, demo)
 }

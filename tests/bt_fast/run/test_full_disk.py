@@ -66,15 +66,14 @@ def test_a_full_disk_stops_all_ranks(small_beton, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("error", [errno.ENOSPC, errno.EROFS], ids=["full", "read-only"])
 def test_the_next_save_follows_one_that_failed(
-    small_beton, finished, tmp_path, monkeypatch, capsys, error
+    small_beton, finished, tmp_path, monkeypatch, capsys
 ):
     real = checkpoint.write
 
     def write(folder, step, *arguments, **options):
         if step == 8:
-            raise OSError(error, os.strerror(error))
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
         return real(folder, step, *arguments, **options)
 
     monkeypatch.setattr(checkpoint, "write", write)
