@@ -92,14 +92,7 @@ def build(config: Config, world: World = ALONE) -> TrainingSetup:
     initial_weights = ""
     # A run that is resumed before its first checkpoint starts again from the file.
     if config.init is not None and (config.resume is None or not checkpoint.exists(config.resume)):
-        initial_weights = load_initial_weights(
-            model,
-            config.init,
-            which=config.which,
-            encoder=config.encoder,
-            stem=config.stem,
-            size=config.size,
-        )
+        initial_weights = load_initial_weights(model, config.init, config)
     prepare(model, runtime)
     norm_group, loss_group = communicators(config, world, runtime.device)
     batch_norm.set_process_group(model, norm_group)

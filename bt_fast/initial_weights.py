@@ -4,32 +4,25 @@ FILE is anything that `bt-fast eval` reads: a run, torchvision's weights, the au
 files of other programs.
 """
 
+import functools
 from pathlib import Path
 
-from bt_fast.choices import Stem, is_of_library
+from bt_fast.choices import is_of_library
+from bt_fast.config import Config
 from bt_fast.export.encoder_files import Pretrained, read_pretrained
 from bt_fast.finite import NotFinite
 from bt_fast.models.networks import BarlowTwins
 
 
-def load_initial_weights(
-    model: BarlowTwins, file: Path, *, which: str | None, encoder: str, stem: Stem, size: int
-) -> str:
-    """Copy the file's weights into the model; returns what was taken and what was not.
+def load_initial_weights(model: BarlowTwins, file: Path, config: Config) -> str:
+    """Copy the file's weights into the configured model; returns what was taken and what was not.
 
-    encoder, stem, size: of the model. Raises ValueError if the file has another encoder, or none.
+    Raises ValueError if the file has another encoder, or none.
     """
-    library = (encoder, size) if is_of_library(encoder) else None
-    pretrained = _read(file, which, stem, library)
-    wanted = (encoder, stem, size if library else None)
-    if (pretrained.architecture, pretrained.stem, pretrained.size) != wanted:
-        theirs, ours = (
-            f"{name}{f' for {pixels} px' if pixels else f' with the {kind} stem'}"
-            for name, kind, pixels in (
-                (pretrained.architecture, pretrained.stem, pretrained.size),
-                wanted,
-            )
-        )
+    pretrained = _read(file, config)
+    ours = _form(config.encoder, config.stem, config.size if is_of_library(config.encoder) else 0)
+    theirs = _form(pretrained.architecture, pretrained.stem, pretrained.size or 0)
+    if theirs != ours:
         raise ValueError(f"--init {file} holds a {theirs}, the run has --encoder {ours}")
     model.encoder.load_state_dict(pretrained.encoder.state_dict())
     if pretrained.projector is None:
@@ -42,12 +35,18 @@ def load_initial_weights(
     return f"encoder and projector of {pretrained.description}"
 
 
-def _read(file: Path, which: str | None, stem: Stem, library: tuple[str, int] | None) -> Pretrained:
+def _form(architecture: str, stem: str, size: int) -> str:
+    return f"{architecture} for {size} px" if size else f"{architecture} with the {stem} stem"
+
+
+def _read(file: Path, config: Config) -> Pretrained:
     """The encoder, and its projector unless it has another form than the paper's."""
-    known = None if stem == "imagenet" else stem  # weights do not state a 3x3 stem
+    stem = None if config.stem == "imagenet" else config.stem  # weights do not state a 3x3 stem
+    library = (config.encoder, config.size) if is_of_library(config.encoder) else None
+    read = functools.partial(read_pretrained, file, which=config.which, stem=stem, library=library)
     try:
-        return read_pretrained(file, which=which, stem=known, projector=True, library=library)
+        return read(projector=True)
     except NotFinite:
         raise
     except ValueError:
-        return read_pretrained(file, which=which, stem=known, library=library)
+        return read()

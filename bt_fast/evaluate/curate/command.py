@@ -69,14 +69,8 @@ def run_curate(options: Curate, world: World = ALONE) -> int:
             name: np.load(folder / "features.npy", mmap_mode="r")
             for name, folder in folders.items()
         }
-        findings = examine(
-            features["train"],
-            features.get("val"),
-            options.threshold,
-            options.clusters or round(len(train) ** 0.5),
-            options.seed,
-            setup.runtime.device,
-        )
+        device = setup.runtime.device
+        findings = examine(features["train"], features.get("val"), options, device)
         kept = _choose(options, count, features["train"], findings)
         for name in RESULTS:
             (out / name).unlink(missing_ok=True)
@@ -92,12 +86,7 @@ def run_curate(options: Curate, world: World = ALONE) -> int:
 
 
 def examine(
-    train: np.ndarray,
-    val: np.ndarray | None,
-    threshold: float,
-    num_clusters: int,
-    seed: int,
-    device: torch.device,
+    train: np.ndarray, val: np.ndarray | None, options: Curate, device: torch.device
 ) -> Findings:
     """Near duplicates, outliers and clusters of features, float32 [n, d] and [m, d]."""
     whitening = Whitening.of(train, device)
@@ -105,15 +94,16 @@ def examine(
     if val is not None:
         with progress("held-out against training", len(val)) as advance:
             found = nearest(val, train, NEIGHBOURS, whitening, advance)
-        pairs["across"] = _pairs(*found, threshold)
+        pairs["across"] = _pairs(*found, options.threshold)
         with progress("held-out images", len(val)) as advance:
             found = nearest(val, val, NEIGHBOURS, whitening, advance)
-        pairs["val"] = _pairs(*found, threshold, both_ways=True)
+        pairs["val"] = _pairs(*found, options.threshold, both_ways=True)
     with progress("training images", len(train)) as advance:
         found = nearest(train, train, NEIGHBOURS, whitening, advance)
-    pairs["train"] = _pairs(*found, threshold, both_ways=True)
+    pairs["train"] = _pairs(*found, options.threshold, both_ways=True)
+    number = options.clusters or round(len(train) ** 0.5)
     with progress("clustering", ITERATIONS * len(train)) as advance:
-        clusters = cluster(train, num_clusters, whitening, seed=seed, advance=advance)
+        clusters = cluster(train, number, whitening, seed=options.seed, advance=advance)
     return Findings(
         pairs=pairs,
         similarity_to_neighbours=found[0].mean(axis=1),
