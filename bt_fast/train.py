@@ -31,7 +31,8 @@ from bt_fast.distributed.signals import EXIT_STOPPED, EXIT_UNSAVED, StopFlag
 from bt_fast.export.encoder_files import describe_encoder
 from bt_fast.loss import weighted_sum
 from bt_fast.models.networks import BarlowTwins
-from bt_fast.plan.dry_run import count_costs, memory_rows
+from bt_fast.plan import gpus
+from bt_fast.plan.dry_run import count_costs, memory_and_rate_rows
 from bt_fast.prefetch import prefetch
 from bt_fast.run import checkpoint, plots
 from bt_fast.run.async_checkpoint import AsyncCheckpoints
@@ -59,7 +60,7 @@ def pretrain(config: Config, stop: StopFlag, world: World = ALONE) -> int:
     if broadcast_object(setup.data_identity, world.group) != setup.data_identity:
         raise ValueError(f"--data {config.data} of rank {world.rank} is not that of rank 0")
     if config.dry_run and config.device != "cpu":  # first: the step below may not fit
-        memory = memory_rows(config, count_costs(config), 1)
+        memory = memory_and_rate_rows(config, count_costs(config), 1, gpus.first_gpu())
         console.print(summary_table("bt-fast pretrain --dry-run", memory))
     rows = describe(setup, measure_step_seconds(setup))
     console.print(summary_table("bt-fast pretrain", rows))

@@ -230,26 +230,31 @@ def memory(config: "Config") -> Row:
 
 def gpu_memory(config: "Config", num_gpus: int) -> Row:
     """The recipe's largest batch per GPU: for this machine's GPUs, else by their memory."""
-    from bt_fast.plan import dry_run
+    from bt_fast.plan import dry_run, gpus
 
-    costs, gpu = dry_run.count_costs(config), dry_run.first_gpu()
+    costs, gpu = dry_run.count_costs(config), gpus.first_gpu()
     if gpu is None:
-        rows = dry_run.memory_rows(config, costs, 1)
-        batches = ", ".join(f"{title} {rows[title]}" for title in dry_run.GPUS)
-        return Row("batch per GPU", f"recipe {config.recipe}, computed: {batches}")
-    name, memory = gpu
+        batches = []
+        for title, models in gpus.BY_MEMORY.items():
+            largest = dry_run.largest_batch(config, costs, models[0])
+            batches.append(f"{largest} on {title}")
+            num_parts = dry_run.fitting_accumulate(config, costs, models[0], config.batch_size)
+            if largest < config.batch_size and num_parts:
+                batches[-1] += f" ({config.batch_size} with --accumulate {num_parts})"
+        value = f"recipe {config.recipe}: at most {', '.join(batches)}, computed"
+        return Row("batch per GPU", value)
     num_gpus = next(n for n in range(num_gpus, 0, -1) if config.batch_size % n == 0)
     local_batch = config.batch_size // num_gpus
-    largest = dry_run.largest_batch(config, costs, memory, num_gpus)
+    largest = dry_run.largest_batch(config, costs, gpu, num_gpus)
     need = sum(dry_run.memory_bytes(config, costs, local_batch, num_gpus).values())
     value = (
-        f"recipe {config.recipe}: at most {largest} images on each {name}, computed;"
+        f"recipe {config.recipe}: at most {largest} images on each {gpu.name}, computed;"
         f" {config.batch_size} per step need {need / 1e9:.0f} GB"
         + (f" on each of {num_gpus}" if num_gpus > 1 else "")
     )
-    if need <= memory:
+    if need <= gpu.memory:
         return Row("batch per GPU", value)
-    num_parts = dry_run.fitting_accumulate(config, costs, memory, local_batch, num_gpus)
+    num_parts = dry_run.fitting_accumulate(config, costs, gpu, local_batch, num_gpus)
     flags = f"--gpus {num_gpus} --batch-size {num_gpus * largest}, or more GPUs"
     if num_parts:  # the same batch, at the cost of one more forward pass
         flags = f"--gpus {num_gpus} --accumulate {num_parts}, or {flags}"
@@ -260,7 +265,15 @@ def gpu_memory(config: "Config", num_gpus: int) -> Row:
 
 
 def limits(num_gpus: int) -> Iterator[Row]:
-    """Limits of this process: shared memory, open files."""
+    """Limits of this process: locked memory, shared memory, open files."""
+    locked = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
+    unlimited = locked == resource.RLIM_INFINITY
+    value = "unlimited" if unlimited else f"{locked / 1e6:.1f} MB"
+    value += " (applies to InfiniBand between machines, not to CUDA)"
+    limited = num_gpus > 1 and not unlimited
+    problem = "NCCL cannot register its buffers with InfiniBand" if limited else ""
+    fix = "ulimit -l unlimited; of a container: docker run --ulimit memlock=-1"
+    yield Row("locked memory", value, problem, fix)
     shared = shutil.disk_usage("/dev/shm") if Path("/dev/shm").is_dir() else None
     too_small = num_gpus > 1 and (shared is None or shared.free < MIN_SHARED_MEMORY)
     yield Row(

@@ -1,11 +1,12 @@
 """The plan of a run on any number of ranks, for `--dry-run`: steps, memory and predicted times.
 
 Only the model's shapes are built, so the plan of 32 GPUs is available on a laptop and before the
-data exists. Times are those of H100s, from published rates and the assumptions below;
+data exists. Times follow from published rates of GPUs and the assumptions below;
 `tools/profile.py --gpus` predicts them from measurements instead.
 """
 
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import nn
@@ -17,7 +18,8 @@ from bt_fast.loss import choose_method
 from bt_fast.models import batch_norm
 from bt_fast.models.networks import build_model
 from bt_fast.optimizers import NUM_STATES
-from bt_fast.plan import step_costs
+from bt_fast.plan import gpus, step_costs
+from bt_fast.plan.gpus import GpuModel
 from bt_fast.plan.step_costs import StepTimes
 from bt_fast.prefetch import NUM_BATCHES_IN_MEMORY
 from bt_fast.run.console import duration
@@ -26,21 +28,19 @@ from pipelines.loading.datasets import open_data, require_full_batches
 IMAGENET_IMAGES = 1_281_167
 LINK_GBPS = 400.0  # bandwidth of one rank's network card
 
-# Half of the H100's published FLOP/s of dense bf16 products, and nine tenths of its bandwidth. With
-# them the step of ResNet-50 with 256 images, measured at 82.0 ms, takes 83.4.
-FLOP_PER_S, BYTES_PER_S = 0.5 * 989e12, 0.9 * 3350e9
+# Fractions of a GPU's published rates that a step attains: of FLOP/s by products and convolutions,
+# of bandwidth by all else. With them an A100 of 80 GB reaches ResNet-50's published 2,500 views/s
+# with compiled norms.
+FLOP_FRACTION, BANDWIDTH_FRACTION = 0.5, 0.9
 # Bytes that encoder and projector move, forwards and backwards, per byte saved for the backward
-# pass: for ResNet-50 about 160 GB for 21.6, counted by tools/compiled_traffic.py.
-MOVED_PER_SAVED = 7.4
+# pass, by implementation of batch norm: for ResNet-50 about 215 GB for 22.5 (7.7 with one block per
+# stage), and 160 for 21.6 with fused norms, counted by tools/compiled_traffic.py.
+MOVED_PER_SAVED = {"compiled": 9.5, "fused": 7.4}
 # Seconds of a step for every batch norm, whatever the number of images: 16 kernels of a compiled
 # step, with those of its convolution and casts (306 for 19 norms), 3 us each for launch and waves.
 SECONDS_PER_NORM = 16 * 3e-6
 WEIGHT_BYTES = 14  # per parameter: cast to bf16, the gradient in bf16 and in float32
 RESERVED_BYTES = 2e9  # CUDA's context, workspaces of cuDNN and cuBLAS, buffers of NCCL
-MEMORY_FRACTION = 0.95  # of a GPU's memory; the rest is lost to fragmentation in the allocator
-# Bytes that a run may use, MEMORY_FRACTION of torch's figure: of 24 GB 23.7e9 bytes on an L4 or A10
-# (25.3e9 on an RTX), of 40 GB 42.3e9, of 80 GB 85e9.
-GPUS = {"GPUs of 24 GB": 22.5e9, "GPUs of 40 GB": 40e9, "GPUs of 80 GB": 80e9}
 
 _NUM_IMAGES = 64  # images whose cost is counted
 
@@ -60,9 +60,11 @@ def plan(config: Config, world_size: int) -> dict[str, str]:
     last_step = config.last_step(steps_per_epoch)
 
     costs = count_costs(config)
+    local_gpu = gpus.first_gpu() if config.device != "cpu" else None
+    gpu = local_gpu if local_gpu and local_gpu.flop_per_s else gpus.H100
     method = choose_method(config.batch_size, config.projector[-1], world_size)
     prediction = step_costs.predict(
-        single_gpu(config, costs, local_batch),
+        single_gpu(config, costs, local_batch, gpu),
         world_size,
         LINK_GBPS,
         separate_communicators=config.separate_communicators,
@@ -90,67 +92,72 @@ def plan(config: Config, world_size: int) -> dict[str, str]:
     if config.device == "cpu":
         return rows | {"predicted": "nothing: the assumptions are those of GPUs"}
     return rows | {
-        **memory_rows(config, costs, world_size),
+        **memory_and_rate_rows(config, costs, world_size, local_gpu),
         "predicted": f"{1e3 * prediction.step:.1f} ms a step, {prediction.images_per_s:,.0f}"
         f" images/s, {duration(prediction.step * last_step)} without data and probes"
         f" ({100 * prediction.efficiency:.0f} % of {world_size} single GPUs with as many images"
-        " each) on H100s",
+        f" each) on {gpu.name}",
         "breakdown, ms": ", ".join(
             f"{part} {1e3 * seconds:.1f}"
             for part, seconds in prediction.seconds.items()
             if seconds >= 5e-5
         )
         + f" ({1e3 * prediction.hidden:.1f} of communication hidden under the backward pass)",
-        "assuming": f"{FLOP_PER_S / 1e12:.0f} TFLOP/s, {BYTES_PER_S / 1e9:,.0f} GB/s of memory,"
-        f" {LINK_GBPS:.0f} Gbit/s of network per rank, {step_costs.RANKS_PER_MACHINE} ranks a"
-        f" machine with {step_costs.NVLINK_BYTES_PER_S / 1e9:.0f} GB/s between them; not measured",
+        "assuming": f"{100 * FLOP_FRACTION:.0f} % of the published rate of bf16 products and"
+        f" {100 * BANDWIDTH_FRACTION:.0f} % of the memory bandwidth"
+        f" ({gpu.name}: {gpu.flop_per_s / 1e12:.0f} TFLOP/s, {gpu.bytes_per_s / 1e9:,.0f} GB/s),"
+        f" {LINK_GBPS:.0f} Gbit/s per rank,"
+        f" {step_costs.RANKS_PER_MACHINE} ranks a machine with"
+        f" {step_costs.NVLINK_BYTES_PER_S / 1e9:.0f} GB/s between them,"
+        f" {1e6 * step_costs.LATENCY_INTRA_NODE:.0f} us for a small collective on one machine and"
+        f" {1e6 * step_costs.LATENCY_INTER_NODE:.0f} on several; not measured",
     }
 
 
-def first_gpu() -> tuple[str, float] | None:
-    """Name of this machine's first GPU and the bytes that a run may use; None without one."""
-    if not torch.cuda.is_available():
-        return None
-    gpu = torch.cuda.get_device_properties(0)
-    return gpu.name.removeprefix("NVIDIA "), MEMORY_FRACTION * gpu.total_memory
-
-
-def memory_rows(config: Config, costs: "ModelCosts", world_size: int) -> dict[str, str]:
-    """Rows on a step's memory, then on the largest batch for this GPU and others."""
+def memory_and_rate_rows(
+    config: Config, costs: "ModelCosts", world_size: int, local_gpu: GpuModel | None = None
+) -> dict[str, str]:
+    """Rows on a step's memory, then on the largest batch and its rate for the GPUs."""
     local_batch = config.batch_size // world_size
     parts = memory_bytes(config, costs, local_batch, world_size)
     listed = ", ".join(f"{part} {num_bytes / 1e9:.1f}" for part, num_bytes in parts.items())
     rows = {"memory per GPU": f"about {sum(parts.values()) / 1e9:.1f} GB: {listed}"}
-    gpu = first_gpu()
-    local = {f"this {gpu[0]}": gpu[1]} if gpu else {}
-    for title, memory in (local | GPUS).items():
-        largest = largest_batch(config, costs, memory, world_size)
+    local = {f"this {local_gpu.name}": (local_gpu,)} if local_gpu else {}
+    for title, models in (local | gpus.BY_MEMORY).items():
+        largest = largest_batch(config, costs, models[0], world_size)
+        images = min(largest, local_batch)
         rows[title] = f"up to {largest} images per GPU" if largest else "does not fit"
-        num_parts = fitting_accumulate(config, costs, memory, local_batch, world_size)
+        if largest and models[0].flop_per_s:
+            times = {gpu.name: single_gpu(config, costs, images, gpu) for gpu in models}
+            rates = (f"{name} {images / one.step:,.0f}" for name, one in times.items())
+            rows[title] += f"; of {images}, computed images/s (not measured): {', '.join(rates)}"
+        num_parts = fitting_accumulate(config, costs, models[0], local_batch, world_size)
         if largest < local_batch and num_parts:
             rows[title] += f"; of {local_batch} with --accumulate {num_parts}"
     return rows
 
 
-def largest_batch(config: Config, costs: "ModelCosts", memory: float, world_size: int = 1) -> int:
-    """Images per GPU with which a step fits into so many bytes, below 65,536; 0 if none do."""
+def largest_batch(
+    config: Config, costs: "ModelCosts", gpu: GpuModel, world_size: int = 1, multiple: int = 16
+) -> int:
+    """Images per GPU with which a step fits into the GPU's memory, below 65,536; 0 if none do."""
     largest = 0
-    for batch in range(16, 1 << 16, 16):
-        if sum(memory_bytes(config, costs, batch, world_size).values()) > memory:
+    for batch in range(multiple, 1 << 16, multiple):
+        if sum(memory_bytes(config, costs, batch, world_size).values()) > gpu.memory:
             break
         largest = batch
     return largest
 
 
 def fitting_accumulate(
-    config: Config, costs: "ModelCosts", memory: float, images: int, world_size: int = 1
+    config: Config, costs: "ModelCosts", gpu: GpuModel, images: int, world_size: int = 1
 ) -> int | None:
-    """The smallest --accumulate with which `images` images fit into so many bytes, or None."""
+    """The smallest --accumulate with which `images` images per GPU fit into its memory, or None."""
     for num_parts in range(1, images // 2 + 1):
         if images % num_parts:
             continue
         in_parts = replace(config, accumulate=num_parts)
-        if sum(memory_bytes(in_parts, costs, images, world_size).values()) <= memory:
+        if sum(memory_bytes(in_parts, costs, images, world_size).values()) <= gpu.memory:
             return num_parts
     return None
 
@@ -175,23 +182,25 @@ def memory_bytes(
     }
 
 
-def single_gpu(config: Config, costs: "ModelCosts", images: int) -> StepTimes:
-    """The step of one H100 with `images` images, by its published rates."""
+def single_gpu(config: Config, costs: "ModelCosts", images: int, gpu: GpuModel) -> StepTimes:
+    """The step of one GPU with `images` images, by its published rates."""
     width = config.projector[-1]
+    flop_per_s = FLOP_FRACTION * gpu.flop_per_s
+    bytes_per_s = BANDWIDTH_FRACTION * gpu.bytes_per_s
     tf32 = 1 if costs.itemsize < 4 else 2  # half as fast as bf16
     encoder = (
         SECONDS_PER_NORM * costs.num_norm_layers
-        + WEIGHT_BYTES * costs.num_parameters / BYTES_PER_S
-        + images * tf32 * costs.flop / FLOP_PER_S
-        + images * MOVED_PER_SAVED * costs.saved_bytes / BYTES_PER_S
+        + WEIGHT_BYTES * costs.num_parameters / bytes_per_s
+        + images * tf32 * costs.flop / flop_per_s
+        + images * MOVED_PER_SAVED[costs.norm] * costs.saved_bytes / bytes_per_s
     )
     return StepTimes(
         images=images,
         # Parts are computed forwards twice; a forward pass is a third of both.
         encoder=encoder * (4 / 3 if config.accumulate > 1 else 1),
         backward=encoder * 2 / 3,
-        loss=2 * step_costs.auto_loss_flop(images, width) / FLOP_PER_S,  # TF32
-        optimizer=step_costs.lars_bytes(costs.num_parameters) / BYTES_PER_S,
+        loss=2 * step_costs.auto_loss_flop(images, width) / flop_per_s,  # TF32
+        optimizer=step_costs.lars_bytes(costs.num_parameters) / bytes_per_s,
         embedding_itemsize=2,
         gradient_itemsize=2 if config.compress_gradients else 4,
         num_parameters=costs.num_parameters,
@@ -208,6 +217,7 @@ class ModelCosts:
     num_parameters: int
     num_projector_parameters: int
     num_norm_layers: int
+    norm: Literal["compiled", "fused"]
     itemsize: int  # bytes of a value in encoder and projector
     flop: float  # per image: both views, forwards and backwards
     saved_bytes: float  # per image: saved for the backward pass, uncompiled
@@ -222,7 +232,8 @@ def count_costs(config: Config) -> ModelCosts:
             if isinstance(layer, (nn.Conv2d, nn.Linear)):
                 layer.to(dtype)
         views = torch.empty(2 * _NUM_IMAGES, 3, config.size, config.size, dtype=dtype)
-    if batch_norm.choose_norm(config.norm, torch.device("cuda")) == "fused":
+    norm = batch_norm.choose_norm(config.norm, torch.device("cuda"))
+    if norm == "fused":
         batch_norm.fuse(model)
     with FlopCounterMode(display=False) as counter:
         embeddings, saved_bytes = forward(model, views)
@@ -231,6 +242,7 @@ def count_costs(config: Config) -> ModelCosts:
         num_parameters=sum(p.numel() for p in model.parameters()),
         num_projector_parameters=sum(p.numel() for p in model.projector.parameters()),
         num_norm_layers=step_costs.num_norm_layers(model),
+        norm=norm,
         itemsize=dtype.itemsize,
         flop=counter.get_total_flops() / _NUM_IMAGES,
         saved_bytes=saved_bytes / _NUM_IMAGES,

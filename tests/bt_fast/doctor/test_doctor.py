@@ -13,7 +13,7 @@ from bt_fast.cli import main
 from bt_fast.distributed.collectives import require_divisible_batch
 from bt_fast.doctor import doctor, hardware, requirements
 from bt_fast.doctor.doctor import Doctor, diagnose
-from bt_fast.plan import dry_run
+from bt_fast.plan import gpus
 from bt_fast.recipes import RECIPES
 
 
@@ -106,7 +106,7 @@ def test_a_package_that_does_not_load_is_broken(monkeypatch, capsys):
 
 @pytest.mark.parametrize("num_gpus,used", [(1, 1), (3, 2), (6, 4)])
 def test_the_suggested_accumulation_is_one_that_pretrain_accepts(monkeypatch, num_gpus, used):
-    monkeypatch.setattr(dry_run, "first_gpu", lambda: ("GPU", dry_run.GPUS["GPUs of 24 GB"]))
+    monkeypatch.setattr(gpus, "first_gpu", lambda: gpus.MODELS[0])  # 24 GB
     config = RECIPES["imagenet"]()
     fix = doctor.gpu_memory(config, num_gpus).fix
     words = fix.partition(",")[0].split()

@@ -1,4 +1,4 @@
-"""Memory of the plan, against torch's allocations and by hand."""
+"""Memory of the plan, against torch's allocations and by hand, and the GPU that is found."""
 
 from dataclasses import replace
 
@@ -7,7 +7,7 @@ import torch
 
 from bt_fast.config import Config
 from bt_fast.models.networks import build_model
-from bt_fast.plan import dry_run
+from bt_fast.plan import dry_run, gpus
 
 SMALL = Config(encoder="resnet18", size=32, small_images=True, projector=(96, 64), precision="fp32")
 
@@ -49,30 +49,52 @@ def test_resnet50_with_256_images():
 
 def test_the_largest_batch_fits_and_the_next_does_not():
     counted = dry_run.count_costs(SMALL)
-    for memory in (22.5e9, 80e9):
-        most = dry_run.largest_batch(SMALL, counted, memory)
+    for card in (gpus.MODELS[0], gpus.H100):
+        most = dry_run.largest_batch(SMALL, counted, card)
         assert most % 16 == 0 and most > 0
-        assert sum(dry_run.memory_bytes(SMALL, counted, most).values()) <= memory
-        assert sum(dry_run.memory_bytes(SMALL, counted, most + 16).values()) > memory
-    assert dry_run.largest_batch(SMALL, counted, 2e9) == 0
-    assert dry_run.fitting_accumulate(SMALL, counted, 80e9, 16) == 1
+        assert sum(dry_run.memory_bytes(SMALL, counted, most).values()) <= card.memory
+        assert sum(dry_run.memory_bytes(SMALL, counted, most + 16).values()) > card.memory
+    assert dry_run.largest_batch(SMALL, counted, gpus.GpuModel(name="tiny", memory=2e9)) == 0
+    assert dry_run.fitting_accumulate(SMALL, counted, gpus.H100, 16) == 1
     # More ranks gather more embeddings.
     config, counted = Config(), dry_run.count_costs(Config())
-    alone, many = (dry_run.largest_batch(config, counted, 80e9, n) for n in (1, 32))
+    alone, many = (dry_run.largest_batch(config, counted, gpus.H100, n) for n in (1, 32))
     assert 0.8 * alone < many < alone
 
 
 def test_the_suggested_parts_fit_and_fewer_do_not():
+    card = gpus.GpuModel(name="24 GB", memory=24e9)
     config, counted = Config(), dry_run.count_costs(Config())
-    available = dry_run.GPUS["GPUs of 24 GB"]
-    num_parts = dry_run.fitting_accumulate(config, counted, available, config.batch_size)
+    num_parts = dry_run.fitting_accumulate(config, counted, card, config.batch_size)
 
     def memory(parts):
         in_parts = replace(config, accumulate=parts)
         return sum(dry_run.memory_bytes(in_parts, counted, config.batch_size).values())
 
     assert config.batch_size % num_parts == 0
-    assert memory(num_parts) <= available < memory(num_parts // 2)
-    rows = dry_run.memory_rows(config, counted, 1)
+    assert memory(num_parts) <= card.memory < memory(num_parts // 2)
+    rows = dry_run.memory_and_rate_rows(config, counted, 1)
     assert rows["GPUs of 24 GB"].endswith(f"of {config.batch_size} with --accumulate {num_parts}")
-    assert dry_run.fitting_accumulate(config, counted, 3e9, config.batch_size) is None
+    tiny = replace(card, memory=3e9)
+    assert dry_run.fitting_accumulate(config, counted, tiny, config.batch_size) is None
+
+
+@pytest.mark.parametrize(
+    "name, gibibytes, card",
+    [
+        ("NVIDIA GeForce RTX 4090", 23.6, "RTX 4090"),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", 15.7, None),
+        ("NVIDIA A100-SXM4-40GB", 39.4, "A100 40 GB"),
+        ("NVIDIA A100 80GB PCIe", 79.2, "A100 80 GB"),
+        ("NVIDIA H100 PCIe", 79.2, "H100 PCIe"),
+        ("NVIDIA H100 80GB HBM3 MIG 3g.40gb", 39.5, None),
+    ],
+)
+def test_a_gpu_is_recognised_by_its_name_and_memory(name, gibibytes, card):
+    found = gpus.of_device(name, int(gibibytes * 2**30))
+    expected = {known.name: known.bytes_per_s for known in gpus.MODELS}.get(card, 0)
+    assert found.bytes_per_s == expected and found.name == name.removeprefix("NVIDIA ")
+    assert 0.9 * gibibytes * 2**30 < found.memory < gibibytes * 2**30
+    if card is not None:
+        nominal = {known.name: known.memory for known in gpus.MODELS}[card]
+        assert nominal < 1.01 * found.memory < 1.1 * nominal
