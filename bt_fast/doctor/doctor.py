@@ -147,7 +147,7 @@ def packages() -> Iterator[Row]:
 
 
 def gpus() -> Iterator[Row]:
-    """GPUs and driver, and whether each GPU computes."""
+    """GPUs, driver and NCCL, and whether each GPU computes."""
     import torch
 
     driver = hardware.nvidia_driver()
@@ -172,6 +172,11 @@ def gpus() -> Iterator[Row]:
         reason = str(error).partition("\n")[0]
         fix = "nvidia-smi shows its processes and errors; CUDA_VISIBLE_DEVICES selects others"
         yield Row("GPU", value, f"it does not compute: {reason}", fix, broken=True)
+    if len(devices) > 1:
+        has_nccl = torch.distributed.is_available() and torch.distributed.is_nccl_available()
+        value = ".".join(map(str, torch.cuda.nccl.version())) if has_nccl else "missing"
+        problem = "" if has_nccl else "training on several GPUs needs it"
+        yield Row("NCCL", value, problem, "pip install --force-reinstall torch", not has_nccl)
 
 
 def compiler() -> Row:

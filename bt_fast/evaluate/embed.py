@@ -1,7 +1,8 @@
 """`bt-fast embed`: the features of all images of a data set as a file, for other programs.
 
-    features.npy    float32 [n, width], one row per image; read with numpy.load(mmap_mode="r")
-    features.csv    beside it: name, label (-1: none) and class of each row
+    features.npy       float32 [n, width], one row per image; read with numpy.load(mmap_mode="r")
+    features.csv       beside it: name, label (-1: none) and class of each row
+    features.parquet   instead of both: columns name, label, class and feature (a list of float32)
 
 Rows are in the order of the data. Images are read in chunks, which are written as they are
 computed: memory does not grow with their number, and an interrupted command continues.
@@ -13,6 +14,7 @@ import io
 import json
 import os
 from collections.abc import Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -34,15 +36,18 @@ CHUNK = 4096  # images
 
 def run_embed(options: Embed, world: World = ALONE) -> int:
     """Write the file; returns the exit status."""
-    if options.out.suffix != ".npy":
-        raise ValueError(f"--out {options.out} must end in .npy")
+    if options.out.suffix not in (".npy", ".parquet"):
+        raise ValueError(f"--out {options.out} must end in .npy or .parquet")
+    is_parquet = options.out.suffix == ".parquet"
+    if is_parquet:
+        _pyarrow()  # raises now
     if options.val_data is not None:
         raise ValueError("--val-data has no effect here; give it as --data")
     if not options.random:
         weights_file(options.run)  # raises now, before the files of --out are looked at
     partial = options.out.with_name(f"{options.out.name}.partial")
     paths = [options.out]
-    if not partial.exists():  # else it may have written the .csv
+    if not is_parquet and not partial.exists():  # else it may have written the .csv
         paths.append(options.out.with_suffix(".csv"))
     for path in paths:
         if path.exists() and not options.overwrite:
@@ -54,11 +59,17 @@ def run_embed(options: Embed, world: World = ALONE) -> int:
         return 0
     with unlocked(options.out), work_folder(partial, resume=True) as work:
         write_features(setup, images, work)
-        rows = zip(map(images.name, range(len(images))), images.labels.tolist(), strict=True)
         names = [*(images.class_names or map(str, range(images.num_classes))), ""]
-        named = ((name, label, names[label]) for name, label in rows)
-        write_csv(options.out.with_suffix(".csv"), ("name", "label", "class"), named)
-        os.replace(work / "features.npy", options.out)
+        rows = (
+            (images.name(index), label, names[label])
+            for index, label in enumerate(images.labels.tolist())
+        )
+        features = work / "features.npy"
+        if is_parquet:
+            features = _write_parquet(features, rows)
+        else:
+            write_csv(options.out.with_suffix(".csv"), ("name", "label", "class"), rows)
+        os.replace(features, options.out)
     shape = f"{len(images)} x {feature_width(setup.encoder)}"
     table = {"encoder": setup.description, "data": images.path, "features": shape}
     print_summary("bt-fast embed", table | {"out": str(options.out)})
@@ -82,7 +93,7 @@ def embed(
     Args:
         run: folder of a run, or file of weights.
         data: a .beton or a folder of images; default: the run's training images.
-        out: a .npy, beside which a .csv has names and labels.
+        out: a .npy, beside which a .csv has names and labels, or a .parquet.
         flags: further flags of `bt-fast embed` by name, such as size=224 or which="teacher".
 
     Returns:
@@ -150,3 +161,36 @@ def write_csv(path: Path, header: Iterable[str], rows: Iterable[Iterable]) -> No
         writer.writerows(rows)
         text.flush()
         text.detach()
+
+
+def _write_parquet(features: Path, rows: Iterator[tuple[str, int, str]]) -> Path:
+    """Write features.parquet beside features.npy; rows: name, label and class of each image."""
+    pa, parquet = _pyarrow()
+    values = np.load(features, mmap_mode="r")
+    columns = ("name", pa.string()), ("label", pa.int64()), ("class", pa.string())
+    schema = pa.schema([*columns, ("feature", pa.list_(pa.float32(), values.shape[1]))])
+    path = features.with_suffix(".parquet")
+    with parquet.ParquetWriter(path, schema) as writer:
+        for start in range(0, len(values), CHUNK):
+            part = pa.array(values[start : start + CHUNK].ravel())
+            lists = pa.FixedSizeListArray.from_arrays(part, values.shape[1])
+            names, labels, classes = zip(*islice(rows, CHUNK), strict=True)
+            texts = [[_valid_utf8(text) for text in column] for column in (names, classes)]
+            writer.write_table(pa.table([texts[0], labels, texts[1], lists], schema=schema))
+    return path
+
+
+def _valid_utf8(name: str) -> str:
+    r"""A file name with \xNN for each byte that is not UTF-8, which parquet cannot contain."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
+def _pyarrow():
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError:
+        raise ValueError(
+            "--out .parquet needs PyArrow: pip install pyarrow; or choose .npy"
+        ) from None
+    return pyarrow, parquet

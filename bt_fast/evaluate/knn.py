@@ -36,7 +36,9 @@ def run_knn(options: EvalKnn, world: World = ALONE) -> int:
     if data is not None:
         queries = data.queries
         rows["data"] = f"{data.description} of {train.path}"
-        rows |= measure_knn(setup, data)[1]
+        rows |= measure_knn(setup, data, augmented=options.augmented)[1]
+    elif options.augmented:
+        raise ValueError(f"--augmented needs images with classes: {_missing_classes(train, val)}")
     else:
         images = train if val is None else val
         order = epoch_order(len(images), setup.seed, _ORDER_EPOCH)
@@ -64,7 +66,9 @@ def _features(setup: EvalSetup, subset: Subset) -> torch.Tensor:
     return setup.features(setup.views(subset.images), subset.samples)
 
 
-def measure_knn(setup: EvalSetup, data: KnnData) -> tuple[float, dict[str, str]]:
+def measure_knn(
+    setup: EvalSetup, data: KnnData, *, augmented: bool = False
+) -> tuple[float, dict[str, str]]:
     """(accuracy with k = 20, rows of the table)."""
     bank, queries = (_features(setup, subset) for subset in (data.bank, data.queries))
     scores = knn_scores(bank, queries, data)
@@ -72,6 +76,13 @@ def measure_knn(setup: EvalSetup, data: KnnData) -> tuple[float, dict[str, str]]
         f"kNN, k = {k}, T = {temperature}": f"{100 * scores[f'knn_{k}']:.2f} %"
         for k, temperature in SETTINGS
     }
+    if augmented:
+        for letter, outputs in zip(
+            "AB", _two_views(setup, setup.encoder, data.queries), strict=True
+        ):
+            view_scores = knn_scores(bank, outputs, data)
+            values = ", ".join(f"{100 * view_scores[f'knn_{k}']:.2f} %" for k, _ in SETTINGS)
+            rows[f"held-out images as view {letter}"] = values
     rows["rank of the features"] = _ranks(queries)
     return scores[f"knn_{SETTINGS[0][0]}"], rows
 
@@ -80,9 +91,15 @@ def measure_collapse(setup: EvalSetup, queries: Subset) -> dict[str, str]:
     """Rows on the embeddings of the images' two views, in evaluation mode."""
     assert setup.projector is not None
     model = torch.nn.Sequential(setup.encoder, setup.projector)
-    config, views = setup.config or Config(), setup.views(queries.images)
-    z_a, z_b = two_view_outputs(model, views, queries.samples, config, setup.world)
+    z_a, z_b = _two_views(setup, model, queries)
     return {"rank of the embeddings": _ranks(z_a), **collapse_report(z_a, z_b).rows}
+
+
+def _two_views(
+    setup: EvalSetup, model: torch.nn.Module, queries: Subset
+) -> tuple[torch.Tensor, torch.Tensor]:
+    config, views = setup.config or Config(), setup.views(queries.images)
+    return two_view_outputs(model, views, queries.samples, config, setup.world)
 
 
 def _ranks(features: torch.Tensor) -> str:

@@ -78,6 +78,8 @@ class EvalAll(EvalOptions):
 class EvalKnn(EvalOptions):
     """Measure the weighted kNN accuracy of an encoder and the rank of its features."""
 
+    augmented: bool = False
+    """Additional accuracy on augmented held-out images, once per branch."""
     collapse: bool = False
     """Collapse report on the projector's embeddings; needs a checkpoint."""
 
@@ -182,6 +184,6 @@ class Embed(EvalOptions):
     """Images: a .beton, or a folder, of whose splits it is the training images. Default: the
     run's."""
     out: Path = Path("features.npy")
-    """Output file: .npy, beside which a .csv has names and labels."""
+    """Output file: .npy, beside which a .csv has names and labels, or .parquet with all columns."""
     overwrite: bool = False
     """Permission to replace an existing file."""

@@ -50,7 +50,7 @@ def test_dead_dimensions_are_counted():
 
 
 def test_eval_knn_reports_everything(labelled_run, capsys):
-    flags = ["--device=cpu", "--precision=fp32", "--workers=2", "--collapse"]
+    flags = ["--device=cpu", "--precision=fp32", "--workers=2", "--augmented", "--collapse"]
     assert main(["eval", "knn", str(labelled_run), *flags]) == 0
     output = re.sub(r"[│\s]+", " ", capsys.readouterr().out)
     assert "30 queries (held out), 64 bank images" in output
@@ -92,3 +92,6 @@ def test_rank_and_collapse_need_no_classes(
     limits = re.findall(r"rank of the (\w+) RankMe [\d.]+, centred [\d.]+, of (\d+)", rows)
     assert limits == [("features", str(count)), ("embeddings", str(count))]
     assert "diagonal of C" in rows and "dead dimensions" in rows
+    assert main(["eval", "knn", str(labelled_run), *flags, "--augmented"]) == 2
+    message = f"--augmented needs images with classes: {folder} {reason}\n"
+    assert capsys.readouterr().err.endswith(message)

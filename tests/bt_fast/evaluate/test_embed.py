@@ -56,7 +56,9 @@ def test_features_names_and_labels_in_order(labelled_run, small_beton, tmp_path,
     assert [row["class"] for row in rows] == [reader.class_names[i] for i in reader.labels]
     command = ["embed", str(labelled_run), "--data", str(small_beton), "--out"]
     assert main([*command, str(out)]) == 2 and "--overwrite" in capsys.readouterr().err
-    assert main([*command, "f.txt"]) == 2 and "must end in .npy" in capsys.readouterr().err
+    assert (
+        main([*command, "f.txt"]) == 2 and "must end in .npy or .parquet" in capsys.readouterr().err
+    )
     assert sorted(path.name for path in tmp_path.iterdir()) == ["f.csv", "f.npy"]
 
 
@@ -100,6 +102,18 @@ def test_a_kill_while_the_files_are_moved(
     assert main([*command, *["--overwrite"] * is_moved]) == 0
     assert len(np.load(out)) == 64
     assert {path.name for path in tmp_path.iterdir()} == {"f.npy", "f.csv"}
+
+
+def test_parquet_and_the_function(labelled_run, small_beton, tmp_path):
+    parquet = pytest.importorskip("pyarrow.parquet", reason="PyArrow is not installed")
+    flags = {"device": "cpu", "precision": "fp32", "workers": 1}
+    out = bt_fast.embed(labelled_run, small_beton, out=tmp_path / "f.parquet", **flags)
+    bt_fast.embed(labelled_run, small_beton, out=tmp_path / "f.npy", **flags)
+    table = parquet.read_table(out).to_pydict()
+    reader = BetonReader(small_beton)
+    assert table["label"] == reader.labels.tolist()
+    assert table["class"] == [reader.class_names[label] for label in reader.labels]
+    assert np.array_equal(np.array(table["feature"], np.float32), np.load(tmp_path / "f.npy"))
 
 
 @pytest.mark.slow

@@ -70,7 +70,8 @@ def test_features_of_the_quick_protocol_are_read_by_all_ranks(labelled_run, tmp_
 def test_knn_has_the_result_of_one_process(labelled_run, tmp_path, capfd):
     tables = []
     for ranks in (1, 2):
-        assert evaluate(labelled_run, tmp_path, "knn", "--collapse", f"--gpus={ranks}") == 0
+        flags = ["knn", "--augmented", "--collapse"]
+        assert evaluate(labelled_run, tmp_path, *flags, f"--gpus={ranks}") == 0
         tables.append(capfd.readouterr().out)
     assert "kNN, k = 20" in tables[0] and tables[1] == tables[0]
 

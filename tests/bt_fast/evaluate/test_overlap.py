@@ -44,12 +44,15 @@ def test_a_checksum_alone_is_no_proof(tmp_path):
     assert shared_images(train, val).tolist() == [0]
 
 
-@pytest.mark.parametrize("is_large,expected", [(False, ["copy", "soft"]), (True, [])])
+@pytest.mark.parametrize(
+    "is_large,expected", [(False, ["copy", "hard", "soft"]), (True, ["hard", "soft"])]
+)
 def test_image_files_are_compared(is_large, expected, tmp_path, monkeypatch):
-    """By content, those of a large folder by name if it is the same folder, under any path."""
+    """By content, those of a large folder by file: under another path, as hard or symbolic link."""
     monkeypatch.setattr(overlap, "_MAX_BYTES", 100 if is_large else 1e9)
     train, val = make_folder(tmp_path / "train", {"a": 4, "b": 2}), tmp_path / "val" / "b"
     val.mkdir(parents=True)
+    os.link(train / "a" / "001.jpg", val / "hard.jpg")
     (val / "soft.jpg").symlink_to(train / "b" / "000.jpg")
     shutil.copy(train / "a" / "002.jpg", val / "copy.jpg")
     (val / "other.jpg").write_bytes(JPEGS[0])
