@@ -36,11 +36,6 @@ def effective_rank(features: torch.Tensor) -> float:
     return torch.special.entr(probabilities).sum().exp().item()
 
 
-def centred_rank(features: torch.Tensor) -> float:
-    """`effective_rank` of the features minus their mean."""
-    return effective_rank(features - features.mean(0))
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Collapse:
     """Statistics of C and of the embeddings; see the module."""

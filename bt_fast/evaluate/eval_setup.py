@@ -98,10 +98,8 @@ def build_setup(
         size = pretrained.size or defaults.size
     if options.random:
         torch.manual_seed(defaults.seed)  # as in pretraining
-        encoder, projector_module = (
-            build_encoder(architecture, stem=stem, size=size, zero_init=defaults.zero_init),
-            None,
-        )
+        encoder = build_encoder(architecture, stem=stem, size=size, zero_init=defaults.zero_init)
+        projector_module = None
         description = f"{architecture} at random initialisation"
     else:
         encoder, projector_module = pretrained.encoder, pretrained.projector

@@ -5,7 +5,7 @@ import torch
 
 from bt_fast.config import Config
 from bt_fast.distributed.collectives import ALONE, World
-from bt_fast.evaluate.collapse import centred_rank, collapse_report, effective_rank
+from bt_fast.evaluate.collapse import collapse_report, effective_rank
 from bt_fast.evaluate.eval_setup import EvalSetup, build_setup, open_splits
 from bt_fast.evaluate.features import two_view_outputs
 from bt_fast.evaluate.knn_classifier import SETTINGS, KnnData, choose_data, knn_scores
@@ -105,7 +105,5 @@ def _two_views(
 def _ranks(features: torch.Tensor) -> str:
     """Cell of the table: effective ranks of the first features; features [n, D]."""
     features = features[:_MAX_RANK_IMAGES]
-    return (
-        f"RankMe {effective_rank(features):.1f}, centred {centred_rank(features):.1f},"
-        f" of {min(features.shape)}"
-    )
+    centred = effective_rank(features - features.mean(0))
+    return f"RankMe {effective_rank(features):.1f}, centred {centred:.1f}, of {min(features.shape)}"
