@@ -54,18 +54,6 @@ def last_value(flag: str, arguments: Sequence[str]) -> str | None:
     return found
 
 
-def without_repetition(arguments: Sequence[str]) -> list[str]:
-    """The arguments with the last occurrence only of each flag, with its values."""
-    flags: dict[str, list[str]] = {}
-    name = ""
-    for argument in arguments:
-        if argument.startswith("--"):
-            name = argument.partition("=")[0].replace("_", "-")
-            flags.pop(name, None)
-        flags.setdefault(name, []).append(argument)
-    return [argument for words in flags.values() for argument in words]
-
-
 def renamed_flags(arguments: Sequence[str], names: Mapping[str, str]) -> list[str]:
     """The arguments with earlier flags replaced; names: earlier field -> present field."""
     flags = {f"--{old}": f"--{new}" for old, new in names.items()}
