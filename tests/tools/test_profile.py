@@ -165,11 +165,12 @@ def test_synthetic_images_cost_what_imagenets_do(tmp_path):
     assert 80_000 < np.mean(sizes) < 150_000
 
 
-TOOLS = sorted(
-    path.name
-    for path in (ROOT / "tools").glob("*.py")
+QUICK = ("make_demo_images.py", "profile.py")  # the others start in the same way, more slowly
+TOOLS = [
+    pytest.param(path.name, marks=[] if path.name in QUICK else pytest.mark.slow)
+    for path in sorted((ROOT / "tools").glob("*.py"))
     if "__main__" in path.read_text() and path.name != "suite_parts.py"
-)
+]
 
 
 @pytest.mark.parametrize("name", TOOLS)

@@ -42,6 +42,7 @@ def test_fused_views_equal_the_definition(size, branch):
     assert (found[blurred] < 0.3).all()  # the operands are rounded to float16
 
 
+@pytest.mark.slow
 @interpreted
 def test_every_order_of_the_jitter(photos):
     keys = view_keys(np.arange(400), seed=0, epoch=0, view=0)
@@ -59,6 +60,7 @@ def test_blur_kernels_are_half_precision_values_with_a_sum_of_1():
     assert torch.allclose(kernels, augment.blur_kernels(sigma), rtol=0, atol=1.5e-3)
 
 
+@pytest.mark.slow
 @interpreted
 def test_half_precision_does_not_darken_blurred_views():
     images = batch(224, 224, 12)
