@@ -25,6 +25,7 @@ from safetensors.torch import save
 from bt_fast import cli
 from bt_fast.distributed.collectives import World
 from pipelines.beton import BetonReader
+from pipelines.common.atomic import work_folder
 from pipelines.convert import command
 from pipelines.convert.workers import prepare_all
 
@@ -207,6 +208,13 @@ def locked_run(box: Sandbox):
     return file
 
 
+def locked_output(box: Sandbox):
+    box.images()
+    folder = work_folder(box.path / "x.beton.partial")
+    folder.__enter__()
+    return folder
+
+
 def not_finite(box: Sandbox) -> None:
     box.patch("bt_fast.train.MAX_SKIPPED", 1)
     inject = "bt_fast.distributed.fault_injection.inject"
@@ -330,6 +338,7 @@ CASES = [
         "bt-convert images x.beton",
         lambda box: (box.images(), box.write("x.beton")),
     ),
+    Case("OUT … is being written by", "bt-convert images x.beton", locked_output),
     Case("… has become shorter", "bt-convert x.tar x.beton", archive_cut_while_converted),
     Case(
         "OUT … has no …",

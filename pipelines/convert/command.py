@@ -207,8 +207,6 @@ def main(argv: list[str] | None = None) -> int:
         return _fail(str(error), 1)
     except BrokenPipeError:
         return _fail_without_reader(kept)
-    except BlockingIOError:
-        return _fail(f"OUT {config.out} is being written by another bt-convert right now", 2)
     except OSError as error:
         if error.errno in OUT_OF_FILES:
             import resource  # not on Windows, which has no such limit
@@ -260,7 +258,13 @@ def convert(config: Convert) -> tuple[list[tuple[Path, Report]], Path]:
 
     work_path = out.with_name(f"{out.name}.partial")
     existed = work_path.exists()
-    with work_folder(work_path, resume=config.continue_) as work:
+    with contextlib.ExitStack() as stack:
+        try:
+            work = stack.enter_context(work_folder(work_path, resume=config.continue_))
+        except BlockingIOError:
+            raise UsageError(
+                f"OUT {out} is being written by another bt-convert right now"
+            ) from None
         if existed and not config.continue_:
             print_line(f"Removed {work_path}, left by a conversion that was killed")
         reports: dict[str, Report] = {}
