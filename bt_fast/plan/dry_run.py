@@ -36,9 +36,9 @@ FLOP_FRACTION, BANDWIDTH_FRACTION = 0.5, 0.9
 # pass, by implementation of batch norm: for ResNet-50 about 215 GB for 22.5 (7.7 with one block per
 # stage), and 160 for 21.6 with fused norms, counted by tools/compiled_traffic.py.
 MOVED_PER_SAVED = {"compiled": 9.5, "fused": 7.4}
-# Seconds of a step for every batch norm, whatever the number of images: 16 kernels of a compiled
-# step, with those of its convolution and casts (306 for 19 norms), 3 us each for launch and waves.
-SECONDS_PER_NORM = 16 * 3e-6
+# A compiled step has 16 kernels per batch norm, with those of its convolution and casts (306 for 19
+# norms), and each takes this beyond its bytes and FLOP: launch, first and last wave.
+KERNELS_PER_NORM, KERNEL_SECONDS = 16, 3e-6
 WEIGHT_BYTES = 14  # per parameter: cast to bf16, the gradient in bf16 and in float32
 RESERVED_BYTES = 2e9  # CUDA's context, workspaces of cuDNN and cuBLAS, buffers of NCCL
 
@@ -109,6 +109,7 @@ def plan(config: Config, world_size: int) -> dict[str, str]:
         f" {LINK_GBPS:.0f} Gbit/s per rank,"
         f" {step_costs.RANKS_PER_MACHINE} ranks a machine with"
         f" {step_costs.NVLINK_BYTES_PER_S / 1e9:.0f} GB/s between them,"
+        f" {1e6 * KERNEL_SECONDS:.0f} us per kernel beyond its bytes and FLOP,"
         f" {1e6 * step_costs.LATENCY_INTRA_NODE:.0f} us for a small collective on one machine and"
         f" {1e6 * step_costs.LATENCY_INTER_NODE:.0f} on several; not measured",
     }
@@ -189,7 +190,7 @@ def single_gpu(config: Config, costs: "ModelCosts", images: int, gpu: GpuModel) 
     bytes_per_s = BANDWIDTH_FRACTION * gpu.bytes_per_s
     tf32 = 1 if costs.itemsize < 4 else 2  # half as fast as bf16
     encoder = (
-        SECONDS_PER_NORM * costs.num_norm_layers
+        KERNELS_PER_NORM * KERNEL_SECONDS * costs.num_norm_layers
         + WEIGHT_BYTES * costs.num_parameters / bytes_per_s
         + images * tf32 * costs.flop / flop_per_s
         + images * MOVED_PER_SAVED[costs.norm] * costs.saved_bytes / bytes_per_s

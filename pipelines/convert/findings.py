@@ -114,9 +114,8 @@ def _channels(report: Report) -> dict:
     """Mean and standard deviation of red, green and blue in [0, 1], over a sample of images."""
     num_images = len(report.images)
     counts, num_decoded = np.zeros((3, 256), np.int64), 0
-    for index in sample(
-        num_images, min(max(num_images // IMAGES_PER_SAMPLE, MIN_SAMPLE), MAX_SAMPLE)
-    ):
+    count = min(max(num_images // IMAGES_PER_SAMPLE, MIN_SAMPLE), MAX_SAMPLE)
+    for index in sample(num_images, count):
         with suppress(ValueError):  # of images that conversion did not decode
             pixels = simplejpeg.decode_jpeg(report.images.read(index), "RGB", strict=False)
             step = min(pixels.shape[:2]) // SAMPLE_SIDE + 1
@@ -125,7 +124,8 @@ def _channels(report: Report) -> dict:
             num_decoded += 1
     values, num_pixels = np.arange(256) / 255, max(counts[0].sum(), 1)
     mean = counts @ values / num_pixels
-    deviation = np.sqrt((counts @ values**2 / num_pixels - mean**2).clip(0))  # one colour: below 0
+    variance = counts @ values**2 / num_pixels - mean**2
+    deviation = np.sqrt(variance.clip(0))  # of one colour, it may be rounded below 0
     return {
         "num_images": num_decoded,
         "mean": mean.round(4).tolist(),
