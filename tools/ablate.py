@@ -27,7 +27,7 @@ from bt_fast.ablations import ABLATIONS, GRIDS
 from bt_fast.config import Config, differences, load_config
 from bt_fast.distributed.signals import EXIT_STOPPED, StopFlag
 from bt_fast.run.directory import read_metrics
-from pipelines.common.atomic import atomic_file
+from pipelines.common.atomic import write_text
 from pipelines.common.flags import parse_flags
 from pipelines.loading.datasets import open_data, open_val
 
@@ -204,8 +204,7 @@ def write(out: Path, cells: list[Cell], flags: list[str]) -> None:
     out.mkdir(parents=True, exist_ok=True)
     results = json.dumps({"flags": flags, "found": found}, indent=2)
     for name, content in (("table.md", text), ("results.json", results)):
-        with atomic_file(out / name, overwrite=True) as file:
-            file.write(content.encode())
+        write_text(out / name, content, overwrite=True)
 
 
 def table(found: dict[str, dict[int, dict[str, float]]]) -> str:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 from bt_fast.doctor import hardware
 from pipelines import __version__
-from pipelines.common.atomic import atomic_file
+from pipelines.common.atomic import write_text
 from pipelines.common.cpu import cpu_quota, usable_cores
 
 if TYPE_CHECKING:
@@ -73,8 +73,7 @@ def run_doctor(options: Doctor) -> int:
     print("\n" + ("bt-fast cannot run here" if broken else "bt-fast can run here"))
     if options.json is not None:
         content = {"bt_fast": __version__, "can_run": not broken, "rows": list(map(asdict, rows))}
-        with atomic_file(options.json) as file:
-            file.write((json.dumps(content, indent=2) + "\n").encode())
+        write_text(options.json, json.dumps(content, indent=2) + "\n")
     return int(broken)
 
 

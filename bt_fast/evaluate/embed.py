@@ -27,7 +27,7 @@ from bt_fast.evaluate.subset import complete_subset
 from bt_fast.export.encoder_files import weights_file
 from bt_fast.models.networks import feature_width
 from bt_fast.run.console import print_summary
-from pipelines.common.atomic import atomic_file, work_folder
+from pipelines.common.atomic import atomic_file, work_folder, write_text
 from pipelines.common.console import print_line, progress
 from pipelines.loading.datasets import ImageDataset
 
@@ -137,8 +137,7 @@ def write_features(setup: EvalSetup, images: ImageDataset, work: Path) -> None:
                 file[samples] = features.cpu().numpy()
                 file.flush()
                 state = {"identity": identity, "done": int(samples[-1]) + 1}
-                with atomic_file(work / "state.json", overwrite=True) as state_file:
-                    state_file.write(json.dumps(state).encode())
+                write_text(work / "state.json", json.dumps(state), overwrite=True)
             advance(len(samples))
 
 

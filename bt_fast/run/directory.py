@@ -32,7 +32,7 @@ import torch
 from bt_fast.config import Config, to_json
 from bt_fast.runtime import Runtime
 from pipelines import __version__
-from pipelines.common.atomic import atomic_file
+from pipelines.common.atomic import write_text
 from pipelines.common.cpu import usable_cores
 
 # Names in metrics.jsonl of earlier versions.
@@ -80,8 +80,7 @@ class RunDirectory:
     def write(self, name: str, text: str) -> None:
         """Replace one of the run's small files atomically."""
         try:
-            with atomic_file(self.path / name, overwrite=True) as file:
-                file.write(text.encode())
+            write_text(self.path / name, text, overwrite=True)
         except OSError as error:
             raise OSError(f"{self.path / name}: {error.strerror or error}") from None
 

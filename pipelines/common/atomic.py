@@ -54,6 +54,12 @@ def atomic_file(path: str | os.PathLike, *, overwrite: bool = False) -> Iterator
     sync(path.parent)
 
 
+def write_text(path: str | os.PathLike, text: str, *, overwrite: bool = False) -> None:
+    """Write a file as `atomic_file` does; names that are not UTF-8 are written as their bytes."""
+    with atomic_file(path, overwrite=overwrite) as file:
+        file.write(text.encode("utf-8", "surrogateescape"))
+
+
 def move_together(moves: Iterable[tuple[Path, Path]]) -> None:
     """Move files and folders to their final paths, and sync the folders of these; a stop signal
     waits, a failure moves them back.

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from pipelines.beton.layout import VERSION
 from pipelines.beton.writer import BetonWriter
-from pipelines.common.atomic import atomic_file, move_together, refuse_existing
+from pipelines.common.atomic import move_together, refuse_existing, write_text
 from pipelines.convert.data_report import Report
 from pipelines.convert.sources.beton_file import val_path
 from pipelines.webdataset.writer import DATASET, ShardWriter
@@ -58,8 +58,10 @@ class BetonTarget:
         """Write the reports and move all files to their names; returns those of the images."""
         for name, report in reports.items():
             content = {"format": "beton", "format_version": VERSION, **report.content(settings)}
-            _write(work / f"{name}.beton.json", json.dumps(content, indent=1) + "\n")
-        _write(work / "report.html", page)
+            write_text(
+                work / f"{name}.beton.json", json.dumps(content, indent=1) + "\n", overwrite=True
+            )
+        write_text(work / "report.html", page, overwrite=True)
         self.check([*reports])
         move_together((work / name, path) for name, path in self._files([*reports]).items())
         return {name: self._path(name) for name in reports}
@@ -121,16 +123,11 @@ class ShardTarget:
             "classes": class_names,
             "splits": contents,
         }
-        _write(work / "shards" / DATASET, json.dumps(dataset, indent=1) + "\n")
-        _write(work / "shards" / self.page.name, page)
+        write_text(work / "shards" / DATASET, json.dumps(dataset, indent=1) + "\n", overwrite=True)
+        write_text(work / "shards" / self.page.name, page, overwrite=True)
         self.check([*reports])
         moves = [(work / "shards", self._out)]
         if self._out.exists():
             moves.insert(0, (self._out, work / "replaced"))  # removed with the work folder
         move_together(moves)
         return dict.fromkeys(reports, self._out)
-
-
-def _write(path: Path, text: str) -> None:
-    with atomic_file(path, overwrite=True) as file:
-        file.write(text.encode())

@@ -28,7 +28,7 @@ from bt_fast.evaluate.embed import unlocked, write_csv, write_features
 from bt_fast.evaluate.eval_setup import build_setup, open_splits
 from bt_fast.evaluate.options import Curate
 from bt_fast.run.console import print_summary
-from pipelines.common.atomic import atomic_file, locked
+from pipelines.common.atomic import locked, write_text
 from pipelines.common.console import progress
 from pipelines.convert.filters import list_text
 from pipelines.loading.datasets import ImageDataset
@@ -188,6 +188,4 @@ def _write_lists(
 
 
 def _write_names(path: Path, images: ImageDataset, indices: np.ndarray) -> None:
-    with atomic_file(path) as file:
-        names = list_text(map(images.name, indices.tolist()))
-        file.write(names.encode("utf-8", "surrogateescape"))
+    write_text(path, list_text(map(images.name, indices.tolist())))

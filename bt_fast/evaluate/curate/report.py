@@ -8,7 +8,7 @@ import numpy as np
 from bt_fast.evaluate.curate.findings import KINDS, Findings
 from bt_fast.evaluate.options import Curate
 from pipelines.common import html_report
-from pipelines.common.atomic import atomic_file
+from pipelines.common.atomic import write_text
 from pipelines.loading.datasets import ImageDataset
 
 _NUM_SHOWN = 24  # pairs, outliers, images of the subset
@@ -34,8 +34,7 @@ def write_report(
             _subset(train, findings, kept, options),
         ],
     )
-    with atomic_file(path, overwrite=True) as file:
-        file.write(page.encode())
+    write_text(path, page, overwrite=True)
 
 
 def _summary(
