@@ -224,16 +224,11 @@ def labelled_run(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("labelled")
     data = write_beton(folder / "train.beton", 64)
     write_beton(folder / "train.val.beton", 30)
-    flags = ["--recipe=cifar10-cpu", "--min-scale=0.25", "--device=cpu", "--batch-size=16"]
-    flags += [
-        "--workers=2",
-        "--epochs=2",
-        "--warmup-epochs=1",
-        "--projector",
-        "48",
-        "32",
+    flags = [
+        "--recipe=cifar10-cpu", "--size=32", "--min-scale=0.25", "--device=cpu", "--batch-size=16",
+        "--workers=2", "--epochs=2", "--warmup-epochs=1", "--projector", "48", "32",
         "--precision=fp32",
-    ]
+    ]  # fmt: skip
     run = folder / "run"
     assert main(["pretrain", *flags, "--data", str(data), "--run-dir", str(run)]) == 0
     return run

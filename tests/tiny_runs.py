@@ -14,9 +14,9 @@ from bt_fast.cli import main
 
 # A small encoder on small views, with the same numbers whether or not the processor has bf16.
 TINY = [
-    "--recipe=cifar10-cpu", "--min-scale=0.25", "--device=cpu", "--precision=fp32",
-    "--batch-size=16", "--projector", "32", "32", "--epochs=3", "--warmup-epochs=1",
-    "--workers=2", "--probe-every=2", "--log-every=2",
+    "--recipe=cifar10-cpu", "--size=32", "--min-scale=0.25", "--device=cpu",
+    "--precision=fp32", "--batch-size=16", "--projector", "32", "32", "--epochs=3",
+    "--warmup-epochs=1", "--workers=2", "--probe-every=2", "--log-every=2",
 ]  # fmt: skip
 
 
