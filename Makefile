@@ -87,7 +87,8 @@ clean:
 demo/out.beton: demo/images
 	$(BIN)/bt-convert demo/images demo/out.beton --overwrite
 
-demo/images: | $(READY)
+demo/images: tools/make_demo_images.py | $(READY)
+	rm -rf demo/images
 	mkdir -p demo
 	$(BIN)/python tools/make_demo_images.py demo/images
 

@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from bt_fast.config import Config
 from bt_fast.distributed.collectives import ALONE, Group, World, all_reduce, require_divisible_batch
-from bt_fast.evaluate.knn_classifier import KnnData, choose_data
+from bt_fast.evaluate.knn_classifier import KnnData, choose_data, missing_classes
 from bt_fast.evaluate.subset import Subset
 from bt_fast.initial_weights import load_initial_weights
 from bt_fast.loss_variants import objective_function
@@ -49,6 +49,7 @@ class TrainingSetup:
     data_identity: dict[str, int | str]  # must not change when the run is resumed
     loader: Loader
     knn_data: KnnData | None
+    missing_classes: str  # why there are no `knn_data`; empty if there are
     held_out: Subset  # images of the probes
     model: BarlowTwins
     initial_weights: str  # what --init took, for the table
@@ -111,6 +112,7 @@ def build(config: Config, world: World = ALONE) -> TrainingSetup:
         data_identity={"images": len(dataset), "sha256": dataset.sha256()},
         loader=loader,
         knn_data=knn_data,
+        missing_classes="" if knn_data else missing_classes(dataset, val),
         held_out=held_out_images(knn_data, dataset if val is None else val, config),
         model=model,
         initial_weights=initial_weights,
@@ -194,8 +196,7 @@ def _describe_probe(setup: TrainingSetup) -> str:
         return "none (--probe-every 0)"
     if setup.knn_data is not None:
         return f"kNN and linear: {setup.knn_data.description}"
-    path = setup.held_out.images.path
-    return f"rank and loss of {len(setup.held_out)} images of {path}, without classes"
+    return f"rank and loss of {len(setup.held_out)} images: {setup.missing_classes}"
 
 
 def describe(setup: TrainingSetup, seconds_per_step: dict[int, float]) -> dict[str, str]:

@@ -7,7 +7,7 @@ flags. Free of torch, so that --help and wrong flags need none.
 import dataclasses
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -31,9 +31,16 @@ from pipelines.common.cpu import usable_cores
 
 # Earlier names of fields: their flags and saved configurations are accepted for one version.
 RENAMED = {"patience": "timeout"}
+# The largest rate with which an optimizer can train at all, and rates to begin with.
+LOWER_RATES = {
+    "adamw": (0.1, "--lr-weights 1e-3 --lr-biases 1e-3"),
+    "sgd": (1.0, "--lr-weights 0.06 --lr-biases 0.06"),
+}
 # Fields that a resumed run may change: they decide where and how it is computed, not what is
 # learned.
 _MUTABLE = {"mutable": True}
+# Those of them without which the results of two runs cannot be compared.
+RESULTS_DEPEND_ON = ("data", "val_data", "max_steps", "probe_images")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -205,11 +212,12 @@ class Config:
     Earlier checkpoints are kept in either case."""
 
     def __post_init__(self) -> None:
+        most, example = LOWER_RATES.get(self.optimizer, (math.inf, ""))
         _require(
-            self.optimizer != "adamw" or max(self.lr_weights, self.lr_biases) <= 0.1,
+            max(self.lr_weights, self.lr_biases) <= most,
             "optimizer",
-            "adamw",
-            "needs lower rates than lars, such as --lr-weights 1e-3 --lr-biases 1e-3",
+            self.optimizer,
+            f"needs lower rates than lars, such as {example}",
         )
         _require(
             self.which is None or self.init is not None,
@@ -398,11 +406,20 @@ def _extended(config: Config, saved: Config) -> Config:
     )
 
 
-def differences(config: Config, other: Config) -> dict[str, Any]:
-    """{flag: value in `config`} of what differs between two configurations and affects learning."""
-    return {
-        f"--{field.name.replace('_', '-')}": getattr(config, field.name)
-        for field in dataclasses.fields(Config)
-        if not field.metadata.get("mutable")
-        and getattr(config, field.name) != getattr(other, field.name)
-    }
+def differences(config: Any, other: Any, *, also: Collection[str] = ()) -> dict[str, Any]:
+    """{flag: value in `config`} of what differs between two configurations and affects learning.
+
+    also: names of further fields to compare.
+    """
+    found: dict[str, Any] = {}
+    for each in dataclasses.fields(config):
+        value, of_other = getattr(config, each.name), getattr(other, each.name)
+        flag = f"--{each.name.replace('_', '-')}"
+        if value == of_other or (each.metadata.get("mutable") and each.name not in also):
+            continue
+        if dataclasses.is_dataclass(value):
+            parts = differences(value, of_other).items()
+            found |= {f"{flag}.{part.removeprefix('--')}": v for part, v in parts}
+        else:
+            found[flag] = value
+    return found

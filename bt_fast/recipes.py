@@ -89,6 +89,9 @@ def cifar10() -> Config:
 def cifar10_cpu() -> Config:
     """ResNet-18 with the ImageNet stem on 10,000 CIFAR-10 images, for two CPU cores.
 
+    Command:  bt-fast pretrain --recipe cifar10-cpu --data cifar10.beton
+    Expected: kNN (k = 20) about 50 % after 22 minutes in bf16 (docs/results.md).
+
     The stem divides a side by four, so the images are enlarged to 48 px: at 32 px the same time
     gives two to three points less (docs/results.md).
     """
@@ -106,6 +109,9 @@ def cifar10_cpu() -> Config:
 
 def demo() -> Config:
     """ResNet-18 on the drawn shapes of `make demo`: minutes on two CPU cores.
+
+    Command:  make demo
+    Expected: kNN (k = 20) 90 to 97 %, by seed and precision (docs/results.md).
 
     Views are at least half of the image, mostly grey and without colour jitter: what two of them
     have in common is then the shape, and no longer colour or light. Residual branches do not start

@@ -10,11 +10,8 @@ resumed. OUT/table.md and results.json are updated after every run.
 
 import _checkout  # noqa: F401  # isort: skip
 
-import dataclasses
 import json
-import os
 import statistics
-import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,14 +21,13 @@ import tyro
 
 from bt_fast import cli
 from bt_fast.ablations import ABLATIONS, GRIDS
-from bt_fast.config import Config, differences, load_config
-from bt_fast.distributed.signals import EXIT_STOPPED, StopFlag
-from bt_fast.run.directory import read_metrics
+from bt_fast.config import Config
+from bt_fast.distributed.signals import EXIT_STOPPED
 from pipelines.common.atomic import write_text
 from pipelines.common.flags import parse_flags
-from pipelines.loading.datasets import open_data, open_val
+from pipelines.loading.datasets import open_val
+from tools import seeded_runs
 
-ROOT = Path(__file__).parents[1]
 RESERVED_FLAGS = ("--ablation", "--seed", "--run-dir", "--resume", "--dry-run")
 MEASURES = {"knn": "kNN", "linear": "linear", "paper": "paper"}
 NOTE = (
@@ -67,9 +63,7 @@ class Cell:
 
     def figures(self) -> dict[str, float]:
         """Accuracies, fractions, of the finished run; empty before it is finished."""
-        if not (self.folder / "encoder.safetensors").exists():
-            return {}
-        probes = [r for _, r in read_metrics(self.folder / "metrics.jsonl") if r["kind"] == "probe"]
+        probes = seeded_runs.probes(self.folder)
         found = {"random": probes[0]["knn_20"], "knn": probes[-1]["knn_20"]} if probes else {}
         for result in self.folder.glob("eval/linear-cached-*/result.json"):
             found["linear"] = json.loads(result.read_text())["top1"]
@@ -77,9 +71,7 @@ class Cell:
 
 
 def main() -> int:
-    arguments = sys.argv[1:]
-    at = arguments.index("--") if "--" in arguments else len(arguments)
-    own_flags, flags = arguments[:at], arguments[at + 1 :]
+    own_flags, flags = seeded_runs.split_flags(sys.argv[1:])
     return cli.run_command(
         "ablate.py", lambda: run(parse_flags(Options, "ablate.py", own_flags), flags)
     )
@@ -90,7 +82,10 @@ def run(options: Options, flags: list[str]) -> int:
     cells, failed = grid(options, flags), []
     for number, cell in enumerate(cells, 1):
         print(f"[{number}/{len(cells)}] {cell.folder.name}", flush=True)
-        status = 0 if cell.figures() else pretrain(cell, flags)
+        status = 0
+        if not seeded_runs.is_finished(cell.folder):
+            own = [f"--ablation={cell.name}", f"--seed={cell.seed}"]
+            status = seeded_runs.pretrain(cell.folder, [*own, *flags])
         if status == 0 and options.linear and "linear" not in cell.figures():
             status = measure(cell)
         if status == EXIT_STOPPED:
@@ -129,39 +124,15 @@ def grid(options: Options, flags: list[str]) -> list[Cell]:
         for name in dict.fromkeys(names)
     ]
     config = cells[0].config
-    open_data(config.data, "--data")
+    seeded_runs.require_readouts(config)
     if options.linear and open_val(config.data, config.val_data) is None:
         raise ValueError(
             f"--linear needs held-out images: there are none beside {config.data}; pass them as"
             " --val-data after --"
         )
     for cell in cells:
-        if (cell.folder / "config.json").exists():
-            check(cell)
+        seeded_runs.require_same_flags(cell.folder, cell.config)
     return cells
-
-
-def check(cell: Cell) -> None:
-    """Raise ValueError if the run in the cell's folder has other flags."""
-    saved = load_config(cell.folder, "--out")
-    changed = list(differences(dataclasses.replace(cell.config, run_dir=saved.run_dir), saved))
-    if cell.config.data.resolve() != saved.data:
-        changed.append("--data")
-    if cell.config.max_steps != saved.max_steps:
-        changed.append("--max-steps")
-    if changed:
-        raise ValueError(
-            f"{cell.folder} was started with other values of {' '.join(changed)};"
-            " pass the same flags or another --out"
-        )
-
-
-def pretrain(cell: Cell, flags: list[str]) -> int:
-    """Run or resume one cell; returns its exit status."""
-    if (cell.folder / "config.json").exists():
-        return bt_fast("pretrain", "--resume", cell.folder, *flags)
-    own = ("--run-dir", cell.folder, "--ablation", cell.name, "--seed", cell.seed)
-    return bt_fast("pretrain", *own, *flags)
 
 
 def measure(cell: Cell) -> int:
@@ -172,23 +143,7 @@ def measure(cell: Cell) -> int:
         if (value := getattr(cell.config, name)) is not None
         for word in (f"--{name.replace('_', '-')}", value)
     ]
-    return bt_fast("eval", "linear", cell.folder, "--cached", *flags)
-
-
-def bt_fast(*words) -> int:
-    """Run bt-fast in a new process, which a signal to this one stops; returns its exit status."""
-    command = [sys.executable, "-m", "bt_fast", *map(str, words)]
-    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    with StopFlag() as stop:
-        process = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": path})
-        while True:
-            try:
-                status = process.wait(0.1)
-                return EXIT_STOPPED if stop.requested else status
-            except subprocess.TimeoutExpired:
-                if stop.requested:
-                    process.terminate()
-                    process.wait()
+    return seeded_runs.bt_fast("eval", "linear", cell.folder, "--cached", *flags)
 
 
 def write(out: Path, cells: list[Cell], flags: list[str]) -> None:

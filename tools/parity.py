@@ -8,7 +8,7 @@ Flags of `bt-fast pretrain` follow `--`; the second line is for a GPU. The relea
 a loss scaler on a GPU, the D x D matrix, LARS as a loop. Both ways have the same images, encoder,
 projector, batch size, epochs and hyperparameters, and initialise with the same seeds, but their
 random views differ; both are probed alike. OUT/WAY-seedN is the folder of a run; finished runs are
-not repeated.
+not repeated. With --precision fp32 after `--`, bt-fast computes as the reference does on a CPU.
 """
 
 import _checkout  # noqa: F401  # isort: skip
@@ -19,6 +19,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from scipy import stats
@@ -26,17 +27,22 @@ from scipy import stats
 from bt_fast import cli
 from bt_fast.build import build
 from bt_fast.config import Config
-from bt_fast.distributed.signals import StopFlag
-from bt_fast.pretrain_command import run_pretrain
-from bt_fast.run.directory import RunDirectory, read_metrics
+from bt_fast.run.directory import RunDirectory
 from bt_fast.run.metrics import RecordFile, metrics_line
 from bt_fast.run.plots import curves
 from bt_fast.run.probe import READOUTS, measure
-from bt_fast.train import probe_is_due
+from bt_fast.train import export_encoder, probe_is_due
+from pipelines.common.atomic import write_text
 from pipelines.common.flags import parse_flags
-from tools import reference
+from tools import reference, seeded_runs
 
 WAYS = ("bt-fast", "reference")
+# What the released code's way does, whatever the flags say.
+FIXED = {
+    "optimizer": "lars", "grad_scale": 1.0, "objective": "barlow-twins", "accumulate": 1,
+    "bn_group": 0, "projector_norm": True, "predictor": False, "stop_gradient": False,
+    "drop_path": 0.0, "init": None, "resolution": None,
+}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,9 +56,7 @@ class Options:
 
 
 def main() -> int:
-    arguments = sys.argv[1:]
-    at = arguments.index("--") if "--" in arguments else len(arguments)
-    own_flags, flags = arguments[:at], arguments[at + 1 :]
+    own_flags, flags = seeded_runs.split_flags(sys.argv[1:])
     return cli.run_command(
         "parity.py", lambda: run(parse_flags(Options, "parity.py", own_flags), flags)
     )
@@ -60,37 +64,43 @@ def main() -> int:
 
 def run(options: Options, flags: list[str]) -> int:
     """Run what is missing, print the table and draw the curves; returns the exit status."""
-    for seed in options.seeds:
-        for way in WAYS:
-            folder = options.out / f"{way}-seed{seed}"
-            arguments = [*flags, "--seed", str(seed), "--run-dir", str(folder)]
-            if (folder / "metrics.jsonl").exists() and final(folder):
-                continue
-            print(f"{folder}", flush=True)
-            config = cli.parse_pretrain(arguments)
-            if way == "reference":
-                train_reference(config)
-            elif status := run_pretrain(config, arguments, StopFlag()):
-                return status
     folders = {way: [options.out / f"{way}-seed{seed}" for seed in options.seeds] for way in WAYS}
-    text = table({way: [final(folder) for folder in folders[way]] for way in WAYS})
-    (options.out / "table.md").write_text(text)
-    metrics = {f.name: f / "metrics.jsonl" for way in WAYS for f in folders[way]}
+    configs = {
+        folder: cli.parse_pretrain([*flags, f"--seed={seed}", f"--run-dir={folder}"])
+        for way in WAYS
+        for seed, folder in zip(options.seeds, folders[way], strict=True)
+    }
+    for folder, config in configs.items():
+        require_fixed(config)
+        seeded_runs.require_readouts(config)
+        seeded_runs.require_same_flags(folder, config)
+    for bt_fast_run, reference_run in zip(*folders.values(), strict=True):
+        for folder in (bt_fast_run, reference_run):
+            if seeded_runs.is_finished(folder):
+                continue
+            print(folder, flush=True)
+            if folder == reference_run:
+                train_reference(configs[folder])
+            elif status := seeded_runs.pretrain(folder, [*flags, f"--seed={configs[folder].seed}"]):
+                return status
+    last = {way: [seeded_runs.probes(folder)[-1] for folder in folders[way]] for way in WAYS}
+    text = table(last)
+    write_text(options.out / "table.md", text, overwrite=True)
+    metrics = {folder.name: folder / "metrics.jsonl" for folder in configs}
     curves(metrics, options.out / "curves.png")
     print(text, end="")
     return 0
 
 
-def final(folder: Path) -> dict[str, float]:
-    """The readouts of a finished run's last probe; empty before that."""
-    records = [record for _, record in read_metrics(folder / "metrics.jsonl")]
-    train = [record for record in records if record["kind"] == "train"]
-    probes = [record for record in records if record["kind"] == "probe"]
-    done = train and probes and probes[-1]["step"] == train[-1]["step"]
-    return {name: probes[-1][name] for name in READOUTS} if done else {}
+def require_fixed(config: Config) -> None:
+    """Raise ValueError for a flag that the released code's way would not follow."""
+    for name, value in FIXED.items():
+        if (other := getattr(config, name)) != value:
+            flag = f"--{name.replace('_', '-')}"
+            raise ValueError(f"the released code's way has {flag} {value}, not {other}")
 
 
-def table(results: dict[str, list[dict[str, float]]]) -> str:
+def table(results: dict[str, list[dict[str, Any]]]) -> str:
     """Means of both ways, and their difference with its interval, in Markdown; percent.
 
     The interval is Welch's, at 95 %: the ways are independent samples of few runs.
@@ -113,7 +123,7 @@ def table(results: dict[str, list[dict[str, float]]]) -> str:
 
 
 def train_reference(config: Config) -> None:
-    """Train by the released code's way; writes the config and metrics of a run directory."""
+    """Train by the released code's way; writes config, metrics and encoder of a run directory."""
     assert config.run_dir is not None
     setup = build(dataclasses.replace(config, workers=1, compile="off", norm="compiled"))
     device, steps_per_epoch = setup.runtime.device, setup.loader.steps_per_epoch
@@ -143,8 +153,8 @@ def train_reference(config: Config) -> None:
             metrics.append(metrics_line("probe", record))
             print(f"epoch {record['epoch']:g}: {readouts}", flush=True)
 
-        number, started, logged = 0, time.perf_counter(), 0
         probe(0)
+        number, started, logged = 0, time.perf_counter(), 0
         while number < setup.last_step:
             for view_a, view_b in batches:
                 rates = {name: rate(number) for name, rate in setup.schedules.items()}
@@ -166,10 +176,13 @@ def train_reference(config: Config) -> None:
                     metrics.append(metrics_line("train", record))
                     logged = number
                 if probe_is_due(setup, number):
+                    before_probe = time.perf_counter()
                     probe(number)
+                    started += time.perf_counter() - before_probe
                 if number == setup.last_step:
                     break
         metrics.close()
+        export_encoder(setup.model, config, run.path)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
 """`bt-fast eval knn`: weighted kNN accuracy, rank of the features, collapse of the embeddings."""
 
-import numpy as np
 import torch
 
 from bt_fast.config import Config
@@ -8,12 +7,17 @@ from bt_fast.distributed.collectives import ALONE, World
 from bt_fast.evaluate.collapse import collapse_report, effective_rank
 from bt_fast.evaluate.eval_setup import EvalSetup, build_setup, open_splits
 from bt_fast.evaluate.features import two_view_outputs
-from bt_fast.evaluate.knn_classifier import SETTINGS, KnnData, choose_data, knn_scores
+from bt_fast.evaluate.knn_classifier import (
+    SETTINGS,
+    KnnData,
+    choose_data,
+    knn_scores,
+    missing_classes,
+)
 from bt_fast.evaluate.options import EvalKnn
 from bt_fast.evaluate.overlap import warn_of_overlap
 from bt_fast.evaluate.subset import Subset
 from bt_fast.run.console import print_summary
-from pipelines.loading.datasets import ImageDataset
 from pipelines.order import epoch_order
 
 _ORDER_EPOCH = -1  # of random samples, which pretraining never reaches
@@ -38,28 +42,18 @@ def run_knn(options: EvalKnn, world: World = ALONE) -> int:
         rows["data"] = f"{data.description} of {train.path}"
         rows |= measure_knn(setup, data, augmented=options.augmented)[1]
     elif options.augmented:
-        raise ValueError(f"--augmented needs images with classes: {_missing_classes(train, val)}")
+        raise ValueError(f"--augmented needs images with classes: {missing_classes(train, val)}")
     else:
         images = train if val is None else val
         order = epoch_order(len(images), setup.seed, _ORDER_EPOCH)
         queries = Subset(images, order[:_MAX_RANK_IMAGES])
         rows["data"] = f"{len(queries)} images of {images.path}"
-        rows["kNN"] = f"none: {_missing_classes(train, val)}"
+        rows["kNN"] = f"none: {missing_classes(train, val)}"
         rows["rank of the features"] = _ranks(_features(setup, queries))
     if options.collapse:
         rows |= measure_collapse(setup, queries)
     print_summary("bt-fast eval knn", rows)
     return 0
-
-
-def _missing_classes(train: ImageDataset, val: ImageDataset | None) -> str:
-    """Why there is no classification."""
-    for images, least in (train, 2), (val, 1):
-        if images is not None:
-            found = len(np.unique(images.labels[images.labels >= 0]))
-            if found < least:
-                return f"{images.path} has {'only one class' if found else 'no classes'}"
-    return f"{train.path} has too few images"
 
 
 def _features(setup: EvalSetup, subset: Subset) -> torch.Tensor:

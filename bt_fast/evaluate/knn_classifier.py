@@ -90,6 +90,16 @@ def choose_data(
     return KnnData(bank=Subset(train, bank_samples), queries=Subset(val, query_samples))
 
 
+def missing_classes(train: ImageDataset, val: ImageDataset | None) -> str:
+    """Why `choose_data` returns None."""
+    for images, least in (train, 2), (val, 1):
+        if images is not None:
+            found = len(np.unique(images.labels[images.labels >= 0]))
+            if found < least:
+                return f"{images.path} has {'only one class' if found else 'no classes'}"
+    return f"{train.path} has too few images"
+
+
 def require_same_classes(train: ImageDataset, val: ImageDataset) -> None:
     """Raise ValueError if both data sets name their classes, and differ."""
     if train.class_names and val.class_names and val.class_names != train.class_names:

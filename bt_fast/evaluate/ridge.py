@@ -16,19 +16,19 @@ LAMBDAS = tuple(10.0 ** (k / 2) for k in range(-10, 1))
 
 
 def ridge_accuracy(
-    features: torch.Tensor,
-    labels: torch.Tensor,
+    bank: torch.Tensor,
+    bank_labels: torch.Tensor,
     queries: torch.Tensor,
     query_labels: torch.Tensor,
     num_classes: int,
 ) -> float:
     """Accuracy on the queries in [0, 1]: features [n, F] and [m, F], labels int64 [n] and [m]."""
-    mean = features.mean(0)
-    deviation = features.std(0)
-    constant = deviation <= 1e-6 * mean.abs() + torch.finfo(features.dtype).tiny
+    mean = bank.mean(0)
+    deviation = bank.std(0)
+    constant = deviation <= 1e-6 * mean.abs() + torch.finfo(bank.dtype).tiny
     deviation = torch.where(constant, torch.inf, deviation)  # which leaves them out
-    x, q = ((part - mean).div(deviation).double() for part in (features, queries))
-    y = F.one_hot(labels, num_classes).double()
+    x, q = ((part - mean).div(deviation).double() for part in (bank, queries))
+    y = F.one_hot(bank_labels, num_classes).double()
     share = y.mean(0)  # of each class
     y -= share
     values, vectors = torch.linalg.eigh(x.T @ x)

@@ -12,7 +12,7 @@ READOUTS = ("knn_20", "linear", "rank")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Compare:
-    """Compare runs: their last loss, readouts before and after training, and all curves."""
+    """Compare runs: their last loss, first and last readouts, and all curves."""
 
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
     """Folders of runs, finished or not."""
@@ -28,7 +28,7 @@ def run_compare(options: Compare) -> int:
     from rich.table import Column, Table
     from rich.text import Text
 
-    from bt_fast.config import differences, load_config
+    from bt_fast.config import RESULTS_DEPEND_ON, differences, load_config
     from bt_fast.run.directory import read_metrics
     from bt_fast.run.plots import curves
 
@@ -37,14 +37,18 @@ def run_compare(options: Compare) -> int:
     if options.out.exists() and not options.overwrite:
         raise ValueError(f"--out {options.out} exists; choose another, or replace it: --overwrite")
     configs = [load_config(path, "RUN") for path in options.runs]
+    first, others = configs[0], configs[1:]
+    changes = [differences(config, first, also=RESULTS_DEPEND_ON) for config in others]
+    # Of the first run, its own values of all that the others change.
+    own = [differences(first, config, also=RESULTS_DEPEND_ON) for config in others]
+    changes.insert(0, {flag: value for found in own for flag, value in found.items()})
     table = Table(Column("run", overflow="fold"), Column("differs in", overflow="fold"))
     for title in ("epoch", "loss", "kNN, %", "linear, %", "rank", "images/s"):
         table.add_column(title, no_wrap=True)
-    for path, config in zip(options.runs, configs, strict=True):
+    for path, changed in zip(options.runs, changes, strict=True):
         records = [record for _, record in read_metrics(path / "metrics.jsonl")]
         if not any(record["kind"] == "train" for record in records):
             raise ValueError(f"{path} has no metrics yet")
-        changed = differences(config, configs[0]) if config is not configs[0] else {}
         changed.pop("--run-dir", None)
         flags = ", ".join(f"{flag} {value}" for flag, value in changed.items())
         table.add_row(Text(str(path)), Text(flags), *summary(records))
@@ -57,14 +61,20 @@ def run_compare(options: Compare) -> int:
 
 
 def summary(records: list[dict[str, Any]]) -> list[str]:
-    """Epoch, loss, readouts "first -> last" and median images/s of a run's records."""
+    """Epoch, loss, readouts "first -> last" and median images/s of a run's records.
+
+    The epoch of the last readouts stands beside the last one, if it is an earlier one.
+    """
     train = [record for record in records if record["kind"] == "train"]
     probes = [record for record in records if record["kind"] == "probe"]
     loss = train[-1]["loss"]  # None in a record of a loss that was not finite
-    cells = [f"{train[-1]['epoch']:.4g}", "not finite" if loss is None else f"{loss:.4g}"]
+    epoch = f"{train[-1]['epoch']:.4g}"
+    if probes and probes[-1]["step"] < train[-1]["step"]:
+        epoch += f" (readouts: {probes[-1]['epoch']:.4g})"
+    cells = [epoch, "not finite" if loss is None else f"{loss:.4g}"]
     for name in READOUTS:
         values = [probe[name] for probe in probes if probe.get(name) is not None]
         factor = 1 if name == "rank" else 100
-        ends = [values[0], values[-1]] if values else []
+        ends = [*values[:1], *values[1:][-1:]]
         cells.append(" -> ".join(f"{factor * value:.1f}" for value in ends) or "none")
     return [*cells, f"{statistics.median(record['images_per_s'] for record in train):.0f}"]

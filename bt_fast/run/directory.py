@@ -5,7 +5,7 @@ runs/cifar10-20260101-120000/
   environment.json     versions and hardware, one entry per start
   views.png            both views of some images
   metrics.jsonl        one JSON object per log line and probe
-  curves.png           loss, learning rate, kNN accuracy, images/s
+  curves.png           loss, readouts, rank, learning rate, images/s
   tensorboard/         the same for TensorBoard
   checkpoints/         see checkpoint.py
   encoder.safetensors  the trained encoder, torchvision's names

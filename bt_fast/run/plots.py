@@ -11,7 +11,13 @@ from pipelines.augment import IMAGENET_MEAN, IMAGENET_STD
 from pipelines.common.atomic import atomic_file
 
 # Axes that are logarithmic, if all values are positive.
-_LOGARITHMIC = ("Barlow Twins loss", "on-diagonal and off-diagonal term (dashed)")
+_LOGARITHMIC = ("Barlow Twins loss", "on- and off-diagonal term (dashed); dots: held-out images")
+_TERMS = {
+    "on_diagonal": "-",
+    "off_diagonal": "--",
+    "probe_on_diagonal": "o",
+    "probe_off_diagonal": "o",
+}
 
 
 def contact_sheet(views: torch.Tensor, path: Path, count: int = 12) -> None:
@@ -39,32 +45,32 @@ def _pixels(view: torch.Tensor) -> np.ndarray:
 
 def curves(runs: Mapping[str, Path], path: Path) -> None:
     """Draw the curves of runs, {name: its metrics.jsonl}: loss and its terms, readouts of the
-    features, rank, learning rate and images/s over epochs. Dotted: before training.
+    features, rank, learning rate and images/s over epochs. Dotted: a readout before training.
     """
     figure = _figure(15, 7)
     axes = figure.subplots(2, 3).flat
     panels = [
-        (_LOGARITHMIC[0], "train", {"loss": ""}, 1),
-        (_LOGARITHMIC[1], "train", {"on_diagonal": "", "off_diagonal": "--"}, 1),
-        ("kNN and linear readout (dashed), %", "probe", {"knn_20": "", "linear": "--"}, 100),
-        ("effective rank of the features", "probe", {"rank": ""}, 1),
-        ("learning rate (weights)", "train", {"lr_weights": ""}, 1),
-        ("images/s", "train", {"images_per_s": ""}, 1),
+        (_LOGARITHMIC[0], {"loss": "-"}, 1),
+        (_LOGARITHMIC[1], _TERMS, 1),
+        ("kNN and linear readout (dashed), %", {"knn_20": "-", "linear": "--"}, 100),
+        ("effective rank of the features", {"rank": "-"}, 1),
+        ("learning rate (weights)", {"lr_weights": "-"}, 1),
+        ("images/s", {"images_per_s": "-"}, 1),
     ]
     records = {name: [r for _, r in read_metrics(metrics)] for name, metrics in runs.items()}
-    for axis, (title, kind, styles, factor) in zip(axes, panels, strict=True):
+    for axis, (title, styles, factor) in zip(axes, panels, strict=True):
         for number, (name, of_run) in enumerate(records.items()):
             for key, style in styles.items():
                 points = [
                     (record["epoch"], factor * record[key])
                     for record in of_run
-                    if record["kind"] == kind and record.get(key) is not None
+                    if record.get(key) is not None
                 ]
                 if not points:
                     continue
                 label = name if key == next(iter(styles)) else None
-                axis.plot(*zip(*points, strict=True), style or "-", color=f"C{number}", label=label)
-                if kind == "probe" and points[0][0] == 0:
+                axis.plot(*zip(*points, strict=True), style, color=f"C{number}", label=label)
+                if points[0][0] == 0 and style != "o":  # a probe
                     axis.axhline(points[0][1], color=f"C{number}", linestyle=":", linewidth=0.8)
         values = [value for line in axis.get_lines() for value in line.get_ydata()]
         if title in _LOGARITHMIC and min(values, default=0) > 0:

@@ -78,6 +78,7 @@ def test_eval_knn_equals_the_first_and_the_last_probe(finished, capsys, flags, i
     output = capsys.readouterr().out
     for name in ("knn_20", "knn_200"):
         assert f"{100 * probe[name]:.2f} %" in output
+    assert f"RankMe {probe['rank']:.1f}," in output
 
 
 @pytest.mark.slow

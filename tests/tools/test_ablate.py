@@ -75,7 +75,7 @@ def test_a_killed_grid_continues_with_the_same_results(tmp_path, monkeypatch, ca
     assert before == {p: p.stat().st_mtime_ns for p in out.glob("*/checkpoints/*")}
     other = [*TINY, "--data", data, "--lambd=0.1", "--max-steps=3"]
     assert here(monkeypatch, "baseline", "--out", out, "--", *other) == 2
-    assert "started with other values of --lambd --max-steps" in capsys.readouterr().err
+    assert "started with other values of --max-steps --lambd" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -1,16 +1,18 @@
 """The comparison with the released code's way: same start, both trained, one table."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
 import pytest
+from conftest import write_beton
 from tiny_runs import TINY
 
 from bt_fast.run.probe import READOUTS
 
 sys.path.append(str(Path(__file__).parents[2] / "tools"))  # where a script finds `_checkout`
-from tools import parity
+from tools import parity, seeded_runs
 
 
 @pytest.mark.slow
@@ -27,13 +29,41 @@ def test_both_ways_start_equal_and_are_compared(small_beton, tmp_path, capsys):
         assert [probe["step"] for probe in probes[folder.name]] == [0, 4]
     for seed in (3, 4):  # the same seed initialises the same weights
         first, reference = (probes[f"{way}-seed{seed}"][0] for way in parity.WAYS)
-        assert all(first[name] == pytest.approx(reference[name]) for name in READOUTS)
+        names = [*READOUTS, "rank", "probe_on_diagonal"]
+        assert all(first[name] == pytest.approx(reference[name], rel=1e-5) for name in names)
     assert (tmp_path / "parity" / "curves.png").stat().st_size > 0
     for title in READOUTS.values():
         (row,) = [line for line in table.splitlines() if line.startswith(f"| {title} |")]
         assert row.count("|") == 5
     assert parity.run(options, flags) == 0  # finished runs are not repeated
     assert table.endswith(capsys.readouterr().out)
+    # A run that was killed after its last probe is not one of them.
+    (tmp_path / "parity" / "reference-seed3" / "encoder.safetensors").unlink()
+    assert not seeded_runs.probes(tmp_path / "parity" / "reference-seed3")
+
+
+@pytest.mark.parametrize(
+    "flags,message",
+    [
+        (["--grad-scale", "0.5"], "the released code's way has --grad-scale 1.0, not 0.5"),
+        (["--probe-every", "0"], "--probe-every 0 leaves nothing to compare"),
+        (["--lambd", "0.1"], "was started with other values of --lambd"),
+        (["--probe-images", "9"], "was started with other values of --probe-images"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused_before_training(
+    finished, small_beton, tmp_path, flags, message
+):
+    shutil.copytree(finished, tmp_path / "bt-fast-seed0")
+    options = parity.Options(seeds=(0,), out=tmp_path)
+    with pytest.raises(ValueError, match=message):
+        parity.run(options, [*TINY, "--data", str(small_beton), "--save-every", "1", *flags])
+
+
+def test_images_without_classes_are_refused(tmp_path):
+    data = write_beton(tmp_path / "data.beton", 20, num_classes=1)
+    with pytest.raises(ValueError, match=r"data\.beton has only one class"):
+        parity.run(parity.Options(out=tmp_path), [*TINY, "--data", str(data)])
 
 
 def test_the_interval_is_welchs():

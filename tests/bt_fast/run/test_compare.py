@@ -21,7 +21,14 @@ def write_run(folder: Path, config: Config, knn: tuple[float, float]) -> Path:
         for e in (1, 2, 4)
     ]  # fmt: skip
     probe = [
-        {"kind": "probe", "step": 40 * e, "epoch": 4 * e, "knn_20": score, "rank": 9.0 + e}
+        {
+            "kind": "probe",
+            "step": 40 * e,
+            "epoch": 4 * e,
+            "knn_20": score,
+            "rank": 9.0 + e,
+            "probe_on_diagonal": 5.0 + e,
+        }
         for e, score in enumerate(knn)
     ]
     lines = [json.dumps(record) + "\n" for record in [*train, *probe]]
@@ -39,7 +46,7 @@ def test_results_and_what_differs(tmp_path, capsys, monkeypatch):
     table = capsys.readouterr().out
     rows = [line.replace("│", " ").split() for line in table.splitlines() if str(tmp_path) in line]
     expected = ["4", "22.5", "25.0", "->"], ["none", "9.0", "->", "10.0", "200"]
-    assert rows[0][1:] == [*expected[0], "50.0", *expected[1]]
+    assert rows[0][1:] == ["--seed", "0", *expected[0], "50.0", *expected[1]]
     assert rows[1][1:] == ["--seed", "3", *expected[0], "62.5", *expected[1]]
     assert Image.open(out).size[0] > 1000
     assert main(command) == 2 and "--overwrite" in capsys.readouterr().err
@@ -73,4 +80,6 @@ def test_curves_mark_the_random_initialisation(tmp_path, monkeypatch):
     readout, baseline = by_title["kNN and linear readout (dashed), %"].get_lines()
     assert readout.get_ydata().tolist() == [25, 50] and list(baseline.get_ydata()) == [25, 25]
     assert by_title["Barlow Twins loss"].get_yscale() == "log"  # the off-diagonal term is negative
-    assert by_title["on-diagonal and off-diagonal term (dashed)"].get_yscale() == "linear"
+    terms = by_title["on- and off-diagonal term (dashed); dots: held-out images"]
+    assert terms.get_yscale() == "linear"
+    assert terms.get_lines()[-1].get_ydata().tolist() == [5, 6]

@@ -1,0 +1,83 @@
+"""Runs of `bt-fast pretrain` by seed: finished ones are not repeated, others are resumed."""
+
+import dataclasses
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from bt_fast.config import RESULTS_DEPEND_ON, Config, differences, load_config
+from bt_fast.distributed.signals import EXIT_STOPPED, StopFlag
+from bt_fast.evaluate.knn_classifier import choose_data, missing_classes
+from bt_fast.run.directory import read_metrics
+from pipelines.loading.datasets import open_data, open_val
+
+ROOT = Path(__file__).parents[1]
+
+
+def split_flags(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """The tool's own flags, and those of `bt-fast pretrain` after `--`."""
+    at = arguments.index("--") if "--" in arguments else len(arguments)
+    return arguments[:at], arguments[at + 1 :]
+
+
+def require_readouts(config: Config) -> None:
+    """Raise ValueError if a run would have no accuracies to compare at its end."""
+    train, val = open_data(config.data, "--data"), open_val(config.data, config.val_data)
+    if config.probe_every == 0:
+        raise ValueError("--probe-every 0 leaves nothing to compare; leave it out")
+    if choose_data(train, val, config.seed) is None:
+        raise ValueError(f"accuracies are compared, and {missing_classes(train, val)}")
+
+
+def require_same_flags(folder: Path, config: Config) -> None:
+    """Raise ValueError if a run in the folder, finished or not, has other flags."""
+    if not (folder / "config.json").exists():
+        return
+    saved = load_config(folder, "--out")
+    config = dataclasses.replace(
+        config,
+        run_dir=saved.run_dir,
+        data=config.data.resolve(),
+        val_data=config.val_data and config.val_data.resolve(),
+        init=config.init and config.init.resolve(),
+    )
+    if changed := differences(config, saved, also=RESULTS_DEPEND_ON):
+        raise ValueError(
+            f"{folder} was started with other values of {' '.join(changed)};"
+            " pass the same flags or another --out"
+        )
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether the run in the folder has exported its encoder."""
+    return (folder / "encoder.safetensors").exists()
+
+
+def probes(folder: Path) -> list[dict[str, Any]]:
+    """The records of a finished run's probes; empty before it is finished."""
+    records = [record for _, record in read_metrics(folder / "metrics.jsonl")]
+    return [r for r in records if r["kind"] == "probe"] if is_finished(folder) else []
+
+
+def pretrain(folder: Path, flags: list[str]) -> int:
+    """Train the run in the folder, or resume it; returns its exit status."""
+    resumes = (folder / "config.json").exists()
+    return bt_fast("pretrain", "--resume" if resumes else "--run-dir", folder, *flags)
+
+
+def bt_fast(*words: object) -> int:
+    """Run bt-fast in a new process, which a signal to this one stops; returns its exit status."""
+    command = [sys.executable, "-m", "bt_fast", *map(str, words)]
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    with StopFlag() as stop:
+        process = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": path})
+        while True:
+            try:
+                status = process.wait(0.1)
+                return EXIT_STOPPED if stop.requested else status
+            except subprocess.TimeoutExpired:
+                if stop.requested:
+                    process.terminate()
+                    process.wait()
