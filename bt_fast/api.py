@@ -1,5 +1,6 @@
 """Pretraining from Python: a script, a notebook or a thread."""
 
+import contextlib
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,7 +8,9 @@ from typing import Any
 
 from torch import nn
 
+from bt_fast.ablations import ablate
 from bt_fast.config import Config, load_config, resumed
+from bt_fast.distributed.ranks import adopt_rank
 from bt_fast.distributed.signals import StopFlag
 from bt_fast.export.encoder_files import load_encoder
 from bt_fast.recipes import RECIPES
@@ -36,7 +39,8 @@ def pretrain(config: Config | None = None, *, recipe: str = "imagenet", **fields
     """Pretrain an encoder in this process, on one device.
 
     Installs no signal handlers, so it works in a notebook, where progress appears in the cell, and
-    in a thread. Several GPUs need the command `bt-fast pretrain --gpus N`.
+    in a thread. Several GPUs need the command `bt-fast pretrain --gpus N`. What the run sets in
+    torch stays: the seed, the device, TF32, cuDNN's search and deterministic algorithms.
 
     Args:
         config: the configuration; default: the recipe's.
@@ -49,6 +53,7 @@ def pretrain(config: Config | None = None, *, recipe: str = "imagenet", **fields
     Raises:
         ValueError: an unknown recipe or field, an invalid value, data that cannot be trained on, or
             a run whose loss is not finite.
+        RuntimeError: the device has too little memory.
         OSError: the last checkpoint or the encoder could not be written.
     """
     if config is None and recipe not in RECIPES:
@@ -60,14 +65,25 @@ def pretrain(config: Config | None = None, *, recipe: str = "imagenet", **fields
     if unknown:
         raise ValueError(f"{', '.join(unknown)}: no such field of bt_fast.Config")
     saved = load_config(fields["resume"], "resume") if fields.get("resume") is not None else None
-    config = dataclasses.replace(config or saved or RECIPES[recipe](), **fields)
+    config = config or saved or RECIPES[recipe]()
     if saved is not None:
-        config = resumed(config, saved)
+        config = dataclasses.replace(config, run_dir=saved.run_dir)
+    elif fields.get("ablation") is not None:
+        config = ablate(config, fields["ablation"])
+    config = resumed(dataclasses.replace(config, **fields), saved)
+    if adopt_rank():
+        raise ValueError("this process is one of several ranks; start bt-fast pretrain instead")
     if config.dry_run or config.slurm is not None or config.gpus not in (None, 1):
         raise ValueError("dry_run, slurm and several gpus need the command bt-fast pretrain")
     path = make_folder(config)
     if config.resume is None:
         config = dataclasses.replace(config, run_dir=path)
-    if train_pretrain(config, StopFlag()):
+    try:
+        status = train_pretrain(config, StopFlag())
+    except BaseException:
+        with contextlib.suppress(OSError):  # it is not empty
+            path.rmdir()
+        raise
+    if status:
         raise OSError(f"{path}: not everything was saved; free disk space and resume it")
     return Run(path)

@@ -128,11 +128,7 @@ def parse_pretrain(arguments: Sequence[str]) -> Config:
     if saved is None and ablation is not None:
         default = ablate(default, ablation)
     config = authors_flags.parse(Config, "bt-fast pretrain", arguments, authors_flags.MAIN, default)
-    if saved is not None:
-        return resumed(config, saved)
-    if config.extend is not None:
-        raise ValueError(f"--extend {config.extend} continues a run: add --resume RUN")
-    return config
+    return resumed(config, saved)
 
 
 def _run(name: str, arguments: list[str]) -> int:

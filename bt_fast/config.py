@@ -366,11 +366,16 @@ def load_config(path: Path, flag: str) -> Config:
     return from_json(file.read_bytes(), file)
 
 
-def resumed(config: Config, saved: Config) -> Config:
-    """The configuration of a resumed run, whose saved one is `saved`; applies --extend and --peak.
+def resumed(config: Config, saved: Config | None) -> Config:
+    """The configuration of a run to resume, whose saved one is `saved`, or of a new one; applies
+    --extend and --peak.
 
-    Raises ValueError for changes that would change what the run learns.
+    Raises ValueError for changes that would change what a resumed run learns.
     """
+    if saved is None:
+        if config.extend is not None:
+            raise ValueError(f"--extend {config.extend} continues a run: add --resume RUN")
+        return config
     changed = list(differences(config, saved))
     if "--run-dir" in changed:
         raise ValueError(

@@ -19,6 +19,8 @@ from typing import Any
 
 import torch
 
+from bt_fast.runtime import runs_triton
+
 
 def parameter_groups(
     parameters: Iterable[torch.nn.Parameter | torch.Tensor],
@@ -47,9 +49,11 @@ class LARS(torch.optim.Optimizer):
         momentum: coefficient of the momentum buffer, without dampening or Nesterov.
         weight_decay: applied to parameters with ndim > 1 only.
         trust_coefficient: eta of the paper.
-        fused: update all parameters in three kernel launches. Default: if all parameters are
-            float32 on a GPU.
+        fused: update all parameters in three kernel launches. Default: in steps whose parameters
+            are all float32 on one GPU.
     """
+
+    fused: bool | None = None  # not in the state, so that copies choose for themselves
 
     def __init__(
         self,
@@ -71,9 +75,6 @@ class LARS(torch.optim.Optimizer):
             if value < 0:
                 raise ValueError(f"{name} must not be negative, got {value}")
         super().__init__(params, defaults)
-        if fused is None:
-            params = [p for group in self.param_groups for p in group["params"]]
-            fused = all(p.is_cuda and p.dtype == torch.float32 for p in params)
         self.fused = fused
 
     @torch.no_grad()
@@ -98,22 +99,27 @@ class LARS(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-            self.step(guard=guard)
+            self._update_all(guard)
             return loss
+        return self._update_all(guard)
+
+    def _update_all(self, guard: torch.Tensor | None) -> torch.Tensor | None:
         groups = [
             ([p for p in group["params"] if p.grad is not None], group)
             for group in self.param_groups
         ]
         all_params = [p for params, _ in groups for p in params]
-        if self.fused and all_params:
+        fused = can_fuse(all_params) if self.fused is None else self.fused
+        if fused and all_params:
             from bt_fast import lars_triton  # triton comes with torch's CUDA builds only
 
-            return lars_triton.update(
-                all_params,
-                [self.momentum_buffer(p) for p in all_params],
-                [group for params, group in groups for _ in params],
-                guard,
-            )
+            with torch.cuda.device_of(all_params[0]):
+                return lars_triton.update(
+                    all_params,
+                    [self.momentum_buffer(p) for p in all_params],
+                    [group for params, group in groups for _ in params],
+                    guard,
+                )
         applied = None
         if guard is not None:
             norm = torch.nn.utils.get_total_norm([p.grad for p in all_params if p.grad is not None])
@@ -125,10 +131,23 @@ class LARS(torch.optim.Optimizer):
         return applied
 
     def momentum_buffer(self, p: torch.Tensor) -> torch.Tensor:
-        """The momentum buffer of a parameter; created, as zeros, by the first call."""
-        if "momentum" not in self.state[p]:
-            self.state[p]["momentum"] = torch.zeros_like(p)
-        return self.state[p]["momentum"]
+        """The momentum buffer of a parameter, in its memory layout; zeros at first."""
+        momentum = self.state[p].get("momentum")
+        if momentum is None:
+            momentum = self.state[p]["momentum"] = torch.zeros_like(p)
+        elif momentum.stride() != p.stride():  # loaded, or the model's memory format has changed
+            momentum = self.state[p]["momentum"] = torch.empty_like(p).copy_(momentum)
+        return momentum
+
+
+def can_fuse(params: list[torch.Tensor]) -> bool:
+    """Whether one kernel can update all of them: float32, on one GPU that Triton compiles for."""
+    devices = {p.device for p in params}
+    return (
+        len(devices) == 1
+        and runs_triton(*devices)
+        and all(p.dtype == torch.float32 for p in params)
+    )
 
 
 def _update(params: list[torch.Tensor], momenta: list[torch.Tensor], group: dict) -> None:

@@ -53,7 +53,7 @@ def update(
 
     Args:
         params: float32, non-overlapping and dense, all on one device; each has a gradient.
-        momenta: their momentum buffers.
+        momenta: their momentum buffers, with the same strides.
         groups: the parameter group of each.
         guard: scalar, or None for no check.
 
@@ -62,7 +62,7 @@ def update(
     """
     device = params[0].device
     gradients = [match_strides(p, p.grad) for p in params]
-    momenta = [match_strides(p, m, copy=False) for p, m in zip(params, momenta, strict=True)]
+    assert all(p.stride() == m.stride() for p, m in zip(params, momenta, strict=True))
     chunks = _make_chunks(tuple(p.numel() for p in params), device)
     pointers = [[t.data_ptr() for t in tensors] for tensors in (params, gradients, momenta)]
     rows = [
@@ -96,18 +96,16 @@ def update(
     return None if guard is None else applied
 
 
-def match_strides(p: torch.Tensor, tensor: torch.Tensor | None, copy: bool = True) -> torch.Tensor:
-    """`tensor` if it has p's strides, else, if `copy`, a copy that has them. Raises ValueError."""
-    if tensor is None or not tensor.dtype == p.dtype == torch.float32:
-        raise ValueError("fused LARS needs float32 parameters, gradients and momentum buffers")
+def match_strides(p: torch.Tensor, gradient: torch.Tensor | None) -> torch.Tensor:
+    """The gradient if it has p's strides, else a copy that has them. Raises ValueError."""
+    if gradient is None or not gradient.dtype == p.dtype == torch.float32:
+        raise ValueError("fused LARS needs float32 parameters and gradients")
     strides = [
-        [s for s, size in zip(t.stride(), t.shape, strict=True) if size > 1] for t in (p, tensor)
+        [s for s, size in zip(t.stride(), t.shape, strict=True) if size > 1] for t in (p, gradient)
     ]
     if strides[0] == strides[1]:
-        return tensor
-    if not copy:  # as after loading a state_dict of another memory format
-        raise ValueError("fused LARS needs momentum buffers with the strides of their parameters")
-    return torch.empty_like(p).copy_(tensor)
+        return gradient
+    return torch.empty_like(p).copy_(gradient)
 
 
 def _to_device(table: torch.Tensor, device: torch.device) -> torch.Tensor:

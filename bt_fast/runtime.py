@@ -4,6 +4,7 @@ Switches are set by a call, never at import.
 """
 
 import functools
+import importlib.util
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,10 +16,18 @@ from bt_fast.choices import Compile, Device, Precision
 from pipelines import augment
 
 
+def runs_triton(device: torch.device) -> bool:
+    """Whether Triton is installed and compiles bt-fast's kernels for the device: an NVIDIA GPU of
+    sm_80 or newer. One that is only planned for, on a machine without GPUs, is taken for such."""
+    if device.type != "cuda" or importlib.util.find_spec("triton") is None or torch.version.hip:
+        return False
+    return not torch.cuda.is_available() or torch.cuda.get_device_capability(device) >= (8, 0)
+
+
 def augmentation_on(device: torch.device) -> Callable[..., torch.Tensor]:
     """The fastest form of `augment.apply` for crops on a device; same arguments."""
-    if device.type == "cuda":
-        from pipelines.augment import triton as augment_triton  # only with torch's CUDA builds
+    if runs_triton(device):
+        from pipelines.augment import triton as augment_triton
 
         return augment_triton.apply
     return augment.apply_in_threads if device.type == "cpu" else augment.apply

@@ -1,5 +1,7 @@
 """The paper's two augmentations as a module, for other training loops."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import nn
@@ -13,7 +15,8 @@ class TwoViewAugment(nn.Module):
     """Both views of a batch of crops, augmented and normalised with ImageNet's statistics.
 
     Fused Triton kernels on an NVIDIA GPU, one thread per core on a CPU; `pipelines.augment` is the
-    definition. Also random in evaluation mode.
+    definition. Also random in evaluation mode. The threads do not survive a fork: use it in the
+    training process, not in DataLoader workers.
 
     Args:
         view_a: augmentations of view A; default: the paper's.
@@ -39,22 +42,24 @@ class TwoViewAugment(nn.Module):
         self,
         crops: torch.Tensor,
         *,
-        keys: np.ndarray | None = None,
+        keys: np.ndarray | Sequence[np.ndarray] | None = None,
         generator: torch.Generator | None = None,
     ) -> torch.Tensor:
         """Augment the crops of both views.
 
         Args:
             crops: uint8 [2, n, h, w, 3], crops of view A first, on any device.
-            keys: uint64 [2, n], the random key of every view (`pipelines.order.view_keys`): the
-                same keys give the same views. Default: drawn from the generator.
-            generator: on the CPU; default: torch's.
+            keys: uint64 [2, n], or one [n] per view, the random key of every view (a loader's
+                `batch.request.keys`; `pipelines.order.view_keys`): the same keys give the same
+                views. Default: drawn from the generator.
+            generator: on the CPU; default: torch's. Seed each rank differently, or all draw alike.
 
         Returns:
             `dtype` [2 n, 3, h, w], view A first, channels-last, on the device of the crops.
 
         Raises:
             ValueError: another dtype or shape.
+            RuntimeError: a generator of a GPU.
         """
         expected = "[2, n, 3, h, w]" if self.channels_first else "[2, n, h, w, 3]"
         channels = 2 if self.channels_first else 4
@@ -69,8 +74,11 @@ class TwoViewAugment(nn.Module):
         if keys is None:
             high = torch.iinfo(torch.int64).max
             drawn = torch.randint(high, (2, crops.shape[1]), generator=generator)
-            keys = drawn.numpy().astype(np.uint64)
+            keys = drawn.numpy()
+        keys = np.asarray(keys, np.uint64)
         if keys.shape != crops.shape[:2]:
             raise ValueError(f"keys must be uint64 {list(crops.shape[:2])}, got {list(keys.shape)}")
         parameters = augment.draw_views(self.branches, keys)
-        return augmentation_on(crops.device)(crops.flatten(0, 1), parameters, dtype=self.dtype)
+        apply = augmentation_on(crops.device)
+        with torch.cuda.device_of(crops):
+            return apply(crops.flatten(0, 1), parameters, dtype=self.dtype)

@@ -69,8 +69,9 @@ INTERNAL = {
     "num_samples must not be negative, got …",
     "crops must be uint8 …, got … …; see channels_first for the other memory layout",
     "keys must be uint64 …, got …",
-    "fused LARS needs float32 parameters, gradients and momentum buffers",
-    "fused LARS needs momentum buffers with the strides of their parameters",
+    "fused LARS needs float32 parameters and gradients",
+    "loader … is not one of …",
+    "this process is one of several ranks; start bt-fast pretrain instead",
 }
 
 

@@ -1,7 +1,7 @@
 """Building the loader of a name: its sampler and its backend."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
@@ -14,6 +14,8 @@ from pipelines.loading.loader import CropBackend, Loader, Sampler
 from pipelines.loading.native import NativeBackend
 from pipelines.loading.process import DecodeProcess
 from pipelines.webdataset.reader import ShardReader
+
+LOADERS = get_args(LoaderName)
 
 
 def open_loader(
@@ -31,10 +33,27 @@ def open_loader(
     prefetch: int = 3,
     cache_bytes: int = 0,
 ) -> Loader:
-    """The loader of that name; "auto" is native. Arguments are `Sampler`'s and `NativeBackend`'s.
+    """Open a loader of two random crops per image.
 
-    Raises ValueError if the loader is not installed or cannot read the data, with the way out.
+    Args:
+        name: "native" or "auto" (the same), "dali" or "ffcv".
+        dataset: of `open_data`.
+        crop: the size of the crops, and their range of areas.
+        batch_size: images in the global batch, divided equally among the ranks.
+        device: where the crops are wanted.
+        seed: order, boxes and keys are functions of it, the epoch and the image.
+        rank: this process's part of every batch, of `world_size`.
+        sizes: sides of the crops by epoch, pixels; default: crop.size in all.
+        num_threads: that decode.
+        prefetch: batches that are made ahead.
+        cache_bytes: of memory for decoded images; native only.
+
+    Raises:
+        ValueError: another name, a loader that is not installed or cannot read the data, fewer
+            images than a batch, or a batch that the ranks cannot divide equally.
     """
+    if name not in LOADERS:
+        raise ValueError(f"loader {name!r} is not one of {', '.join(LOADERS)}")
     threads: dict[str, Any] = {"num_threads": num_threads, "prefetch": prefetch}
     if cache_bytes and name in ("dali", "ffcv"):
         raise ValueError(f"--cache-gb needs --loader native: {name} keeps no decoded images")

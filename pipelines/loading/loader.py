@@ -8,7 +8,7 @@ may.
 
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -38,12 +38,20 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """A request and its crops."""
+    """A request and its crops.
+
+    request: its `samples`, int64 [n], are indices in the data set (`dataset.labels[samples]` are
+        the classes), its `keys`, uint64 [n] per view, those of the augmentation.
+    views: uint8 [2, n, size, size, 3], view A first, on the CPU or the training device. The
+        consumer may keep it: no backend reuses the memory.
+    """
 
     request: Request
-    # uint8 [2, n, size, size, 3], view A first, on the CPU or the training device. The consumer may
-    # keep it: no backend reuses the memory.
     views: torch.Tensor
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "Batch":
+        """The batch with its crops on a device; Lightning calls it."""
+        return replace(self, views=self.views.to(device, non_blocking=non_blocking))
 
 
 class CropBackend(Protocol):
@@ -115,7 +123,12 @@ class Sampler:
 
 
 class Loader:
-    """Batches of a sampler, made by a backend; iterating gives those of `epoch`, which advances."""
+    """This rank's batches: iterating gives the `Batch`es of one epoch, `len` is their number.
+    The sampler chooses their images and boxes, the backend makes their pixels (`open_loader`).
+
+    `epoch` is the number of the next one; set it to continue elsewhere. On a GPU one iterator is
+    used at a time: its decoding process serves it alone.
+    """
 
     def __init__(self, sampler: Sampler, backend: CropBackend) -> None:
         self.sampler, self.backend = sampler, backend

@@ -1,6 +1,8 @@
 """bt-fast as a library: what `bt_fast` exports, and the examples of docs/library.md."""
 
 import copy
+import dataclasses
+import inspect
 import re
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +17,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import bt_fast
+from bt_fast.config import load_config
 from pipelines import augment
 from pipelines.order import view_keys
 
@@ -23,10 +26,18 @@ TINY = {"recipe": "demo", "size": 32, "batch_size": 16, "projector": (32, 16), "
 TINY |= {"device": "cpu", "workers": 1, "probe_every": 0, "max_steps": 2}
 
 
-def test_everything_exported_is_documented():
-    for name in bt_fast.__all__:
-        exported = getattr(bt_fast, name)
-        assert isinstance(exported, (str, bt_fast.Branch)) or exported.__doc__, name
+@pytest.mark.parametrize("name", sorted(set(bt_fast.__all__) - {"__version__"}))
+def test_everything_exported_is_documented(name):
+    """Every argument of a function or class is in its docstring, or a field with a comment."""
+    exported = getattr(bt_fast, name)
+    if isinstance(exported, bt_fast.Branch):
+        return
+    assert not exported.__doc__.startswith(f"{name}("), "dataclass's own"
+    if dataclasses.is_dataclass(exported):
+        return
+    described = f"{exported.__doc__} {getattr(exported.__init__, '__doc__', '')}"
+    for argument in inspect.signature(exported).parameters:
+        assert re.search(rf"\b{argument}\b", described), argument
 
 
 def examples() -> list[str]:
@@ -37,16 +48,22 @@ def test_the_examples_of_the_documentation_run(tmp_path, monkeypatch):
     (tmp_path / "demo").mkdir()
     write_beton(tmp_path / "demo" / "out.beton", 160)
     monkeypatch.chdir(tmp_path)
-    whole_run, plain_loop, lightning, _, loader = examples()
+    whole_run, plain_loop, *_, loader = examples()
     exec(whole_run, {})
     names: dict = {}
     exec(plain_loop, names)
     assert torch.isfinite(names["loss"])
-    found: dict = {}
-    exec(loader, found)
-    views = bt_fast.TwoViewAugment()(found["crops"], keys=np.stack(found["keys"]))
-    assert views.shape == (256, 3, 48, 48)
+    exec(loader, names)
+    assert names["views"].shape == (256, 3, 48, 48)
+    assert names["batch"].to("meta").views.is_meta  # as Lightning moves a batch
+
+
+def test_the_example_of_lightning_runs(tmp_path, monkeypatch):
     pytest.importorskip("lightning", reason="lightning is not installed")
+    monkeypatch.chdir(tmp_path)
+    _, plain_loop, lightning, *_ = examples()
+    names: dict = {}
+    exec(plain_loop, names)
     exec(lightning, names)
 
 
@@ -63,6 +80,29 @@ def test_two_runs_in_one_process_and_one_in_a_thread(small_beton, tmp_path):
         bt_fast.pretrain(resume=runs[2].path, seed=9)
     longer = bt_fast.pretrain(resume=str(runs[2].path), max_steps=3)
     assert [record["step"] for record in longer.metrics] == [1, 2, 3]
+    config = dataclasses.replace(bt_fast.Config(**(TINY | {"max_steps": 4})), data=small_beton)
+    with pytest.raises(ValueError, match="cannot change when a run is resumed"):
+        bt_fast.pretrain(config, resume=runs[2].path)
+
+
+def test_a_run_from_python_is_configured_as_by_flags(small_beton, tmp_path, monkeypatch):
+    run = bt_fast.pretrain(**TINY, data=small_beton, run_dir=tmp_path / "run", ablation="imax")
+    config = load_config(run.path, "RUN")
+    assert (config.ablation, config.objective, config.lambd) == ("imax", "imax", 1.0)
+    again = bt_fast.pretrain(
+        dataclasses.replace(config, run_dir=None), resume=run.path, max_steps=3
+    )
+    assert again.metrics[-1]["step"] == 3
+    with pytest.raises(ValueError, match="--extend 9 continues a run"):
+        bt_fast.pretrain(**TINY, data=small_beton, extend=9)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="does not exist"):
+        bt_fast.pretrain(**TINY, data="nowhere.beton")
+    assert not list(tmp_path.glob("runs/*"))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(ValueError, match="rank"):
+        bt_fast.pretrain(**TINY, data=small_beton)
 
 
 def test_two_view_augment_is_the_definition():
@@ -107,29 +147,39 @@ def test_lars_takes_a_closure_and_restores_its_state():
         return optimizer.step(closure)
 
     optimizer = bt_fast.LARS(model.parameters(), lr=0.1)
+    steps = []
+    optimizer.register_step_post_hook(lambda *_: steps.append(1))
     before = model(x).square().sum()
     assert torch.equal(step(optimizer, model), before)
+    assert steps == [1]
     twin = copy.deepcopy(model)
     restored = bt_fast.LARS(twin.parameters(), lr=9.0)
     restored.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     step(optimizer, model), step(restored, twin)
     assert all(map(torch.equal, model.parameters(), twin.parameters()))
+    copied_model, copied = copy.deepcopy((model, optimizer))
+    step(optimizer, model), step(copied, copied_model)
+    assert all(map(torch.equal, model.parameters(), copied_model.parameters()))
 
 
-def gradient_under_ddp(world, warned: bool) -> dict[str, torch.Tensor]:
+def gradient_under_ddp(world, warned: bool, layers: int = 1) -> dict[str, torch.Tensor]:
     torch.manual_seed(0)
-    model = nn.Linear(5, 4, bias=False).double()
+    both: dict = {}
+    exec(next(example for example in examples() if "class TwoViews" in example), both)
+    model = nn.Sequential(nn.Linear(5, 4, bias=False), nn.BatchNorm1d(4))[:layers].double()
     views = torch.randn(2, 8, 5, generator=torch.Generator().manual_seed(1)).double()
     local = views if world.group is None else views.chunk(world.size, 1)[world.rank]
-    parallel = model if world.group is None else DistributedDataParallel(model)
-    z_a, z_b = parallel(local.flatten(0, 1)).chunk(2)
+    parallel = both["TwoViews"](model)
+    if world.group is not None:
+        parallel = DistributedDataParallel(parallel)
+    z_a, z_b = parallel(*local)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         bt_fast.barlow_twins_loss(z_a, z_b)
     assert any("of this rank's batch alone" in str(w.message) for w in caught) == warned
     loss = bt_fast.barlow_twins_loss(z_a, z_b, group=world.group, ddp=world.group is not None)
     loss.backward()
-    return {"loss": loss.detach(), "gradient": model.weight.grad}
+    return {"loss": loss.detach(), "gradient": model[0].weight.grad}
 
 
 def test_under_ddp_the_gradient_is_that_of_one_process():
@@ -137,3 +187,6 @@ def test_under_ddp_the_gradient_is_that_of_one_process():
     for found in run_ranks(2, gradient_under_ddp, True):
         assert torch.allclose(found["loss"], alone["loss"], rtol=1e-12)
         assert torch.allclose(found["gradient"], alone["gradient"], rtol=1e-10)
+    # Batch norm's buffers, which DDP broadcasts in every forward pass, are no obstacle.
+    first, second = run_ranks(2, gradient_under_ddp, True, 2)
+    assert torch.equal(first["gradient"], second["gradient"])
