@@ -1,22 +1,24 @@
 """Report of a profile: tables, advice, figure and JSON."""
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import rich.table
 from rich.console import Console
-from rich.table import Table
 
 from bt_fast.build import TrainingSetup
 from bt_fast.models.batch_norm import choose_norm
 from bt_fast.plan import step_costs
 from bt_fast.run.directory import environment
 from tools.breakdown import Breakdown, Work
-from tools.results import write_json
+from tools.results import as_text, write_json
 from tools.stages import Together
 from tools.timing import Ceilings, Stage
 
+Row = tuple[str | float, ...]
+Table = tuple[str, Sequence[str], list[Row]]  # title, columns, rows
 STAGES = ("read", "decode", "crop", "loader")
 STAGES += ("copy", "augment", "forward", "backward", "loss", "optimizer")
 REMEDIES = {
@@ -120,65 +122,62 @@ class Report:
             norm_ranks=config.bn_group,
         )
 
-    def print(self, console: Console) -> None:
+    def tables(self) -> Iterator[Table]:
+        """Tables of the measurements so far."""
         stages = [self.stages[name] for name in STAGES if name in self.stages]
         stages += [Stage(name="step, views on device", seconds=self.step_without_data)]
         stages += [Stage(name="step, with loader", seconds=self.step)]
-        _print(
-            console,
-            f"one step: {self.title}, peak memory {self.memory / 2**30:.2f} GiB",
-            ("stage", "images/s alone", "ms", "% of the step", "achieved"),
-            [
-                (s.name, self.rate(s.seconds), 1e3 * s.seconds, 100 * s.seconds / self.step)
-                + (self.achieved(s),)
-                for s in stages
-            ],
-        )
-        breakdowns = [("", self.breakdown)]
-        if self.together is not None:
+        rows: list[Row] = [
+            (s.name, self.rate(s.seconds), 1e3 * s.seconds)
+            + (100 * s.seconds / self.step if self.step else "", self.achieved(s))
+            for s in stages
+            if s.seconds
+        ]
+        title = f"one step: {self.title}, peak memory {self.memory / 2**30:.2f} GiB"
+        yield title, ("stage", "images/s alone", "ms", "% of the step", "achieved"), rows
+        if (peak := self.ceilings) is not None:
+            rows = [("matrix product, TFLOP/s", peak.flops / 1e12)]
+            rows += [("memory, GB/s", peak.memory / 1e9), ("link, GB/s", peak.link / 1e9)]
+            yield "peak rates of the device", ("", "measured"), rows
+        if self.breakdown:
+            yield from self._breakdown_tables(self.breakdown)
+        if self.together and self.together.breakdown:
             ranks = f", one of {self.together.world_size} ranks"
-            breakdowns.append((ranks, self.together.breakdown))
-        for ranks, found in breakdowns:
-            if found is None:
-                console.print("no breakdown: the profiler recorded no kernels (is it permitted?)")
-                continue
-            _print(
-                console,
-                f"step without loader by class of work: {1e3 * found.step:.2f} ms{ranks}",
-                ("class", "ms", "ms alone", "% of the step", "launches", "achieved"),
-                [
-                    (name, 1e3 * p.seconds, 1e3 * p.alone, 100 * p.seconds / found.step)
-                    + (p.launches, self.achieved(p))
-                    for name, p in found.parts.items()
-                ],
-            )
-            longest = [
-                (k["name"][:70], k["ms"], k["launches"], 100 * k["share"])
-                for k in found.kernels["longest"][:10]
-            ]
-            _print(console, "longest kernels", ("name", "ms", "launches", "% of all"), longest)
+            yield from self._breakdown_tables(self.together.breakdown, ranks)
         for name, seconds_of in self.rivals.items():
-            compared = [
+            rows = [
                 (stage.replace("views", "loader and augmentation"), self.rate(seconds))
                 + (self.rate(self.ours(stage)), seconds / self.ours(stage))
                 for stage, seconds in seconds_of.items()
             ]
             columns = ("stage", f"{name}, images/s", "bt-fast, images/s", "ratio")
-            _print(console, f"comparison with {name} in this process", columns, compared)
+            yield f"comparison with {name} in this process", columns, rows
         if self.prediction is not None:
-            self._print_prediction(console, self.prediction)
-        for index, line in enumerate(self.advice()):
-            text = f"{'also' if index else 'verdict'}: {line}"
-            console.print(text, style="bold", markup=False, highlight=False)
+            yield from self._prediction_tables(self.prediction)
 
-    def _print_prediction(self, console: Console, found: step_costs.Prediction) -> None:
+    def _breakdown_tables(self, found: Breakdown, ranks: str = "") -> Iterator[Table]:
+        rows: list[Row] = [
+            (name, 1e3 * p.seconds, 1e3 * p.alone, 100 * p.seconds / found.step)
+            + (p.launches, self.achieved(p))
+            for name, p in found.parts.items()
+        ]
+        columns = ("class", "ms", "ms alone", "% of the step", "launches", "achieved")
+        title = f"step without loader by class of work: {1e3 * found.step:.2f} ms{ranks}"
+        yield title, columns, rows
+        rows = [
+            (f"`{k['name'][:90]}`", k["ms"], k["launches"], 100 * k["share"])
+            for k in found.kernels["longest"]
+        ]
+        yield f"longest kernels{ranks}", ("name", "ms", "launches", "% of all"), rows
+
+    def _prediction_tables(self, found: step_costs.Prediction) -> Iterator[Table]:
         parts = found.seconds | {"step": found.step, "hidden under backward": found.hidden}
         title = (
             f"predicted: {found.world_size} ranks of this batch: {found.images_per_s:,.0f}"
             f" images/s, {found.efficiency:.0%} of single devices; MB sent per rank: gradients"
             f" {found.gradient_bytes / 1e6:,.0f}, embeddings {found.embedding_bytes / 1e6:,.0f}"
         )
-        _print(console, title, ("part", "ms"), [(name, 1e3 * s) for name, s in parts.items()])
+        yield title, ("part", "ms"), [(name, 1e3 * s) for name, s in parts.items()]
         if (measured := self.together) is None:
             return
         communication = measured.breakdown and measured.breakdown.parts.get("communication")
@@ -193,7 +192,23 @@ class Report:
             f"{measured.world_size} ranks, each with this batch, views on device;"
             f" one rank alone: {1e3 * measured.alone:.2f} ms"
         )
-        _print(console, title, ("", "measured", "predicted"), rows)
+        yield title, ("", "measured", "predicted"), rows
+
+    def print(self, console: Console) -> None:
+        for title, columns, rows in self.tables():
+            table = rich.table.Table(title=title, title_justify="left")
+            for name in columns:
+                is_text = name in (columns[0], "achieved")
+                table.add_column(name, justify="left" if is_text else "right")
+            for row in rows:
+                table.add_row(*map(as_text, row))
+            console.print(table)
+        breakdowns = [self.breakdown] + ([self.together.breakdown] if self.together else [])
+        if None in breakdowns:
+            console.print("no breakdown: the profiler recorded no kernels (is it permitted?)")
+        for index, line in enumerate(self.advice()):
+            text = f"{'also' if index else 'verdict'}: {line}"
+            console.print(text, style="bold", markup=False, highlight=False)
 
     def ours(self, stage: str) -> float:
         """Seconds of a stage, by the names of `rivals`."""
@@ -228,6 +243,7 @@ class Report:
                 "rivals_s": self.rivals,
                 "prediction": plain(self.prediction),
                 "ranks": plain(self.together),
+                "tables": list(self.tables()),
                 "verdict": switches[0] if switches else None,
                 "switches": switches,
             },
@@ -252,16 +268,3 @@ class Report:
         axis.margins(x=0.12)
         axis.set_title(self.title, fontsize=8)
         figure.savefig(path, dpi=110)
-
-
-def _print(
-    console: Console, title: str, columns: Sequence[str], rows: Iterable[Sequence[str | float]]
-) -> None:
-    table = Table(title=title, title_justify="left")
-    for name in columns:
-        is_text = name in (columns[0], "achieved")
-        table.add_column(name, justify="left" if is_text else "right")
-    for row in rows:
-        texts = [v if isinstance(v, str) else f"{v:,.0f}" if v >= 1000 else f"{v:.3g}" for v in row]
-        table.add_row(*texts)
-    console.print(table)

@@ -34,3 +34,10 @@ def write_json(path: Path, values: dict) -> None:
     """Write a JSON file atomically."""
     with atomic_file(path, overwrite=True) as file:
         file.write(json.dumps(values, indent=1, default=str).encode() + b"\n")
+
+
+def as_text(value: object) -> str:
+    """A value in a table: four digits of a float."""
+    if not isinstance(value, float):
+        return str(value)
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"

@@ -4,13 +4,14 @@ import os
 import platform
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from tools.results import as_text
+
 # By part of the GPU's name: views/s of ResNet-50 in MLPerf Training v4.0, and two targets.
 CARDS = {"H200": (7_960, 5_000, 7_200), "H100": (7_160, 4_500, 6_450)}
-Tables = dict[str, dict[str, dict]]  # {title: {row: {column: value}}}
 
 
 def facts(root: Path) -> dict[str, str]:
@@ -53,27 +54,27 @@ def markdown(results: dict) -> str:
         quantity: {"target": target, "measured": measured}
         for quantity, target, measured in _targets(found, results["facts"]["device"])
     }
-    lines += _table("Parts", parts) + _table("Targets", targets)
-    for name, tables in found.items():
-        for title, rows in (profile_tables(tables) if name == "step" else tables).items():
-            lines += _tests(name, rows) if title == "tests" else _table(title, rows)
+    lines += _results("Parts", parts) + _results("Targets", targets)
+    for name, result in found.items():
+        if name == "step":  # a profile
+            lines += [line for table in result.get("tables", ()) for line in _table(*table)]
+        else:
+            for title, rows in result.items():
+                lines += _tests(name, rows) if title == "tests" else _results(title, rows)
     return "\n".join(lines)
 
 
-def _table(title: str, rows: dict[str, dict]) -> list[str]:
+def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence]) -> list[str]:
+    lines = [f"| {' | '.join(map(as_text, row))} |" for row in rows]
+    head = [f"## {title}", "", f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    return [*head, *lines, ""] if rows else []
+
+
+def _results(title: str, rows: dict[str, dict]) -> list[str]:
     """A row per entry, a column per quantity."""
     columns = list(dict.fromkeys(column for row in rows.values() for column in row))
-    lines = [f"## {title}", "", f"| | {' | '.join(columns)} |", "|---" * (1 + len(columns)) + "|"]
-    for name, row in rows.items():
-        values = [_text(row.get(column, "")) for column in columns]
-        lines.append(f"| {name} | {' | '.join(values)} |")
-    return [*lines, ""] if rows else []
-
-
-def _text(value) -> str:
-    if not isinstance(value, float):
-        return str(value)
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+    values = [[name, *(row.get(column, "") for column in columns)] for name, row in rows.items()]
+    return _table(title, ["", *columns], values)
 
 
 def _tests(part: str, tests: dict[str, dict]) -> list[str]:
@@ -81,40 +82,6 @@ def _tests(part: str, tests: dict[str, dict]) -> list[str]:
     counts = ", ".join(f"{outcomes.count(o)} {o}" for o in sorted(set(outcomes)))
     failed = [f"- `{name}`: `{test['error']}`" for name, test in tests.items() if "error" in test]
     return [f"Tests, `{part}`: {counts}.", "", *failed, ""]
-
-
-def profile_tables(profile: dict) -> Tables:
-    """The tables of a `profile.json` that may be incomplete."""
-    if not profile:
-        return {}
-    n, ceilings = profile["config"]["batch_size"], profile["ceilings"] or {}
-    seconds = {name: stage["seconds"] for name, stage in profile["stages"].items()}
-    seconds |= {
-        "step, views on device": profile["step_without_data_s"],
-        "step, from JPEGs": profile["step_s"],
-    }
-    stages = {name: {"ms": 1e3 * s, "images/s": n / s} for name, s in seconds.items() if s}
-    tables: Tables = {f"The step: {profile['title']}": stages}
-    tables["Peak rates of the device"] = {
-        name: {"measured": ceilings[name]} for name in ("flops", "memory", "link") if ceilings
-    }
-    if breakdown := profile["breakdown"]:
-        tables["The step by class of work"] = {
-            name: {
-                "ms": 1e3 * part["seconds"],
-                "ms alone": 1e3 * part["alone"],
-                "launches": round(part["launches"]),
-                "of the peak": (part["flop"] or part["bytes"])
-                / max(part["seconds"], 1e-9)
-                / ceilings.get(part["ceiling"], float("inf")),
-            }
-            for name, part in breakdown["parts"].items()
-        }
-        tables["Longest kernels of a step"] = {
-            f"`{kernel['name'][:100]}`": {"ms": kernel["ms"], "launches": round(kernel["launches"])}
-            for kernel in breakdown["kernels"]["longest"]
-        }
-    return tables
 
 
 def _targets(found: dict[str, dict], device: str) -> Iterator[tuple[str, str, str]]:

@@ -42,8 +42,8 @@ def test_the_full_set_runs_to_its_end_at_toy_sizes(small_beton, tmp_path):
     assert status.pop("correctness") == "left out: no GPU"
     assert set(status.values()) == {"ok"}
     report = (out / "performance.md").read_text()
-    rows = ["backward", "step, from JPEGs", "augmentation", "plain loop", "1 threads", "eval knn"]
-    rows += ["--norm=compiled --compile=off"]
+    rows = ["backward", "step, with loader", "convolutions", "augmentation", "plain loop"]
+    rows += ["1 threads", "eval knn", "--norm=compiled --compile=off"]
     rows += ["stem, pool: norm_pool_backward"] * INTERPRETS
     for row in rows:
         assert f"| {row} | " in report
