@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 
 from bt_fast.cli import run_command
+from bt_fast.doctor.hardware import free_memory
 from bt_fast.loss import barlow_twins_loss
 from bt_fast.runtime import apply_switches
 from pipelines.common.flags import parse_flags
@@ -45,7 +46,7 @@ def measure(n: int, d: int, method: str, budget: float) -> dict[str, float | str
     """Measure one case, on the GPU if there is one."""
     on_gpu = torch.cuda.is_available()
     device = torch.device("cuda" if on_gpu else "cpu")
-    free = torch.cuda.mem_get_info()[0] if on_gpu else available_memory()
+    free = torch.cuda.mem_get_info()[0] if on_gpu else free_memory()
     needed = 4.5 * 4 * d * d if method == "dense" else 0  # C, its square, its gradient, ...
     if needed > free:
         return {"error": f"needs about {needed / 1e9:.0f} GB"}
@@ -62,11 +63,6 @@ def measure(n: int, d: int, method: str, budget: float) -> dict[str, float | str
 
     seconds, _ = seconds_per_call(step, device, budget)
     return {"ms": 1e3 * seconds, "peak GB": (peak_memory(device) - before) / 1e9}
-
-
-def available_memory() -> int:
-    lines = Path("/proc/meminfo").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable")) * 1024
 
 
 def in_new_process(case: Callable[[], dict]) -> dict:

@@ -1,43 +1,41 @@
 """Report of `gpu_suite.py` as Markdown: targets, outcomes of tests, and the tables of all parts."""
 
 import os
-import platform
 import subprocess
-import time
 from collections.abc import Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+import torch
+
+from bt_fast.run.directory import environment
+from bt_fast.runtime import choose_runtime
 from tools.results import as_text
 
 # By part of the GPU's name: views/s of ResNet-50 in MLPerf Training v4.0, and two targets.
 CARDS = {"H200": (7_960, 5_000, 7_200), "H100": (7_160, 4_500, 6_450)}
 
 
-def facts(root: Path) -> dict[str, str]:
+def facts(root: Path) -> dict[str, object]:
     """Versions, commit and hardware."""
-    import torch
-
-    def installed(package: str) -> str:
-        try:
-            return version(package)
-        except PackageNotFoundError:
-            return "-"
-
+    found = environment(choose_runtime("auto", "auto", "auto"))
+    on_gpu = torch.cuda.is_available()
+    if not on_gpu:
+        found["device"] += " (no GPU: toy sizes, no figures)"
     try:
         command = ["git", "describe", "--always", "--dirty"]
         described = subprocess.run(command, cwd=root, capture_output=True, text=True).stdout
     except OSError:  # a machine without git
         described = ""
-    on_gpu = torch.cuda.is_available()
-    return {
-        "date": time.strftime("%Y-%m-%d"),
+    try:
+        triton = version("triton")
+    except PackageNotFoundError:
+        triton = "-"
+    return found | {
         # The variable is for a copy without .git.
         "commit": described.strip() or os.environ.get("BT_FAST_COMMIT", "unknown"),
-        "device": torch.cuda.get_device_name() if on_gpu else "no GPU: toy sizes, no figures",
-        **{package: installed(package) for package in ("torch", "torchvision", "triton")},
+        "triton": triton,
         "cuDNN": str(torch.backends.cudnn.version()) if on_gpu else "-",
-        "python": platform.python_version(),
     }
 
 
