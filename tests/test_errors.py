@@ -2,9 +2,6 @@
 
 import ast
 import dataclasses
-import fcntl
-import hashlib
-import json
 import os
 import re
 import shlex
@@ -16,16 +13,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from conftest import drawn_picture, jpeg_bytes, write_beton
 from hostile import make_folder
 from PIL import Image
-from safetensors.torch import save
 
 from bt_fast import cli
 from bt_fast.distributed.collectives import World
 from pipelines.beton import BetonReader
-from pipelines.common.atomic import work_folder
 from pipelines.convert import command
 from pipelines.convert.workers import prepare_all
 
@@ -136,7 +130,7 @@ def run_case(case: Case, box: Sandbox, capsys) -> None:
     """Run the command in this process; its stderr must equal the message of the list."""
     message = case.message()
     box.monkeypatch.chdir(box.path)
-    kept = case.prepare(box)
+    case.prepare(box)
     program, *arguments = shlex.split(case.command.format(data=box.data, run=box.run))
     try:
         if program == "bt-convert":
@@ -146,7 +140,6 @@ def run_case(case: Case, box: Sandbox, capsys) -> None:
     except SystemExit as stop:
         status = stop.code
     error = capsys.readouterr().err
-    del kept  # keeps the result of `prepare`, such as a lock, until here
     assert status == case.status, error
     lines = error.splitlines()
     if message.startswith(_LISTED):
@@ -188,38 +181,6 @@ def without(module: str):
 def no_gpu(box: Sandbox) -> None:
     box.patch("torch.cuda.is_available", lambda: False)
     box.patch("torch.cuda.device_count", lambda: 0)
-
-
-def forged_checkpoint(box: Sandbox) -> None:
-    """Another optimizer.safetensors, with hashes that fit."""
-    content = save({"x": torch.zeros(1)})
-    newest = max((box.copy_run() / "checkpoints").iterdir())
-    box.write(str(newest / "optimizer.safetensors"), content)
-    state = json.loads((newest / "state.json").read_text())
-    digest = hashlib.sha256(content).hexdigest()
-    state["files"]["optimizer.safetensors"] = {"size": len(content), "sha256": digest}
-    del state["sha256"]
-    state["sha256"] = hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
-    box.write(str(newest / "state.json"), json.dumps(state))
-
-
-def locked_run(box: Sandbox):
-    file = open(box.copy_run() / ".lock", "w")  # noqa: SIM115  held until the case is done
-    fcntl.flock(file, fcntl.LOCK_EX)
-    return file
-
-
-def locked_output(box: Sandbox):
-    box.images()
-    folder = work_folder(box.path / "x.beton.partial")
-    folder.__enter__()
-    return folder
-
-
-def not_finite(box: Sandbox) -> None:
-    box.patch("bt_fast.train.MAX_SKIPPED", 1)
-    inject = "bt_fast.distributed.fault_injection.inject"
-    box.patch(inject, lambda views, step, world: (view * torch.nan for view in views))
 
 
 def damaged_image(box: Sandbox) -> None:
@@ -278,15 +239,7 @@ CASES = [
     Case("…; see … --help", "pretrain --epoch 3"),
     Case("--… must be finite, below", PRETRAIN + " --lr-weights 1e300"),
     Case("--deterministic excludes", PRETRAIN + " --deterministic --compile max-autotune"),
-    Case("--encoder is one of", PRETRAIN + " --encoder timm"),
-    Case("--small-images is the stem", PRETRAIN + " --small-images --encoder timm/resnet18"),
-    Case("--encoder …: … has no such model", PRETRAIN + " --encoder timm/resnet"),
-    Case(
-        "--encoder … does not take images",
-        PRETRAIN + " --size 32 --encoder torchvision/inception_v3",
-    ),
     Case("--encoder …/... needs", PRETRAIN + " --encoder timm/x", without("timm")),
-    Case("--drop-path: --encoder …", PRETRAIN + " --drop-path 0.1"),
     Case("--data … does not exist; pass its path", PRETRAIN + " --data nowhere.beton"),
     Case("not enough memory", PRETRAIN + " --size 200000"),
     Case(
@@ -303,9 +256,6 @@ CASES = [
         lambda box: (box.copy_run(), box.write("run/config.json", "{")),
     ),
     Case("… cannot change when a run is resumed", "pretrain --resume {run} --epochs 9"),
-    Case("… belongs to another model", RESUME, forged_checkpoint),
-    Case("… is in use by …", RESUME, locked_run),
-    Case("the loss or its gradients were", PRETRAIN, not_finite),
     Case("image … is not what was converted", PRETRAIN + " --data x.beton", damaged_image),
     Case("…: too short", PRETRAIN + " --data x.beton", writes("x.beton")),
     Case(
@@ -318,11 +268,6 @@ CASES = [
     Case("rank … failed: …", PRETRAIN, failing_rank, status=1),
     Case("--slurm …: …", PRETRAIN + " --slurm fast --gpus 2", refusing_sbatch),
     # bt-fast eval, export and doctor
-    Case(
-        "… holds no ResNet",
-        "eval knn w.pth",
-        lambda box: torch.save({"a": torch.zeros(3)}, "w.pth"),
-    ),
     Case(
         "… has other classes than …",
         KNN + " --data {data} --val-data x.beton",
@@ -339,7 +284,6 @@ CASES = [
         "bt-convert images x.beton",
         lambda box: (box.images(), box.write("x.beton")),
     ),
-    Case("OUT … is being written by", "bt-convert images x.beton", locked_output),
     Case("… has become shorter", "bt-convert x.tar x.beton", archive_cut_while_converted),
     Case(
         "OUT … has no …",
@@ -349,7 +293,6 @@ CASES = [
     Case("… broken (listed above)", "bt-convert images x.beton --max-side 0", wide_image, 1),
     Case("Broken: …: … pixels long", "bt-convert images x.beton --max-side 0", wide_image, 1),
     Case("Damaged: …: image", "bt-convert --verify x.beton", damaged_image, 1),
-    Case("… is not a complete tar", "bt-convert x.tar x.beton", writes("x.tar", b"garbage" * 99)),
     Case("… does not contain the classes", f"bt-convert {VAL} x.beton", ilsvrc_without_labels),
     Case("…, line …: … where line", "bt-convert x.txt x.beton", writes("x.txt", "a.jpg 1\nb.jpg")),
     Case(
