@@ -11,7 +11,7 @@ OLDEST_READY := .venv-oldest/.ready
 # What depends on torch and triton and on no optional package.
 OLDEST_TESTS := tests/bt_fast $(wildcard tests/pipelines/augment/*.py) \
 	$(addprefix tests/pipelines/convert/test_,parts.py) $(addprefix tests/tools/test_, \
-	launches.py kernel_report.py profile.py gpu_suite.py compiled_traffic.py breakdown.py)
+	kernel_report.py profile.py gpu_suite.py compiled_traffic.py breakdown.py)
 
 .PHONY: help demo test test-slow test-all test-oldest test-portable test-wheel lint coverage bench docs dist clean
 
