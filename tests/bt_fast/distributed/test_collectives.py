@@ -2,12 +2,12 @@
 
 import resource
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
 from conftest import write_photo_beton
 from ranks import TINY, Traffic, embeddings, run_ranks
+from tiny_runs import same
 
 from bt_fast import loss, train
 from bt_fast.build import average_statistics, build
@@ -174,39 +174,44 @@ def apart(ours: torch.Tensor, wanted: torch.Tensor) -> float:
     return ((ours - wanted).norm() / wanted.norm().clamp(min=1e-2 * wanted.numel() ** 0.5)).item()
 
 
+def require_equal(ours: dict, wanted: dict, **tolerances: float) -> None:
+    """Parts of two `updates` are equal within a tolerance for each."""
+    for part, tolerance in tolerances.items():
+        if part == "terms":
+            assert ours[part] == pytest.approx(wanted[part], rel=tolerance)
+        else:
+            for name, value in wanted[part].items():
+                assert apart(ours[part][name], value) < tolerance, (part, name)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("size,dtype", [(2, torch.float32), (4, torch.float32), (2, torch.float64)])
-def test_ten_updates_are_the_same_on_any_number_of_ranks(tmp_path, size, dtype):
+@pytest.mark.parametrize(
+    "size,dtype,backend",
+    [
+        (2, torch.float32, ""),
+        (4, torch.float32, ""),
+        (2, torch.float64, ""),
+        (2, torch.float64, "aot_eager"),
+    ],
+)
+def test_ten_updates_are_the_same_on_any_number_of_ranks(tmp_path, size, dtype, backend):
     """In float32, a run's first ten steps; in float64, ten at the full learning rate.
 
     Float32 alone would not tell: one ReLU that rounding turns from off to on changes gradients by
     half a percent, in one process as well. That happens to one seed in five here (0, not 1).
+
+    With a backend, ranks are compiled, the default on GPUs: collectives, batch statistics and DDP
+    seen by the compiler, which here only traces them. (Translating takes minutes; `test_update.py`
+    has that for one process.)
     """
-    require_equal_updates(tmp_path, size, dtype, dtype == torch.float64)
-
-
-@pytest.mark.slow
-def test_compiled_ranks_update_as_one_process_does(tmp_path):
-    """The default on GPUs: collectives, batch statistics and DDP seen by the compiler, which here
-    only traces them. (Translating takes minutes; `test_update.py` has that for one process.)"""
-    require_equal_updates(tmp_path, 2, torch.float64, True, "aot_eager")
-
-
-def require_equal_updates(
-    folder: Path, size: int, dtype: torch.dtype, at_full_rate: bool, *backend: str
-) -> None:
-    """`updates` of ranks, compiled if there is a backend, equal those of one process."""
-    arguments = str(write_photo_beton(folder / "data.beton", 160)), dtype, at_full_rate
+    is_exact = dtype == torch.float64
+    arguments = str(write_photo_beton(tmp_path / "data.beton", 160)), dtype, is_exact
     alone = updates(ALONE, *arguments)
-    ranks = run_ranks(size, updates, *arguments, *backend)
-    of_terms, of_gradients, of_state = (1e-9,) * 3 if dtype == torch.float64 else (1e-5, 1e-5, 1e-4)
+    ranks = run_ranks(size, updates, *arguments, backend)
+    of_terms, of_gradients, of_state = (1e-9,) * 3 if is_exact else (1e-5, 1e-5, 1e-4)
     for rank in ranks:
-        assert rank["terms"] == pytest.approx(alone["terms"], rel=of_terms)
-        for name, wanted in alone["gradients"].items():
-            assert apart(rank["gradients"][name], wanted) < of_gradients, name
-        for name, wanted in alone["state"].items():
-            assert apart(rank["state"][name], wanted) < of_state, name
-            assert torch.equal(rank["state"][name], ranks[0]["state"][name]), name
+        require_equal(rank, alone, terms=of_terms, gradients=of_gradients, state=of_state)
+        assert same(rank["state"], ranks[0]["state"])
 
 
 @pytest.mark.slow
@@ -218,12 +223,7 @@ def test_parts_of_a_batch_update_as_ranks_with_their_own_statistics(tmp_path, nu
     wanted = run_ranks(4, updates, *arguments, ("--bn-group=1",))[0]
     flags = (f"--accumulate={per_rank}", "--bn-group=1")
     parts = run_ranks(num_ranks, updates, *arguments, flags)[0]
-    assert parts["terms"] == pytest.approx(wanted["terms"], rel=1e-12)
-    for name, gradient in wanted["gradients"].items():
-        assert apart(parts["gradients"][name], gradient) < 1e-10, name
-    for part in ("state", "momentum"):
-        for name, value in wanted[part].items():
-            assert apart(parts[part][name], value) < 1e-9, name
+    require_equal(parts, wanted, terms=1e-12, gradients=1e-10, state=1e-9, momentum=1e-9)
     whole = updates(ALONE, *arguments)  # batch norm over the whole batch gives other numbers
     assert whole["terms"] != pytest.approx(wanted["terms"], rel=1e-6)
 
@@ -241,11 +241,7 @@ def test_an_encoder_of_timm_updates_alike_in_ranks_and_parts(tmp_path):
     )
     parts = updates(ALONE, *arguments, (*encoder, "--accumulate=2"))
     for ours, wanted in ((together, alone), (parts, apart_ranks)):
-        assert ours["terms"] == pytest.approx(wanted["terms"], rel=1e-9)
-        for name, gradient in wanted["gradients"].items():
-            assert apart(ours["gradients"][name], gradient) < 1e-9, name
-        for name, value in wanted["state"].items():
-            assert apart(ours["state"][name], value) < 1e-9, name
+        require_equal(ours, wanted, terms=1e-9, gradients=1e-9, state=1e-9)
     without = updates(ALONE, *arguments, encoder[:1])
     assert without["terms"] != pytest.approx(alone["terms"], rel=1e-6)
 
