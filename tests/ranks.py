@@ -64,14 +64,19 @@ class Traffic:
         self._patches.close()
 
 
+def free_port() -> int:
+    """A port on which nothing listens."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
 def run_ranks(size: int, function, *arguments) -> list:
     """[function(world, *arguments) of rank 0, of rank 1, ...]; results are saved tensors or plain.
 
     The function must be importable: a test module's own.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     with tempfile.TemporaryDirectory() as folder:
         torch.multiprocessing.spawn(_rank, (size, port, folder, function, arguments), size)
         return [torch.load(Path(folder) / f"{rank}.pt") for rank in range(size)]

@@ -6,9 +6,7 @@ Tests that compile take longer than all others together: -m "not compiled" leave
 """
 
 import copy
-import json
 import os
-import socket
 import subprocess
 import sys
 
@@ -25,7 +23,9 @@ from norm_forms import (
     batches_of_views,
     make_step,
 )
+from ranks import free_port
 from safetensors.torch import load_file
+from tiny_runs import learned, metrics, same
 
 from bt_fast import loss, train
 from bt_fast.build import build
@@ -302,7 +302,7 @@ def test_a_run_learns(small_beton, tmp_path, compile, norm):
     run = tmp_path / "run"
     flags += [f"--compile={compile}", f"--norm={norm}", "--run-dir", str(run)]
     assert main(["pretrain", *flags]) == 0
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    lines = metrics(run)
     steps = [line for line in lines if "loss" in line]
     losses = [line["loss"] for line in steps]
     assert sum(losses[-5:]) < sum(losses[:5])  # batches are small: single losses vary by a third
@@ -360,14 +360,6 @@ def test_no_step_waits_for_the_device(small_beton, tmp_path, monkeypatch, norm):
     assert steps == 12
 
 
-def learned(folder) -> dict[str, torch.Tensor]:
-    newest = max((folder / "checkpoints").iterdir())
-    return load_file(newest / "model.safetensors") | {
-        f"momentum {name}": value
-        for name, value in load_file(newest / "optimizer.safetensors").items()
-    }
-
-
 @pytest.mark.parametrize(
     "compile,norm",
     [
@@ -391,20 +383,15 @@ def test_a_deterministic_run_resumes_bit_for_bit(small_beton, tmp_path, compile,
     assert stopped.wait() == 0
     assert pretrain("part", "--resume", tmp_path / "part", "--max-steps=12").wait() == 0
     assert uninterrupted.wait() == 0
-    whole, part = learned(tmp_path / "whole"), learned(tmp_path / "part")
-    assert whole.keys() == part.keys()
-    assert all(torch.equal(whole[name], part[name]) for name in whole)
+    assert same(learned(tmp_path / "whole"), learned(tmp_path / "part"))
 
 
 @pytest.mark.parametrize("norm", ["compiled", "fused"])
 @pytest.mark.parametrize("compile", ["off", COMPILED[0]])
 def test_a_group_of_one_rank_trains_over_nccl(small_beton, tmp_path, compile, norm):
     """Every collective of a step, on the one GPU that is there: the run without them."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     rank = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
-    rank |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "BT_FAST_GROUP_OF_ONE": 1}
+    rank |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "BT_FAST_GROUP_OF_ONE": 1}
     command = [sys.executable, "-m", "bt_fast.cli", "pretrain", *TINY, "--data", small_beton]
     command += ["--device=cuda", "--precision=fp32", "--deterministic", "--max-steps=3"]
     command += [f"--compile={compile}", f"--norm={norm}", "--run-dir"]

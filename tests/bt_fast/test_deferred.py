@@ -1,6 +1,5 @@
 """Deferred reads of device values: nothing is lost, and nothing else changes."""
 
-import json
 from functools import partial
 
 import pytest
@@ -50,7 +49,7 @@ def test_no_checkpoint_is_newer_than_the_log(late, small_beton, tmp_path, monkey
     write = AsyncCheckpoints._write
 
     def checked(self, step, *arguments):
-        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        lines = metrics(folder)
         seen.append((step, max(line["step"] for line in lines if line["kind"] == "train")))
         return write(self, step, *arguments)
 

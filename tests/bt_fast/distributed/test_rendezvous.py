@@ -10,6 +10,7 @@ from unittest import mock
 
 import pytest
 import torch
+from ranks import free_port
 
 from bt_fast import runtime
 from bt_fast.cli import main
@@ -38,9 +39,7 @@ def environment(monkeypatch):
 @pytest.fixture
 def port() -> int:
     """A port on which nothing listens."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    return free_port()
 
 
 PAIR = "RANK=0 WORLD_SIZE=2 LOCAL_RANK=0 LOCAL_WORLD_SIZE=1"
