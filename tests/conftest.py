@@ -140,6 +140,12 @@ def with_torchs_batch_norm(model):
     return model
 
 
+def run_python(*words: object, **options) -> subprocess.CompletedProcess[str]:
+    """Run `python WORDS` to its end; options are those of subprocess.run."""
+    command = [sys.executable, *map(str, words)]
+    return subprocess.run(command, capture_output=True, text=True, **options)
+
+
 @contextlib.contextmanager
 def mounted(folder: Path, options: str):
     """A file system in memory; skips the test without permission to mount one."""

@@ -3,11 +3,10 @@
 import ast
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from conftest import run_python
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted(path for root in ("bt_fast", "pipelines") for path in (ROOT / root).rglob("*.py"))
@@ -67,8 +66,7 @@ def modules_after(statement: str) -> set[str]:
     """Top-level modules, and ours, that a fresh interpreter has imported after a statement."""
     code = f"import sys\ntry:\n    {statement}\nexcept SystemExit:\n    pass\nprint(*sys.modules)"
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-c", code]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    done = run_python("-c", code, env=environment, check=True)
     return set(done.stdout.split("\n")[-2].split())
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import torchvision
-from conftest import drawn_picture, jpeg_bytes, write_beton
+from conftest import drawn_picture, jpeg_bytes, run_python, write_beton
 from hostile import jpeg_bomb, make_folder, png_bomb, write_tar
 from sample_voc import write_devkit
 from tiny_runs import pretrain
@@ -252,8 +252,7 @@ def test_without_asserts_what_strangers_wrote_is_still_checked(labelled_run, tmp
         if command[0] == "transfer":
             command = ["eval", "transfer", str(labelled_run), *command[1:], "--device=cpu"]
         commands.append(command)
-    process = [sys.executable, "-O", "-c", IN_TURN, json.dumps(commands)]
-    done = subprocess.run(process, capture_output=True, text=True, cwd=ROOT)
+    done = run_python("-O", "-c", IN_TURN, json.dumps(commands), cwd=ROOT)
     errors = done.stderr.splitlines()
     assert len(errors) == 2 * len(HOSTILE), done.stderr
     for message, error, status in zip(HOSTILE, errors[::2], errors[1::2], strict=True):

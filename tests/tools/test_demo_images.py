@@ -1,12 +1,12 @@
 """`tools/make_demo_images.py`: the images repeat, and errors write nothing."""
 
 import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import run_python
 from PIL import Image
 
 TOOL = Path(__file__).parents[2] / "tools" / "make_demo_images.py"
@@ -14,8 +14,7 @@ TOOL = Path(__file__).parents[2] / "tools" / "make_demo_images.py"
 
 def make(out: Path, *flags: object) -> subprocess.CompletedProcess[str]:
     """Run the tool as a user does."""
-    command = [sys.executable, TOOL, out, "--workers", 2, *flags]
-    return subprocess.run([str(word) for word in command], capture_output=True, text=True)
+    return run_python(TOOL, out, "--workers", 2, *flags)
 
 
 def contents(root: Path) -> dict[str, bytes]:

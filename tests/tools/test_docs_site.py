@@ -1,11 +1,10 @@
 """The site: all pages in its navigation, links, the references, and a build without a warning."""
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from conftest import run_python
 
 import bt_fast
 from tools import docs_site
@@ -38,10 +37,9 @@ def test_links_lead_to_pages_of_the_site(origin, text, expected):
 
 def test_every_command_has_its_help():
     page = docs_site.commands()
-    known = subprocess.run(
-        [sys.executable, "-m", "bt_fast", "no-command"], cwd=ROOT, capture_output=True, text=True
-    ).stderr.partition("the commands are ")[2]
-    names = [f"bt-fast {name}" for name in known.strip().split(", ")]
+    known = run_python("-m", "bt_fast", "no-command", cwd=ROOT).stderr
+    names = known.partition("the commands are ")[2].strip().split(", ")
+    names = [f"bt-fast {name}" for name in names]
     assert re.findall("^## (.+)$", page, re.MULTILINE) == ["bt-convert", "bt-fast", *names]
     for flag in ("--skip-broken", "--accumulate", "--collapse", "--json"):
         assert flag in page
@@ -56,8 +54,8 @@ def test_the_reference_has_every_exported_name():
 def test_the_site_is_built_without_a_warning(tmp_path):
     pytest.importorskip("material", reason="the extra docs is not installed")
     pytest.importorskip("mkdocstrings", reason="the extra docs is not installed")
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", tmp_path / "site"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    site = tmp_path / "site"
+    done = run_python("-m", "mkdocs", "build", "--strict", "--site-dir", site, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     for page in ("index", "python/index", "commands/index", "first-run/index"):
-        assert (tmp_path / "site" / f"{page}.html").stat().st_size > 10_000
+        assert (site / f"{page}.html").stat().st_size > 10_000

@@ -9,12 +9,12 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import INTERPRETER_FAILS
+from conftest import INTERPRETER_FAILS, run_python
+from tiny_runs import wait_until
+
+from tools import gpu_suite, suite_report
 
 ROOT = Path(__file__).parents[2]
-
-from tools import gpu_suite, suite_report  # noqa: E402
-
 pytestmark = pytest.mark.slow
 NO_GPU = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
 NO_GPU["TRITON_INTERPRET"] = "0"
@@ -22,10 +22,7 @@ INTERPRETS = INTERPRETER_FAILS is None and os.environ["TRITON_INTERPRET"] == "1"
 
 
 def suite(*flags, env=NO_GPU, **options) -> subprocess.CompletedProcess:
-    command = [sys.executable, ROOT / "tools" / "gpu_suite.py", *flags]
-    return subprocess.run(
-        list(map(str, command)), capture_output=True, text=True, env=env, **options
-    )
+    return run_python(gpu_suite.__file__, *flags, env=env, **options)
 
 
 def test_the_full_set_runs_to_its_end_at_toy_sizes(small_beton, tmp_path):
@@ -125,10 +122,8 @@ def test_what_ends_the_suite_loses_no_row(tmp_path, small_beton):
     )
     flags = ["--out", str(tmp_path / "out"), "--data", str(small_beton), "--parts", "loss", "step"]
     process = subprocess.Popen([sys.executable, "-c", driver, *flags], env=NO_GPU, cwd=ROOT)
-    report, deadline = tmp_path / "out" / "performance.md", time.monotonic() + 300
-    while not (report.exists() and "| first | 1.5 |" in report.read_text()):
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.1)
+    report = tmp_path / "out" / "performance.md"
+    wait_until(lambda: report.exists() and "| first | 1.5 |" in report.read_text(), process)
     found = json.loads((tmp_path / "out" / "suite.json").read_text())["parts"]
     assert found["loss"]["result"]["Rows"] == {"first": {"ms": 1.5}}
     assert found["step"]["status"] == "not begun"
@@ -193,18 +188,18 @@ def test_failures_are_shown_when_they_happen(tmp_path):
             [sys.executable, "-c", program], cwd=tmp_path, env=NO_GPU, stdout=log,
             process_group=0,
         )  # fmt: skip
+    result = tmp_path / "result.json"
+
+    def outcomes() -> dict[str, str]:
+        tests = json.loads(result.read_text())["tests"] if result.exists() else {}
+        return {name.partition("::")[2]: test["outcome"] for name, test in tests.items()}
+
     try:
-        deadline, found = time.monotonic() + 300, {}
-        while len(found) < 2:
-            assert process.poll() is None and time.monotonic() < deadline
-            time.sleep(0.1)
-            if (tmp_path / "result.json").exists():
-                found = json.loads((tmp_path / "result.json").read_text())["tests"]
+        wait_until(lambda: len(outcomes()) == 2, process)
     finally:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-    outcomes = {name.partition("::")[2]: test["outcome"] for name, test in found.items()}
-    assert outcomes == {"test_good": "passed", "test_bad": "failed"}
+    assert outcomes() == {"test_good": "passed", "test_bad": "failed"}
     assert "assert 'this' == 'that'" in (tmp_path / "log").read_text()
 
 
@@ -215,7 +210,7 @@ def without(*packages: str, program: str, arguments: list) -> subprocess.Complet
         f"sys.argv = {[program, *map(str, arguments)]!r}\n"
         f"runpy.run_path({str(ROOT / 'tools' / program)!r}, run_name='__main__')"
     )
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=NO_GPU)
+    return run_python("-c", code, env=NO_GPU)
 
 
 def test_a_missing_package_is_one_line(tmp_path):
@@ -235,6 +230,5 @@ def test_a_profile_needs_neither_pictures_nor_tensorboard(small_beton, tmp_path)
 
 def test_the_commands_run_from_a_checkout(tmp_path):
     for module, flag, wanted in (("bt_fast", "--help", "pretrain"), ("pipelines", "--version", "")):
-        command = [sys.executable, "-m", module, flag]
-        done = subprocess.run(command, capture_output=True, text=True, env=NO_GPU, cwd=tmp_path)
+        done = run_python("-m", module, flag, env=NO_GPU, cwd=tmp_path)
         assert done.returncode == 0 and wanted in done.stdout and not done.stderr

@@ -3,10 +3,10 @@
 import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from conftest import run_python
 
 triton = pytest.importorskip("triton")
 
@@ -21,8 +21,7 @@ compiles = pytest.mark.skipif(
 
 def report(*arguments: str) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "TRITON_INTERPRET": "0"}
-    command = [sys.executable, *arguments]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
+    return run_python(*arguments, env=environment, cwd=ROOT)
 
 
 @pytest.mark.slow

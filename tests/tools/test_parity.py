@@ -1,17 +1,12 @@
 """The comparison with the released code's way: same start, both trained, one table."""
 
-import json
 import shutil
-import sys
-from pathlib import Path
 
 import pytest
 from conftest import write_beton
-from tiny_runs import TINY
+from tiny_runs import TINY, metrics
 
 from bt_fast.run.probe import READOUTS
-
-sys.path.append(str(Path(__file__).parents[2] / "tools"))  # where a script finds `_checkout`
 from tools import parity, seeded_runs
 
 
@@ -23,9 +18,7 @@ def test_both_ways_start_equal_and_are_compared(small_beton, tmp_path, capsys):
     table = capsys.readouterr().out
     probes = {}
     for folder in sorted((tmp_path / "parity").glob("*-seed*")):
-        lines = (folder / "metrics.jsonl").read_text().splitlines()
-        records = [json.loads(line) for line in lines]
-        probes[folder.name] = [record for record in records if record["kind"] == "probe"]
+        probes[folder.name] = [line for line in metrics(folder) if line["kind"] == "probe"]
         assert [probe["step"] for probe in probes[folder.name]] == [0, 4]
     for seed in (3, 4):  # the same seed initialises the same weights
         first, reference = (probes[f"{way}-seed{seed}"][0] for way in parity.WAYS)

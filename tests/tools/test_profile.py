@@ -3,7 +3,6 @@
 import json
 import os
 import subprocess
-import sys
 import types
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import run_python
 from PIL import Image
 
 from bt_fast.recipes import RECIPES
@@ -31,10 +31,8 @@ FLAGS += ["--projector", "16", "16"]
 def profile(folder, *flags, ranks: int = 0) -> subprocess.CompletedProcess:
     """Run the tool as a user does: its own folder comes first on sys.path."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    command = [sys.executable, *torchrun[: 4 * (ranks > 0)], ROOT / "tools" / "profile.py", *FLAGS]
-    command = [str(word) for word in (*command, *flags)]
-    environment = {**os.environ, "TRITON_INTERPRET": "0"}
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    command = [*torchrun[: 4 * (ranks > 0)], ROOT / "tools" / "profile.py", *FLAGS, *flags]
+    return run_python(*command, cwd=folder, env={**os.environ, "TRITON_INTERPRET": "0"})
 
 
 @pytest.mark.slow
@@ -177,10 +175,5 @@ TOOLS = [
 def test_every_tool_starts_beside_a_file_called_profile(name, tmp_path):
     if name == "kernel_report.py":
         pytest.importorskip("triton")
-    done = subprocess.run(
-        [sys.executable, ROOT / "tools" / name, "--help"],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-    )
+    done = run_python(ROOT / "tools" / name, "--help", cwd=tmp_path)
     assert not done.stderr and name.removesuffix(".py") in done.stdout

@@ -1,11 +1,10 @@
 """tools/soak.py on a small scale: a few kills, and the differences that it detects."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
+from conftest import run_python
 from safetensors.torch import load_file, save_file
 
 from tools import soak
@@ -16,8 +15,7 @@ pytestmark = pytest.mark.slow
 def test_runs_resume_after_kills_with_equal_results(tmp_path):
     out = tmp_path / "soak"
     flags = ["--minutes=0", "--kills=2", "--kills-per-run=2", "--images=96", "--epochs=3"]
-    command = [sys.executable, soak.__file__, *flags, f"--out={out}"]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = run_python(soak.__file__, *flags, f"--out={out}")
     assert done.returncode == 0, done.stdout + done.stderr
     report = json.loads((out / "soak.json").read_text())
     assert sum(report["kills"].values()) >= 2

@@ -7,7 +7,6 @@ import argparse
 import collections
 import dataclasses
 import shutil
-import subprocess
 import sys
 import types
 
@@ -15,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
+from conftest import run_python
 from safetensors.torch import save_file
 from torch import nn
 
@@ -377,8 +377,7 @@ for command in (["export", file, "--to=timm", "--out", out], ["pretrain"], ["eva
 def test_weights_need_neither_locks_nor_signals(tmp_path):
     """As on Windows: what Python lacks there is removed before the first import."""
     torch.save(WEIGHTS, tmp_path / "w.pth")
-    command = [sys.executable, "-c", WINDOWS, str(tmp_path / "w.pth"), str(tmp_path / "o.pth")]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = run_python("-c", WINDOWS, tmp_path / "w.pth", tmp_path / "o.pth")
     lines = done.stdout.splitlines()
     assert [lines[0], *lines[-3:]] == ["ResNet", "0", "2", "2"], done.stderr
     assert done.stderr.count("this command needs Linux") == done.stderr.count("\n") == 2

@@ -5,13 +5,12 @@ import itertools
 import os
 import shutil
 import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
 
 import pytest
-from conftest import mounted
+from conftest import mounted, run_python
 from tiny_runs import TINY, comparable, learned, metrics, pretrain, same, start, wait_for_step
 
 from bt_fast import train
@@ -190,8 +189,7 @@ def test_output_on_a_full_disk_does_not_end_a_run(small_beton, tmp_path):
         "train.train = full\n"
         "sys.exit(cli.main(sys.argv[1:]))\n"
     )
-    command = [sys.executable, "-c", code, "pretrain", *TINY, *map(str, flags)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = run_python("-c", code, "pretrain", *TINY, *flags)
     assert done.returncode == 0 and not done.stderr
     assert (tmp_path / "run" / "encoder.safetensors").exists()
 
