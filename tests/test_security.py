@@ -224,7 +224,7 @@ def short_table(folder: Path) -> list[str]:
 HOSTILE = {
     "2 images share the key 1 (1.jpg, 1.a.jpg)": ambiguous_archive,
     "dataset.json is damaged": shard_outside,
-    "layer3.1.conv2.weight is a grouped convolution": grouped_weights,
+    "layer3.1.conv2.weight is [256, 8, 3, 3] instead of [256, 256, 3, 3]": grouped_weights,
     "red_test.txt has numbers other than -1, 0 and 1": voc_numbers,
     "train2018.json is not in iNaturalist's format: TypeError": lambda f: inat(f, "five"),
     "is not in iNaturalist's format: TypeError(": lambda f: inat(f, 5, name=None),

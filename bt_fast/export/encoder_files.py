@@ -177,25 +177,19 @@ def _find_library_encoders(
     tensors: Tensors, encoder: nn.Module, title: str, file: Path
 ) -> dict[str, Tensors]:
     """{prefix: its tensors} wherever in the file weights fit the encoder. Raises ValueError."""
-    shapes = _shapes(encoder.state_dict())
-    first = next(iter(shapes))
-    prefixes = [tensor.removesuffix(first) for tensor in tensors if tensor.endswith(first)]
-    differences = {p: _first_difference(shapes, _without_prefix(p, tensors)) for p in prefixes}
-    found = {p: _without_prefix(p, tensors) for p, reason in differences.items() if not reason}
+    expected = encoder.state_dict()
+    first = next(iter(expected))
+    found, reason = {}, f"it lacks {first}"
+    for prefix in [name.removesuffix(first) for name in tensors if name.endswith(first)]:
+        beside = _without_prefix(prefix, tensors)  # with others, such as a classifier's
+        weights = {name: beside[name] for name in expected if name in beside}
+        if difference := _difference(expected, weights):
+            reason = difference
+        else:
+            found[prefix] = weights
     if not found:
-        reason = next(iter(differences.values()), f"it has no {first}")
         raise ValueError(f"{file} does not hold a {title}: {printable(reason)}")
-    return {p: {key: t[key] for key in shapes if key in t} for p, t in found.items()}
-
-
-def _first_difference(shapes: Mapping[str, torch.Size], weights: Tensors) -> str:
-    """How the weights differ from the shapes, beside further ones such as a classifier's."""
-    for name, shape in shapes.items():
-        if name not in weights:
-            return f"it lacks {name}"
-        if weights[name].shape != shape:
-            return f"{name} is {list(weights[name].shape)} instead of {list(shape)}"
-    return ""
+    return found
 
 
 def fingerprint(module: nn.Module) -> str:
@@ -382,8 +376,7 @@ def _choose_stem(
     """The stem that is given, recorded or the only one with this kernel. Raises ValueError."""
     if stem not in (None, *STEMS):
         raise ValueError(f"--stem {stem} is not one of {', '.join(STEMS)}")
-    kernel = weights["conv1.weight"].shape[-1]
-    fitting = [name for name, (size, *_) in STEMS.items() if size == kernel]
+    kernel, fitting = weights["conv1.weight"].shape[-1], _fitting_stems(weights)
     # Exports of early versions have no stem; a 3x3 one was "cifar".
     known = metadata.get("stem", "cifar" if "architecture" in metadata else None)
     if known not in fitting:
@@ -401,6 +394,12 @@ def _choose_stem(
         kind = known or f"a {kernel}x{kernel} convolution"
         raise ValueError(f"--stem {chosen}: the stem of {file} is {kind}")
     return chosen
+
+
+def _fitting_stems(weights: Tensors) -> list[Stem]:
+    """The stems with the kernel of the first convolution; torchvision's if none has it."""
+    kernel = weights["conv1.weight"].shape[-1:] if "conv1.weight" in weights else ()
+    return [name for name, (size, *_) in STEMS.items() if kernel == (size,)] or ["imagenet"]
 
 
 def _config_of_run(file: Path) -> Config | None:
@@ -423,40 +422,27 @@ def _find_architecture(weights: Tensors, file: Path) -> Encoder:
     )
     block = "Bottleneck" if "layer1.0.conv3.weight" in weights else "BasicBlock"
     names = get_args(Encoder)
-    alike = [name for name in names if ARCHITECTURES[name][:2] == (block, stages)]
-    differences = {name: _difference(weights, name) for name in alike}
-    for name, difference in differences.items():
-        if not difference:
-            return name
+    differences = {}
+    for name in names:
+        if ARCHITECTURES[name][:2] == (block, stages):
+            with torch.device("meta"):
+                expected = build_encoder(name, stem=_fitting_stems(weights)[0]).state_dict()
+            differences[name] = _difference(expected, weights)
+            if not differences[name]:
+                return name
     reason = next(iter(differences.values()), f"its stages have {stages} {block} blocks")
     raise ValueError(f"{file} holds none of {', '.join(names)}: {printable(reason)}")
 
 
-def _difference(weights: Tensors, architecture: Encoder) -> str:
-    """How the weights differ from those of the architecture with any stem; "" if they do not."""
-    with torch.device("meta"):
-        shapes = _shapes(build_encoder(architecture).state_dict())
-    found = _shapes(weights)
-    conv1 = found.pop("conv1.weight", None)
-    kernels = {(64, 3, kernel, kernel) for kernel, *_ in STEMS.values()}
-    del shapes["conv1.weight"]
-    if "conv1.0.weight" in found:
-        return "its stem has several convolutions, as that of ResNet-D"
-    if conv1 is None:
-        return "it has no conv1.weight"
-    if conv1[1:2] != (3,):
-        return f"its conv1.weight is {list(conv1)}, not that of RGB images (3 channels)"
-    if tuple(conv1) not in kernels:
-        return f"its conv1.weight is {list(conv1)}, not [64, 3, 7, 7] or [64, 3, 3, 3]"
-    if grouped := [n for n, s in found.items() if n.endswith("conv2.weight") and s[0] != s[1]]:
-        return f"{grouped[0]} is a grouped convolution, as in ResNeXt"
+def _difference(expected: Tensors, weights: Tensors) -> str:
+    """How names, shapes or types of the weights differ from those expected; "" if they do not."""
+    shapes, found = _shapes(expected), _shapes(weights)
     for name in sorted(shapes.keys() ^ found.keys()):
         return f"{'it lacks' if name in shapes else 'it also has'} {name}"
     for name, shape in shapes.items():
         if found[name] != shape:
-            return f"{name} is {list(found[name])}, {architecture}'s is {list(shape)}"
-    for name in ("conv1.weight", *shapes):
-        if not weights[name].is_floating_point():
+            return f"{name} is {list(found[name])} instead of {list(shape)}"
+        if weights[name].is_floating_point() != expected[name].is_floating_point():
             return f"{name} is {weights[name].dtype}"
     return ""
 
@@ -467,7 +453,7 @@ def _matching_projector(weights: Tensors, file: Path) -> nn.Sequential:
     widths = tuple([linear[0].shape[1]] + [value.shape[0] for value in linear]) if linear else ()
     batch_norm = any(name.endswith("running_mean") for name in weights)
     projector = build_projector(widths, batch_norm=batch_norm) if len(widths) > 1 else None
-    if projector is None or _shapes(projector.state_dict()) != _shapes(weights):
+    if projector is None or _difference(projector.state_dict(), weights):
         raise ValueError(f"{file} holds a projector of another architecture than the paper's")
     _load(projector, weights)
     return projector
