@@ -62,7 +62,7 @@ def run_doctor(options: Doctor) -> int:
     rows = []
     print(f"bt-fast {__version__} doctor\n")
     for row in diagnose(options):
-        print(_wrapped(f"  {row.name:<16}{row.value}"), flush=True)
+        print(_wrapped(f"  {row.name:<15} {row.value}"), flush=True)
         rows.append(row)
     problems = [row for row in rows if row.problem]
     broken = any(row.broken for row in rows)
@@ -113,7 +113,7 @@ def diagnose(options: Doctor) -> Iterator[Row]:
     yield memory(config)
     yield from limits(ranks)
     try:
-        yield gpu_memory(config, ranks)
+        yield from gpu_memory(config, ranks)
         yield disk_space(options.run_dir, config)
     except ValueError as error:
         yield Row("encoder", config.encoder, str(error), "pip install 'bt-fast[timm]'", broken=True)
@@ -232,40 +232,28 @@ def memory(config: "Config") -> Row:
     return Row("memory", value, problem, "bt-fast pretrain --batch-size N, or more machines")
 
 
-def gpu_memory(config: "Config", num_gpus: int) -> Row:
-    """The recipe's largest batch per GPU: for this machine's GPUs, else by their memory."""
+def gpu_memory(config: "Config", num_gpus: int) -> Iterator[Row]:
+    """The plan's rows on the recipe's memory and largest batches; a step must fit this GPU."""
     from bt_fast.plan import dry_run, gpus
 
     costs, gpu = dry_run.count_costs(config), gpus.first_gpu()
-    if gpu is None:
-        batches = []
-        for title, models in gpus.BY_MEMORY.items():
-            largest = dry_run.largest_batch(config, costs, models[0])
-            batches.append(f"{largest} on {title}")
-            num_parts = dry_run.fitting_accumulate(config, costs, models[0], config.batch_size)
-            if largest < config.batch_size and num_parts:
-                batches[-1] += f" ({config.batch_size} with --accumulate {num_parts})"
-        value = f"recipe {config.recipe}: at most {', '.join(batches)}, computed"
-        return Row("batch per GPU", value)
     num_gpus = next(n for n in range(num_gpus, 0, -1) if config.batch_size % n == 0)
-    local_batch = config.batch_size // num_gpus
-    largest = dry_run.largest_batch(config, costs, gpu, num_gpus)
-    need = sum(dry_run.memory_bytes(config, costs, local_batch, num_gpus).values())
-    value = (
-        f"recipe {config.recipe}: at most {largest} images on each {gpu.name}, computed;"
-        f" {config.batch_size} per step need {need / 1e9:.0f} GB"
-        + (f" on each of {num_gpus}" if num_gpus > 1 else "")
-    )
-    if need <= gpu.memory:
-        return Row("batch per GPU", value)
-    num_parts = dry_run.fitting_accumulate(config, costs, gpu, local_batch, num_gpus)
-    flags = f"--gpus {num_gpus} --batch-size {num_gpus * largest}, or more GPUs"
-    if num_parts:  # the same batch, at the cost of one more forward pass
-        flags = f"--gpus {num_gpus} --accumulate {num_parts}, or {flags}"
-    if not largest:
-        flags = "--size 160, or a smaller --encoder or --projector"
-    fix = f"bt-fast pretrain --recipe {config.recipe} {flags}"
-    return Row("batch per GPU", value, "a step does not fit into the memory of a GPU", fix)
+    images = config.batch_size // num_gpus
+    rows = dry_run.memory_and_rate_rows(config, costs, num_gpus, gpu)
+    problem = fix = ""
+    if gpu is not None:
+        num_parts = dry_run.fitting_accumulate(config, costs, gpu, images, num_gpus)
+        largest = dry_run.largest_batch(config, costs, gpu, num_gpus)
+        problem = "" if num_parts == 1 else "a step does not fit into the memory of a GPU"
+        flags = f"--gpus {num_gpus} --batch-size {num_gpus * largest}, or more GPUs"
+        if num_parts:  # the same batch, at the cost of one more forward pass
+            flags = f"--gpus {num_gpus} --accumulate {num_parts}, or {flags}"
+        if not largest:
+            flags = "--size 160, or a smaller --encoder or --projector"
+        fix = f"bt-fast pretrain --recipe {config.recipe} {flags}"
+    memory = f"recipe {config.recipe}, {images} images: {rows.pop('memory per GPU')}"
+    yield Row("memory per GPU", memory, problem, fix)
+    yield from itertools.starmap(Row, rows.items())
 
 
 def limits(num_gpus: int) -> Iterator[Row]:

@@ -103,7 +103,7 @@ def test_json_has_the_same_rows(tmp_path):
 def test_the_suggested_accumulation_is_one_that_pretrain_accepts(monkeypatch, num_gpus, used):
     monkeypatch.setattr(gpus, "first_gpu", lambda: gpus.MODELS[0])  # 24 GB
     config = RECIPES["imagenet"]()
-    fix = doctor.gpu_memory(config, num_gpus).fix
+    fix = next(doctor.gpu_memory(config, num_gpus)).fix
     words = fix.partition(",")[0].split()
     assert words[words.index("--gpus") + 1] == str(used)
     require_divisible_batch(config.batch_size, used, 0, int(words[-1]))
