@@ -154,13 +154,13 @@ def leave() -> None:
         dist.destroy_process_group()
 
 
-def unresponsive_ranks(world: World, wait: float = 5.0) -> list[int]:
-    """After a failed collective, the ranks that do not call this within `wait` seconds."""
+def unresponsive_ranks(world: World) -> list[int]:
+    """After a failed collective, the ranks that do not call this within five seconds."""
     if not _stores:
         return []
     try:
         _stores[-1].set(f"here/{world.rank}", "")
-        time.sleep(wait)
+        time.sleep(5)
         return [r for r in range(world.size) if not _stores[-1].check([f"here/{r}"])]
     except RuntimeError:
         return [0]  # whose process held the store

@@ -9,7 +9,7 @@ import dataclasses
 from rich.console import Console
 from rich.table import Table
 
-from bt_fast.distributed.collectives import ALONE, World
+from bt_fast.distributed.collectives import World
 from bt_fast.evaluate.eval_setup import build_setup, open_labelled_splits
 from bt_fast.evaluate.knn import measure_knn
 from bt_fast.evaluate.knn_classifier import choose_data
@@ -21,7 +21,7 @@ from bt_fast.evaluate.subset import labelled_subset
 from pipelines.common.console import print_line
 
 
-def run_all(options: EvalAll, world: World = ALONE) -> int:
+def run_all(options: EvalAll, world: World) -> int:
     """Print the table; returns the exit status."""
     linear = "linear" if options.full_linear else "linear, quick protocol"
     semi = f"{options.percent:g} % of the labels, fine-tuned"

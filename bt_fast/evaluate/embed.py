@@ -34,7 +34,7 @@ from pipelines.loading.datasets import ImageDataset
 CHUNK = 4096  # images
 
 
-def run_embed(options: Embed, world: World = ALONE) -> int:
+def run_embed(options: Embed, world: World) -> int:
     """Write the file; returns the exit status."""
     if options.out.suffix not in (".npy", ".parquet"):
         raise ValueError(f"--out {options.out} must end in .npy or .parquet")
@@ -106,7 +106,7 @@ def embed(
         raise ValueError("several gpus need the command bt-fast embed")
     path = Path(out)
     data = None if data is None else Path(data)
-    run_embed(Embed(run=Path(run), data=data, out=path, **flags))
+    run_embed(Embed(run=Path(run), data=data, out=path, **flags), ALONE)
     return path
 
 

@@ -3,7 +3,7 @@
 import torch
 
 from bt_fast.config import Config
-from bt_fast.distributed.collectives import ALONE, World
+from bt_fast.distributed.collectives import World
 from bt_fast.evaluate.collapse import collapse_report, effective_rank
 from bt_fast.evaluate.eval_setup import EvalSetup, build_setup, open_splits
 from bt_fast.evaluate.features import two_view_outputs
@@ -24,7 +24,7 @@ _ORDER_EPOCH = -1  # of random samples, which pretraining never reaches
 _MAX_RANK_IMAGES = 25_600  # RankMe's number of images
 
 
-def run_knn(options: EvalKnn, world: World = ALONE) -> int:
+def run_knn(options: EvalKnn, world: World) -> int:
     """Print the accuracies; returns the exit status."""
     setup = build_setup(options, projector=options.collapse, world=world)
     if options.collapse and setup.projector is None:

@@ -4,7 +4,7 @@ The full protocol trains it on a new random view of every image in each of 100 e
 one, `--cached`, extracts features once and trains a grid of classifiers: see `linear_cached.py`.
 """
 
-from bt_fast.distributed.collectives import ALONE, World
+from bt_fast.distributed.collectives import World
 from bt_fast.evaluate.eval_setup import EvalSetup, run_protocol
 from bt_fast.evaluate.linear_cached import Grid, fit_grid
 from bt_fast.evaluate.options import EvalLinear
@@ -13,7 +13,7 @@ from bt_fast.evaluate.supervised import Protocol, accuracy_rows, train_classifie
 from pipelines.loading.datasets import ImageDataset
 
 
-def run_linear(options: EvalLinear, world: World = ALONE) -> int:
+def run_linear(options: EvalLinear, world: World) -> int:
     """Print the accuracies; returns the exit status."""
     return run_protocol("linear", options, measure_linear, world)
 

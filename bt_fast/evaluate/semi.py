@@ -12,7 +12,7 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from bt_fast.distributed.collectives import ALONE, World
+from bt_fast.distributed.collectives import World
 from bt_fast.evaluate.eval_setup import EvalSetup, run_protocol
 from bt_fast.evaluate.options import EvalSemi
 from bt_fast.evaluate.subset import Subset, labelled_subset
@@ -23,7 +23,7 @@ from pipelines.order import epoch_order
 _SUBSET_EPOCH = -3  # `epoch_order`'s epoch for the subset: no training epoch has this order
 
 
-def run_semi(options: EvalSemi, world: World = ALONE) -> int:
+def run_semi(options: EvalSemi, world: World) -> int:
     """Print the accuracies; returns the exit status."""
     return run_protocol("semi", options, measure_semi, world)
 

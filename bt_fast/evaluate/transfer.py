@@ -5,7 +5,7 @@ by 10 at two equally spaced points, weight decay 5e-4. VOC07: linear SVMs, see `
 protocol of Places-205 applies to any other data set, a .beton or a folder of class folders.
 """
 
-from bt_fast.distributed.collectives import ALONE, World
+from bt_fast.distributed.collectives import World
 from bt_fast.evaluate.eval_setup import EvalSetup, build_setup, open_labelled_splits
 from bt_fast.evaluate.options import EvalTransfer
 from bt_fast.evaluate.overlap import warn_of_overlap
@@ -16,7 +16,7 @@ from bt_fast.evaluate.voc07 import measure_voc
 from bt_fast.run.console import print_summary
 
 
-def run_transfer(options: EvalTransfer, world: World = ALONE) -> int:
+def run_transfer(options: EvalTransfer, world: World) -> int:
     """Print the accuracies; returns the exit status."""
     if options.data is None:
         raise ValueError("--data is required: the folder of the data set to transfer to")

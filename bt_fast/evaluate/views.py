@@ -21,6 +21,7 @@ from pipelines.order import view_keys
 
 FLIP_ONLY = Branch(blur=0.0, solarize=0.0, jitter=0.0, grayscale=0.0)
 SUPERVISED_VIEW = 2  # pretraining's views are 0 and 1
+_BATCH_SIZE = 256
 
 
 class Views:
@@ -48,15 +49,13 @@ class Views:
             cache_bytes=cache_bytes,
         )
 
-    def central(
-        self, samples: np.ndarray, crop: float, *, batch_size: int = 256
-    ) -> Iterator[torch.Tensor]:
+    def central(self, samples: np.ndarray, crop: float) -> Iterator[torch.Tensor]:
         """Central crops, `crop` times the short side, in the order of `samples`."""
 
         def boxes_of(batch: np.ndarray) -> np.ndarray:
             return center_boxes(crop, *self.images.sizes[batch].T)
 
-        for _, crops in self._cut(samples, boxes_of, batch_size):
+        for _, crops in self._cut(samples, boxes_of, _BATCH_SIZE):
             yield augment.normalise_only(crops, dtype=self.runtime.view_dtype)
 
     def random(
@@ -68,7 +67,7 @@ class Views:
         epoch: int,
         branch: Branch = FLIP_ONLY,
         view: int = SUPERVISED_VIEW,
-        batch_size: int = 256,
+        batch_size: int = _BATCH_SIZE,
     ) -> Iterator[torch.Tensor]:
         """Random resized crops, augmented by `branch`, in the order of `samples`."""
         crop = RandomResizedCrop(size=self.size, scale=(min_scale, 1.0))

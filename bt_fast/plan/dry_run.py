@@ -138,12 +138,11 @@ def memory_and_rate_rows(
     return rows
 
 
-def largest_batch(
-    config: Config, costs: "ModelCosts", gpu: GpuModel, world_size: int = 1, multiple: int = 16
-) -> int:
-    """Images per GPU with which a step fits into the GPU's memory, below 65,536; 0 if none do."""
+def largest_batch(config: Config, costs: "ModelCosts", gpu: GpuModel, world_size: int = 1) -> int:
+    """Images per GPU with which a step fits into the GPU's memory: a multiple of 16 below 65,536, 0
+    if none do."""
     largest = 0
-    for batch in range(multiple, 1 << 16, multiple):
+    for batch in range(16, 1 << 16, 16):
         if sum(memory_bytes(config, costs, batch, world_size).values()) > gpu.memory:
             break
         largest = batch

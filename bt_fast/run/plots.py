@@ -20,10 +20,10 @@ _TERMS = {
 }
 
 
-def contact_sheet(views: torch.Tensor, path: Path, count: int = 12) -> None:
-    """Draw both views of some images: normalised [2 n, 3, H, W], view A first."""
+def contact_sheet(views: torch.Tensor, path: Path) -> None:
+    """Draw both views of up to 12 images: normalised [2 n, 3, H, W], view A first."""
     view_a, view_b = views.chunk(2)
-    count = min(count, len(view_a))
+    count = min(12, len(view_a))
     figure = _figure(1.3 * count, 3.1)
     axes = figure.subplots(2, count, squeeze=False)
     for row, (name, view) in enumerate((("view A", view_a), ("view B", view_b))):

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from bt_fast.distributed.collectives import ALONE, World
+from bt_fast.distributed.collectives import World
 from bt_fast.evaluate.curate import subsets
 from bt_fast.evaluate.curate.clusters import ITERATIONS, cluster
 from bt_fast.evaluate.curate.findings import Findings
@@ -37,7 +37,7 @@ NEIGHBOURS = 10  # of every image
 RESULTS = ("report.html", "pairs.csv", "outliers.csv", "overlap.txt", "keep.txt")
 
 
-def run_curate(options: Curate, world: World = ALONE) -> int:
+def run_curate(options: Curate, world: World) -> int:
     """Lock and write the folder; returns the exit status."""
     setup = build_setup(options, world=world)
     train, val = open_splits(options, setup.config)

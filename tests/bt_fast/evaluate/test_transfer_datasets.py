@@ -46,11 +46,10 @@ def test_image_files_have_the_views_of_their_beton(folder, tmp_path):
     assert np.array_equal(files.labels, reader.labels)
     samples = np.array([3, 0, 11, 2, 7])
     assert np.array_equal(files.sizes[samples], reader.sizes[samples])
-    options = {"central": {"crop": 0.8}, "random": {"min_scale": 0.2, "seed": 1, "epoch": 2}}
-    for name, arguments in options.items():
+    random = {"min_scale": 0.2, "seed": 1, "epoch": 2, "batch_size": 2}
+    for name, arguments in (("central", {"crop": 0.8}), ("random", random)):
         batches = [
-            getattr(views_of(source), name)(samples, batch_size=2, **arguments)
-            for source in (files, reader)
+            getattr(views_of(source), name)(samples, **arguments) for source in (files, reader)
         ]
         ours, theirs = (torch.cat(list(views)) for views in batches)
         assert ours.shape == (5, 3, 24, 24) and ours.std() > 0.1
