@@ -1,7 +1,5 @@
 """`--continue`: the output equals that of an uninterrupted conversion after any interruption."""
 
-import signal
-import subprocess
 import time
 from pathlib import Path
 
@@ -9,7 +7,7 @@ import numpy as np
 import pytest
 from conftest import drawn_picture, jpeg_bytes
 from hostile import make_folder
-from test_convert_stops import COMMAND, ROOT, names_in
+from test_convert_stops import names_in, start_conversion
 
 import pipelines.convert.write_split
 from pipelines.beton import BetonReader
@@ -115,10 +113,25 @@ def test_damage_to_partial_output_is_detected(
     assert contents(tmp_path) == uninterrupted[format]
 
 
+def status(pid: int) -> list[str]:
+    """[state, parent, ...] of /proc/pid/stat; empty when the process is gone."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return []
+
+
+def descendants(pid: int) -> list[int]:
+    processes = [int(path.name) for path in Path("/proc").iterdir() if path.name.isdecimal()]
+    children = [other for other in processes if status(other)[1:2] == [str(pid)]]
+    return children + [other for child in children for other in descendants(child)]
+
+
 @pytest.mark.parametrize("format", FORMATS)
-def test_killed(tmp_path, format):
-    """kill -9 of a conversion with two workers that was started without --continue."""
-    folder = tmp_path / "images"
+def test_killed(tmp_path, capsys, format):
+    """kill -9 of a conversion that was started without --continue: no output, no orphans; the work
+    folder is locked meanwhile, and continued afterwards."""
+    folder, small = tmp_path / "images", make_folder(tmp_path / "small", {"a": 2})
     (folder / "a").mkdir(parents=True)
     for index in range(4000):
         if index < 5:
@@ -131,15 +144,19 @@ def test_killed(tmp_path, format):
     (tmp_path / "b").mkdir()
     assert main([str(folder), str(tmp_path / "a" / name), *flags]) == 0
     out = tmp_path / "b" / name
-    command = [*COMMAND, str(folder), str(out), *flags]
-    child = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
-    journal = out.with_name(f"{name}.partial") / "train.journal"
-    while not (journal.exists() and journal.stat().st_size > 2000):
-        assert child.poll() is None
-        time.sleep(0.002)
-    child.send_signal(signal.SIGKILL)
+    child = start_conversion(folder, out, *FORMATS[format])
+    family = descendants(child.pid)
+    assert len(family) >= 3  # the resource tracker and two workers
+    assert main([str(small), str(out), *FORMATS[format]]) == 2
+    assert "by another bt-convert" in capsys.readouterr().err
+
+    child.kill()
     child.wait()
     assert names_in(tmp_path / "b") == [f"{name}.partial"]
+    deadline = time.monotonic() + 120
+    while any(status(pid)[:1] not in ([], ["Z"]) for pid in family):
+        assert time.monotonic() < deadline, "workers outlive their parent"
+        time.sleep(0.05)
     assert main([str(folder), str(out), *flags, "--continue"]) == 0
     assert contents(tmp_path / "b") == contents(tmp_path / "a")
 

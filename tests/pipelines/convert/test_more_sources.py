@@ -1,7 +1,6 @@
 """Parquet files convert like a folder of the same images."""
 
 import pytest
-from hostile import make_folder
 from sample_imagenet import CLASSES, convert, same_as
 from test_splits_and_labels import write_parquet
 
@@ -31,13 +30,3 @@ def test_parquet_that_cannot_be_used(tmp_path, capsys):
     path.write_bytes(b"PAR1 not really")
     assert convert(path, tmp_path / "out.beton") == 2
     assert capsys.readouterr().err.count("\n") == 1
-
-
-def test_images_beside_archives_are_ambiguous(tmp_path, capsys):
-    make_folder(tmp_path / "images", {"assets": 1})
-    (tmp_path / "images" / "data").mkdir()
-    (tmp_path / "images" / "data" / "train-0.tar").touch()
-    assert convert(tmp_path / "images", tmp_path / "out.beton") == 2
-    assert "has both images and .tar files" in capsys.readouterr().err
-    make_folder(tmp_path / "images" / "train", {"cat": 2})
-    assert convert(tmp_path / "images", tmp_path / "out.beton", "--train", "train") == 0

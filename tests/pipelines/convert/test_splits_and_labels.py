@@ -169,6 +169,11 @@ def test_splits_and_archives_further_down_are_named(tmp_path, files, message):
         listed(tmp_path)
 
 
+def test_a_named_split_leaves_out_archives_beside_it(tmp_path):
+    write_files(tmp_path, dict.fromkeys(["train/cat/0.jpg", "data/train-0.tar"], JPEG))
+    assert listed(tmp_path, train="train") == {"train": {"cat/0.jpg": "cat"}}
+
+
 def test_a_hub_cache_has_one_revision(tmp_path):
     (tmp_path / "hub" / "blobs").mkdir(parents=True)
     write_parquet(tmp_path / "hub/blobs/0a1b", {"image": cells("cat"), "label": [0]})

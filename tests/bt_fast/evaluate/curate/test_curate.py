@@ -2,12 +2,12 @@
 
 import csv
 import re
-from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import drawn_picture, jpeg_bytes, write_beton
+from html_page import Page
 
 from bt_fast.cli import main
 from bt_fast.evaluate import eval_setup
@@ -103,19 +103,14 @@ def test_features_are_reused_and_results_are_not_overwritten_unasked(
 
 
 def test_the_report_opens_offline_and_is_the_same_again(labelled_run, planted, tmp_path):
-    class Sources(HTMLParser):
-        def handle_starttag(self, tag, attrs):
-            found.extend(value for name, value in attrs if name in ("src", "href"))
-            assert tag != "script"
-
     pages = []
     for name in ("one", "two"):
         flags = ("--data", str(planted), "--by", "semdedup", "--fraction", "0.5")
         assert curate(labelled_run, tmp_path / name, *flags) == 0
         pages.append((tmp_path / name / "report.html").read_text())
-    found: list[str] = []
-    Sources().feed(pages[0])
-    assert len(found) > 50 and all(source.startswith("data:") for source in found)
+    page = Page(pages[0])
+    assert "script" not in page.tags and len(page.sources) > 50
+    assert all(source.startswith("data:") for source in page.sources)
     assert pages[0] == pages[1]
     for text in ("Near duplicates: held-out and training images", "Outliers", "Subset: semdedup"):
         assert text in pages[0]
