@@ -4,7 +4,6 @@ import itertools
 import os
 import shutil
 from functools import partial
-from typing import NamedTuple
 
 import pytest
 import torch
@@ -31,9 +30,8 @@ from norm_forms import (
     relative_error,
     torch_reference,
 )
+from operators import Operators, tensors_of
 from ranks import run_ranks
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from triton.runtime import interpreter
 
 from bt_fast.distributed.collectives import World
@@ -117,34 +115,6 @@ def test_a_compiled_step_equals_the_eager_one():
     assert_equal_steps(step, batches_of_views(1, 8, 12), torch.float32)
 
 
-def tensors_of(values) -> list[torch.Tensor]:
-    return [value for value in tree_leaves(values) if isinstance(value, torch.Tensor)]
-
-
-class Call(NamedTuple):
-    """A call of a norm operator."""
-
-    name: str
-    num_bytes: int  # of arguments and results
-    results: object
-
-
-class Operators(TorchDispatchMode):
-    """Records the calls of norm operators."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: list[Call] = []
-
-    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
-        results = function(*arguments, **(keywords or {}))
-        if function.namespace == "bt_fast":
-            num_bytes = sum(t.nbytes for t in tensors_of((arguments, results)))
-            name = function._schema.name.partition("::")[2]
-            self.calls.append(Call(name, num_bytes, results))
-        return results
-
-
 @pytest.mark.parametrize("form", FORMS)
 def test_results_of_four_dimensions_are_channels_last_images(form):
     """The compiler gives other strides to other tensors of four dimensions; kernels would not know.
@@ -153,7 +123,7 @@ def test_results_of_four_dimensions_are_channels_last_images(form):
     """
     shape = (4, 8, 6, 6)
     tensors = leaves(inputs(form, shape))
-    with Operators() as operators:
+    with Operators("bt_fast::") as operators:
         y, alias, _ = fused(form, *tensors)
         gradients(y, alias, tensors, output_gradients(form, shape))
     images = [t for call in operators.calls for t in tensors_of(call.results) if t.ndim == 4]
@@ -325,7 +295,7 @@ def test_kernels_move_their_arguments_once(form, monkeypatch):
     tensors, g = inputs(form, (2, 64, 48, 48)), output_gradients(form, (2, 64, 48, 48))
     leaf_tensors = leaves(tensors, torch.bfloat16)
     counted = []
-    with Operators() as operators:
+    with Operators("bt_fast::") as operators:
         y, alias, _ = fused(form, *leaf_tensors)
         counted.append(memory.bytes)
         gradients(y.float(), alias.float(), leaf_tensors, g)
@@ -345,7 +315,7 @@ def test_a_step_of_the_papers_network_moves_101_gb_in_norms():
         model = BarlowTwins("resnet50", (8192, 8192, 8192))
         views = torch.empty(512, 3, 224, 224, dtype=torch.bfloat16)
     batch_norm.fuse(model)
-    with torch.autocast("cpu", torch.bfloat16), Operators() as operators:
+    with torch.autocast("cpu", torch.bfloat16), Operators("bt_fast::") as operators:
         z = model(views.to(memory_format=torch.channels_last))
     with operators:
         z.sum().backward()

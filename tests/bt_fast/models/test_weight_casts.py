@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from operators import Operators
 from ranks import run_ranks
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -49,19 +50,9 @@ def test_a_step_equals_autocasts(encoder, num_ranks):
         assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
-class Casts(torch.utils._python_dispatch.TorchDispatchMode):
-    """Counts casts of single tensors with more than one dimension, and of lists."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.single, self.lists = 0, []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func is torch.ops.aten._to_copy.default:
-            self.single += args[0].ndim > 1
-        if func is torch.ops.aten._foreach_copy_.default:
-            self.lists.append([source.dtype for source in args[1]])
-        return func(*args, **(kwargs or {}))
+def casts_of_lists(operators: Operators) -> list[list[torch.dtype]]:
+    calls = [call for call in operators.calls if call.name == "_foreach_copy_"]
+    return [[source.dtype for source in call.arguments[1]] for call in calls]
 
 
 def build_stage() -> nn.Module:
@@ -71,10 +62,11 @@ def build_stage() -> nn.Module:
 def test_a_stages_weights_are_cast_once_in_each_pass():
     stage, x = build_stage(), torch.randn(4, 64, 8, 8).bfloat16()
     names = list(stage.state_dict())
-    with Casts() as casts, torch.autocast("cpu", torch.bfloat16):
+    with Operators("aten::") as operators, torch.autocast("cpu", torch.bfloat16):
         networks._forward_cast(stage, x)[0].sum().backward()
-    assert casts.lists == [[torch.float32] * 5, [torch.bfloat16] * 5]
-    assert casts.single == 0
+    assert casts_of_lists(operators) == [[torch.float32] * 5, [torch.bfloat16] * 5]
+    single = [call.arguments[0] for call in operators.calls if call.name == "_to_copy"]
+    assert all(tensor.ndim <= 1 for tensor in single)
     assert list(stage.state_dict()) == names
     assert all(type(p) is nn.Parameter and p.dtype == torch.float32 for p in stage.parameters())
 
@@ -88,9 +80,10 @@ def test_no_weights_are_cast_together_outside_mixed_precision_training(case):
         stage, x = stage.bfloat16(), x.bfloat16()
     stage.requires_grad_(case != "frozen")
     reference = copy.deepcopy(stage)
-    with Casts() as casts, torch.autocast("cpu", torch.bfloat16, enabled=case != "no autocast"):
+    autocast = torch.autocast("cpu", torch.bfloat16, enabled=case != "no autocast")
+    with Operators("aten::") as operators, autocast:
         y = networks._forward_cast(stage, x)
-        assert not casts.lists
+        assert not casts_of_lists(operators)
         assert torch.equal(y, reference(x))
 
 
