@@ -1,7 +1,7 @@
 """The forms of `norm_act`, their definition, and assertions that the fused kernels equal it.
 
 The assertions run on a GPU (test_cuda.py) and, at small sizes, in Triton's interpreter
-(test_norm_triton.py).
+(test_batch_norm_triton.py).
 """
 
 from collections.abc import Callable
