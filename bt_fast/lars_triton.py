@@ -62,7 +62,8 @@ def update(
     """
     device = params[0].device
     gradients = [match_strides(p, p.grad) for p in params]
-    assert all(p.stride() == m.stride() for p, m in zip(params, momenta, strict=True))
+    if any(p.stride() != m.stride() for p, m in zip(params, momenta, strict=True)):
+        raise ValueError("fused LARS needs parameters without gaps in memory")
     chunks = _make_chunks(tuple(p.numel() for p in params), device)
     pointers = [[t.data_ptr() for t in tensors] for tensors in (params, gradients, momenta)]
     rows = [

@@ -64,6 +64,7 @@ INTERNAL = {
     "crops must be uint8 …, got … …; see channels_first for the other memory layout",
     "keys must be uint64 …, got …",
     "fused LARS needs float32 parameters and gradients",
+    "fused LARS needs parameters without gaps in memory",
     "loader … is not one of …",
     "this process is one of several ranks; start bt-fast pretrain instead",
 }

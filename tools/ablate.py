@@ -63,6 +63,8 @@ class Cell:
 
     def figures(self) -> dict[str, float]:
         """Accuracies, fractions, of the finished run; empty before it is finished."""
+        if not seeded_runs.is_finished(self.folder):
+            return {}
         probes = seeded_runs.probes(self.folder)
         found = {"random": probes[0]["knn_20"], "knn": probes[-1]["knn_20"]} if probes else {}
         for result in self.folder.glob("eval/linear-cached-*/result.json"):

@@ -112,6 +112,14 @@ def test_the_fused_update_refuses_half_precision():
     assert (p == 1).all()
 
 
+def test_the_fused_update_refuses_gaps_in_memory():
+    p = torch.ones(4, 12)[:, ::2].requires_grad_()
+    p.grad = torch.ones_like(p)
+    with pytest.raises(ValueError, match="without gaps"):
+        build_optimizer([p], True).step()
+    assert (p == 1).all()
+
+
 @pytest.mark.parametrize("fused", [False, True])
 def test_momentum_of_another_memory_format_is_taken(fused):
     """As after loading a state_dict, or `model.to(memory_format=...)`."""
