@@ -366,6 +366,16 @@ def load_config(path: Path, flag: str) -> Config:
     return from_json(file.read_bytes(), file)
 
 
+def with_absolute_paths(config: Config) -> Config:
+    """The configuration with paths that mean the same in any working directory."""
+    return dataclasses.replace(
+        config,
+        data=config.data.resolve(),
+        val_data=config.val_data and config.val_data.resolve(),
+        init=config.init and config.init.resolve(),
+    )
+
+
 def resumed(config: Config, saved: Config | None) -> Config:
     """The configuration of a run to resume, whose saved one is `saved`, or of a new one; applies
     --extend and --peak.

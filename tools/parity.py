@@ -70,9 +70,12 @@ def run(options: Options, flags: list[str]) -> int:
         for way in WAYS
         for seed, folder in zip(options.seeds, folders[way], strict=True)
     }
+    if not configs:
+        raise ValueError("--seeds needs at least one seed")
+    any_config = next(iter(configs.values()))  # only the seeds differ
+    require_fixed(any_config)
+    seeded_runs.require_readouts(any_config)
     for folder, config in configs.items():
-        require_fixed(config)
-        seeded_runs.require_readouts(config)
         seeded_runs.require_same_flags(folder, config)
     for bt_fast_run, reference_run in zip(*folders.values(), strict=True):
         for folder in (bt_fast_run, reference_run):

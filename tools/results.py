@@ -5,7 +5,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from pipelines.common.atomic import atomic_file
+from pipelines.common.atomic import write_text
 
 
 class Results:
@@ -32,8 +32,7 @@ class Results:
 
 def write_json(path: Path, values: dict) -> None:
     """Write a JSON file atomically."""
-    with atomic_file(path, overwrite=True) as file:
-        file.write(json.dumps(values, indent=1, default=str).encode() + b"\n")
+    write_text(path, json.dumps(values, indent=1, default=str) + "\n", overwrite=True)
 
 
 def as_text(value: object) -> str:

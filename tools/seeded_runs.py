@@ -7,7 +7,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from bt_fast.config import RESULTS_DEPEND_ON, Config, differences, load_config
+from bt_fast.config import (
+    RESULTS_DEPEND_ON,
+    Config,
+    differences,
+    load_config,
+    with_absolute_paths,
+)
 from bt_fast.distributed.signals import EXIT_STOPPED, StopFlag
 from bt_fast.evaluate.knn_classifier import choose_data, missing_classes
 from bt_fast.run.directory import read_metrics
@@ -36,13 +42,7 @@ def require_same_flags(folder: Path, config: Config) -> None:
     if not (folder / "config.json").exists():
         return
     saved = load_config(folder, "--out")
-    config = dataclasses.replace(
-        config,
-        run_dir=saved.run_dir,
-        data=config.data.resolve(),
-        val_data=config.val_data and config.val_data.resolve(),
-        init=config.init and config.init.resolve(),
-    )
+    config = dataclasses.replace(with_absolute_paths(config), run_dir=saved.run_dir)
     if changed := differences(config, saved, also=RESULTS_DEPEND_ON):
         raise ValueError(
             f"{folder} was started with other values of {' '.join(changed)};"

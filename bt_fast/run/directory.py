@@ -29,7 +29,7 @@ from typing import Self
 import numpy
 import torch
 
-from bt_fast.config import Config, to_json
+from bt_fast.config import Config, to_json, with_absolute_paths
 from bt_fast.runtime import Runtime
 from pipelines import __version__
 from pipelines.common.atomic import write_text
@@ -86,14 +86,8 @@ class RunDirectory:
 
     def record_config(self, config: Config) -> None:
         """Write config.json, from which the run can be continued in any working directory."""
-        saved = replace(
-            config,
-            resume=None,
-            slurm=None,  # the submitted job resumes the run; it does not submit again
-            data=config.data.resolve(),
-            val_data=config.val_data and config.val_data.resolve(),
-            init=config.init and config.init.resolve(),
-        )
+        # The job submitted by --slurm resumes the run; it does not submit again.
+        saved = replace(with_absolute_paths(config), resume=None, slurm=None)
         self.write("config.json", to_json(saved))
 
     def record_start(self, config: Config, runtime: Runtime) -> None:
