@@ -105,7 +105,8 @@ class Config:
     loader: LoaderName = field(default="auto", metadata=_MUTABLE)
     """Library that decodes and crops the images. auto: native."""
     workers: int | None = field(default=None, metadata=_MUTABLE)
-    """Decoding threads per rank. Default: the usable cores, divided among a machine's ranks."""
+    """Decoding threads per rank, or processes for a GPU. Default: the usable cores, divided among a
+    machine's ranks."""
     cache_gb: float = field(default=0.0, metadata=_MUTABLE)
     """Memory per rank for decoded images, GB (an ImageNet image takes half a megabyte). If all fit,
     only the first epoch decodes."""

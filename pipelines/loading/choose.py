@@ -12,7 +12,7 @@ from pipelines.loading.dali import CPU, DaliBackend
 from pipelines.loading.ffcv import FfcvBackend
 from pipelines.loading.loader import CropBackend, Loader, Sampler
 from pipelines.loading.native import NativeBackend
-from pipelines.loading.process import DecodeProcess
+from pipelines.loading.processes import DecodeProcesses
 from pipelines.webdataset.reader import ShardReader
 
 LOADERS = get_args(LoaderName)
@@ -44,7 +44,7 @@ def open_loader(
         seed: order, boxes and keys are functions of it, the epoch and the image.
         rank: this process's part of every batch, of `world_size`.
         sizes: sides of the crops by epoch, pixels; default: crop.size in all.
-        num_threads: that decode.
+        num_threads: that decode; the native backend decodes for a GPU in as many processes.
         prefetch: batches that are made ahead.
         cache_bytes: of memory for decoded images; native only.
 
@@ -77,8 +77,13 @@ def open_loader(
         backend = FfcvBackend(dataset, pin_memory=device.type == "cuda", **threads)
     elif device.type == "cuda":
         batch_bytes = 2 * sampler.local_batch_size * max(sampler.sizes) ** 2 * 3
-        backend = DecodeProcess(
-            dataset, batch_bytes=batch_bytes, device=device, cache_bytes=cache_bytes, **threads
+        backend = DecodeProcesses(
+            dataset,
+            batch_bytes=batch_bytes,
+            device=device,
+            num_workers=num_threads,
+            prefetch=prefetch,
+            cache_bytes=cache_bytes,
         )
     else:
         backend = NativeBackend(dataset, cache_bytes=cache_bytes, **threads)

@@ -127,7 +127,7 @@ class Loader:
     The sampler chooses their images and boxes, the backend makes their pixels (`open_loader`).
 
     `epoch` is the number of the next one; set it to continue elsewhere. On a GPU one iterator is
-    used at a time: its decoding process serves it alone.
+    used at a time: its decoding processes serve it alone.
     """
 
     def __init__(self, sampler: Sampler, backend: CropBackend) -> None:

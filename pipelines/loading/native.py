@@ -83,9 +83,13 @@ class NativeBackend:
 
     def _crop_rows(self, request: Request, crops: np.ndarray, first: int) -> None:
         for row in range(first, min(first + IMAGES_PER_TASK, len(request.samples))):
-            image = self._image(int(request.samples[row]))
-            for view in range(len(crops)):
-                crop_and_resize(image, request.boxes[row, view], out=crops[view, row])
+            self.crop(int(request.samples[row]), request.boxes[row], crops[:, row])
+
+    def crop(self, sample: int, boxes: np.ndarray, out: np.ndarray) -> None:
+        """Write the boxes of an image, int [k, 4], to `out`, uint8 [k, size, size, 3]."""
+        image = self._image(sample)
+        for box, pixels in zip(boxes, out, strict=True):
+            crop_and_resize(image, box, pixels)
 
     def _image(self, sample: int) -> np.ndarray:
         """A decoded image, uint8 [H, W, 3], from the cache or stored in it while there is space."""

@@ -1,8 +1,11 @@
-"""The native backend in a process of its own. Here its batches are copied to CPU memory."""
+"""The native backend in other processes. Here its batches are copied to CPU memory."""
 
 import dataclasses
 import os
 import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +15,7 @@ from pipelines.beton import BetonReader
 from pipelines.crop import RandomResizedCrop
 from pipelines.loading.choose import open_loader
 from pipelines.loading.loader import Loader
-from pipelines.loading.process import DecodeProcess
+from pipelines.loading.processes import DecodeProcesses
 
 
 @pytest.fixture(scope="module")
@@ -23,8 +26,11 @@ def native(small_beton) -> Loader:
 
 @pytest.fixture
 def loader(native) -> Loader:
-    backend = DecodeProcess(
-        native.sampler.dataset, batch_bytes=2 * 12 * 24**2 * 3, device=torch.device("cpu")
+    backend = DecodeProcesses(
+        native.sampler.dataset,
+        batch_bytes=2 * 12 * 24**2 * 3,
+        device=torch.device("cpu"),
+        num_workers=3,
     )
     return Loader(native.sampler, backend)
 
@@ -44,15 +50,23 @@ def test_batches_are_natives_and_may_be_kept(loader, native):
     require_natives_batches(loader, native, 7, 9)
 
 
-def test_signals_that_stop_a_run_leave_the_process_working(loader, native):
-    for stop in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
-        os.kill(loader.backend._process.pid, stop)
+def workers_of(loader: Loader) -> list[int]:
+    """Process IDs of the workers, which are there once a batch is."""
+    next(loader.batches(0, 1))
+    pid = loader.backend._process.pid
+    return [int(i) for i in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def test_signals_that_stop_a_run_leave_the_processes_working(loader, native):
+    for pid in (loader.backend._process.pid, *workers_of(loader)):
+        for stop in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+            os.kill(pid, stop)
     require_natives_batches(loader, native, 0, 2)
 
 
 def test_an_error_arrives_here_and_the_process_goes_on(loader, native, small_beton, tmp_path):
     reader = damaged(small_beton, tmp_path / "damaged.beton", 5)
-    backend = DecodeProcess(reader, batch_bytes=2 * 12 * 24**2 * 3, device=torch.device("cpu"))
+    backend = DecodeProcesses(reader, batch_bytes=2 * 12 * 24**2 * 3, device=torch.device("cpu"))
     requests = list(native.sampler.requests(0, 5))
     bad = next(request for request in requests if 5 in request.samples)
     good = next(request for request in requests if 5 not in request.samples)
@@ -66,14 +80,30 @@ def test_an_error_arrives_here_and_the_process_goes_on(loader, native, small_bet
         list(backend.crops([wrong]))
 
 
-def test_a_killed_process_is_named(loader):
-    os.kill(loader.backend._process.pid, signal.SIGKILL)
+@pytest.mark.parametrize("killed", ["parent", "worker"])
+def test_a_killed_process_ends_all_and_is_named(loader, killed):
+    workers = workers_of(loader)
+    os.kill(loader.backend._process.pid if killed == "parent" else workers[1], signal.SIGKILL)
     with pytest.raises(ChildProcessError, match=r"ended unexpectedly \(signal 9\)"):
-        next(loader.batches(0, 1))
+        list(loader.batches(0, 100))
+    assert wait_until(lambda: not any(map(is_running, workers)))
 
 
-def test_the_process_ends_with_the_backend(native):
-    backend = DecodeProcess(native.sampler.dataset, batch_bytes=4096, device=torch.device("cpu"))
-    process = backend._process
-    del backend
-    assert process.poll() is not None
+def is_running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def wait_until(condition: Callable[[], bool]) -> bool:
+    """Whether a condition becomes true within ten seconds."""
+    return any(condition() or time.sleep(0.1) for _ in range(100))
+
+
+def test_the_processes_end_with_the_backend(loader):
+    workers = workers_of(loader)
+    assert len(workers) == 3
+    process = loader.backend._process
+    del loader.backend
+    assert process.poll() == 0 and not any(map(is_running, workers))

@@ -1,0 +1,251 @@
+"""The native backend in other processes, for training on a GPU.
+
+A step on a GPU is about a thousand launches from Python, each of which takes the interpreter lock.
+Decoding threads of the same process would delay them: on an H100 with 16 threads, a step took
+157 ms from JPEGs and 82 ms without them, although the threads alone needed 60 ms a batch. They
+delay each other, too: two threads decode fewer images of 32 px than one.
+
+So each worker is a process with one thread, which always decodes the same images. All share the
+memory of a few batches, which is page-locked here: the workers fill it, and each batch is copied
+from it to the GPU, on the stream that is current. Requests and answers are exchanged in order; None
+ends the requests of one iteration, `_END` its answers.
+"""
+
+import contextlib
+import ctypes
+import mmap
+import os
+import signal
+import subprocess
+import sys
+import traceback
+import weakref
+from collections import deque
+from collections.abc import Iterable, Iterator
+from math import prod
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
+from typing import NoReturn
+
+import numpy as np
+import torch
+
+from pipelines.loading.datasets import ImageDataset
+from pipelines.loading.loader import Request
+from pipelines.loading.native import NativeBackend
+
+_END = "end"
+_PAGE = mmap.PAGESIZE
+_PR_SET_PDEATHSIG = 1  # of Linux's prctl
+
+
+class DecodeProcesses:
+    """Crops on the training device, made by `NativeBackend` in other processes.
+
+    Args:
+        dataset: can be pickled.
+        batch_bytes: size of the largest batch.
+        device: where batches are copied; a CPU's are copied too, because the memory is reused.
+        num_workers: decoding processes.
+        prefetch: batches prepared ahead.
+        cache_bytes: memory of all processes for decoded images.
+    """
+
+    def __init__(
+        self,
+        dataset: ImageDataset,
+        *,
+        batch_bytes: int,
+        device: torch.device,
+        num_workers: int = 2,
+        prefetch: int = 3,
+        cache_bytes: int = 0,
+    ) -> None:
+        self.device, self.prefetch = device, max(prefetch, 1)
+        num_slots = self.prefetch + 2  # one is used, one is copied
+        slot_bytes = -(-batch_bytes // _PAGE) * _PAGE
+        memory = os.memfd_create("bt-fast batches")
+        os.ftruncate(memory, num_slots * slot_bytes)
+        self._slots = _map_slots(memory, slot_bytes)
+        self._copied: list[torch.cuda.Event | None] = [None] * num_slots
+        if device.type == "cuda":
+            address, num_bytes = self._slots.data_ptr(), self._slots.nbytes
+            torch.cuda.check_error(int(torch.cuda.cudart().cudaHostRegister(address, num_bytes, 0)))
+            weakref.finalize(self, _unregister, self._slots, self._copied)
+        self._connections, self._process = _start(memory, num_workers)
+        os.close(memory)
+        weakref.finalize(self, _stop, self._connections, self._process)
+        self._send_all((dataset, slot_bytes, cache_bytes // num_workers))
+
+    def crops(self, requests: Iterable[Request]) -> Iterator[torch.Tensor]:
+        """uint8 [k, n, size, size, 3] for each request, in order, on the device."""
+        numbered = enumerate(requests)
+        pending: deque[tuple[int, tuple[int, ...]]] = deque()  # slots and shapes
+        is_open = True
+        try:
+            while True:
+                while is_open and len(pending) <= self.prefetch:
+                    number, request = next(numbered, (0, None))
+                    if request is None:
+                        self._send_all(None)
+                        is_open = False
+                        break
+                    slot = number % len(self._slots)
+                    if (event := self._copied[slot]) is not None:
+                        event.synchronize()
+                    self._distribute(slot, request)
+                    pending.append((slot, request.shape))
+                if not pending:
+                    return
+                for connection in self._connections:
+                    if (error := self._receive(connection)) is not None:
+                        raise error
+                yield self._copy(*pending.popleft())
+        finally:
+            with contextlib.suppress(ChildProcessError):
+                if is_open:
+                    self._send_all(None)
+                for connection in self._connections:
+                    while self._receive(connection) != _END:
+                        pass
+
+    def _distribute(self, slot: int, request: Request) -> None:
+        """Send each process the rows of its images: those of its decoded copies."""
+        workers = request.samples % len(self._connections)
+        for worker, connection in enumerate(self._connections):
+            rows = np.flatnonzero(workers == worker)
+            samples, boxes = request.samples[rows], request.boxes[rows]
+            self._send(connection, (slot, request.shape, rows, samples, boxes))
+
+    def _copy(self, slot: int, shape: tuple[int, ...]) -> torch.Tensor:
+        crops = self._slots[slot, : prod(shape)].view(shape)
+        if self.device.type != "cuda":
+            return crops.clone()
+        crops = crops.to(self.device, non_blocking=True)
+        self._copied[slot] = torch.cuda.current_stream(self.device).record_event()
+        return crops
+
+    def _send_all(self, message) -> None:
+        for connection in self._connections:
+            self._send(connection, message)
+
+    def _send(self, connection: Connection, message) -> None:
+        try:
+            connection.send(message)
+        except OSError:
+            self._raise_ended()
+
+    def _receive(self, connection: Connection):
+        try:
+            return connection.recv()
+        except (OSError, EOFError):
+            self._raise_ended()
+
+    def _raise_ended(self) -> NoReturn:
+        status = self._process.wait()
+        reason = f"signal {-status}" if status < 0 else f"exit status {status}"
+        raise ChildProcessError(
+            f"a decoding process ended unexpectedly ({reason}); after signal 9, memory may be"
+            " short: lower --workers or --cache-gb"
+        )
+
+
+def _map_slots(memory: int, slot_bytes: int) -> torch.Tensor:
+    """uint8 [slots, bytes] of a file descriptor's memory, shared between processes."""
+    return torch.from_numpy(np.frombuffer(mmap.mmap(memory, 0), np.uint8)).view(-1, slot_bytes)
+
+
+def _unregister(slots: torch.Tensor, copied: list[torch.cuda.Event | None]) -> None:
+    """Release page-locked memory before it is unmapped; CUDA would keep its addresses."""
+    for event in copied:
+        if event is not None:
+            event.synchronize()
+    torch.cuda.cudart().cudaHostUnregister(slots.data_ptr())
+
+
+def _start(memory: int, num_workers: int) -> tuple[list[Connection], subprocess.Popen]:
+    """Start the processes, each with one end of a connection; return the other ends and the parent
+    of the processes, which ends with them.
+
+    Signals that stop a run are blocked in them: they end when the connections are closed.
+    """
+    pairs = [Pipe() for _ in range(num_workers)]
+    descriptors = [theirs.fileno() for _, theirs in pairs]
+    code = f"from pipelines.loading.processes import serve; serve({memory}, {descriptors})"
+    path = os.pathsep.join(filter(None, [os.getcwd(), *sys.path]))
+    one_thread = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+    stops = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, stops)
+    try:
+        process = subprocess.Popen(
+            [sys.executable, "-c", code], stdin=subprocess.DEVNULL, pass_fds=[memory, *descriptors],
+            env=os.environ | one_thread | {"PYTHONPATH": path},
+        )  # fmt: skip
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    for _, theirs in pairs:
+        theirs.close()
+    return [ours for ours, _ in pairs], process
+
+
+def _stop(connections: list[Connection], process: subprocess.Popen) -> None:
+    for connection in connections:
+        connection.close()
+    try:
+        process.wait(5)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
+# In the other processes -------------------------------------------------------------------------
+
+
+def serve(memory: int, descriptors: list[int]) -> None:
+    """Fork a process for each connection, so that what is imported is loaded once, and wait for
+    them. If one fails, end all, and then as it did.
+    """
+    parent, workers = os.getpid(), set()
+    for descriptor in descriptors:
+        worker = os.fork()
+        if worker == 0:
+            ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+            if os.getppid() == parent:
+                for other in set(descriptors) - {descriptor}:
+                    os.close(other)
+                _decode(Connection(descriptor), memory)
+            os._exit(0)
+        workers.add(worker)
+    for descriptor in descriptors:
+        os.close(descriptor)
+    while workers:
+        worker, status = os.wait()
+        workers.remove(worker)
+        if status:
+            for other in workers:
+                os.kill(other, signal.SIGKILL)
+            if os.WIFSIGNALED(status):
+                os.kill(parent, os.WTERMSIG(status))
+            os._exit(1)
+
+
+def _decode(connection: Connection, memory: int) -> None:
+    """Answer requests until the connection is closed."""
+    with contextlib.suppress(EOFError, OSError):
+        dataset, slot_bytes, cache_bytes = connection.recv()
+        slots = _map_slots(memory, slot_bytes).numpy()
+        native = NativeBackend(dataset, cache_bytes=cache_bytes)
+        while True:
+            error: Exception | None = None
+            for slot, shape, rows, samples, boxes in iter(connection.recv, None):
+                crops = slots[slot, : prod(shape)].reshape(shape)
+                try:
+                    for row, sample, boxes_of_row in zip(rows, samples, boxes, strict=True):
+                        if error is None:
+                            native.crop(int(sample), boxes_of_row, crops[:, row])
+                except (ValueError, MemoryError) as known:
+                    error = known
+                except Exception:
+                    error = RuntimeError(traceback.format_exc())
+                connection.send(error)
+            connection.send(_END)
