@@ -15,8 +15,8 @@ from pipelines import augment
 from pipelines.augment import Branch
 from pipelines.crop import RandomResizedCrop, center_boxes, random_boxes
 from pipelines.loading.datasets import ImageDataset
-from pipelines.loading.loader import Request
-from pipelines.loading.native import NativeBackend
+from pipelines.loading.loader import CropBackend, Request
+from pipelines.loading.processes import native_backend
 from pipelines.order import view_keys
 
 FLIP_ONLY = Branch(blur=0.0, solarize=0.0, jitter=0.0, grayscale=0.0)
@@ -42,12 +42,9 @@ class Views:
         self.images = images
         self.runtime = runtime
         self.size = size
-        self._backend = NativeBackend(
-            images,
-            num_threads=num_threads,
-            pin_memory=runtime.device.type == "cuda",
-            cache_bytes=cache_bytes,
-        )
+        self._options = {"num_threads": num_threads, "cache_bytes": cache_bytes}
+        self._backend: CropBackend | None = None
+        self._largest_batch = 0  # that the backend can make
 
     def central(self, samples: np.ndarray, crop: float) -> Iterator[torch.Tensor]:
         """Central crops, `crop` times the short side, in the order of `samples`."""
@@ -94,5 +91,17 @@ class Views:
             Request(samples=batch, boxes=boxes_of(batch)[:, None], size=self.size)
             for batch in batches
         )
-        for batch, crops in zip(batches, self._backend.crops(requests), strict=True):
-            yield batch, crops[0].to(self.runtime.device, non_blocking=True)
+        for batch, crops in zip(batches, self._open(batch_size).crops(requests), strict=True):
+            yield batch, crops[0].to(self.runtime.device)
+
+    def _open(self, batch_size: int) -> CropBackend:
+        """The backend, for batches of this size; it is started when it is first needed."""
+        if self._backend is None or batch_size > self._largest_batch:
+            self._largest_batch = batch_size
+            self._backend = native_backend(
+                self.images,
+                self.runtime.device,
+                batch_bytes=batch_size * self.size**2 * 3,
+                **self._options,
+            )
+        return self._backend

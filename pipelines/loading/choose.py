@@ -11,8 +11,7 @@ from pipelines.loading import LoaderName
 from pipelines.loading.dali import CPU, DaliBackend
 from pipelines.loading.ffcv import FfcvBackend
 from pipelines.loading.loader import CropBackend, Loader, Sampler
-from pipelines.loading.native import NativeBackend
-from pipelines.loading.processes import DecodeProcesses
+from pipelines.loading.processes import native_backend
 from pipelines.webdataset.reader import ShardReader
 
 LOADERS = get_args(LoaderName)
@@ -75,16 +74,9 @@ def open_loader(
         if not isinstance(dataset, BetonReader):
             raise ValueError(f"--loader ffcv reads a .beton: bt-convert {dataset.path} out.beton")
         backend = FfcvBackend(dataset, pin_memory=device.type == "cuda", **threads)
-    elif device.type == "cuda":
-        batch_bytes = 2 * sampler.local_batch_size * max(sampler.sizes) ** 2 * 3
-        backend = DecodeProcesses(
-            dataset,
-            batch_bytes=batch_bytes,
-            device=device,
-            num_workers=num_threads,
-            prefetch=prefetch,
-            cache_bytes=cache_bytes,
-        )
     else:
-        backend = NativeBackend(dataset, cache_bytes=cache_bytes, **threads)
+        batch_bytes = 2 * sampler.local_batch_size * max(sampler.sizes) ** 2 * 3
+        backend = native_backend(
+            dataset, device, batch_bytes=batch_bytes, cache_bytes=cache_bytes, **threads
+        )
     return Loader(sampler, backend)

@@ -3,8 +3,8 @@
 
 The data set is memory-mapped. Decoding and resizing release the interpreter lock, once each; in
 between, threads handle arrays rather than tensors, whose operations would release it as well.
-Crops are written into the memory of the batch, which is page-locked if a GPU reads it. `prefetch`
-batches are in preparation while one is used, also across the end of an epoch.
+Crops are written into the memory of the batch. `prefetch` batches are in preparation while one is
+used, also across the end of an epoch.
 """
 
 import threading
@@ -29,7 +29,6 @@ class NativeBackend:
     Args:
         num_threads: decoding threads of this rank.
         prefetch: batches prepared ahead.
-        pin_memory: put batches in page-locked memory, for copies that overlap GPU work.
         cache_bytes: memory for decoded images. If all fit, only the first epoch decodes.
     """
 
@@ -39,12 +38,10 @@ class NativeBackend:
         *,
         num_threads: int = 2,
         prefetch: int = 3,
-        pin_memory: bool = False,
         cache_bytes: int = 0,
     ) -> None:
         self.decoder = RecordDecoder(dataset)
         self.prefetch = max(prefetch, 1)
-        self.pin_memory = pin_memory
         self.cache: dict[int, np.ndarray] = {}
         self._free_cache_bytes = cache_bytes
         self._cache_lock = threading.Lock()
@@ -70,16 +67,12 @@ class NativeBackend:
                     task.cancel()
 
     def _submit(self, request: Request) -> tuple[torch.Tensor, list[Future]]:
-        crops = self._empty(request.shape)
+        crops = torch.empty(request.shape, dtype=torch.uint8)
         tasks = [
             self.pool.submit(self._crop_rows, request, crops.numpy(), first)
             for first in range(0, len(request.samples), IMAGES_PER_TASK)
         ]
         return crops, tasks
-
-    def _empty(self, shape: tuple[int, ...]) -> torch.Tensor:
-        """Memory of a batch's crops."""
-        return torch.empty(shape, dtype=torch.uint8, pin_memory=self.pin_memory)
 
     def _crop_rows(self, request: Request, crops: np.ndarray, first: int) -> None:
         for row in range(first, min(first + IMAGES_PER_TASK, len(request.samples))):

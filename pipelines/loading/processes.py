@@ -31,12 +31,39 @@ import numpy as np
 import torch
 
 from pipelines.loading.datasets import ImageDataset
-from pipelines.loading.loader import Request
+from pipelines.loading.loader import CropBackend, Request
 from pipelines.loading.native import NativeBackend
 
 _END = "end"
 _PAGE = mmap.PAGESIZE
 _PR_SET_PDEATHSIG = 1  # of Linux's prctl
+
+
+def native_backend(
+    dataset: ImageDataset,
+    device: torch.device,
+    *,
+    batch_bytes: int,
+    num_threads: int,
+    prefetch: int = 3,
+    cache_bytes: int = 0,
+) -> CropBackend:
+    """The native backend for a device: processes for a GPU, threads for a CPU.
+
+    batch_bytes: size of the largest batch. Others: as of `open_loader`.
+    """
+    if device.type != "cuda":
+        return NativeBackend(
+            dataset, num_threads=num_threads, prefetch=prefetch, cache_bytes=cache_bytes
+        )
+    return DecodeProcesses(
+        dataset,
+        batch_bytes=batch_bytes,
+        device=device,
+        num_workers=num_threads,
+        prefetch=prefetch,
+        cache_bytes=cache_bytes,
+    )
 
 
 class DecodeProcesses:
