@@ -13,7 +13,7 @@ from bt_fast import train
 from bt_fast.build import build
 from bt_fast.cli import main, parse_pretrain
 from bt_fast.deferred import GPU_DELAY, Deferred
-from bt_fast.finite import NotFinite, require_finite
+from bt_fast.finite import NotFinite, queue_finite_check, require_finite
 from bt_fast.run.probe import probe
 
 
@@ -28,6 +28,24 @@ def test_the_first_tensor_that_is_not_finite_is_named(bad, dtype):
         tensors[name][1, 7] = bad
     with pytest.raises(NotFinite, match=r"^file: values of b are not finite; way out$"):
         require_finite(tensors, "file", "way out")
+
+
+def test_flags_are_read_after_their_copy(monkeypatch):
+    """With copies like those from a GPU, which are empty until the host waits for them."""
+    copies = []
+
+    def to(tensor, device, non_blocking=False):
+        if not non_blocking:
+            return tensor
+        copies.append((torch.zeros_like(tensor), tensor))
+        return copies[-1][0]
+
+    monkeypatch.setattr(torch.Tensor, "to", to)
+    require_finite({"a": torch.ones(3)}, "file", "way out")
+    check = queue_finite_check({"a": torch.ones(3)}, "file", "way out")
+    for copy, source in copies:
+        copy.copy_(source)
+    check()
 
 
 @pytest.fixture
