@@ -3,6 +3,7 @@
     python tools/gpu_suite.py --set quick --out results          correctness, step: 240 seconds
     python tools/gpu_suite.py --set full --out results           also benchmarks: 420 seconds
     python tools/gpu_suite.py --parts loss kernels --data imagenet.beton
+    python tools/gpu_suite.py --parts learning --data cifar10.beton
 
 Parts run in order of priority, each in a new process that is killed at its time limit: the time
 left minus the expected time of the later parts. Parts that do not start are listed. Writes
@@ -49,6 +50,7 @@ LIMITS = {
     "evaluations": 85,
     "compiled": 150,
     "dali": 60,
+    "learning": 400,
 }
 QUICK = ("correctness", "step", "kernels")
 FULL = (*QUICK, "variants", "rivals", "loader", "loss", "evaluations")

@@ -6,6 +6,7 @@ python tools/suite_parts.py NAME RESULT.json DATA.beton
 import _checkout  # noqa: F401  # isort: skip
 
 import os
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -18,10 +19,13 @@ import torch
 from bt_fast import cli
 from bt_fast.build import TrainingSetup, build
 from bt_fast.cli import parse_pretrain
+from bt_fast.config import load_config
 from bt_fast.lars import LARS, parameter_groups
 from bt_fast.models.networks import BarlowTwins
 from bt_fast.plan import step_costs
 from bt_fast.prefetch import prefetch
+from bt_fast.run.directory import read_metrics
+from bt_fast.run.probe import READOUTS
 from bt_fast.runtime import apply_switches
 from bt_fast.step import measure_step_seconds
 from pipelines import augment
@@ -40,6 +44,7 @@ ON_GPU = torch.cuda.is_available()
 INTERPRETS = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
 BUDGET = 0.5 if ON_GPU else 0.02
+LEARNING_SECONDS = 240  # of training, without start and probes
 TOY = ["--recipe=demo", "--size=32", "--batch-size=4", "--projector", "32", "32", "--device=cpu"]
 
 
@@ -283,6 +288,45 @@ def evaluations(results: Results, data: Path) -> None:
         results.measure("Complete commands", name, partial(complete, arguments, num_images))
 
 
+def learning(results: Results, data: Path) -> None:
+    """Recipe cifar10 on `data`: rates of compile modes, then accuracies against training time."""
+    folder = Path(data.parent if results.path is None else results.path.parent, "learning")
+    flags = [f"--data={data}", *(["--recipe=cifar10"] if ON_GPU else TOY)]
+    rates: dict[str, float] = {}
+
+    def train(name: str, *more: str) -> list[dict]:
+        run = str(folder / name)
+        if status := cli.main(["pretrain", *flags, f"--run-dir={run}", *more]):
+            raise RuntimeError(f"exit status {status}")
+        return [record for _, record in read_metrics(folder / name / "metrics.jsonl")]
+
+    def rate_of(mode: str) -> dict[str, float]:
+        records = train(mode, "--max-steps=200", "--probe-every=0", f"--compile={mode}")
+        rates[mode] = records[-1]["images_per_s"]
+        return {"images/s": rates[mode]}
+
+    for mode in ("default", "reduce-overhead") if ON_GPU else ("off",):
+        results.measure("Recipe cifar10, 200 steps", f"--compile={mode}", partial(rate_of, mode))
+    if not rates:
+        return
+    mode = max(rates, key=rates.__getitem__)
+    num_images = len(BetonReader(data))
+    epochs = min(200, int(LEARNING_SECONDS * rates[mode] / num_images)) if ON_GPU else 2
+    every = max(1, epochs // 5)
+    records = train("run", f"--epochs={epochs}", f"--compile={mode}", f"--probe-every={every}")
+    batch_size = load_config(folder / "run", "learning").batch_size
+    title = f"Recipe cifar10, {epochs} epochs of {num_images:,} images, --compile {mode}"
+    seconds, step = 0.0, 0
+    for record in records:
+        if record["kind"] == "train":
+            seconds += (record["step"] - step) * batch_size / record["images_per_s"]
+            step = record["step"]
+        else:
+            figures = {"s of training": seconds} | {name: record[name] for name in READOUTS}
+            results.record(title, f"epoch {record['epoch']:g}", figures)
+    shutil.copy(folder / "run" / "curves.png", folder.parent / "learning.png")
+
+
 def repeat_images(reader: BetonReader, path: Path, count: int) -> None:
     """Write a data set of `count` images, those of the reader repeated, with ten classes."""
     names = [str(label) for label in range(10)]
@@ -333,6 +377,7 @@ PARTS: dict[str, Callable[[Results, Path], None]] = {
     "evaluations": evaluations,
     "compiled": compiled,
     "dali": dali,
+    "learning": learning,
 }
 
 

@@ -47,6 +47,12 @@ def test_the_full_set_runs_to_its_end_at_toy_sizes(small_beton, tmp_path):
     assert "times as fast as the released code's step" in report
 
 
+def test_learning_at_toy_sizes(small_beton, tmp_path):
+    done = suite("--parts", "learning", "--out", tmp_path / "out", "--data", small_beton)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "| epoch 2 | " in done.stdout and (tmp_path / "out" / "learning.png").exists()
+
+
 def test_flags_that_cannot_be_used(tmp_path):
     unknown = suite("--parts", "x", "--out", tmp_path / "new")
     assert unknown.returncode == 2 and "--parts x: choose from correctness" in unknown.stderr
