@@ -44,7 +44,7 @@ class TrainingSetup:
     world: World
     runtime: Runtime
     autocast: torch.autocast  # the context of every forward pass
-    num_threads: int  # decoding threads of this rank
+    num_threads: int  # workers of this rank that decode
     dataset: BetonReader | ShardReader
     data_identity: dict[str, int | str]  # must not change when the run is resumed
     loader: Loader
@@ -240,7 +240,7 @@ def describe(setup: TrainingSetup, seconds_per_step: dict[int, float]) -> dict[s
         "device": f"{runtime.device.type}, {runtime.precision},"
         f" torch.compile {runtime.compile},"
         f" batch norm {form},"
-        f" {setup.num_threads} decoding threads",
+        f" {setup.num_threads} decoding workers",
         "loader": setup.config.loader,
         "probe": _describe_probe(setup),
         "estimated time": f"{duration(seconds)}"

@@ -52,7 +52,7 @@ def prefetch(
             encoder.wait_event(ready)
             views.record_stream(encoder)  # the side stream reuses their memory only after that
             yield views
-            # A blocking event sleeps instead of spinning: decoding threads need this core.
+            # A blocking event sleeps instead of spinning: decoding needs this core.
             consumed.append(encoder.record_event(torch.cuda.Event(blocking=True)))
             if len(consumed) > NUM_STEPS_AHEAD:
                 consumed.popleft().synchronize()

@@ -75,7 +75,7 @@ def choose_runtime(
 
     bf16 where the hardware multiplies it, fp32 elsewhere; torch.compile on CUDA only, because on
     a CPU compiling takes longer than a typical run. On a GPU torch gets one CPU thread: the cores
-    belong to the decoding threads.
+    belong to the decoding workers.
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: no usable GPU here; try --device cpu")

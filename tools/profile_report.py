@@ -59,7 +59,7 @@ class Report:
         return (
             f"{config.encoder} + {'-'.join(map(str, config.projector))}, {config.size} px, batch"
             f" {config.batch_size}, {runtime.device.type} {runtime.precision},"
-            f" torch.compile {runtime.compile}, {self.setup.num_threads} decoding threads,"
+            f" torch.compile {runtime.compile}, {self.setup.num_threads} decoding workers,"
             f" {self.data}"
         )
 

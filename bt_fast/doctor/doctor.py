@@ -121,7 +121,7 @@ def diagnose(options: Doctor) -> Iterator[Row]:
         "pretrain uses",
         f"{ranks} x {runtime.device.type}, {runtime.precision}, torch.compile"
         f" {runtime.compile}, loader {config.loader},"
-        f" {config.num_threads(ranks)} decoding threads" + (" each" if ranks > 1 else ""),
+        f" {config.num_threads(ranks)} decoding workers" + (" each" if ranks > 1 else ""),
     )
 
 
