@@ -15,7 +15,7 @@ import dataclasses
 import hashlib
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -76,7 +76,7 @@ def fit_grid(
             files = cached_views(setup, train, num_views, min_scale=min_scale, seed=grid.seed)
             (val_file,) = cached_views(setup, val, 1, min_scale=min_scale, seed=grid.seed)
             if folder:  # on the first rank
-                views = torch.stack([load_features(file, device) for file in files])
+                views = [load_features(file, device) for file in files]
                 val_features = load_features(val_file, device)
                 labels, val_labels = train.labels.to(device), val.labels.to(device)
                 result = choose_and_fit(folder, views, labels, val_features, val_labels, grid)
@@ -122,7 +122,7 @@ def load_features(file: Path, device: torch.device) -> torch.Tensor:
 
 def choose_and_fit(
     folder: EvalDirectory,
-    views: torch.Tensor,
+    views: Sequence[torch.Tensor],
     labels: torch.Tensor,
     val_features: torch.Tensor,
     val_labels: torch.Tensor,
@@ -130,7 +130,7 @@ def choose_and_fit(
 ) -> dict[str, Any]:
     """Choose learning rate and weight decay on a tenth of the images, train on all of them, test.
 
-    views: [V, n, F], of which [0] are the central crops. val_features: [m, F]. Labels: int64.
+    views: [n, F] each, the central crops first. val_features: [m, F]. Labels: int64.
     """
     order = torch.from_numpy(epoch_order(len(labels), grid.seed, _SPLIT_EPOCH)).to(labels.device)
     tenth, rest = order[: len(order) // 10], order[len(order) // 10 :]
@@ -139,9 +139,9 @@ def choose_and_fit(
     if saved is None or "best" not in saved[1]:
         stage, pairs = "choosing a classifier", grid.pairs
         classifiers = train_classifiers(
-            folder, stage, views[:, rest], labels[rest], pairs, num_classes, grid, {}
+            folder, stage, views, labels, rest, pairs, num_classes, grid, {}
         )
-        scores = [top1 for top1, _ in top_1_and_5(classifiers, views[0, tenth], labels[tenth])]
+        scores = [top1 for top1, _ in top_1_and_5(classifiers, views[0][tenth], labels[tenth])]
         scored_pairs = [[*pair, score] for pair, score in zip(pairs, scores, strict=True)]
         choice: dict[str, Any] = {"best": scores.index(max(scores)), "grid": scored_pairs}
         folder.save({}, {**choice, "epoch": 0})
@@ -149,7 +149,10 @@ def choose_and_fit(
         choice = {key: saved[1][key] for key in ("best", "grid")}
     lr, decay = grid.pairs[choice["best"]]
     stage, pairs = "training the chosen classifier", [(lr, decay)]
-    classifiers = train_classifiers(folder, stage, views, labels, pairs, num_classes, grid, choice)
+    everything = torch.arange(len(labels), device=labels.device)
+    classifiers = train_classifiers(
+        folder, stage, views, labels, everything, pairs, num_classes, grid, choice
+    )
     ((top1, top5),) = top_1_and_5(classifiers, val_features, val_labels)
     result = {"top1": top1, "top5": top5, "lr": lr, "decay": decay, "grid": choice["grid"]}
     weights = {"head.weight": classifiers[0, :, :-1], "head.bias": classifiers[0, :, -1]}
@@ -159,8 +162,9 @@ def choose_and_fit(
 def train_classifiers(
     folder: EvalDirectory,
     stage: str,
-    views: torch.Tensor,
+    views: Sequence[torch.Tensor],
     labels: torch.Tensor,
+    samples: torch.Tensor,
     pairs: list[tuple[float, float]],
     num_classes: int,
     grid: Grid,
@@ -168,9 +172,10 @@ def train_classifiers(
 ) -> torch.Tensor:
     """One classifier per (rate, decay), float32 [H, C, F + 1]; epoch e uses views[e mod V].
 
+    samples: int64 [m], the images to train on. Only batches of views are copied.
     State is saved after each tenth of the epochs, with `choice`, which marks the second stage.
     """
-    device, num_features = labels.device, views.shape[2]
+    device, num_features = labels.device, views[0].shape[1]
     generator = torch.Generator().manual_seed(grid.seed)
     initial = 0.01 * torch.randn(num_classes, num_features + 1, generator=generator)
     initial[:, -1] = 0
@@ -185,12 +190,12 @@ def train_classifiers(
     decays = torch.tensor([decay for _, decay in pairs], device=device).view(-1, 1, 1)
     save_every = max(1, grid.epochs // 10)
     title = f"{stage} ({len(pairs)} at once)"
-    with progress(title, (grid.epochs - first_epoch) * len(labels)) as advance:
+    with progress(title, (grid.epochs - first_epoch) * len(samples)) as advance:
         for epoch in range(first_epoch, grid.epochs):
             lr_factor = 0.5 * (1 + math.cos(math.pi * epoch / grid.epochs))
-            order = torch.from_numpy(epoch_order(len(labels), grid.seed, epoch)).to(device)
+            order = torch.from_numpy(epoch_order(len(samples), grid.seed, epoch)).to(device)
             view = views[epoch % len(views)]
-            for batch in order.split(grid.batch_size):
+            for batch in samples[order].split(grid.batch_size):
                 gradient = cross_entropy_gradient(classifiers, view[batch], labels[batch])
                 momentum.mul_(_MOMENTUM).add_(gradient + decays * classifiers)
                 classifiers -= lr_factor * rates * momentum

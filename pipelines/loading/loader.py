@@ -127,7 +127,8 @@ class Loader:
     The sampler chooses their images and boxes, the backend makes their pixels (`open_loader`).
 
     `epoch` is the number of the next one; set it to continue elsewhere. On a GPU one iterator is
-    used at a time: its decoding processes serve it alone.
+    used at a time: its decoding processes serve it alone, and an earlier one that goes on raises
+    RuntimeError.
     """
 
     def __init__(self, sampler: Sampler, backend: CropBackend) -> None:

@@ -7,12 +7,13 @@ delay each other, too: two threads decode fewer images of 32 px than one.
 
 So each worker is a process with one thread, which always decodes the same images. All share the
 memory of a few batches, which is page-locked here: the workers fill it, and each batch is copied
-from it to the GPU, on the stream that is current. Requests and answers are exchanged in order; None
-ends the requests of one iteration, `_END` its answers.
+from it to the GPU, on the stream that is current. Every request has one answer, in order; those to
+an iteration that was left are awaited before the next one, which fills the same memory.
 """
 
 import contextlib
 import ctypes
+import itertools
 import mmap
 import os
 import signal
@@ -34,7 +35,6 @@ from pipelines.loading.datasets import ImageDataset
 from pipelines.loading.loader import CropBackend, Request
 from pipelines.loading.native import NativeBackend
 
-_END = "end"
 _PAGE = mmap.PAGESIZE
 _PR_SET_PDEATHSIG = 1  # of Linux's prctl
 
@@ -70,7 +70,7 @@ class DecodeProcesses:
     """Crops on the training device, made by `NativeBackend` in other processes.
 
     Args:
-        dataset: can be pickled.
+        dataset: can be pickled, and used by forked processes at once.
         batch_bytes: size of the largest batch.
         device: where batches are copied; a CPU's are copied too, because the memory is reused.
         num_workers: decoding processes.
@@ -97,44 +97,44 @@ class DecodeProcesses:
         self._copied: list[torch.cuda.Event | None] = [None] * num_slots
         if device.type == "cuda":
             address, num_bytes = self._slots.data_ptr(), self._slots.nbytes
-            torch.cuda.check_error(int(torch.cuda.cudart().cudaHostRegister(address, num_bytes, 0)))
+            with torch.cuda.device(device):
+                status = torch.cuda.cudart().cudaHostRegister(address, num_bytes, 0)
+            torch.cuda.check_error(int(status))
             weakref.finalize(self, _unregister, self._slots, self._copied)
         self._connections, self._process = _start(memory, num_workers)
         os.close(memory)
         weakref.finalize(self, _stop, self._connections, self._process)
-        self._send_all((dataset, slot_bytes, cache_bytes // num_workers))
+        self._iteration = 0  # number of the one that is served
+        self._unanswered = [0] * num_workers  # requests of each process
+        self._send(self._connections[0], (dataset, slot_bytes, cache_bytes // num_workers))
 
     def crops(self, requests: Iterable[Request]) -> Iterator[torch.Tensor]:
-        """uint8 [k, n, size, size, 3] for each request, in order, on the device."""
-        numbered = enumerate(requests)
+        """uint8 [k, n, size, size, 3] for each request, in order, on the device.
+
+        One iteration is served at a time: an earlier one that goes on raises RuntimeError.
+        """
+        self._iteration += 1
+        iteration = self._iteration
+        for worker, count in enumerate(self._unanswered):
+            for _ in range(count):
+                self._receive(worker)
+        requests, slots = iter(requests), itertools.cycle(range(len(self._slots)))
         pending: deque[tuple[int, tuple[int, ...]]] = deque()  # slots and shapes
-        is_open = True
-        try:
-            while True:
-                while is_open and len(pending) <= self.prefetch:
-                    number, request = next(numbered, (0, None))
-                    if request is None:
-                        self._send_all(None)
-                        is_open = False
-                        break
-                    slot = number % len(self._slots)
-                    if (event := self._copied[slot]) is not None:
-                        event.synchronize()
-                    self._distribute(slot, request)
-                    pending.append((slot, request.shape))
-                if not pending:
-                    return
-                for connection in self._connections:
-                    if (error := self._receive(connection)) is not None:
-                        raise error
-                yield self._copy(*pending.popleft())
-        finally:
-            with contextlib.suppress(ChildProcessError):
-                if is_open:
-                    self._send_all(None)
-                for connection in self._connections:
-                    while self._receive(connection) != _END:
-                        pass
+        while True:
+            if iteration != self._iteration:
+                raise RuntimeError("this iterator has ended, because another of its loader began")
+            while len(pending) <= self.prefetch and (request := next(requests, None)):
+                slot = next(slots)
+                if (event := self._copied[slot]) is not None:
+                    event.synchronize()
+                self._distribute(slot, request)
+                pending.append((slot, request.shape))
+            if not pending:
+                return
+            for worker in range(len(self._connections)):
+                if (error := self._receive(worker)) is not None:
+                    raise error
+            yield self._copy(*pending.popleft())
 
     def _distribute(self, slot: int, request: Request) -> None:
         """Send each process the rows of its images: those of its decoded copies."""
@@ -143,6 +143,7 @@ class DecodeProcesses:
             rows = np.flatnonzero(workers == worker)
             samples, boxes = request.samples[rows], request.boxes[rows]
             self._send(connection, (slot, request.shape, rows, samples, boxes))
+            self._unanswered[worker] += 1
 
     def _copy(self, slot: int, shape: tuple[int, ...]) -> torch.Tensor:
         crops = self._slots[slot, : prod(shape)].view(shape)
@@ -152,23 +153,23 @@ class DecodeProcesses:
         self._copied[slot] = torch.cuda.current_stream(self.device).record_event()
         return crops
 
-    def _send_all(self, message) -> None:
-        for connection in self._connections:
-            self._send(connection, message)
-
     def _send(self, connection: Connection, message) -> None:
         try:
             connection.send(message)
         except OSError:
             self._raise_ended()
 
-    def _receive(self, connection: Connection):
+    def _receive(self, worker: int) -> Exception | None:
         try:
-            return connection.recv()
+            error = self._connections[worker].recv()
         except (OSError, EOFError):
             self._raise_ended()
+        self._unanswered[worker] -= 1
+        return error
 
     def _raise_ended(self) -> NoReturn:
+        for connection in self._connections:  # the processes that are left end, too
+            connection.close()
         status = self._process.wait()
         reason = f"signal {-status}" if status < 0 else f"exit status {status}"
         raise ChildProcessError(
@@ -229,9 +230,13 @@ def _stop(connections: list[Connection], process: subprocess.Popen) -> None:
 
 
 def serve(memory: int, descriptors: list[int]) -> None:
-    """Fork a process for each connection, so that what is imported is loaded once, and wait for
-    them. If one fails, end all, and then as it did.
+    """Fork a process for each connection, so that modules and data set are loaded once, and wait
+    for them. If one fails, end all, and then as it did.
     """
+    try:
+        dataset, slot_bytes, cache_bytes = Connection(os.dup(descriptors[0])).recv()
+    except EOFError:
+        return
     parent, workers = os.getpid(), set()
     for descriptor in descriptors:
         worker = os.fork()
@@ -240,7 +245,9 @@ def serve(memory: int, descriptors: list[int]) -> None:
             if os.getppid() == parent:
                 for other in set(descriptors) - {descriptor}:
                     os.close(other)
-                _decode(Connection(descriptor), memory)
+                slots = _map_slots(memory, slot_bytes).numpy()
+                native = NativeBackend(dataset, cache_bytes=cache_bytes)
+                _decode(Connection(descriptor), slots, native)
             os._exit(0)
         workers.add(worker)
     for descriptor in descriptors:
@@ -256,23 +263,18 @@ def serve(memory: int, descriptors: list[int]) -> None:
             os._exit(1)
 
 
-def _decode(connection: Connection, memory: int) -> None:
+def _decode(connection: Connection, slots: np.ndarray, native: NativeBackend) -> None:
     """Answer requests until the connection is closed."""
     with contextlib.suppress(EOFError, OSError):
-        dataset, slot_bytes, cache_bytes = connection.recv()
-        slots = _map_slots(memory, slot_bytes).numpy()
-        native = NativeBackend(dataset, cache_bytes=cache_bytes)
         while True:
+            slot, shape, rows, samples, boxes = connection.recv()
+            crops = slots[slot, : prod(shape)].reshape(shape)
             error: Exception | None = None
-            for slot, shape, rows, samples, boxes in iter(connection.recv, None):
-                crops = slots[slot, : prod(shape)].reshape(shape)
-                try:
-                    for row, sample, boxes_of_row in zip(rows, samples, boxes, strict=True):
-                        if error is None:
-                            native.crop(int(sample), boxes_of_row, crops[:, row])
-                except (ValueError, MemoryError) as known:
-                    error = known
-                except Exception:
-                    error = RuntimeError(traceback.format_exc())
-                connection.send(error)
-            connection.send(_END)
+            try:
+                for row, sample, boxes_of_row in zip(rows, samples, boxes, strict=True):
+                    native.crop(int(sample), boxes_of_row, crops[:, row])
+            except (ValueError, MemoryError) as known:
+                error = known
+            except Exception:
+                error = RuntimeError(traceback.format_exc())
+            connection.send(error)

@@ -50,7 +50,7 @@ def cluster(
         before = assignment.copy()
         for start, rows in whitening.blocks(features, BANK_BLOCK):
             values, nearest = (rows @ centres.T).max(dim=1)
-            sums.index_add_(0, nearest, rows)
+            sums += _sum_by_cluster(rows, nearest, num_clusters)
             assignment[start : start + len(rows)] = nearest.cpu().numpy()
             similarity[start : start + len(rows)] = values.cpu().numpy()
             advance(len(rows))
@@ -62,3 +62,13 @@ def cluster(
             far = np.sort(np.argsort(similarity, kind="stable")[: len(empty)])
             centres[torch.from_numpy(empty).to(centres.device)] = whitening.rows(features[far])
     return Clusters(assignment=assignment, similarity=similarity, num_clusters=num_clusters)
+
+
+def _sum_by_cluster(rows: torch.Tensor, nearest: torch.Tensor, num_clusters: int) -> torch.Tensor:
+    """Sums of the rows [n, d] of each cluster: [num_clusters, d].
+
+    In the order of the rows: `index_add_` would add them in any order on a GPU.
+    """
+    order = nearest.argsort(stable=True)
+    sizes = nearest.bincount(minlength=num_clusters)
+    return torch.segment_reduce(rows[order], "sum", lengths=sizes, axis=0)

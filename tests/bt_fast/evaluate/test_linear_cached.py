@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from bt_fast.evaluate.eval_directory import EvalDirectory
 from bt_fast.evaluate.linear_cached import (
@@ -33,7 +34,9 @@ def clusters(count: int, seed: int, spread: float = 1.0):
 
 def test_each_classifier_equals_one_trained_alone(folder):
     views, labels = clusters(50, 1)
-    heads = train_classifiers(folder, "test", views, labels, GRID.pairs, 6, GRID, {})
+    heads = train_classifiers(
+        folder, "test", views, labels, torch.arange(50), GRID.pairs, 6, GRID, {}
+    )
     for (rate, decay), ours in zip(GRID.pairs, heads, strict=True):
         head = torch.nn.Linear(12, 6)
         start = 0.01 * torch.randn(6, 13, generator=torch.Generator().manual_seed(4))
@@ -73,3 +76,25 @@ def test_the_best_of_the_grid_is_chosen_without_the_held_out_images(folder):
     assert result["lr"] == 0.5 and result["top1"] > 0.95
     assert [row[:2] for row in result["grid"]] == [[1e-6, 0.0], [0.5, 0.0]]
     assert result["grid"][0][2] < result["grid"][1][2]
+
+
+class Largest(TorchDispatchMode):
+    """The number of values of the largest tensor that an operator makes, except views."""
+
+    values = 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        result = function(*arguments, **keywords or {})
+        if isinstance(result, torch.Tensor) and not function.is_view:
+            self.values = max(self.values, result.numel())
+        return result
+
+
+def test_no_view_is_copied(folder):
+    """Those of a million images take most of a GPU's memory."""
+    views, labels = clusters(2000, 1)
+    val_views, val_labels = clusters(100, 2)
+    grid = Grid(rates=(0.1, 0.5), decays=(0.0,), epochs=2, batch_size=16)
+    with Largest() as largest:
+        choose_and_fit(folder, [*views], labels, val_views[0], val_labels, grid)
+    assert largest.values < views[0].numel() / 4

@@ -50,6 +50,17 @@ def test_batches_are_natives_and_may_be_kept(loader, native):
     require_natives_batches(loader, native, 7, 9)
 
 
+def test_an_iterator_that_was_left_does_not_mix_with_the_next_one(loader, native):
+    """As after an error in a notebook, whose traceback keeps the iterator."""
+    for _ in range(20):
+        left = loader.batches(0, 100)
+        next(left)
+        require_natives_batches(loader, native, 30, 33)
+    with pytest.raises(RuntimeError, match="another of its loader began"):
+        next(left)
+    require_natives_batches(loader, native, 2, 4)
+
+
 def workers_of(loader: Loader) -> list[int]:
     """Process IDs of the workers, which are there once a batch is."""
     next(loader.batches(0, 1))
@@ -78,6 +89,22 @@ def test_an_error_arrives_here_and_the_process_goes_on(loader, native, small_bet
     wrong = dataclasses.replace(good, boxes=good.boxes * 10_000)
     with pytest.raises(RuntimeError, match="should be greater than 0"):
         list(backend.crops([wrong]))
+
+
+class Missing:
+    """A data set that was there when it was opened here."""
+
+    def __reduce__(self):
+        return open, ("/missing/data",)
+
+
+def test_a_data_set_that_cannot_be_opened_there_ends_all(native, capfd):
+    backend = DecodeProcesses(
+        Missing(), batch_bytes=2 * 12 * 24**2 * 3, device=torch.device("cpu"), num_workers=3
+    )
+    with pytest.raises(ChildProcessError, match=r"ended unexpectedly \(exit status 1\)"):
+        list(backend.crops(native.sampler.requests(0, 9)))
+    assert "/missing/data" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("killed", ["parent", "worker"])

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from bt_fast.evaluate.curate import clusters, neighbours, subsets
 
@@ -63,6 +64,26 @@ def test_clusters_cover_all_images_and_are_a_function_of_the_seed(features):
     assert np.array_equal(first.assignment, again.assignment)
     assert not np.array_equal(first.assignment, other.assignment)
     assert first.assignment[5] == first.assignment[400]
+
+
+class OrderedSums(TorchDispatchMode):
+    """Refuses operators that add in any order on a GPU."""
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        assert not any(name in str(function) for name in ("index_add", "scatter_add"))
+        return function(*arguments, **keywords or {})
+
+
+def test_clusters_are_a_function_of_the_seed_on_a_gpu_too(features):
+    whitening = neighbours.Whitening.of(features, CPU)
+    with OrderedSums():
+        clusters.cluster(features, 20, whitening, seed=0)
+
+
+def test_sums_by_cluster_include_empty_ones():
+    rows, nearest = torch.arange(10.0).view(5, 2), torch.tensor([3, 0, 3, 3, 0])
+    expected = torch.zeros(5, 2).index_add_(0, nearest, rows)
+    assert torch.equal(clusters._sum_by_cluster(rows, nearest, 5), expected)
 
 
 def test_clusters_find_separate_groups():
