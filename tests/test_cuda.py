@@ -247,24 +247,31 @@ def is_close(ours: torch.Tensor, theirs: torch.Tensor, change: torch.Tensor) -> 
 
 @pytest.mark.parametrize("norm", ["compiled", "fused"])
 @pytest.mark.parametrize("compile", ["off", *COMPILED])
-def test_updates_equal_those_of_the_cpu(small_beton, compile, norm):
+def test_updates_equal_those_of_the_cpu(small_beton, compile, norm, parts=1):
     """fp32, five updates of which the third is not finite."""
     flags = [*TINY, "--data", str(small_beton), "--precision=fp32"]
+    flags += [f"--batch-size={16 * parts}", f"--accumulate={parts}"]
     on_gpu = ["--device=cuda", f"--compile={compile}", f"--norm={norm}"]
     gpu = build(parse_pretrain([*flags, *on_gpu]))
     cpu = build(parse_pretrain([*flags, "--device=cpu"]))
     full_float32()
     start = copy.deepcopy(cpu.model.state_dict())
     for step in range(5):
-        views = torch.randn(32, 3, 32, 32).to(memory_format=torch.channels_last)
+        views = torch.randn(32 * parts, 3, 32, 32).to(memory_format=torch.channels_last)
         views[5, 0, 0, 0] = torch.nan if step == 2 else 0.0
         for setup in (gpu, cpu):
             train.set_learning_rates(setup, 8)
-            *_, applied = train.update(setup, views.to(setup.runtime.device))
-            assert bool(applied) == (step != 2)
+            *terms, applied = train.update(setup, views.to(setup.runtime.device))
+            assert bool(applied) == bool(torch.stack(terms).isfinite().all()) == (step != 2)
     ours, theirs = gpu.model.state_dict(), cpu.model.state_dict()
     for name, value in theirs.items():
         assert is_close(ours[name], value, value.float() - start[name].float()), name
+
+
+@pytest.mark.compiled
+def test_parts_of_a_batch_as_cuda_graphs(small_beton):
+    """Gradients, terms of the loss and statistics of a part outlive the graphs of the next one."""
+    test_updates_equal_those_of_the_cpu(small_beton, "reduce-overhead", "fused", parts=2)
 
 
 @pytest.mark.parametrize("loader,tolerance", [("native", 0.02), ("dali", 0.05)])
