@@ -46,6 +46,11 @@ class Runtime:
         """Dtype of the augmented views."""
         return torch.bfloat16 if self.precision == "bf16" else torch.float32
 
+    @property
+    def replays_graphs(self) -> bool:
+        """Whether compiled functions are CUDA graphs, which overwrite their earlier results."""
+        return self.compile in ("reduce-overhead", "max-autotune")
+
     def augmentation(self) -> Callable[[torch.Tensor, augment.Draw], torch.Tensor]:
         """`augment.apply` into `view_dtype`: by fused kernels on a GPU, by threads on a CPU."""
         return functools.partial(augmentation_on(self.device), dtype=self.view_dtype)

@@ -42,12 +42,13 @@ def compute_gradients(
         part = _part(views, number, num_parts)  # [2 n / K, 3, H, W]
         setup.drop_paths.use(number, num_parts)
         with torch.no_grad(), setup.autocast:
-            embeddings.append(setup.embed(part).clone())  # a CUDA graph overwrites its output
+            embeddings.append(setup.embed(part).clone())  # see `_own_gradients`
         setup.statistics.record()
     z_a, z_b = (
         torch.cat([z.chunk(2)[view] for z in embeddings]).requires_grad_() for view in (0, 1)
     )
-    terms = _loss_backward(setup, z_a, z_b)
+    on_diagonal, off_diagonal, loss = _loss_backward(setup, z_a, z_b)
+    terms = on_diagonal.clone(), off_diagonal.clone(), loss
     assert z_a.grad is not None and z_b.grad is not None
     gradient = torch.cat([z_a.grad, z_b.grad])
     for number in range(num_parts):
@@ -56,7 +57,18 @@ def compute_gradients(
             with setup.autocast:
                 z = setup.embed(_part(views, number, num_parts))
             z.backward(_part(gradient, number, num_parts))
+        if number == 0:
+            _own_gradients(setup)
     return terms
+
+
+def _own_gradients(setup: TrainingSetup) -> None:
+    """Copy the gradients out of the memory of a CUDA graph, whose next call overwrites all that its
+    calls returned. Later parts are added to the copies."""
+    if setup.runtime.replays_graphs:
+        for p in setup.model.parameters():
+            if p.grad is not None:
+                p.grad = p.grad.clone()
 
 
 def _loss_backward(

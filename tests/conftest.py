@@ -88,6 +88,13 @@ def photographs(count: int) -> list[Image.Image]:
     return pictures
 
 
+def pytest_runtest_logreport(report) -> None:
+    """Name a failed test at once: a run that is killed prints no summary."""
+    if report.failed:
+        place = getattr(report.longrepr, "reprcrash", None) or report.longreprtext
+        print(f"\nfailed: {report.nodeid} ({report.when}): {place}", flush=True)
+
+
 @pytest.fixture(scope="session")
 def photos() -> list[Image.Image]:
     return photographs(16)

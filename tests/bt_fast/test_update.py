@@ -1,5 +1,6 @@
 """One training step: the paper's update, or none."""
 
+import dataclasses
 import functools
 
 import numpy as np
@@ -16,7 +17,7 @@ from bt_fast.evaluate.views import Views
 from bt_fast.optimizers import build_optimizer
 from bt_fast.prefetch import augment_batch
 from bt_fast.run import checkpoint
-from bt_fast.step import measure_step_seconds
+from bt_fast.step import compute_gradients, measure_step_seconds
 from pipelines import augment
 from tools import reference
 
@@ -107,6 +108,26 @@ def test_parts_need_the_memory_of_one_part(small_beton):
             assert train.update(setup, torch.randn(64, 3, 32, 32))[2]
         peaks[parts] = Saved.peak
     assert 0.24 < peaks[4] / peaks[1] < 0.3
+
+
+def test_parts_keep_nothing_that_a_cuda_graph_overwrites(small_beton):
+    """A graph's next call overwrites what it returned: gradients and terms must be copies."""
+    setup = build(parse_pretrain([*TINY, "--data", str(small_beton), "--accumulate=2"]))
+    setup.runtime = dataclasses.replace(setup.runtime, compile="reduce-overhead")
+    objective, terms, addresses = setup.objective, [], {}
+
+    def kept(*embeddings):
+        terms.extend(objective(*embeddings))
+        return tuple(terms)
+
+    setup.objective = kept
+    for p in setup.model.parameters():
+        addresses[p] = set()
+        p.register_hook(lambda gradient, p=p: addresses[p].add(gradient.data_ptr()))
+    *found, _ = compute_gradients(setup, torch.randn(32, 3, 32, 32))
+    assert all(map(torch.equal, found, terms))
+    assert not {t.data_ptr() for t in found} & {t.data_ptr() for t in terms}
+    assert not any(p.grad.data_ptr() in returned for p, returned in addresses.items())
 
 
 def test_rehearsal_leaves_no_trace(small_beton):
