@@ -14,6 +14,7 @@ from bt_fast.config import Config
 from bt_fast.distributed.collectives import ALONE, Group, World, all_reduce, require_divisible_batch
 from bt_fast.evaluate.knn_classifier import KnnData, choose_data, missing_classes
 from bt_fast.evaluate.subset import Subset
+from bt_fast.evaluate.views import Views
 from bt_fast.initial_weights import load_initial_weights
 from bt_fast.loss_variants import objective_function
 from bt_fast.models import batch_norm
@@ -51,6 +52,8 @@ class TrainingSetup:
     knn_data: KnnData | None
     missing_classes: str  # why there are no `knn_data`; empty if there are
     held_out: Subset  # images of the probes
+    held_out_views: Views
+    bank_views: Views | None  # of the images that `knn_data` compares them with
     model: BarlowTwins
     initial_weights: str  # what --init took, for the table
     parallel: torch.nn.Module  # the model, or DDP around it
@@ -100,6 +103,11 @@ def build(config: Config, world: World = ALONE) -> TrainingSetup:
     if batch_norm.choose_norm(config.norm, runtime.device) == "fused":
         batch_norm.fuse(model)
     knn_data = choose_data(dataset, val, config.seed, config.probe_images)
+    held_out = held_out_images(knn_data, dataset if val is None else val, config)
+    # Kept from probe to probe: on a GPU each starts processes.
+    open_views = functools.partial(
+        Views, runtime=runtime, size=config.size, num_threads=num_threads
+    )
     parallel = data_parallel(model, config, world)
     objective = objective_function(config.objective, config.temperature, loss_group)
     return TrainingSetup(
@@ -113,7 +121,9 @@ def build(config: Config, world: World = ALONE) -> TrainingSetup:
         loader=loader,
         knn_data=knn_data,
         missing_classes="" if knn_data else missing_classes(dataset, val),
-        held_out=held_out_images(knn_data, dataset if val is None else val, config),
+        held_out=held_out,
+        held_out_views=open_views(held_out.images),
+        bank_views=open_views(knn_data.bank.images) if knn_data else None,
         model=model,
         initial_weights=initial_weights,
         parallel=parallel,

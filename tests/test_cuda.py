@@ -13,7 +13,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import jpeg_bytes, photographs
+from conftest import jpeg_bytes, photographs, write_beton
 from norm_forms import (
     FORMS,
     assert_equal_steps,
@@ -324,6 +324,18 @@ def test_a_run_learns(small_beton, tmp_path, compile, norm):
     assert sum(losses[-5:]) < sum(losses[:5])  # batches are small: single losses vary by a third
     assert not any(line["skipped"] for line in steps)
     assert all(value.isfinite().all() for value in load_file(run / "encoder.safetensors").values())
+
+
+def test_probes_and_evaluations(tmp_path):
+    """All that reads features waits for them, and gets its images from other processes."""
+    data, run = write_beton(tmp_path / "x.beton", 64), str(tmp_path / "run")
+    write_beton(tmp_path / "x.val.beton", 30)
+    flags = [*TINY, "--data", str(data), "--device=cuda", "--compile=off", "--probe-every=1"]
+    assert main(["pretrain", *flags, "--run-dir", run]) == 0
+    assert len([line for line in metrics(tmp_path / "run") if line["kind"] == "probe"]) == 4
+    assert main(["eval", "all", run, "--percent=25", "--semi-epochs=1"]) == 0
+    assert main(["eval", "linear", run, "--cached"]) == 0
+    assert main(["embed", run, "--data", str(data), "--out", str(tmp_path / "features.npy")]) == 0
 
 
 def test_dali_on_the_gpu_makes_natives_views(tmp_path):

@@ -6,7 +6,6 @@ batch has.
 """
 
 import time
-from functools import partial
 from pathlib import Path
 
 from bt_fast.build import TrainingSetup, average_statistics
@@ -14,7 +13,6 @@ from bt_fast.evaluate.collapse import effective_rank
 from bt_fast.evaluate.features import extract_features, two_view_outputs
 from bt_fast.evaluate.knn_classifier import knn_scores
 from bt_fast.evaluate.ridge import ridge_accuracy
-from bt_fast.evaluate.views import Views
 from bt_fast.finite import NotFinite
 from bt_fast.loss import correlation_terms
 from bt_fast.run.console import RunLog
@@ -47,16 +45,13 @@ def measure(setup: TrainingSetup) -> dict[str, float]:
     """The readouts by name, the same on every rank."""
     config, world = setup.config, setup.world
     held_out = setup.held_out
-    open_views = partial(
-        Views, runtime=setup.runtime, size=config.size, num_threads=setup.num_threads
-    )
-    views = open_views(held_out.images)
+    views = setup.held_out_views
     encoder, crop = setup.model.encoder, config.probe_crop
     features = extract_features(encoder, views, held_out.samples, crop, world)
     readouts: dict[str, float] = {}
     if (data := setup.knn_data) is not None:  # whose queries are the held-out images
-        bank_views = open_views(data.bank.images)
-        bank = extract_features(encoder, bank_views, data.bank.samples, crop, world)
+        assert setup.bank_views is not None
+        bank = extract_features(encoder, setup.bank_views, data.bank.samples, crop, world)
         readouts |= knn_scores(bank, features, data)
         labels, query_labels = (s.labels.to(bank.device) for s in (data.bank, data.queries))
         readouts["linear"] = ridge_accuracy(bank, labels, features, query_labels, data.num_classes)

@@ -260,7 +260,7 @@ class Custom(nn.Module):
 
 
 def script(path) -> None:
-    with pytest.warns(FutureWarning):
+    with pytest.warns((FutureWarning, DeprecationWarning)):
         torch.jit.save(torch.jit.script(nn.Sequential(nn.Linear(2, 2))), path)
 
 

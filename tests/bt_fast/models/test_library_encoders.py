@@ -4,7 +4,6 @@ import copy
 from dataclasses import replace
 
 import pytest
-import timm
 import torch
 from tiny_runs import TINY, learned, pretrain, same
 from torch import nn
@@ -20,6 +19,8 @@ from bt_fast.models.library_encoders import DropPath, DropPaths, build_library_e
 from bt_fast.models.networks import build_model
 from bt_fast.optimizers import build_optimizer
 from bt_fast.recipes import RECIPES
+
+timm = pytest.importorskip("timm")
 
 
 @pytest.mark.parametrize(
