@@ -72,8 +72,8 @@ class RunLog:
     ) -> None:
         """folder: None on ranks that write nothing. config: of a run with a tracker."""
         self.console = console
-        self.first_step, self.last_step = first_step, last_step
-        self.started = time.perf_counter()
+        self.last_step = last_step
+        self._first_line: tuple[int, float] | None = None  # its step and time
         self.skipped_in_a_row = 0  # updates skipped up to the newest log line
         self._failed: set[str] = set()
         self._files: list[tuple[str, Any, Callable[[str, dict], Any]]] = []
@@ -153,13 +153,17 @@ class RunLog:
         if now - self._last_plain < _PLAIN_INTERVAL and step < self.last_step:
             return
         self._last_plain = now
-        left = (now - self.started) / (step - self.first_step) * (self.last_step - step)
+        # Since the first line: before it, a probe and the loader start.
+        first_step, started = self._first_line = self._first_line or (step, now)
+        left = ""
+        if step > first_step:
+            seconds = (now - started) / (step - first_step) * (self.last_step - step)
+            left = f" | {duration(seconds)} left"
         self.info(
             f"step {step}/{self.last_step} epoch {record['epoch']:.2f}"
             f" | loss {record['loss']:.4g} = on-diagonal {record['on_diagonal']:.4g}"
             f" + lambda * off-diagonal {record['off_diagonal']:.4g}"
-            f" | lr {record['lr_weights']:.3g} | {record['images_per_s']:.0f} images/s"
-            f" | {duration(left)} left"
+            f" | lr {record['lr_weights']:.3g} | {record['images_per_s']:.0f} images/s{left}"
         )
 
     def probe(self, record: dict) -> None:
