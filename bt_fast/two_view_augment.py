@@ -73,8 +73,8 @@ class TwoViewAugment(nn.Module):
             crops = crops.movedim(2, 4)
         if keys is None:
             high = torch.iinfo(torch.int64).max
-            drawn = torch.randint(high, (2, crops.shape[1]), generator=generator)
-            keys = drawn.numpy()
+            shape = 2, crops.shape[1]
+            keys = torch.randint(high, shape, generator=generator, device="cpu").numpy()
         keys = np.asarray(keys, np.uint64)
         if keys.shape != crops.shape[:2]:
             raise ValueError(f"keys must be uint64 {list(crops.shape[:2])}, got {list(keys.shape)}")

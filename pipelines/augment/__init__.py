@@ -140,7 +140,8 @@ def apply_in_threads(
     """`apply` for images on the CPU, in one thread per core, whose samples fit in its cache."""
     require_images(images, parameters)
     n, height, width, _ = images.shape
-    views = torch.empty((n, 3, height, width), dtype=dtype, memory_format=torch.channels_last)
+    shape = n, 3, height, width
+    views = torch.empty(shape, dtype=dtype, device=images.device, memory_format=torch.channels_last)
     num_threads = torch.get_num_threads()
     num_rows = max(1, min(_PIXELS_PER_TASK // (height * width), -(-n // num_threads)))
 

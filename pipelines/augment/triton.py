@@ -109,11 +109,13 @@ def parameter_table(parameters: Draw) -> tuple[torch.Tensor, int]:
     n, blurred = len(parameters), parameters.sigma > 0
     flags = [parameters.flip, parameters.jitter, parameters.grayscale, parameters.solarize]
     columns = [
-        torch.stack([torch.arange(n), *flags], 1),
+        torch.stack([torch.arange(n, device=blurred.device), *flags], 1),
         parameters.factors,
         parameters.order,
         half_kernels(parameters.sigma),
-        torch.zeros(n, 6),  # rows of 128 bytes: the kernels are compiled for an alignment of 16
+        torch.zeros(
+            n, 6, device=blurred.device
+        ),  # rows of 128 bytes: the kernels are compiled for an alignment of 16
     ]
     rows = blurred.argsort(descending=True, stable=True)
     return torch.cat(columns, 1)[rows], int(blurred.sum())

@@ -67,7 +67,7 @@ class NativeBackend:
                     task.cancel()
 
     def _submit(self, request: Request) -> tuple[torch.Tensor, list[Future]]:
-        crops = torch.empty(request.shape, dtype=torch.uint8)
+        crops = torch.empty(request.shape, dtype=torch.uint8, device="cpu")
         tasks = [
             self.pool.submit(self._crop_rows, request, crops.numpy(), first)
             for first in range(0, len(request.samples), IMAGES_PER_TASK)

@@ -126,6 +126,16 @@ def test_two_view_augment_draws_from_a_generator():
     assert not torch.equal(first, module(crops, generator=torch.Generator().manual_seed(4)))
 
 
+def test_a_default_device_of_the_user_changes_nothing(small_beton):
+    """As torch.set_default_device("cuda") does for every tensor without a device."""
+    with torch.device("meta"):
+        dataset = bt_fast.open_data(small_beton)
+        crop = bt_fast.RandomResizedCrop(size=24)
+        batch = next(iter(bt_fast.open_loader("native", dataset, crop, batch_size=4)))
+        views = bt_fast.TwoViewAugment()(batch.views)
+    assert views.shape == (8, 3, 24, 24) and views.isfinite().all()
+
+
 def test_another_layout_is_never_guessed():
     for shape, channels_first in (((2, 4, 3, 8, 8), False), ((2, 4, 8, 8, 3), True)):
         module = bt_fast.TwoViewAugment(channels_first=channels_first)
