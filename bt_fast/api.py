@@ -58,13 +58,12 @@ def pretrain(config: Config | None = None, *, recipe: str = "imagenet", **fields
     """
     if config is None and recipe not in RECIPES:
         raise ValueError(f"recipe {recipe!r} is not one of {', '.join(RECIPES)}")
-    for name in ("data", "val_data", "run_dir", "resume", "init"):
-        if isinstance(fields.get(name), str):
-            fields[name] = Path(fields[name])
     unknown = sorted(fields.keys() - {field.name for field in dataclasses.fields(Config)})
     if unknown:
         raise ValueError(f"{', '.join(unknown)}: no such field of bt_fast.Config")
-    saved = load_config(fields["resume"], "resume") if fields.get("resume") is not None else None
+    saved = (
+        load_config(Path(fields["resume"]), "resume") if fields.get("resume") is not None else None
+    )
     config = config or saved or RECIPES[recipe]()
     if saved is not None:
         config = dataclasses.replace(config, run_dir=saved.run_dir)

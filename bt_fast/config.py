@@ -5,6 +5,7 @@ flags. Free of torch, so that --help and wrong flags need none.
 """
 
 import dataclasses
+import functools
 import json
 import math
 from collections.abc import Callable, Collection
@@ -213,6 +214,16 @@ class Config:
     Earlier checkpoints are kept in either case."""
 
     def __post_init__(self) -> None:
+        for name, hint in _type_hints().items():
+            value = getattr(self, name)
+            if isinstance(value, str) and Path in (hint, *get_args(hint)):
+                object.__setattr__(self, name, value := Path(value))  # the dataclass is frozen
+            if get_origin(hint) is Literal:
+                choices = ", ".join(get_args(hint))
+                _require(value in get_args(hint), name, value, f"is one of {choices}")
+            elif not _has_type(value, hint):
+                kind = hint.__name__ if isinstance(hint, type) else hint
+                raise ValueError(f"{name} must be {kind}, got {value!r}")
         most, example = LOWER_RATES.get(self.optimizer, (math.inf, ""))
         _require(
             max(self.lr_weights, self.lr_biases) <= most,
@@ -251,7 +262,7 @@ class Config:
             # torch.compile recompiles for each size, at most eight times.
             few = (high - low) // 32 < 8
             _require(few, "resolution", self.resolution, "has more than 8 sizes in steps of 32")
-            object.__setattr__(self, "size", high)  # the dataclass is frozen
+            object.__setattr__(self, "size", high)
         _require(
             not (self.deterministic and self.compile == "max-autotune"),
             "deterministic",
@@ -291,6 +302,23 @@ class Config:
     def effective_warmup_epochs(self) -> float:
         """`warmup_epochs`, or a tenth of `epochs` if the run is not longer than the warm-up."""
         return self.warmup_epochs if self.warmup_epochs < self.epochs else self.epochs / 10
+
+
+@functools.cache
+def _type_hints() -> dict[str, Any]:
+    return get_type_hints(Config)
+
+
+def _has_type(value: Any, hint: Any) -> bool:
+    """Whether a value is of a field's type; integers are floats, too, and booleans are not."""
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin is tuple:
+        return isinstance(value, tuple) and all(_has_type(part, arguments[0]) for part in value)
+    if arguments:  # a union
+        return any(_has_type(value, argument) for argument in arguments)
+    if hint in (int, float):
+        return isinstance(value, (int, hint)) and not isinstance(value, bool)
+    return isinstance(value, hint)
 
 
 # Names of fields, the condition on their values, and the message if it does not hold.
@@ -342,16 +370,12 @@ def from_json(text: str | bytes, source: Path) -> Config:
     """Read a saved configuration. Raises ValueError for what is not one: unknown keys included."""
     try:
         values = {RENAMED.get(name, name): value for name, value in json.loads(text).items()}
-        types = get_type_hints(Config)
+        types = _type_hints()
         if not isinstance(values.get("compile", ""), str):  # a boolean in early runs
             values["compile"] = {None: "auto", True: "default", False: "off"}[values["compile"]]
         for name, value in values.items():
-            if get_origin(types[name]) is Literal and value not in get_args(types[name]):
-                raise ValueError(f"{name} is {value!r}")
             if types[name] is Branch:
                 values[name] = Branch(**{**value, "sigma": tuple(value["sigma"])})
-            elif types[name] in (Path, Path | None) and value is not None:
-                values[name] = Path(value)
             elif isinstance(value, list):
                 values[name] = tuple(value)
         return Config(**values)

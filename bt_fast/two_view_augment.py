@@ -75,9 +75,12 @@ class TwoViewAugment(nn.Module):
             high = torch.iinfo(torch.int64).max
             shape = 2, crops.shape[1]
             keys = torch.randint(high, shape, generator=generator, device="cpu").numpy()
-        keys = np.asarray(keys, np.uint64)
-        if keys.shape != crops.shape[:2]:
-            raise ValueError(f"keys must be uint64 {list(crops.shape[:2])}, got {list(keys.shape)}")
+        keys = np.asarray(keys)
+        if keys.dtype.kind not in "iu" or keys.shape != crops.shape[:2]:
+            raise ValueError(
+                f"keys must be uint64 {list(crops.shape[:2])}, got {keys.dtype} {list(keys.shape)}"
+            )
+        keys = keys.astype(np.uint64)
         parameters = augment.draw_views(self.branches, keys)
         apply = augmentation_on(crops.device)
         with torch.cuda.device_of(crops):

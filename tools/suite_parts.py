@@ -311,7 +311,8 @@ def learning(results: Results, data: Path) -> None:
         return
     mode = max(rates, key=rates.__getitem__)
     num_images = len(BetonReader(data))
-    epochs = min(200, int(LEARNING_SECONDS * rates[mode] / num_images)) if ON_GPU else 2
+    fitting = int(LEARNING_SECONDS * rates[mode] / num_images)
+    epochs = min(200, max(5, fitting)) if ON_GPU else 2
     every = max(1, epochs // 5)
     records = train("run", f"--epochs={epochs}", f"--compile={mode}", f"--probe-every={every}")
     batch_size = load_config(folder / "run", "learning").batch_size

@@ -75,7 +75,8 @@ class Sampler:
             all later epochs. Default: crop.size.
 
     Raises:
-        ValueError: fewer images than a batch, or a batch that the ranks cannot divide equally.
+        ValueError: fewer images than a batch, a batch that the ranks cannot divide equally, or a
+            rank that is none of them.
     """
 
     def __init__(
@@ -89,6 +90,8 @@ class Sampler:
         world_size: int = 1,
         sizes: Sequence[int] = (),
     ) -> None:
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank {rank} is not one of {world_size} ranks, counted from 0")
         require_full_batches(batch_size, world_size, len(dataset), dataset.path)
         self.dataset = dataset
         self.crop = crop

@@ -106,6 +106,7 @@ class DecodeProcesses:
         weakref.finalize(self, _stop, self._connections, self._process)
         self._iteration = 0  # number of the one that is served
         self._unanswered = [0] * num_workers  # requests of each process
+        self._exchanging = False  # stays true where a KeyboardInterrupt separated message and count
         self._send(self._connections[0], (dataset, slot_bytes, cache_bytes // num_workers))
 
     def crops(self, requests: Iterable[Request]) -> Iterator[torch.Tensor]:
@@ -113,6 +114,8 @@ class DecodeProcesses:
 
         One iteration is served at a time: an earlier one that goes on raises RuntimeError.
         """
+        if self._exchanging:
+            raise RuntimeError("this loader was interrupted within a message; open it again")
         self._iteration += 1
         iteration = self._iteration
         for worker, count in enumerate(self._unanswered):
@@ -142,8 +145,10 @@ class DecodeProcesses:
         for worker, connection in enumerate(self._connections):
             rows = np.flatnonzero(workers == worker)
             samples, boxes = request.samples[rows], request.boxes[rows]
+            self._exchanging = True
             self._send(connection, (slot, request.shape, rows, samples, boxes))
             self._unanswered[worker] += 1
+            self._exchanging = False
 
     def _copy(self, slot: int, shape: tuple[int, ...]) -> torch.Tensor:
         crops = self._slots[slot, : prod(shape)].view(shape)
@@ -161,10 +166,13 @@ class DecodeProcesses:
 
     def _receive(self, worker: int) -> Exception | None:
         try:
+            self._connections[worker].poll(None)  # an interrupt while waiting loses nothing
+            self._exchanging = True
             error = self._connections[worker].recv()
         except (OSError, EOFError):
             self._raise_ended()
         self._unanswered[worker] -= 1
+        self._exchanging = False
         return error
 
     def _raise_ended(self) -> NoReturn:
@@ -200,13 +208,14 @@ def _start(memory: int, num_workers: int) -> tuple[list[Connection], subprocess.
     pairs = [Pipe() for _ in range(num_workers)]
     descriptors = [theirs.fileno() for _, theirs in pairs]
     code = f"from pipelines.loading.processes import serve; serve({memory}, {descriptors})"
-    path = os.pathsep.join(filter(None, [os.getcwd(), *sys.path]))
+    path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
     one_thread = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
     stops = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
     before = signal.pthread_sigmask(signal.SIG_BLOCK, stops)
     try:
         process = subprocess.Popen(
-            [sys.executable, "-c", code], stdin=subprocess.DEVNULL, pass_fds=[memory, *descriptors],
+            [sys.executable, "-P", "-c", code],  # -P: no imports from the working directory
+            stdin=subprocess.DEVNULL, pass_fds=[memory, *descriptors],
             env=os.environ | one_thread | {"PYTHONPATH": path},
         )  # fmt: skip
     finally:
@@ -245,6 +254,7 @@ def serve(memory: int, descriptors: list[int]) -> None:
             if os.getppid() == parent:
                 for other in set(descriptors) - {descriptor}:
                     os.close(other)
+                torch.set_num_threads(1)
                 slots = _map_slots(memory, slot_bytes).numpy()
                 native = NativeBackend(dataset, cache_bytes=cache_bytes)
                 _decode(Connection(descriptor), slots, native)

@@ -105,6 +105,19 @@ def test_a_run_from_python_is_configured_as_by_flags(small_beton, tmp_path, monk
         bt_fast.pretrain(**TINY, data=small_beton)
 
 
+@pytest.mark.parametrize(
+    "field,value",
+    [
+        ("precision", "fp16"), ("device", "tpu"), ("optimizer", "adam"), ("deterministic", "no"),
+        ("epochs", "3"), ("batch_size", 32.0), ("projector", 32), ("projector", (32, "16")),
+        ("data", None), ("seed", True),
+    ],
+)  # fmt: skip
+def test_a_value_of_another_type_is_refused(field, value):
+    with pytest.raises(ValueError, match=field):
+        bt_fast.pretrain(**(TINY | {field: value}))
+
+
 def test_two_view_augment_is_the_definition():
     crops = torch.randint(256, (2, 6, 40, 40, 3), dtype=torch.uint8)
     keys = np.stack([view_keys(np.arange(6), seed=0, epoch=0, view=view) for view in (0, 1)])
@@ -116,6 +129,22 @@ def test_two_view_augment_is_the_definition():
         assert torch.equal(ours, expected)
     first_layout = bt_fast.TwoViewAugment(channels_first=True)
     assert torch.equal(first_layout(crops.movedim(4, 2), keys=keys), views)
+
+
+@pytest.mark.parametrize(
+    "keys", [np.full((2, 6), 0.5), np.zeros((2, 5), np.uint64), [["a"] * 6] * 2]
+)
+def test_keys_of_another_kind_are_refused(keys):
+    crops = torch.zeros(2, 6, 8, 8, 3, dtype=torch.uint8)
+    with pytest.raises(ValueError, match="keys must be uint64"):
+        bt_fast.TwoViewAugment()(crops, keys=keys)
+
+
+@pytest.mark.parametrize("rank,world_size", [(2, 2), (-1, 2), (0, 0)])
+def test_a_rank_that_is_none_of_them_is_refused(rank, world_size, small_beton):
+    dataset, crop = bt_fast.open_data(small_beton), bt_fast.RandomResizedCrop(size=16)
+    with pytest.raises(ValueError, match="is not one of"):
+        bt_fast.open_loader("native", dataset, crop, batch_size=4, rank=rank, world_size=world_size)
 
 
 def test_two_view_augment_draws_from_a_generator():

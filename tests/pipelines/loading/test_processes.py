@@ -116,6 +116,31 @@ def test_a_killed_process_ends_all_and_is_named(loader, killed):
     assert wait_until(lambda: not any(map(is_running, workers)))
 
 
+@pytest.mark.parametrize("where", ["poll", "recv"])
+def test_after_an_interrupt_no_batch_is_wrong(loader, native, where):
+    """Ctrl-C costs nothing while an answer is awaited; within one, the loader is refused."""
+    connection = loader.backend._connections[1]
+
+    class Interrupted:
+        def __getattr__(self, name):
+            return getattr(connection, name)
+
+    def interrupt(*arguments):
+        getattr(connection, where)(*arguments)
+        raise KeyboardInterrupt
+
+    loader.backend._connections[1] = Interrupted()
+    setattr(loader.backend._connections[1], where, interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        list(loader.batches(0, 3))
+    loader.backend._connections[1] = connection
+    if where == "poll":
+        require_natives_batches(loader, native, 3, 6)
+    else:
+        with pytest.raises(RuntimeError, match="interrupted within a message"):
+            next(loader.batches(3, 6))
+
+
 def is_running(pid: int) -> bool:
     try:
         return Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z"
