@@ -56,6 +56,8 @@ def pretrain(config: Config | None = None, *, recipe: str = "imagenet", **fields
         RuntimeError: the device has too little memory.
         OSError: the last checkpoint or the encoder could not be written.
     """
+    if config is not None and not isinstance(config, Config):
+        raise ValueError(f"config must be a Config, got {config!r}; a recipe is named by recipe=")
     if config is None and recipe not in RECIPES:
         raise ValueError(f"recipe {recipe!r} is not one of {', '.join(RECIPES)}")
     unknown = sorted(fields.keys() - {field.name for field in dataclasses.fields(Config)})

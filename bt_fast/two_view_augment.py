@@ -15,8 +15,8 @@ class TwoViewAugment(nn.Module):
     """Both views of a batch of crops, augmented and normalised with ImageNet's statistics.
 
     Fused Triton kernels on an NVIDIA GPU, one thread per core on a CPU; `pipelines.augment` is the
-    definition. Also random in evaluation mode. The threads do not survive a fork: use it in the
-    training process, not in DataLoader workers.
+    definition. Also random in evaluation mode. Use it in the training process rather than in
+    DataLoader workers: they would each start threads for all cores.
 
     Args:
         view_a: augmentations of view A; default: the paper's.

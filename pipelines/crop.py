@@ -28,6 +28,14 @@ class RandomResizedCrop:
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
     """Smallest and largest width / height."""
 
+    def __post_init__(self) -> None:
+        if self.size < 1:
+            raise ValueError(f"size must be at least 1, got {self.size}")
+        if not 0 < self.scale[0] <= self.scale[1] <= 1:
+            raise ValueError(f"scale must lie in (0, 1], smallest first, got {self.scale}")
+        if not 0 < self.ratio[0] <= self.ratio[1] < math.inf:
+            raise ValueError(f"ratio must be positive, smallest first, got {self.ratio}")
+
 
 def random_boxes(
     crop: RandomResizedCrop, keys: np.ndarray, heights: np.ndarray, widths: np.ndarray

@@ -24,6 +24,7 @@ the edge, where Pillow replicates the edge before each filter and this code befo
 
 import dataclasses
 import functools
+import os
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -159,6 +160,10 @@ def _thread_pool(num_threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(
         num_threads, "bt-fast-augment", initializer=torch.set_num_threads, initargs=(1,)
     )
+
+
+if hasattr(os, "register_at_fork"):  # a forked process has no threads but a pool that expects them
+    os.register_at_fork(after_in_child=_thread_pool.cache_clear)
 
 
 def require_images(images: torch.Tensor, parameters: Draw) -> None:

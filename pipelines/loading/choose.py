@@ -23,7 +23,7 @@ def open_loader(
     crop: RandomResizedCrop,
     *,
     batch_size: int,
-    device: torch.device = CPU,
+    device: torch.device | str = CPU,
     seed: int = 0,
     rank: int = 0,
     world_size: int = 1,
@@ -56,6 +56,8 @@ def open_loader(
     threads: dict[str, Any] = {"num_threads": num_threads, "prefetch": prefetch}
     if cache_bytes and name in ("dali", "ffcv"):
         raise ValueError(f"--cache-gb needs --loader native: {name} keeps no decoded images")
+    if num_threads < 1:
+        raise ValueError(f"num_threads must be at least 1, got {num_threads}")
     sampler = Sampler(
         dataset,
         crop,
@@ -66,6 +68,7 @@ def open_loader(
         sizes=sizes,
     )
     backend: CropBackend
+    device = torch.device(device)
     if name == "dali":
         backend = DaliBackend(
             dataset, batch_size=sampler.local_batch_size, device=device, **threads

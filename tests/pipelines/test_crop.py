@@ -12,6 +12,14 @@ from pipelines.crop import RandomResizedCrop, center_boxes, crop_and_resize, ran
 from pipelines.order import view_keys
 
 
+@pytest.mark.parametrize(
+    "field,value", [("size", 0), ("scale", (1, 0.2)), ("scale", (0, 2)), ("ratio", (4, 1))]
+)
+def test_a_crop_that_cannot_be_drawn_is_refused(field, value):
+    with pytest.raises(ValueError, match=f"^{field} must"):
+        RandomResizedCrop(**{field: value})
+
+
 def boxes_of(height: int, width: int, count: int, crop: RandomResizedCrop | None = None):
     keys = view_keys(np.arange(count), seed=0, epoch=0, view=0)
     sizes = np.full(count, height), np.full(count, width)

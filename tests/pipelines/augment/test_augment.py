@@ -1,5 +1,7 @@
 """Every augmentation op against Pillow or torchvision, and the parameters' distributions."""
 
+import multiprocessing
+
 import numpy as np
 import pytest
 import torch
@@ -217,6 +219,21 @@ def test_the_definition_compiles_to_one_graph_with_the_same_views(photos):
         expected = augment.apply(images, parameters, dtype=torch.float32)
         views = compiled(images, parameters.to(images.device), dtype=torch.float32)
         assert torch.allclose(views, expected, atol=1e-4)
+
+
+def test_a_forked_process_has_threads_of_its_own():
+    images = torch.zeros(4, 8, 8, 3, dtype=torch.uint8)
+    parameters = augment.draw(VIEW_A, view_keys(np.arange(4), seed=0, epoch=0, view=0))
+    augment.apply_in_threads(images, parameters)
+    process = multiprocessing.get_context("fork").Process(
+        target=augment.apply_in_threads, args=(images, parameters)
+    )
+    process.start()
+    process.join(60)
+    try:
+        assert process.exitcode == 0  # it would wait for threads that do not exist
+    finally:
+        process.kill()
 
 
 def test_threads_give_the_same_views(photos):
