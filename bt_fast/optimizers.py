@@ -1,4 +1,4 @@
-"""Optimizers of a run. LARS is the paper's; AdamW and SGD serve short runs and small batches.
+"""Optimizers of a run. LARS is the paper's; AdamW is usual for transformers.
 
 All of them can be guarded: a step whose guard or gradients are not finite changes nothing, which is
 decided on the device, without waiting for it. Biases and norm parameters have no weight decay.

@@ -94,7 +94,7 @@ def cifar10_cpu() -> Config:
     Expected: kNN (k = 20) about 50 % after 22 minutes in bf16 (docs/results.md).
 
     The stem divides a side by four, so the images are enlarged to 48 px: at 32 px the same time
-    gives one and a half to three points less (docs/results.md).
+    gave one and a half to three points less with one seed (docs/results.md).
     """
     return replace(
         cifar10(),

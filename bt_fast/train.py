@@ -197,7 +197,9 @@ def probe_is_due(setup: TrainingSetup, step: int) -> bool:
     """Before the first step, after the last, and every `probe_every` epochs."""
     epoch, batch = divmod(step, setup.loader.steps_per_epoch)
     every = setup.config.probe_every
-    return every > 0 and (step in (0, setup.last_step) or (batch == 0 and epoch % every == 0))
+    if step in (0, setup.last_step):
+        return every > 0 or setup.config.probe_minutes > 0
+    return every > 0 and batch == 0 and epoch % every == 0
 
 
 def time_for_probe(setup: TrainingSetup, step: int, since: float) -> bool:

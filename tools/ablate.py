@@ -28,7 +28,6 @@ from pipelines.common.flags import parse_flags
 from pipelines.loading.datasets import open_val
 from tools import seeded_runs
 
-RESERVED_FLAGS = ("--ablation", "--seed", "--run-dir", "--resume", "--dry-run")
 MEASURES = {"knn": "kNN", "linear": "linear", "paper": "paper"}
 NOTE = (
     "Top-1, percent: kNN (k = 20) and the quick linear protocol on the held-out images; the paper's"
@@ -104,9 +103,7 @@ def run(options: Options, flags: list[str]) -> int:
 
 def grid(options: Options, flags: list[str]) -> list[Cell]:
     """Every run, ordered by seed. Raises ValueError if one cannot be run or continued."""
-    for flag in flags:
-        if flag.partition("=")[0].replace("_", "-") in RESERVED_FLAGS:
-            raise ValueError(f"{flag} after -- is set by ablate.py for every run; leave it out")
+    seeded_runs.require_unreserved(flags)
     names: list[str] = []
     for name in options.names:
         if name not in GRIDS and name not in ABLATIONS:

@@ -26,6 +26,7 @@ from scipy import stats
 
 from bt_fast import cli
 from bt_fast.build import build
+from bt_fast.choices import is_of_library
 from bt_fast.config import Config
 from bt_fast.run.directory import RunDirectory
 from bt_fast.run.metrics import RecordFile, metrics_line
@@ -64,11 +65,13 @@ def main() -> int:
 
 def run(options: Options, flags: list[str]) -> int:
     """Run what is missing, print the table and draw the curves; returns the exit status."""
-    folders = {way: [options.out / f"{way}-seed{seed}" for seed in options.seeds] for way in WAYS}
+    seeded_runs.require_unreserved(flags)
+    seeds = list(dict.fromkeys(options.seeds))
+    folders = {way: [options.out / f"{way}-seed{seed}" for seed in seeds] for way in WAYS}
     configs = {
         folder: cli.parse_pretrain([*flags, f"--seed={seed}", f"--run-dir={folder}"])
         for way in WAYS
-        for seed, folder in zip(options.seeds, folders[way], strict=True)
+        for seed, folder in zip(seeds, folders[way], strict=True)
     }
     if not configs:
         raise ValueError("--seeds needs at least one seed")
@@ -100,7 +103,9 @@ def require_fixed(config: Config) -> None:
     for name, value in FIXED.items():
         if (other := getattr(config, name)) != value:
             flag = f"--{name.replace('_', '-')}"
-            raise ValueError(f"the released code's way has {flag} {value}, not {other}")
+            raise ValueError(f"the released code's way has {flag} {value}, not {other}; add it")
+    if is_of_library(config.encoder):
+        raise ValueError(f"the released code's way has a ResNet, not --encoder {config.encoder}")
 
 
 def table(results: dict[str, list[dict[str, Any]]]) -> str:

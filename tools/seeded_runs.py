@@ -20,12 +20,20 @@ from bt_fast.run.directory import read_metrics
 from pipelines.loading.datasets import open_data, open_val
 
 ROOT = Path(__file__).parents[1]
+RESERVED_FLAGS = ("--ablation", "--seed", "--run-dir", "--resume", "--dry-run")
 
 
 def split_flags(arguments: list[str]) -> tuple[list[str], list[str]]:
     """The tool's own flags, and those of `bt-fast pretrain` after `--`."""
     at = arguments.index("--") if "--" in arguments else len(arguments)
     return arguments[:at], arguments[at + 1 :]
+
+
+def require_unreserved(flags: list[str]) -> None:
+    """Raise ValueError for a flag after `--` that the tool sets for every run."""
+    for flag in flags:
+        if flag.partition("=")[0].replace("_", "-") in RESERVED_FLAGS:
+            raise ValueError(f"{flag} after -- is set by the tool for every run; leave it out")
 
 
 def require_readouts(config: Config) -> None:
@@ -72,12 +80,17 @@ def bt_fast(*words: object) -> int:
     command = [sys.executable, "-m", "bt_fast", *map(str, words)]
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     with StopFlag() as stop:
+        stop.training = True  # Ctrl-C is a stop request, too
         process = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": path})
-        while True:
-            try:
-                status = process.wait(0.1)
-                return EXIT_STOPPED if stop.requested else status
-            except subprocess.TimeoutExpired:
-                if stop.requested:
-                    process.terminate()
-                    process.wait()
+        try:
+            while True:
+                try:
+                    status = process.wait(0.1)
+                    return EXIT_STOPPED if stop.requested else status
+                except subprocess.TimeoutExpired:
+                    if stop.requested:
+                        break
+        finally:  # also at the second Ctrl-C
+            process.terminate()
+            process.wait()
+        return EXIT_STOPPED

@@ -63,12 +63,13 @@ def test_images_without_classes_have_the_readouts_without_labels(tmp_path):
     ]
 
 
-def test_probes_by_time_are_at_ends_of_epochs(small_beton, tmp_path):
-    flags = ["--data", small_beton, "--run-dir", tmp_path, "--epochs", 3, "--probe-every", 99]
-    assert pretrain(*flags, "--probe-minutes", 1e-6) == 0
-    probes = [record["step"] for record in metrics(tmp_path) if record["kind"] == "probe"]
-    per_epoch = probes[-1] // 3
-    assert probes == [0, per_epoch, 2 * per_epoch, 3 * per_epoch]
+@pytest.mark.parametrize("minutes,epochs", [(1e-6, [0, 1, 2, 3]), (1e6, [0, 3])])
+def test_probes_by_time_are_at_ends_of_epochs(small_beton, tmp_path, minutes, epochs):
+    """And before the first step and after the last."""
+    flags = ["--data", small_beton, "--run-dir", tmp_path, "--epochs", 3, "--probe-every", 0]
+    assert pretrain(*flags, "--probe-minutes", minutes) == 0
+    probes = [record["epoch"] for record in metrics(tmp_path) if record["kind"] == "probe"]
+    assert probes == epochs
 
 
 @pytest.mark.parametrize("flags,index", [([], -1), (["--random"], 0)])

@@ -93,7 +93,7 @@ def test_the_quick_linear_protocol_is_kept_with_the_run(labelled_run, tmp_path):
     "arguments,message",
     [
         (["table9"], "table9 is neither a grid nor an ablation"),
-        (["table5", "--", "--seed=3"], "--seed=3 after -- is set by ablate.py"),
+        (["table5", "--", "--seed=3"], "--seed=3 after -- is set by the tool"),
         (["table5", "--", "--data", "/nowhere.beton"], "/nowhere.beton does not exist"),
         (["table5", "--", "--epohcs", "3"], "perhaps you meant --epochs"),
     ],

@@ -39,6 +39,8 @@ def test_both_ways_start_equal_and_are_compared(small_beton, tmp_path, capsys):
     "flags,message",
     [
         (["--grad-scale", "0.5"], "the released code's way has --grad-scale 1.0, not 0.5"),
+        (["--encoder", "timm/vit_tiny_patch16_224"], "the released code's way has a ResNet"),
+        (["--dry-run"], "--dry-run after -- is set by the tool"),
         (["--probe-every", "0"], "--probe-every 0 leaves nothing to compare"),
         (["--lambd", "0.1"], "was started with other values of --lambd"),
         (["--probe-images", "9"], "was started with other values of --probe-images"),
