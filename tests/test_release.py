@@ -142,6 +142,7 @@ def test_the_first_commands_and_the_first_example_of_the_library(installed, tmp_
     assert "encoder.safetensors" in run(installed, tmp_path, "python", ROOT / "tools/try_wheel.py")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "command,wanted",
     [

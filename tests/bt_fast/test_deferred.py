@@ -36,6 +36,7 @@ def test_actions_run_in_order_when_the_prefetcher_has_waited_for_their_step(late
     assert done[2:] == ["line of 9"]
 
 
+@pytest.mark.slow
 def test_a_run_read_late_is_the_same_run(late, small_beton, finished, tmp_path):
     flags = "--data", small_beton, "--run-dir", tmp_path / "run", "--save-every", 1
     assert pretrain(*flags) == 0

@@ -95,6 +95,7 @@ def test_skipped_updates_before_an_applied_one_are_no_error(nan_in, small_beton,
     assert sum(record["skipped"] for record in metrics(folder)) == 2 and saved_count(folder) == 0
 
 
+@pytest.mark.slow
 def test_the_count_of_skipped_updates_survives_a_resume(
     nan_in, small_beton, tmp_path, capsys, monkeypatch
 ):

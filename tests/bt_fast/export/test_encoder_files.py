@@ -374,6 +374,7 @@ for command in (["export", file, "--to=timm", "--out", out], ["pretrain"], ["eva
 """
 
 
+@pytest.mark.slow
 def test_weights_need_neither_locks_nor_signals(tmp_path):
     """As on Windows: what Python lacks there is removed before the first import."""
     torch.save(WEIGHTS, tmp_path / "w.pth")

@@ -141,6 +141,7 @@ def test_detectron2_gives_the_same_features(saved, pixels, tmp_path, name):
     assert close(detectron2_features(weights, pixels, settings), expected)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_onnx_gives_the_same_features(images, tmp_path):
     pytest.importorskip("onnxscript", reason="onnxscript is not installed")

@@ -100,6 +100,7 @@ def test_statistics_of_a_model_are_updated_together_or_not_at_all():
         assert close(model.state_dict()[name].float(), value.float()), name
 
 
+@pytest.mark.slow
 def test_variance_over_ranks_is_exact_for_a_large_mean():
     """In float32, mean square - squared mean would lose all digits of a variance of 1."""
     for variance, count in run_ranks(2, variance_with_a_large_mean):

@@ -54,6 +54,7 @@ def write_shards(count: int, folder: Path) -> None:
     assert len(writer.shards) == -(-count // 1000)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("work", [fill_manifest, write_beton, write_shards])
 def test_memory_does_not_grow_with_the_number_of_images(work, tmp_path, monkeypatch):
     """For five times the images; a table of one number per image would take 8 B more for each."""
