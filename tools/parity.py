@@ -103,7 +103,7 @@ def require_fixed(config: Config) -> None:
     for name, value in FIXED.items():
         if (other := getattr(config, name)) != value:
             flag = f"--{name.replace('_', '-')}"
-            raise ValueError(f"the released code's way has {flag} {value}, not {other}; add it")
+            raise ValueError(f"the released code's way has {flag} {value}, not {other}")
     if is_of_library(config.encoder):
         raise ValueError(f"the released code's way has a ResNet, not --encoder {config.encoder}")
 

@@ -89,8 +89,7 @@ def bt_fast(*words: object) -> int:
                     return EXIT_STOPPED if stop.requested else status
                 except subprocess.TimeoutExpired:
                     if stop.requested:
-                        break
+                        return EXIT_STOPPED
         finally:  # also at the second Ctrl-C
             process.terminate()
             process.wait()
-        return EXIT_STOPPED
