@@ -69,7 +69,7 @@ class TrainingSetup:
 
 def build(config: Config, world: World = ALONE) -> TrainingSetup:
     """Build everything but the run directory. Raises ValueError for what cannot be trained."""
-    runtime = choose_runtime(config.device, config.precision, config.compile, world.local_rank)
+    runtime = choose_runtime(config.device, config.precision, config.compile, world)
     apply_switches(deterministic=config.deterministic)
 
     require_divisible_batch(config.batch_size, world.size, config.bn_group, config.accumulate)

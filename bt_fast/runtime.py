@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 
 from bt_fast.choices import Compile, Device, Precision
+from bt_fast.distributed.collectives import ALONE, World
 from pipelines import augment
 
 
@@ -74,13 +75,14 @@ def choose_runtime(
     device: Device,
     precision: Precision,
     compile: Compile,
-    local_rank: int = 0,
+    world: World = ALONE,
 ) -> Runtime:
     """Resolve `auto`, and bind this process to its GPU (see `gpu_index`).
 
-    bf16 where the hardware multiplies it, fp32 elsewhere; torch.compile on CUDA only, because on
-    a CPU compiling takes longer than a typical run. On a GPU torch gets one CPU thread: the cores
-    belong to the decoding workers.
+    bf16 where the hardware multiplies it, fp32 elsewhere. torch.compile on CUDA only, because on
+    a CPU compiling takes longer than a typical run: with CUDA graphs on one GPU, and without them
+    on several, because graphs with collectives have not been tried on hardware. On a GPU torch gets
+    one CPU thread: the cores belong to the decoding workers.
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: no usable GPU here; try --device cpu")
@@ -89,10 +91,12 @@ def choose_runtime(
     if precision == "auto":
         precision = "bf16" if has_bf16(device) else "fp32"
     if compile == "auto":
-        compile = "default" if device == "cuda" else "off"
+        has_collectives = world.size > 1 or world.single_rank_group
+        on_gpu: Compile = "default" if has_collectives else "reduce-overhead"
+        compile = on_gpu if device == "cuda" else "off"
     if device == "cpu":
         return Runtime(device=torch.device("cpu"), precision=precision, compile=compile)
-    gpu = torch.device("cuda", gpu_index(local_rank))
+    gpu = torch.device("cuda", gpu_index(world.local_rank))
     torch.cuda.set_device(gpu)
     torch.set_num_threads(1)
     return Runtime(device=gpu, precision=precision, compile=compile)

@@ -38,7 +38,7 @@ from pipelines.order import view_keys
 from tools import bench_loss, bench_norm, profile, reference, rivals, stages
 from tools.gpu_suite import is_installed
 from tools.results import Results
-from tools.timing import images_per_second, peak_memory, seconds_per_call
+from tools.timing import cpu_seconds, images_per_second, peak_memory, seconds_per_call
 
 ON_GPU = torch.cuda.is_available()
 INTERPRETS = os.environ.get("TRITON_INTERPRET") == "1"
@@ -359,10 +359,10 @@ def dali(results: Results, data: Path) -> None:
 def throughput(setup: TrainingSetup, batches: Iterator) -> dict[str, float]:
     """Images/s of an iterator of the setup's batches, and CPU seconds per second."""
     next(batches)
-    wall, cpu = time.perf_counter(), time.process_time()
+    wall, cpu = time.perf_counter(), cpu_seconds()
     device = setup.runtime.device
     rate = images_per_second(batches, setup.config.batch_size, device, 8 * BUDGET)
-    cores = (time.process_time() - cpu) / (time.perf_counter() - wall)
+    cores = (cpu_seconds() - cpu) / (time.perf_counter() - wall)
     batches.close()  # type: ignore[attr-defined]
     return {"images/s": rate, "cores": cores, "images per core and s": rate / cores}
 

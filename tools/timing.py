@@ -1,11 +1,14 @@
 """Timing on a CPU or a GPU, and peak rates of the machine."""
 
+import contextlib
 import itertools
+import os
 import resource
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
 from statistics import median
 
 import torch
@@ -41,6 +44,25 @@ class Stage:
         if ceilings is None or not self.ceiling or not self.seconds:
             return 0.0
         return (self.flop or self.bytes) / self.seconds / getattr(ceilings, self.ceiling)
+
+
+def cpu_seconds() -> float:
+    """CPU time used so far by this process and those it started that still run."""
+    times: dict[int, float] = {os.getpid(): time.process_time()}
+    parents: dict[int, int] = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):  # nothing on systems without /proc
+        with contextlib.suppress(OSError):  # the process has ended
+            fields = stat.read_text().rpartition(")")[2].split()
+            pid = int(stat.parent.name)
+            parents[pid] = int(fields[1])
+            times.setdefault(pid, sum(map(int, fields[11:13])) / os.sysconf("SC_CLK_TCK"))
+
+    def is_own(pid: int) -> bool:
+        while pid and pid != os.getpid():
+            pid = parents.get(pid, 0)
+        return pid != 0
+
+    return sum(seconds for pid, seconds in times.items() if is_own(pid))
 
 
 def seconds_per_call(

@@ -93,6 +93,7 @@ def diagnose(options: Doctor) -> Iterator[Row]:
     try:
         import torch
 
+        from bt_fast.distributed.collectives import World
         from bt_fast.recipes import RECIPES
         from bt_fast.runtime import choose_runtime
     except (ImportError, OSError) as error:  # a damaged installation
@@ -102,8 +103,9 @@ def diagnose(options: Doctor) -> Iterator[Row]:
     if options.recipe not in RECIPES:
         raise ValueError(f"--recipe {options.recipe} is not one of {', '.join(RECIPES)}")
     config = RECIPES[options.recipe]()
-    runtime = choose_runtime("auto", "auto", "auto")
     ranks = max(torch.cuda.device_count(), 1)
+    world = World(rank=0, size=ranks, local_rank=0, local_size=ranks)
+    runtime = choose_runtime("auto", "auto", "auto", world)
     yield from gpus()
     if runtime.device.type == "cuda":
         yield compiler()

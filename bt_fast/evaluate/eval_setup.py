@@ -84,7 +84,7 @@ def build_setup(
     is_run = (options.run / "config.json").is_file()
     config = load_config(options.run, "RUN") if is_run else None
     defaults = config or Config()
-    runtime = choose_runtime(options.device, options.precision, "off", world.local_rank)
+    runtime = choose_runtime(options.device, options.precision, "off", world)
     apply_switches()
     if config is not None and options.random:  # works before the run's first checkpoint
         architecture, stem, size = config.encoder, config.stem, config.size
