@@ -70,8 +70,8 @@ def cifar10() -> Config:
     """ResNet-18 with the CIFAR stem on CIFAR-10, for one GPU.
 
     Command:  bt-fast pretrain --recipe cifar10 --data cifar10.beton
-    Expected: kNN (k = 20) 76.5 % after 44 epochs, 105 s of training on an H100 with --compile
-    reduce-overhead (docs/results.md); published results are 84 % after 200 epochs.
+    Expected: kNN (k = 20) 76.5 % after 44 epochs, 105 s of training on an H100
+    (docs/results.md); published results are 84 % after 200 epochs.
     """
     return _small_images(
         Config(recipe="cifar10"),
