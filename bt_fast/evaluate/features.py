@@ -42,15 +42,20 @@ def model_outputs(
     local = world.local_slice(samples)
     was_training = model.training
     model.eval()
-    outputs = []
     # A rank without samples still needs the width of the outputs: it computes one and drops it.
-    for images in batches(local if len(local) else samples[:1]):
+    read = local if len(local) else samples[:1]
+    outputs, done = torch.empty(0), 0
+    for images in batches(read):
         with runtime.autocast():
-            outputs.append(model(images).float())
+            batch = model(images).float()
+        if done == 0:  # one tensor, because those of a million images fill half of a GPU
+            outputs = batch.new_empty(len(read), batch.shape[1])
+        outputs[done : done + len(batch)] = batch
+        done += len(batch)
         if advance is not None:
             advance(len(images) * world.size)
     model.train(was_training)
-    rows = gather_slices(torch.cat(outputs)[: len(local)], len(samples), world.group)
+    rows = gather_slices(outputs[: len(local)], len(samples), world.group)
     way_out = "evaluate an earlier checkpoint or another encoder"
     require_finite({"its features": rows.norm(dim=1)}, "the encoder", way_out)
     return rows

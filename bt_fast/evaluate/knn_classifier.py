@@ -15,6 +15,7 @@ from pipelines.loading.datasets import ImageDataset
 from pipelines.order import epoch_order
 
 SETTINGS = ((20, 0.07), (200, 0.1))  # (k, temperature)
+_MAX_SIMILARITIES = 1 << 28  # computed at once: 1 GiB of float32
 _SPLIT_EPOCH = -1  # `epoch_order`'s epoch for the split: no training epoch has this order
 
 
@@ -28,16 +29,21 @@ def knn_accuracy(
     k: int,
     temperature: float,
     num_classes: int,
-    chunk: int = 1024,
 ) -> float:
     """Top-1 accuracy on the queries, in [0, 1].
 
-    bank, queries: float [n, width], L2-normalised. bank_labels, query_labels: int64 [n].
+    bank, queries: float [n, width], of any norm. bank_labels, query_labels: int64 [n].
     """
     k = min(k, len(bank))
+    queries = F.normalize(queries, dim=1)
+    # Instead of a normalised copy of the bank, which may fill half of a GPU's memory.
+    scale = 1 / bank.norm(dim=1).clamp_min(1e-12)
+    chunk = max(_MAX_SIMILARITIES // len(bank), 1)
     correct = torch.zeros((), dtype=torch.int64, device=bank.device)
     for start in range(0, len(queries), chunk):
-        similarity, neighbours = (queries[start : start + chunk] @ bank.T).topk(k, dim=1)
+        similarity, neighbours = (
+            (queries[start : start + chunk] @ bank.T).mul_(scale).topk(k, dim=1)
+        )
         # Relative to the best neighbour, so that exp cannot overflow at a small temperature.
         weights = ((similarity - similarity[:, :1]) / temperature).exp()
         scores = weights.new_zeros(len(weights), num_classes)
@@ -114,7 +120,6 @@ def _shuffled_labelled(images: ImageDataset, seed: int) -> np.ndarray:
 
 def knn_scores(bank: torch.Tensor, queries: torch.Tensor, data: KnnData) -> dict[str, float]:
     """`knn_accuracy` for each of SETTINGS, "knn_20" and "knn_200", from features [n, width]."""
-    bank, queries = F.normalize(bank, dim=1), F.normalize(queries, dim=1)
     return {
         f"knn_{k}": knn_accuracy(
             bank,

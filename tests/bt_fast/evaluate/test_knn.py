@@ -28,7 +28,8 @@ def oracle(bank, bank_labels, queries, query_labels, k, temperature, num_classes
 
 
 @pytest.mark.parametrize("k,temperature", [(1, 0.07), (20, 0.07), (200, 0.1)])
-def test_accuracy_equals_the_definition(k, temperature):
+def test_accuracy_equals_the_definition(k, temperature, monkeypatch):
+    monkeypatch.setattr(knn_classifier, "_MAX_SIMILARITIES", 7 * 120)  # seven queries at once
     generator = torch.Generator().manual_seed(0)
     centres = torch.randn(5, 8, generator=generator, dtype=torch.float64)
     labels = torch.randint(0, 5, (180,), generator=generator)
@@ -36,8 +37,8 @@ def test_accuracy_equals_the_definition(k, temperature):
     features = F.normalize(centres[labels] + 1.5 * noise, dim=1)
     bank, queries = features[:120], features[120:]
     ours = knn_accuracy(
-        bank, labels[:120], queries, labels[120:],
-        k=k, temperature=temperature, num_classes=5, chunk=7,
+        bank * (1 + labels[:120, None]), labels[:120], 3 * queries, labels[120:],
+        k=k, temperature=temperature, num_classes=5,
     )  # fmt: skip
     expected = oracle(bank, labels[:120], queries, labels[120:], k, temperature, 5)
     assert 0.3 < expected < 1.0
