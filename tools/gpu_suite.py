@@ -41,9 +41,9 @@ OPTIONAL = ("pytest", "xdist", "matplotlib", "kornia", "nvidia.dali")
 # Seconds of each part on an H100 with empty compilation caches.
 LIMITS = {
     "correctness": 80,
-    "step": 90,
+    "step": 100,
     "kernels": 50,
-    "variants": 60,
+    "variants": 50,
     "rivals": 25,
     "loader": 15,
     "loss": 15,

@@ -172,9 +172,8 @@ def optimizers(results: Results) -> None:
 
 def variants(results: Results, data: Path) -> None:
     """Steps with other flags, and the default again for a comparison in the same process."""
-    step_variant(results, data, "--norm=fused", "--compile=default")
-    step_variant(results, data, "--norm=fused", "--compile=off")
     step_variant(results, data, "--norm=fused", "--compile=reduce-overhead")
+    step_variant(results, data, "--norm=fused", "--compile=default")
     step_variant(results, data, "--norm=compiled", "--compile=default")
     step_variant(results, data, "--norm=compiled", "--compile=off")
 
