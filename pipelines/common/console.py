@@ -69,15 +69,17 @@ def progress(title: str, total: int) -> Iterator[Callable[..., None]]:
 
 def _line_progress(title: str, total: int) -> Callable[..., None]:
     start = last = time.monotonic()
-    done = 0
+    done = first = 0
 
     def advance(count: int = 1) -> None:
-        nonlocal done, last
+        nonlocal start, last, done, first
         done += count
         now = time.monotonic()
-        if now - last >= SECONDS_BETWEEN_LINES or done == total:
+        if first == 0 and done < total:  # the first images wait for processes that start
+            start, last, first = now, now, done
+        elif now - last >= SECONDS_BETWEEN_LINES or done == total:
             last = now
-            rate = done / max(now - start, 1e-9)
+            rate = (done - first) / max(now - start, 1e-9)
             minutes, seconds = divmod(round((total - done) / rate), 60)
             left = f"{minutes}:{seconds:02} left" if done < total else "done"
             print_line(f"{title}: {done:,} of {total:,} images, {rate:,.0f} images/s, {left}")

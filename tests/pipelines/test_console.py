@@ -1,0 +1,25 @@
+import pytest
+
+from pipelines.common import console
+
+
+def test_the_first_images_do_not_count_for_the_rate(monkeypatch, capsys):
+    """They wait for processes that start: 8 of 100 images in 20 s, then 8 in every second."""
+    clock = iter([0.0, *(20.0 + second for second in range(14))])
+    monkeypatch.setattr(console.time, "monotonic", lambda: next(clock))
+    with console.progress("features", 100) as advance:
+        for _ in range(12):
+            advance(8)
+        advance(4)
+    assert capsys.readouterr().out.splitlines() == [
+        "features: 48 of 100 images, 8 images/s, 0:06 left",
+        "features: 88 of 100 images, 8 images/s, 0:02 left",
+        "features: 100 of 100 images, 8 images/s, done",
+    ]
+
+
+@pytest.mark.parametrize("total", [1, 5])
+def test_work_that_ends_at_once_is_reported(capsys, total):
+    with console.progress("features", total) as advance:
+        advance(total)
+    assert f"features: {total} of {total} images" in capsys.readouterr().out
