@@ -92,10 +92,7 @@ def choose_runtime(
         precision = "bf16" if has_bf16(device) else "fp32"
     if compile == "auto":
         has_collectives = world.size > 1 or world.single_rank_group
-        if device == "cpu":
-            compile = "off"
-        else:
-            compile = "default" if has_collectives else "reduce-overhead"
+        compile = "off" if device == "cpu" else "default" if has_collectives else "reduce-overhead"
     if device == "cpu":
         return Runtime(device=torch.device("cpu"), precision=precision, compile=compile)
     gpu = torch.device("cuda", gpu_index(world.local_rank))
