@@ -96,7 +96,7 @@ class Config:
     loss is fp32. (On a GPU, fp32 matrix products use TF32.)"""
     compile: Compile = field(default="auto", metadata=_MUTABLE)
     """Mode of torch.compile for model and loss; auto is "reduce-overhead" (CUDA graphs) on one GPU,
-    "default" on several and "off" on a CPU."""
+    "default" on several or outside the main thread, and "off" on a CPU."""
     norm: Norm = field(default="auto", metadata=_MUTABLE)
     """Implementation of batch norm, residual sum and ReLU: torch's compiler, or fused Triton
     kernels, which need a GPU and move three quarters of the bytes. auto is fused on a GPU of

@@ -6,6 +6,7 @@ Switches are set by a call, never at import.
 import functools
 import importlib.util
 import os
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -80,9 +81,8 @@ def choose_runtime(
     """Resolve `auto`, and bind this process to its GPU (see `gpu_index`).
 
     bf16 where the hardware multiplies it, fp32 elsewhere. torch.compile on CUDA only, because on
-    a CPU compiling takes longer than a typical run: with CUDA graphs on one GPU, and without them
-    on several, because graphs with collectives have not been tried on hardware. On a GPU torch gets
-    one CPU thread: the cores belong to the decoding workers.
+    a CPU compiling takes longer than a typical run; with CUDA graphs where `_can_replay_graphs`. On
+    a GPU torch gets one CPU thread: the cores belong to the decoding workers.
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: no usable GPU here; try --device cpu")
@@ -91,14 +91,21 @@ def choose_runtime(
     if precision == "auto":
         precision = "bf16" if has_bf16(device) else "fp32"
     if compile == "auto":
-        has_collectives = world.size > 1 or world.single_rank_group
-        compile = "off" if device == "cpu" else "default" if has_collectives else "reduce-overhead"
+        with_graphs = _can_replay_graphs(world)
+        compile = "off" if device == "cpu" else "reduce-overhead" if with_graphs else "default"
     if device == "cpu":
         return Runtime(device=torch.device("cpu"), precision=precision, compile=compile)
     gpu = torch.device("cuda", gpu_index(world.local_rank))
     torch.cuda.set_device(gpu)
     torch.set_num_threads(1)
     return Runtime(device=gpu, precision=precision, compile=compile)
+
+
+def _can_replay_graphs(world: World) -> bool:
+    """Whether CUDA graphs are known to work: with collectives they have not been tried on hardware,
+    and torch before 2.14 replays them only in the thread that imported them."""
+    has_collectives = world.size > 1 or world.single_rank_group
+    return not has_collectives and threading.current_thread() is threading.main_thread()
 
 
 def gpu_index(local_rank: int) -> int:

@@ -1,3 +1,5 @@
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 
@@ -18,6 +20,11 @@ def test_one_gpu_replays_cuda_graphs(two_gpus, ranks, mode):
     world = World(rank=ranks - 1, size=ranks, local_rank=ranks - 1, local_size=ranks)
     runtime = choose_runtime("auto", "bf16", "auto", world)
     assert runtime.compile == mode and runtime.device == torch.device("cuda", ranks - 1)
+
+
+def test_a_thread_replays_none(two_gpus):
+    with ThreadPoolExecutor() as threads:
+        assert threads.submit(choose_runtime, "cuda", "bf16", "auto").result().compile == "default"
 
 
 def test_a_named_mode_and_a_cpu_keep_theirs(two_gpus):
