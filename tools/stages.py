@@ -37,10 +37,13 @@ from tools.timing import Stage, images_per_second, seconds_of_parts, seconds_per
 def loader_stages(setup: TrainingSetup, budget: float) -> Iterator[Stage]:
     """Times read, decode, crop and the complete loader, with the threads of the run.
 
+    On a GPU each worker is a process; times are those of one thread, divided by the workers.
     read fetches the bytes from the disk or the page cache and verifies their checksum.
     """
     n, cpu = setup.config.batch_size, torch.device("cpu")
-    backend = NativeBackend(setup.dataset, num_threads=setup.num_threads)
+    has_processes = setup.runtime.device.type == "cuda"
+    num_processes = setup.num_threads if has_processes else 1
+    backend = NativeBackend(setup.dataset, num_threads=setup.num_threads // num_processes)
     # Enough images to divide them evenly among threads; times are scaled to a batch.
     num_batches = -(-64 // n)
     requests = list(setup.loader.sampler.requests(0, num_batches))
@@ -55,12 +58,16 @@ def loader_stages(setup: TrainingSetup, budget: float) -> Iterator[Stage]:
         return lambda: [result for part in backend.pool.map(task, tasks) for result in part]
 
     def seconds(function, items) -> float:
-        return seconds_per_call(threaded(function, items), cpu, budget)[0] / num_batches
+        return (
+            seconds_per_call(threaded(function, items), cpu, budget)[0]
+            / num_batches
+            / num_processes
+        )
 
     indices = range(min(len(setup.dataset), 20 * n))
     started = time.perf_counter()
     threaded(setup.dataset.checksum_ok, indices)()
-    per_image = (time.perf_counter() - started) / len(indices)
+    per_image = (time.perf_counter() - started) / len(indices) / num_processes
     num_bytes = sum(len(setup.dataset.image(i)) for i in indices) * n / len(indices)
     yield Stage(name="read", seconds=per_image * n, bytes=num_bytes)
     yield Stage(name="decode", seconds=seconds(backend.decoder.decode, samples))
