@@ -78,6 +78,7 @@ def pretrain(config: Config, stop: StopFlag, world: World = ALONE) -> int:
         folder = run.path if run else None
         log = stack.enter_context(RunLog(console, folder, step, setup.last_step, setup.config))
         if run:
+            stack.callback(draw_curves, run, log)  # however the run ends
             log.info(f"run directory: {run.path}")
         log.skipped_in_a_row = skipped_in_a_row
         if step == setup.last_step:
@@ -94,16 +95,13 @@ def pretrain(config: Config, stop: StopFlag, world: World = ALONE) -> int:
 
 
 def finish(setup: TrainingSetup, run: RunDirectory, log: RunLog, step: int, saved: bool) -> int:
-    """Write curves and encoder, print the result or how to continue; returns the exit status.
+    """Write the encoder, print the result or how to continue; returns the exit status.
 
     saved: whether the checkpoint of `step` was written.
     """
-    metrics = run.path / "metrics.jsonl"
-    with log.optional_output("curves.png"):
-        plots.curves({"": metrics}, run.path / "curves.png")
     complete = step == setup.last_step
     if complete:
-        log.info(probe_summary(metrics))
+        log.info(probe_summary(run.path / "metrics.jsonl"))
         try:  # even without a checkpoint: it is smaller
             log.info(f"done: {export_encoder(setup.model, setup.config, run.path)}")
         except OSError as error:
@@ -121,6 +119,12 @@ def finish(setup: TrainingSetup, run: RunDirectory, log: RunLog, step: int, save
         log.info(f"stopped; continue with: bt-fast pretrain --resume {quote(str(run.path))}")
         return EXIT_STOPPED
     return 0
+
+
+def draw_curves(run: RunDirectory, log: RunLog) -> None:
+    """Draw what the run has logged."""
+    with log.optional_output("curves.png"):
+        plots.curves({"": run.path / "metrics.jsonl"}, run.path / "curves.png")
 
 
 def train(
@@ -274,13 +278,20 @@ def write_log_line(
 def require_applied(log: RunLog, step: int, *, fewer_than: int) -> None:
     """Raise ValueError unless fewer of the last updates up to `step` were skipped."""
     count = log.skipped_in_a_row
-    if count >= fewer_than:
-        raise ValueError(
-            f"the loss or its gradients were not finite in the last {count} steps, whose updates"
-            " were skipped. No checkpoint contains them: start again with lower --lr-weights and"
-            f" --lr-biases, or remove the checkpoints from step {step - count} on and resume with"
+    if count < fewer_than:
+        return
+    start = step - count  # the step whose checkpoint led there
+    way_out = "start again in a new folder with lower --lr-weights and --lr-biases"
+    # Of the other ranks, which have no folder, one may be the first to report.
+    if log.folder is None or checkpoint.exists(log.folder, before=start):
+        way_out += (
+            f", or remove the checkpoints from step {start} on and, if one is left, resume with"
             " --extend EPOCHS --peak 0.5"
         )
+    raise ValueError(
+        f"the loss or its gradients were not finite in the last {count} steps, whose updates were"
+        f" skipped: {way_out}"
+    )
 
 
 def resume(setup: TrainingSetup, run: RunDirectory | None, console: Console) -> tuple[int, int]:

@@ -16,6 +16,7 @@ No random state is saved: order and views are functions of the step (`pipelines.
 
 import hashlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Mapping
@@ -166,9 +167,9 @@ def _sort_metadata(path: Path) -> None:
         file.write(text)
 
 
-def exists(folder: Path) -> bool:
-    """Whether there is a checkpoint under `folder`, valid or not."""
-    return bool(_folders(folder))
+def exists(folder: Path, *, before: float = math.inf) -> bool:
+    """Whether there is a checkpoint of a step less than `before` under `folder`, valid or not."""
+    return any(_step(path) < before for path in _folders(folder))
 
 
 def newest(folder: Path, *, set_aside: bool = False) -> tuple[Checkpoint | None, list[str]]:
@@ -207,7 +208,11 @@ def _folders(folder: Path) -> list[Path]:
         for path in (folder / "checkpoints").glob("step-*")
         if path.name.removeprefix("step-").isdecimal()
     ]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")), reverse=True)
+    return sorted(found, key=_step, reverse=True)
+
+
+def _step(folder: Path) -> int:
+    return int(folder.name.removeprefix("step-"))
 
 
 def _load(file: Path) -> dict[str, torch.Tensor]:

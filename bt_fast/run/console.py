@@ -71,7 +71,7 @@ class RunLog:
         config: Config | None = None,
     ) -> None:
         """folder: None on ranks that write nothing. config: of a run with a tracker."""
-        self.console = console
+        self.console, self.folder = console, folder
         self.last_step = last_step
         self._first_line: tuple[int, float] | None = None  # its step and time
         self.skipped_in_a_row = 0  # updates skipped up to the newest log line

@@ -71,18 +71,23 @@ def saved_count(folder) -> int:
     return json.loads((newest / "state.json").read_text())["facts"]["skipped_in_a_row"]
 
 
-@pytest.mark.parametrize("first_skipped", [1, 5])
-def test_a_run_whose_last_updates_were_skipped_has_no_result(
-    first_skipped, nan_in, small_beton, tmp_path, capsys
+@pytest.mark.parametrize("first_skipped,save_every", [(1, 0), (5, 0), (5, 1)])
+def test_a_run_whose_last_updates_were_skipped_has_curves_and_no_result(
+    first_skipped, save_every, nan_in, small_beton, tmp_path, capsys
 ):
-    """5 steps; the same when it is resumed after its last one."""
+    """5 steps of 4 an epoch; the same when it is resumed after its last one."""
     folder, count = tmp_path / "run", 6 - first_skipped
+    flags = [*FIVE_STEPS, "--save-every", save_every, "--keep", 9]
     nan_in(*range(first_skipped, 6))
-    assert pretrain("--data", small_beton, "--run-dir", folder, *FIVE_STEPS) == 2
+    assert pretrain("--data", small_beton, "--run-dir", folder, *flags) == 2
     for _ in range(2):
         error = capsys.readouterr().err
         assert error.count("\n") == 1 and f"not finite in the last {count} steps" in error
-        assert f"from step {first_skipped - 1} on" in error
+        assert "start again in a new folder with lower" in error
+        # Only steps 1 to 3 are of use: step 4 leads to the skipped one.
+        assert ("remove the checkpoints from step 4 on" in error) == (save_every == 1)
+        assert (folder / "curves.png").stat().st_size > 0
+        (folder / "curves.png").unlink()
         assert not (folder / "encoder.safetensors").exists() and saved_count(folder) == count
         nan_in()
         assert main(["pretrain", "--resume", str(folder)]) == 2
