@@ -124,7 +124,7 @@ def finish(setup: TrainingSetup, run: RunDirectory, log: RunLog, step: int, save
 def draw_curves(run: RunDirectory, log: RunLog) -> None:
     """Draw what the run has logged."""
     with log.optional_output("curves.png"):
-        plots.curves({"": run.path / "metrics.jsonl"}, run.path / "curves.png")
+        plots.curves({"": [run.path / "metrics.jsonl"]}, run.path / "curves.png")
 
 
 def train(

@@ -92,7 +92,7 @@ def run(options: Options, flags: list[str]) -> int:
     last = {way: [seeded_runs.probes(folder)[-1] for folder in folders[way]] for way in WAYS}
     text = table(last)
     write_text(options.out / "table.md", text, overwrite=True)
-    metrics = {folder.name: folder / "metrics.jsonl" for folder in configs}
+    metrics = {way: [folder / "metrics.jsonl" for folder in folders[way]] for way in WAYS}
     curves(metrics, options.out / "curves.png")
     print(text, end="")
     return 0

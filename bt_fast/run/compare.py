@@ -55,7 +55,7 @@ def run_compare(options: Compare) -> int:
     console = Console()
     console.width = max(console.width, 120)  # in narrower ones, names would vanish
     console.print(table, soft_wrap=True)
-    curves({str(path): path / "metrics.jsonl" for path in options.runs}, options.out)
+    curves({str(path): [path / "metrics.jsonl"] for path in options.runs}, options.out)
     print(f"curves: {options.out}")
     return 0
 

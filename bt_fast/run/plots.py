@@ -1,6 +1,7 @@
 """Plots of a run: a contact sheet of both views, and the curves of its metrics."""
 
-from collections.abc import Mapping
+import itertools
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -10,14 +11,25 @@ from bt_fast.run.directory import read_metrics
 from pipelines.augment import IMAGENET_MEAN, IMAGENET_STD
 from pipelines.common.atomic import atomic_file
 
-# Axes that are logarithmic, if all values are positive.
-_LOGARITHMIC = ("Barlow Twins loss", "on- and off-diagonal term (dashed); dots: held-out images")
-_TERMS = {
-    "on_diagonal": "-",
-    "off_diagonal": "--",
-    "probe_on_diagonal": "o",
-    "probe_off_diagonal": "o",
-}
+# Title, {key of the metrics: (style, its name in a legend)}, factor.
+_PANELS = (
+    ("Barlow Twins loss", {"loss": ("-", "")}, 1),
+    (
+        "terms of the loss",
+        {
+            "on_diagonal": ("-", "on-diagonal"),
+            "off_diagonal": ("--", "off-diagonal"),
+            "probe_on_diagonal": ("o", "on-diagonal, in probes"),
+            "probe_off_diagonal": ("x", "off-diagonal, in probes"),
+        },
+        1,
+    ),
+    ("readouts, %", {"knn_20": ("-", "kNN, k = 20"), "linear": ("--", "linear")}, 100),
+    ("effective rank of the features", {"rank": ("-", "in probes")}, 1),
+    ("learning rate (weights)", {"lr_weights": ("-", "")}, 1),
+    ("images/s", {"images_per_s": ("-", "")}, 1),
+)
+_LOGARITHMIC = ("Barlow Twins loss", "terms of the loss")  # if all values are positive
 
 
 def contact_sheet(views: torch.Tensor, path: Path) -> None:
@@ -43,44 +55,54 @@ def _pixels(view: torch.Tensor) -> np.ndarray:
     return np.clip(np.rint(np.nan_to_num(values)), 0, 255).astype(np.uint8)
 
 
-def curves(runs: Mapping[str, Path], path: Path) -> None:
-    """Draw the curves of runs, {name: its metrics.jsonl}: loss and its terms, readouts of the
-    features, rank, learning rate and images/s over epochs. Dotted: a readout before training.
+def curves(runs: Mapping[str, Sequence[Path]], path: Path) -> None:
+    """Draw the curves of runs over epochs; panels without values are left out.
+
+    runs: {name: the metrics.jsonl of one run, or of several, which have the same colour}.
     """
-    figure = _figure(15, 7)
-    axes = figure.subplots(2, 3).flat
-    panels = [
-        (_LOGARITHMIC[0], {"loss": "-"}, 1),
-        (_LOGARITHMIC[1], _TERMS, 1),
-        ("kNN and linear readout (dashed), %", {"knn_20": "-", "linear": "--"}, 100),
-        ("effective rank of the features", {"rank": "-"}, 1),
-        ("learning rate (weights)", {"lr_weights": "-"}, 1),
-        ("images/s", {"images_per_s": "-"}, 1),
-    ]
-    records = {name: [r for _, r in read_metrics(metrics)] for name, metrics in runs.items()}
-    for axis, (title, styles, factor) in zip(axes, panels, strict=True):
-        for number, (name, of_run) in enumerate(records.items()):
-            for key, style in styles.items():
-                points = [
-                    (record["epoch"], factor * record[key])
-                    for record in of_run
-                    if record.get(key) is not None
-                ]
+    records = {name: [_records(file) for file in files] for name, files in runs.items()}
+    logged = {key for each in records.values() for run in each for r in run for key in r}
+    panels = [panel for panel in _PANELS if logged & panel[1].keys()]
+    if not panels:
+        return
+    columns = -(-len(panels) // 2)
+    figure = _figure(5 * columns, 7)
+    axes = figure.subplots(2, columns, squeeze=False).flat
+    for axis in axes[len(panels) :]:
+        axis.remove()
+    for axis, (title, styles, factor) in zip(axes, panels, strict=False):
+        named, starts = {}, False  # styles for the legend, and whether a line marks the start
+        for number, each in enumerate(records.values()):
+            color = f"C{number}"
+            for (key, (style, name)), run in itertools.product(styles.items(), each):
+                points = [(r["epoch"], factor * r[key]) for r in run if key in r]
                 if not points:
                     continue
-                label = name if key == next(iter(styles)) else None
-                axis.plot(*zip(*points, strict=True), style, color=f"C{number}", label=label)
-                if points[0][0] == 0 and style != "o":  # a probe
-                    axis.axhline(points[0][1], color=f"C{number}", linestyle=":", linewidth=0.8)
+                named[name] = style
+                axis.plot(*zip(*points, strict=True), style, color=color)
+                if points[0][0] == 0 and style in ("-", "--"):  # a probe
+                    axis.axhline(points[0][1], color=color, linestyle=":", linewidth=0.8)
+                    starts = True
+        if starts:
+            named["before training"] = ":"
         values = [value for line in axis.get_lines() for value in line.get_ydata()]
         if title in _LOGARITHMIC and min(values, default=0) > 0:
             axis.set_yscale("log")
         axis.set_title(title)
         axis.set_xlabel("epoch")
         axis.grid(alpha=0.3)
+        if len(named) > 1:
+            lines = [axis.plot([], [], style, color="grey")[0] for style in named.values()]
+            axis.legend(lines, named, fontsize="small")
     if len(runs) > 1:
-        figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center")
+        lines = [axis.plot([], [], color=f"C{number}")[0] for number in range(len(runs))]
+        figure.legend(lines, runs, loc="outside lower center")
     _write(figure, path, dpi=110)
+
+
+def _records(metrics: Path) -> list[dict]:
+    """The records of a metrics.jsonl, without values that were not finite."""
+    return [{k: v for k, v in r.items() if v is not None} for _, r in read_metrics(metrics)]
 
 
 def _figure(width: float, height: float):

@@ -69,17 +69,50 @@ def test_a_run_without_metrics_is_named(tmp_path, capsys, metrics):
     assert f"{run} has no metrics yet" in capsys.readouterr().err
 
 
-def test_curves_mark_the_random_initialisation(tmp_path, monkeypatch):
+@pytest.fixture
+def drawn(monkeypatch) -> list:
+    """The figures that are drawn, not written."""
     from matplotlib.figure import Figure
 
+    figures: list[Figure] = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: figures.append(figure))
+    return figures
+
+
+def legend(of) -> list[str]:
+    return [text.get_text() for text in of.get_texts()]
+
+
+def test_curves_mark_the_random_initialisation(tmp_path, drawn):
     run = write_run(tmp_path / "a", Config(), (0.25, 0.5))
-    drawn = []
-    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: drawn.append(figure))
-    curves({"a": run / "metrics.jsonl"}, tmp_path / "c.png")
+    curves({"a": [run / "metrics.jsonl"]}, tmp_path / "c.png")
     by_title = {axis.get_title(): axis for axis in drawn[0].axes}
-    readout, baseline = by_title["kNN and linear readout (dashed), %"].get_lines()
+    readout, baseline, *_ = by_title["readouts, %"].get_lines()
     assert readout.get_ydata().tolist() == [25, 50] and list(baseline.get_ydata()) == [25, 25]
-    assert by_title["Barlow Twins loss"].get_yscale() == "log"  # the off-diagonal term is negative
-    terms = by_title["on- and off-diagonal term (dashed); dots: held-out images"]
-    assert terms.get_yscale() == "linear"
-    assert terms.get_lines()[-1].get_ydata().tolist() == [5, 6]
+    assert legend(by_title["readouts, %"].get_legend()) == ["kNN, k = 20", "before training"]
+    assert by_title["Barlow Twins loss"].get_yscale() == "log"
+    terms = by_title["terms of the loss"]
+    assert terms.get_yscale() == "linear"  # the off-diagonal term is negative
+    assert terms.get_lines()[2].get_ydata().tolist() == [5, 6]
+    names = ["on-diagonal", "off-diagonal", "on-diagonal, in probes"]
+    assert legend(terms.get_legend()) == names and not drawn[0].legends
+
+
+def test_only_what_was_logged_is_drawn(tmp_path, drawn):
+    """A run without probes; nothing of one that has not logged anything."""
+    run = write_run(tmp_path / "a", Config(), ())
+    (tmp_path / "empty.jsonl").touch()
+    for file in (run / "metrics.jsonl", tmp_path / "empty.jsonl"):
+        curves({"": [file]}, tmp_path / "c.png")
+    (figure,) = drawn
+    titles = ["Barlow Twins loss", "terms of the loss", "learning rate (weights)", "images/s"]
+    assert [axis.get_title() for axis in figure.axes] == titles
+    assert legend(figure.axes[1].get_legend()) == ["on-diagonal", "off-diagonal"]
+
+
+def test_runs_of_one_name_share_a_colour(tmp_path, drawn):
+    files = [write_run(tmp_path / name, Config(), (0.25, 0.5)) / "metrics.jsonl" for name in "abc"]
+    curves({"ours": files[:2], "theirs": files[2:]}, tmp_path / "c.png")
+    colours = [line.get_color() for line in drawn[0].axes[0].get_lines()]
+    assert colours == ["C0", "C0", "C1"]
+    assert legend(drawn[0].legends[0]) == ["ours", "theirs"]
