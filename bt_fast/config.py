@@ -448,6 +448,15 @@ def _extended(config: Config, saved: Config) -> Config:
     )
 
 
+def written(flag: str, value: Any) -> str:
+    """A flag and its value as on a command line; "no --init" for one that is left out."""
+    if value is None:
+        return f"no {flag}"
+    if isinstance(value, bool):
+        return flag if value else f"--no-{flag.removeprefix('--')}"
+    return f"{flag} {' '.join(map(str, value)) if isinstance(value, tuple) else value}"
+
+
 def differences(config: Any, other: Any, *, also: Collection[str] = ()) -> dict[str, Any]:
     """{flag: value in `config`} of what differs between two configurations and affects learning.
 

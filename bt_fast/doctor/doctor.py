@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 from bt_fast.doctor import hardware
 from pipelines import __version__
-from pipelines.common.atomic import write_text
+from pipelines.common.atomic import require_place, write_text
 from pipelines.common.cpu import cpu_quota, usable_cores
 
 if TYPE_CHECKING:
@@ -57,8 +57,10 @@ class Row:
 
 def run_doctor(options: Doctor) -> int:
     """Print the report; returns 0, or 1 if something is broken."""
-    if options.json is not None and options.json.exists():
-        raise ValueError(f"--json {options.json} exists; remove it or choose another name")
+    if options.json is not None:
+        require_place(options.json, "--json")
+        if options.json.exists():
+            raise ValueError(f"--json {options.json} exists; remove it or choose another name")
     rows = []
     print(f"bt-fast {__version__} doctor\n")
     for row in diagnose(options):

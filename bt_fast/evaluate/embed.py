@@ -27,7 +27,7 @@ from bt_fast.evaluate.subset import complete_subset
 from bt_fast.export.encoder_files import weights_file
 from bt_fast.models.networks import feature_width
 from bt_fast.run.console import print_summary
-from pipelines.common.atomic import atomic_file, work_folder, write_text
+from pipelines.common.atomic import atomic_file, require_place, work_folder, write_text
 from pipelines.common.console import print_line, progress
 from pipelines.loading.datasets import ImageDataset
 
@@ -38,6 +38,7 @@ def run_embed(options: Embed, world: World) -> int:
     """Write the file; returns the exit status."""
     if options.out.suffix not in (".npy", ".parquet"):
         raise ValueError(f"--out {options.out} must end in .npy or .parquet")
+    require_place(options.out, "--out")
     is_parquet = options.out.suffix == ".parquet"
     if is_parquet:
         _pyarrow()  # raises now

@@ -33,7 +33,7 @@ from bt_fast.export.encoder_files import (
 from bt_fast.export.options import SUFFIXES, Export, Target
 from bt_fast.models.library_encoders import size_options
 from bt_fast.models.networks import STEMS
-from pipelines.common.atomic import atomic_file
+from pipelines.common.atomic import atomic_file, require_place
 
 
 def run_export(options: Export) -> int:
@@ -41,10 +41,9 @@ def run_export(options: Export) -> int:
     suffixes = SUFFIXES[options.to]
     if options.out.suffix not in suffixes:
         raise ValueError(f"--out {options.out} must end in {' or '.join(suffixes)}")
+    require_place(options.out, "--out")
     if os.path.lexists(options.out) and not options.overwrite:
         raise ValueError(f"--out {options.out} exists; add --overwrite to replace it")
-    if not options.out.parent.is_dir():
-        raise ValueError(f"--out {options.out}: the folder {options.out.parent} does not exist")
     pretrained = read_pretrained(options.source, which=options.which, stem=options.stem)
     content = serialise(pretrained, options.to)
     with atomic_file(options.out, overwrite=options.overwrite) as file:

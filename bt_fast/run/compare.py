@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import tyro
 
 READOUTS = ("knn_20", "linear", "rank")
+_MAX_FLAGS = 8  # in one cell; the others follow from --recipe, or are in config.json
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -28,12 +29,16 @@ def run_compare(options: Compare) -> int:
     from rich.table import Column, Table
     from rich.text import Text
 
-    from bt_fast.config import RESULTS_DEPEND_ON, differences, load_config
+    from bt_fast.config import RESULTS_DEPEND_ON, differences, load_config, written
     from bt_fast.run.directory import read_metrics
     from bt_fast.run.plots import curves
+    from pipelines.common.atomic import require_place
 
     if not options.runs:
         raise ValueError("RUN: name the folder of at least one run")
+    if len({path.resolve() for path in options.runs}) < len(options.runs):
+        raise ValueError("RUN: a run is named twice; name each once")
+    require_place(options.out, "--out")
     if options.out.exists() and not options.overwrite:
         raise ValueError(f"--out {options.out} exists; choose another, or replace it: --overwrite")
     configs = [load_config(path, "RUN") for path in options.runs]
@@ -47,11 +52,13 @@ def run_compare(options: Compare) -> int:
         table.add_column(title, no_wrap=True)
     for path, changed in zip(options.runs, changes, strict=True):
         records = [record for _, record in read_metrics(path / "metrics.jsonl")]
-        if not any(record["kind"] == "train" for record in records):
+        if not records:
             raise ValueError(f"{path} has no metrics yet")
         changed.pop("--run-dir", None)
-        flags = ", ".join(f"{flag} {value}" for flag, value in changed.items())
-        table.add_row(Text(str(path)), Text(flags), *summary(records))
+        flags = [written(flag, value) for flag, value in changed.items()]
+        if (more := len(flags) - _MAX_FLAGS) > 0:
+            flags[_MAX_FLAGS:] = [f"and {more} more"]
+        table.add_row(Text(str(path)), Text("\n".join(flags)), *summary(records))
     console = Console()
     console.width = max(console.width, 120)  # in narrower ones, names would vanish
     console.print(table, soft_wrap=True)
@@ -67,14 +74,18 @@ def summary(records: list[dict[str, Any]]) -> list[str]:
     """
     train = [record for record in records if record["kind"] == "train"]
     probes = [record for record in records if record["kind"] == "probe"]
-    loss = train[-1]["loss"]  # None in a record of a loss that was not finite
-    epoch = f"{train[-1]['epoch']:.4g}"
-    if probes and probes[-1]["step"] < train[-1]["step"]:
+    newest = (train or probes)[-1]
+    epoch, loss, rate = f"{newest['epoch']:.4g}", "none", "none"
+    if train:
+        # None is the loss of a record whose loss was not finite.
+        loss = "not finite" if newest["loss"] is None else f"{newest['loss']:.4g}"
+        rate = f"{statistics.median(record['images_per_s'] for record in train):.0f}"
+    if probes and probes[-1]["step"] < newest["step"]:
         epoch += f" (readouts: {probes[-1]['epoch']:.4g})"
-    cells = [epoch, "not finite" if loss is None else f"{loss:.4g}"]
+    cells = [epoch, loss]
     for name in READOUTS:
         values = [probe[name] for probe in probes if probe.get(name) is not None]
         factor = 1 if name == "rank" else 100
         ends = [*values[:1], *values[1:][-1:]]
         cells.append(" -> ".join(f"{factor * value:.1f}" for value in ends) or "none")
-    return [*cells, f"{statistics.median(record['images_per_s'] for record in train):.0f}"]
+    return [*cells, rate]

@@ -31,6 +31,14 @@ def refuse_existing(path: Path, overwrite: bool) -> None:
         raise OutputExists(errno.EEXIST, "File exists", str(path))
 
 
+def require_place(path: Path, flag: str) -> None:
+    """Raise ValueError if `path`, a flag's value, cannot be a file: before any work is done."""
+    if not path.parent.is_dir():
+        raise ValueError(f"{flag} {path}: the folder {path.parent} does not exist")
+    if path.is_dir():
+        raise ValueError(f"{flag} {path} is a folder; name a file in it")
+
+
 @contextlib.contextmanager
 def atomic_file(path: str | os.PathLike, *, overwrite: bool = False) -> Iterator[BinaryIO]:
     """Yield a writable binary file that becomes `path` if the block ends without an exception.

@@ -1,6 +1,7 @@
 """`bt-fast compare`: results of runs in one table, their curves in one picture."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from PIL import Image
 
 from bt_fast.cli import main
 from bt_fast.config import Config, to_json
+from bt_fast.recipes import demo
 from bt_fast.run.plots import curves
 
 
@@ -61,12 +63,51 @@ def test_a_run_that_diverged_is_compared(tmp_path, capsys):
     assert "not finite" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("metrics", ["", '{"kind": "probe", "step": 0, "epoch": 0}\n'])
-def test_a_run_without_metrics_is_named(tmp_path, capsys, metrics):
-    run = write_run(tmp_path / "a", Config(), (0.0, 0.0))
-    (run / "metrics.jsonl").write_text(metrics)
-    assert main(["compare", str(run)]) == 2
-    assert f"{run} has no metrics yet" in capsys.readouterr().err
+def test_a_run_without_log_lines_is_shown_with_its_probe(tmp_path, capsys):
+    run = write_run(tmp_path / "a", Config(), (0.25,))
+    probe = (run / "metrics.jsonl").read_text().splitlines()[-1]
+    (run / "metrics.jsonl").write_text(probe + "\n")
+    assert main(["compare", str(run), "--out", str(tmp_path / "c.png")]) == 0
+    (row,) = [line for line in capsys.readouterr().out.splitlines() if "25.0" in line]
+    assert row.replace("│", " ").split()[-6:] == ["0", "none", "25.0", "none", "9.0", "none"]
+
+
+def test_what_differs_is_shown_as_flags(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    a = write_run(tmp_path / "a", Config(), (0.25,))
+    other = replace(Config(), small_images=True, zero_init=False, projector=(64, 32), max_steps=9)
+    b = write_run(tmp_path / "b", other, (0.25,))
+    c = write_run(tmp_path / "c", demo(), (0.25,))
+    assert main(["compare", str(a), str(b), "--out", str(tmp_path / "c.png")]) == 0
+    cells = [line.split("│")[2].strip() for line in capsys.readouterr().out.splitlines()[3:-2]]
+    assert cells == [
+        *("no --max-steps", "--no-small-images", "--zero-init", "--projector 8192 8192 8192"),
+        *("--max-steps 9", "--small-images", "--no-zero-init", "--projector 64 32"),
+    ]
+    assert main(["compare", str(a), str(c), "--out", str(tmp_path / "d.png")]) == 0
+    output = capsys.readouterr().out
+    assert output.count(" --") == 16 and len(re.findall(r"and \d+ more", output)) == 2
+
+
+@pytest.mark.parametrize(
+    "arguments,message",
+    [
+        (["a"], "a has no metrics yet"),
+        (["a", "b/../a"], "RUN: a run is named twice"),
+        (["a", "--out", "nowhere/c.png"], "--out nowhere/c.png: the folder nowhere does not exist"),
+        (["a", "--out", "a", "--overwrite"], "--out a is a folder; name a file in it"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused_before_the_table(
+    tmp_path, capsys, monkeypatch, arguments, message
+):
+    monkeypatch.chdir(tmp_path)
+    for name in "ab":
+        run = write_run(tmp_path / name, Config(), ())
+        (run / "metrics.jsonl").write_text("")
+    assert main(["compare", *arguments]) == 2
+    output = capsys.readouterr()
+    assert message in output.err and not output.out
 
 
 @pytest.fixture
