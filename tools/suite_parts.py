@@ -322,7 +322,8 @@ def learning(results: Results, data: Path) -> None:
             seconds += (record["step"] - step) * batch_size / record["images_per_s"]
             step = record["step"]
         else:
-            figures = {"s of training": seconds} | {name: record[name] for name in READOUTS}
+            readouts = {name: record[name] for name in READOUTS if name in record}
+            figures = {"s of training": seconds} | readouts
             results.record(title, f"epoch {record['epoch']:g}", figures)
     shutil.copy(folder / "run" / "curves.png", folder.parent / "learning.png")
 

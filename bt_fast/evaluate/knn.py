@@ -67,15 +67,16 @@ def measure_knn(
     bank, queries = (_features(setup, subset) for subset in (data.bank, data.queries))
     scores = knn_scores(bank, queries, data)
     rows = {
-        f"kNN, k = {k}, T = {temperature}": f"{100 * scores[f'knn_{k}']:.2f} %"
+        f"kNN, k = {min(k, len(bank))}, T = {temperature}": f"{100 * scores[f'knn_{k}']:.2f} %"
         for k, temperature in SETTINGS
+        if f"knn_{k}" in scores
     }
     if augmented:
         for letter, outputs in zip(
             "AB", _two_views(setup, setup.encoder, data.queries), strict=True
         ):
             view_scores = knn_scores(bank, outputs, data)
-            values = ", ".join(f"{100 * view_scores[f'knn_{k}']:.2f} %" for k, _ in SETTINGS)
+            values = ", ".join(f"{100 * score:.2f} %" for score in view_scores.values())
             rows[f"held-out images as view {letter}"] = values
     rows["rank of the features"] = _ranks(queries)
     return scores[f"knn_{SETTINGS[0][0]}"], rows

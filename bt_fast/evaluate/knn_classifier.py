@@ -67,7 +67,8 @@ class KnnData:
     def description(self) -> str:
         of_train = self.queries.images is self.bank.images
         split = "a tenth of the training images" if of_train else "held out"
-        return f"{len(self.queries)} queries ({split}), {len(self.bank)} bank images"
+        few = f", so that k = {len(self.bank)}" if len(self.bank) < SETTINGS[0][0] else ""
+        return f"{len(self.queries)} queries ({split}), {len(self.bank)} bank images{few}"
 
 
 def choose_data(
@@ -119,7 +120,10 @@ def _shuffled_labelled(images: ImageDataset, seed: int) -> np.ndarray:
 
 
 def knn_scores(bank: torch.Tensor, queries: torch.Tensor, data: KnnData) -> dict[str, float]:
-    """`knn_accuracy` for each of SETTINGS, "knn_20" and "knn_200", from features [n, width]."""
+    """`knn_accuracy` for each of SETTINGS, "knn_20" and "knn_200", from features [n, width].
+
+    One for more neighbours than bank images is left out, except the first, whose k is then smaller.
+    """
     return {
         f"knn_{k}": knn_accuracy(
             bank,
@@ -131,4 +135,5 @@ def knn_scores(bank: torch.Tensor, queries: torch.Tensor, data: KnnData) -> dict
             num_classes=data.num_classes,
         )
         for k, temperature in SETTINGS
+        if k <= len(bank) or k == SETTINGS[0][0]
     }

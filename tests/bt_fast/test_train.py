@@ -24,7 +24,10 @@ def test_a_run_leaves_everything_in_its_directory(finished):
             assert record["images_per_s"] > 0 and record["skipped"] == 0
     probes = [record for record in records if record["kind"] == "probe"]
     assert [record["step"] for record in probes] == [0, 8, 12]
-    assert all(0 <= record[name] <= 1 for record in probes for name in READOUTS)
+    # 58 images to compare with are too few for 200 neighbours.
+    readouts = READOUTS.keys() - {"knn_200"}
+    assert [record.keys() & READOUTS.keys() for record in probes] == 3 * [readouts]
+    assert all(0 <= record[name] <= 1 for record in probes for name in readouts)
     assert all(1 <= record["rank"] <= 512 for record in probes)
     assert all(record["probe_on_diagonal"] > 0 for record in probes)
     for name in ("views.png", "curves.png"):
@@ -77,8 +80,7 @@ def test_eval_knn_equals_the_first_and_the_last_probe(finished, capsys, flags, i
     assert main(["eval", "knn", str(finished), "--device=cpu", "--precision=fp32", *flags]) == 0
     probe = [record for record in metrics(finished) if record["kind"] == "probe"][index]
     output = capsys.readouterr().out
-    for name in ("knn_20", "knn_200"):
-        assert f"{100 * probe[name]:.2f} %" in output
+    assert f"{100 * probe['knn_20']:.2f} %" in output and "k = 200" not in output
     assert f"RankMe {probe['rank']:.1f}," in output
 
 

@@ -22,10 +22,10 @@ def test_both_ways_start_equal_and_are_compared(small_beton, tmp_path, capsys):
         assert [probe["step"] for probe in probes[folder.name]] == [0, 4]
     for seed in (3, 4):  # the same seed initialises the same weights
         first, reference = (probes[f"{way}-seed{seed}"][0] for way in parity.WAYS)
-        names = [*READOUTS, "rank", "probe_on_diagonal"]
+        names = ["knn_20", "linear", "rank", "probe_on_diagonal"]
         assert all(first[name] == pytest.approx(reference[name], rel=1e-5) for name in names)
     assert (tmp_path / "parity" / "curves.png").stat().st_size > 0
-    for title in READOUTS.values():
+    for title in (READOUTS["knn_20"], READOUTS["linear"]):
         (row,) = [line for line in table.splitlines() if line.startswith(f"| {title} |")]
         assert row.count("|") == 5
     assert parity.run(options, flags) == 0  # finished runs are not repeated

@@ -77,3 +77,19 @@ def test_scores_do_not_depend_on_the_lengths_of_features():
     for length in (0.01, 1.0, 100.0):
         query = length * torch.tensor([[1.0, 0.0]])
         assert knn_classifier.knn_scores(length * bank, query, data)["knn_20"] == 1
+
+
+@pytest.mark.parametrize("num_bank,names", [(200, {"knn_20", "knn_200"}), (199, {"knn_20"})])
+def test_more_neighbours_than_images_are_not_reported(num_bank, names):
+    images = SimpleNamespace(labels=np.arange(num_bank) % 2)
+    bank = Subset(images, np.arange(num_bank))
+    data = SimpleNamespace(bank=bank, queries=bank, num_classes=2)
+    features = torch.randn(num_bank, 4)
+    assert knn_classifier.knn_scores(features, features, data).keys() == names
+
+
+def test_the_description_names_a_smaller_k(small_beton):
+    reader = BetonReader(small_beton)
+    assert choose_data(reader, None, seed=0).description.endswith("58 bank images")
+    few = choose_data(reader, None, seed=0, limit=12)
+    assert few.description.endswith("12 bank images, so that k = 12")
