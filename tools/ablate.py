@@ -23,16 +23,18 @@ from bt_fast import cli
 from bt_fast.ablations import ABLATIONS, GRIDS
 from bt_fast.config import Config
 from bt_fast.distributed.signals import EXIT_STOPPED
+from bt_fast.run.probe import READOUTS
 from pipelines.common.atomic import write_text
 from pipelines.common.flags import parse_flags
 from pipelines.loading.datasets import open_val
 from tools import seeded_runs
 
-MEASURES = {"knn": "kNN", "linear": "linear", "paper": "paper"}
+MEASURES = READOUTS | {"linear_cached": "linear, cached protocol", "paper": "paper"}
 NOTE = (
-    "Top-1, percent: kNN (k = 20) and the quick linear protocol on the held-out images; the paper's"
-    " linear figure on ImageNet, ResNet-50, 300 epochs, batch 2048. Δ is the difference to the"
-    " baseline, ± the standard deviation over seeds."
+    "Top-1 of the held-out images, percent: the readouts of the last probe (`linear` is ridge"
+    " regression) and, with --linear, `bt-fast eval linear --cached`; the paper's linear figure on"
+    " ImageNet, ResNet-50, 300 epochs, batch 2048. Δ is the difference to the baseline, ± the"
+    " standard deviation over seeds."
 )
 
 
@@ -48,7 +50,7 @@ class Options:
     out: Path = Path("ablations")
     """Folder for all runs and the table."""
     linear: bool = False
-    """Additional quick linear protocol (`bt-fast eval linear --cached`) on held-out images."""
+    """Additional cached linear protocol (`bt-fast eval linear --cached`) on held-out images."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,9 +67,11 @@ class Cell:
         if not seeded_runs.is_finished(self.folder):
             return {}
         probes = seeded_runs.probes(self.folder)
-        found = {"random": probes[0]["knn_20"], "knn": probes[-1]["knn_20"]} if probes else {}
+        found = {name: probes[-1][name] for name in READOUTS if probes and name in probes[-1]}
+        if probes:
+            found["random"] = probes[0]["knn_20"]
         for result in self.folder.glob("eval/linear-cached-*/result.json"):
-            found["linear"] = json.loads(result.read_text())["top1"]
+            found["linear_cached"] = json.loads(result.read_text())["top1"]
         return found
 
 
@@ -87,7 +91,7 @@ def run(options: Options, flags: list[str]) -> int:
         if not seeded_runs.is_finished(cell.folder):
             own = [f"--ablation={cell.name}", f"--seed={cell.seed}"]
             status = seeded_runs.pretrain(cell.folder, [*own, *flags])
-        if status == 0 and options.linear and "linear" not in cell.figures():
+        if status == 0 and options.linear and "linear_cached" not in cell.figures():
             status = measure(cell)
         if status == EXIT_STOPPED:
             print("stopped; repeat the command to continue")
@@ -110,8 +114,9 @@ def grid(options: Options, flags: list[str]) -> list[Cell]:
             known = ", ".join([*GRIDS, *ABLATIONS])
             raise ValueError(f"{name} is neither a grid nor an ablation; choose from {known}")
         names += GRIDS.get(name, (name,))
-    if not names or not options.seeds:
-        raise ValueError("a grid or an ablation is missing, or a seed, as in: ablate.py table5")
+    if not names:
+        raise ValueError("a grid or an ablation is missing, as in: ablate.py table5")
+    seeded_runs.require_seeds(options.seeds)
     cells = [
         Cell(
             name=name,
@@ -135,7 +140,7 @@ def grid(options: Options, flags: list[str]) -> list[Cell]:
 
 
 def measure(cell: Cell) -> int:
-    """Run the quick linear protocol; returns its exit status."""
+    """Run the cached linear protocol; returns its exit status."""
     flags = [
         word
         for name in ("device", "precision", "workers", "cache_gb")
@@ -154,7 +159,7 @@ def write(out: Path, cells: list[Cell], flags: list[str]) -> None:
     text = table(found) + f"\n\n{NOTE} Flags of every run: `{' '.join(flags)}`.\n"
     random = [100 * f["random"] for runs in found.values() for f in runs.values() if "random" in f]
     if random:
-        text += f"kNN at random initialisation: {spread(random)}.\n"
+        text += f"kNN (k = 20) at random initialisation: {spread(random)}.\n"
     out.mkdir(parents=True, exist_ok=True)
     results = json.dumps({"flags": flags, "found": found}, indent=2)
     for name, content in (("table.md", text), ("results.json", results)):

@@ -36,6 +36,12 @@ def require_unreserved(flags: list[str]) -> None:
             raise ValueError(f"{flag} after -- is set by the tool for every run; leave it out")
 
 
+def require_seeds(seeds: tuple[int, ...]) -> None:
+    """Raise ValueError if there are none."""
+    if not seeds:
+        raise ValueError("--seeds needs at least one seed, as in --seeds 0 1 2")
+
+
 def require_readouts(config: Config) -> None:
     """Raise ValueError if a run would have no accuracies to compare at its end."""
     train, val = open_data(config.data, "--data"), open_val(config.data, config.val_data)

@@ -65,8 +65,9 @@ def test_a_killed_grid_continues_with_the_same_results(tmp_path, monkeypatch, ca
     records = [[r for _, r in read_metrics(run / "metrics.jsonl")] for run in runs]
     losses = [[r["loss"] for r in of_run if r["kind"] == "train"] for of_run in records]
     assert losses[0] == losses[1] and len(losses[0]) == 8
-    probes = [r["knn_20"] for r in records[0] if r["kind"] == "probe"]
-    assert found[name]["0"] == {"random": probes[0], "knn": probes[-1]}
+    probes = [r for r in records[0] if r["kind"] == "probe"]
+    expected = {key: probes[-1][key] for key in ("knn_20", "linear")}
+    assert found[name]["0"] == expected | {"random": probes[0]["knn_20"]}
     assert f"| {name} | " in (out / "table.md").read_text()
 
     # Nothing is left to do; other flags are an error.
@@ -83,16 +84,18 @@ def test_the_quick_linear_protocol_is_kept_with_the_run(labelled_run, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(labelled_run, run)
     cell = ablate.Cell(name="baseline", seed=0, folder=run, config=load_config(run, "RUN"))
-    assert "linear" not in cell.figures()
+    assert "linear_cached" not in cell.figures()
     assert ablate.measure(cell) == 0
     (result,) = (run / "eval").glob("linear-cached-*/result.json")
-    assert cell.figures()["linear"] == json.loads(result.read_text())["top1"]
+    assert cell.figures()["linear_cached"] == json.loads(result.read_text())["top1"]
 
 
 @pytest.mark.parametrize(
     "arguments,message",
     [
         (["table9"], "table9 is neither a grid nor an ablation"),
+        (["--", "--data", "x"], "a grid or an ablation is missing"),
+        (["table5", "--seeds", "--", "--data", "x"], "--seeds needs at least one seed, as in"),
         (["table5", "--", "--seed=3"], "--seed=3 after -- is set by the tool"),
         (["table5", "--", "--data", "/nowhere.beton"], "/nowhere.beton does not exist"),
         (["table5", "--", "--epohcs", "3"], "perhaps you meant --epochs"),
@@ -108,13 +111,14 @@ def test_an_error_is_one_line(arguments, message, tmp_path, monkeypatch, capsys)
 
 def test_seeds_are_averaged_and_compared_with_the_baseline():
     found = {
-        "baseline": {0: {"knn": 0.5, "random": 0.1}, 1: {"knn": 0.7, "random": 0.2}},
-        "predictor": {0: {"knn": 0.45, "random": 0.1}},
+        "baseline": {0: {"knn_20": 0.5, "random": 0.1}, 1: {"knn_20": 0.7, "random": 0.2}},
+        "predictor": {0: {"knn_20": 0.45, "linear": 0.6, "random": 0.1}},
         "imax": {},
     }
-    rows = [line.strip("| ").split(" | ") for line in ablate.table(found).splitlines()[2:]]
+    titles, _, *rows = [line.strip("| ").split(" | ") for line in ablate.table(found).splitlines()]
+    assert titles[3::2] == ["kNN (k = 20)", "linear", "paper"]
     assert [row[2:] for row in rows] == [
-        ["2", "60.0 ± 14.1", "-", "71.4", "-"],  # the two differ by 20: 20 / sqrt(2)
-        ["1", "45.0", "-15.0", "70.2", "-1.2"],
-        ["0", "-", "-", "-", "-"],
+        ["2", "60.0 ± 14.1", "-", "-", "-", "71.4", "-"],  # the two differ by 20: 20 / sqrt(2)
+        ["1", "45.0", "-15.0", "60.0", "-", "70.2", "-1.2"],
+        ["0", "-", "-", "-", "-", "-", "-"],
     ]
