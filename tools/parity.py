@@ -13,7 +13,9 @@ not repeated. With --precision fp32 after `--`, bt-fast computes as the referenc
 
 import _checkout  # noqa: F401  # isort: skip
 
+import contextlib
 import dataclasses
+import math
 import statistics
 import sys
 import time
@@ -22,14 +24,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 from scipy import stats
 
 from bt_fast import cli
 from bt_fast.build import build
 from bt_fast.choices import is_of_library
-from bt_fast.config import Config
+from bt_fast.config import Config, written
+from bt_fast.run.console import RunLog
 from bt_fast.run.directory import RunDirectory
-from bt_fast.run.metrics import RecordFile, metrics_line
 from bt_fast.run.plots import curves
 from bt_fast.run.probe import READOUTS, measure
 from bt_fast.train import export_encoder, probe_is_due
@@ -66,6 +69,7 @@ def main() -> int:
 def run(options: Options, flags: list[str]) -> int:
     """Run what is missing, print the table and draw the curves; returns the exit status."""
     seeded_runs.require_unreserved(flags)
+    seeded_runs.require_seeds(options.seeds)
     seeds = list(dict.fromkeys(options.seeds))
     folders = {way: [options.out / f"{way}-seed{seed}" for seed in seeds] for way in WAYS}
     configs = {
@@ -73,8 +77,6 @@ def run(options: Options, flags: list[str]) -> int:
         for way in WAYS
         for seed, folder in zip(seeds, folders[way], strict=True)
     }
-    if not configs:
-        raise ValueError("--seeds needs at least one seed")
     any_config = next(iter(configs.values()))  # only the seeds differ
     require_fixed(any_config)
     seeded_runs.require_readouts(any_config)
@@ -86,6 +88,8 @@ def run(options: Options, flags: list[str]) -> int:
                 continue
             print(folder, flush=True)
             if folder == reference_run:
+                if (folder / "config.json").exists():
+                    print("interrupted before: runs of the reference start again at step 0")
                 train_reference(configs[folder])
             elif status := seeded_runs.pretrain(folder, [*flags, f"--seed={configs[folder].seed}"]):
                 return status
@@ -102,17 +106,17 @@ def require_fixed(config: Config) -> None:
     """Raise ValueError for a flag that the released code's way would not follow."""
     for name, value in FIXED.items():
         if (other := getattr(config, name)) != value:
-            flag = f"--{name.replace('_', '-')}"
-            raise ValueError(f"the released code's way has {flag} {value}, not {other}")
+            theirs, ours = (written(f"--{name.replace('_', '-')}", v) for v in (value, other))
+            raise ValueError(
+                f"the released code's way has {theirs}, not {ours}: change the flags after --, or"
+                " add a recipe that has it, such as --recipe cifar10-cpu"
+            )
     if is_of_library(config.encoder):
         raise ValueError(f"the released code's way has a ResNet, not --encoder {config.encoder}")
 
 
 def table(results: dict[str, list[dict[str, Any]]]) -> str:
-    """Means of both ways, and their difference with its interval, in Markdown; percent.
-
-    The interval is Welch's, at 95 %: the ways are independent samples of few runs.
-    """
+    """Means of both ways, and their difference with its interval, in Markdown; percent."""
     lines = ["| | " + " | ".join(WAYS) + " | difference, 95 % interval |", "|---|---|---|---|"]
     for name, title in READOUTS.items():
         if name not in results[WAYS[0]][0]:  # too few images for this k
@@ -123,13 +127,24 @@ def table(results: dict[str, list[dict[str, Any]]]) -> str:
             for values in (ours, theirs)
         ]
         difference = statistics.mean(ours) - statistics.mean(theirs)
-        interval = "one seed"
-        if len(ours) > 1:
-            test = stats.ttest_ind(ours, theirs, equal_var=False)
-            low, high = test.confidence_interval(0.95)
-            interval = f"{low:+.2f} to {high:+.2f}"
+        half = half_width(ours, theirs)
+        low, high = difference - half, difference + half
+        interval = "no interval" if math.isnan(half) else f"{low:+.2f} to {high:+.2f}"
         lines.append(f"| {title} | {' | '.join(cells)} | {difference:+.2f} ({interval}) |")
     return "\n".join(lines) + "\n"
+
+
+def half_width(ours: list[float], theirs: list[float]) -> float:
+    """Half of Welch's interval at 95 %: the ways are independent samples of few runs. NaN where
+    there is none: of one run, or of equal ones."""
+    if min(len(ours), len(theirs)) < 2:
+        return math.nan
+    parts = [(statistics.variance(values) / len(values), len(values)) for values in (ours, theirs)]
+    variance = sum(part for part, _ in parts)
+    if variance == 0:
+        return math.nan
+    freedom = variance**2 / sum(part**2 / (count - 1) for part, count in parts)
+    return float(stats.t.ppf(0.975, freedom)) * math.sqrt(variance)
 
 
 def train_reference(config: Config) -> None:
@@ -150,18 +165,21 @@ def train_reference(config: Config) -> None:
     views = reference.Views(config.size, (config.view_a, config.view_b), config.min_scale)
     images = reference.Images(setup.dataset, views)
     batches = reference.loader(images, config.batch_size, config.num_threads(), epochs=True)
-    with RunDirectory(config.run_dir) as run:
+    with contextlib.ExitStack() as stack:
+        run = stack.enter_context(RunDirectory(config.run_dir))
         run.record_start(config, setup.runtime)
-        (run.path / "metrics.jsonl").unlink(missing_ok=True)
-        metrics = RecordFile(run.path / "metrics.jsonl")
+        run.truncate_metrics(0)
+        console = Console(soft_wrap=True)
+        log = stack.enter_context(RunLog(console, run.path, 0, setup.last_step))
 
         def probe(number: int) -> None:
+            started = time.perf_counter()
             setup.model.encoder.load_state_dict(step.model[0].state_dict())
             setup.model.projector.load_state_dict(step.model[1].state_dict())
             readouts = measure(setup)
-            record = {"step": number, "epoch": number / steps_per_epoch, **readouts}
-            metrics.append(metrics_line("probe", record))
-            print(f"epoch {record['epoch']:g}: {readouts}", flush=True)
+            seconds = time.perf_counter() - started
+            epoch = number / steps_per_epoch
+            log.probe({"step": number, "epoch": epoch, **readouts, "seconds": seconds})
 
         probe(0)
         number, started, logged = 0, time.perf_counter(), 0
@@ -183,7 +201,7 @@ def train_reference(config: Config) -> None:
                         "lr_weights": rates["weights"],
                         "images_per_s": (number - logged) * config.batch_size / seconds,
                     }
-                    metrics.append(metrics_line("train", record))
+                    log.training(record)
                     logged = number
                 if probe_is_due(setup, number):
                     before_probe = time.perf_counter()
@@ -191,7 +209,6 @@ def train_reference(config: Config) -> None:
                     started += time.perf_counter() - before_probe
                 if number == setup.last_step:
                     break
-        metrics.close()
         export_encoder(setup.model, config, run.path)
 
 

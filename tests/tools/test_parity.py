@@ -24,21 +24,34 @@ def test_both_ways_start_equal_and_are_compared(small_beton, tmp_path, capsys):
         first, reference = (probes[f"{way}-seed{seed}"][0] for way in parity.WAYS)
         names = ["knn_20", "linear", "rank", "probe_on_diagonal"]
         assert all(first[name] == pytest.approx(reference[name], rel=1e-5) for name in names)
+    assert (
+        table.count("probe, before training: kNN k=20 ") == 2
+    )  # of the reference, in this process
     assert (tmp_path / "parity" / "curves.png").stat().st_size > 0
     for title in (READOUTS["knn_20"], READOUTS["linear"]):
         (row,) = [line for line in table.splitlines() if line.startswith(f"| {title} |")]
         assert row.count("|") == 5
     assert parity.run(options, flags) == 0  # finished runs are not repeated
     assert table.endswith(capsys.readouterr().out)
-    # A run that was killed after its last probe is not one of them.
-    (tmp_path / "parity" / "reference-seed3" / "encoder.safetensors").unlink()
-    assert not seeded_runs.probes(tmp_path / "parity" / "reference-seed3")
+    # A run that was killed after its last probe is not one of them: it starts again.
+    killed = tmp_path / "parity" / "reference-seed3"
+    (killed / "encoder.safetensors").unlink()
+    assert not seeded_runs.probes(killed)
+    assert parity.run(options, flags) == 0
+    assert "start again at step 0" in capsys.readouterr().out
+    again = [line for line in metrics(killed) if line["kind"] == "probe"]
+    assert [probe["step"] for probe in again] == [0, 4]
 
 
 @pytest.mark.parametrize(
     "flags,message",
     [
-        (["--grad-scale", "0.5"], "the released code's way has --grad-scale 1.0, not 0.5"),
+        (
+            ["--grad-scale", "0.5"],
+            "the released code's way has --grad-scale 1.0, not --grad-scale 0.5",
+        ),
+        (["--recipe=imagenet"], "not --grad-scale 0.0625: change .* --recipe cifar10-cpu"),
+        (["--init", "x"], "the released code's way has no --init, not --init x"),
         (["--encoder", "timm/vit_tiny_patch16_224"], "the released code's way has a ResNet"),
         (["--dry-run"], "--dry-run after -- is set by the tool"),
         (["--probe-every", "0"], "--probe-every 0 leaves nothing to compare"),
@@ -61,6 +74,7 @@ def test_images_without_classes_are_refused(tmp_path):
         parity.run(parity.Options(out=tmp_path), [*TINY, "--data", str(data)])
 
 
+@pytest.mark.filterwarnings("error")
 def test_the_interval_is_welchs():
     """Against scipy's formula written out: means 52 and 50, three runs each."""
     runs = {
@@ -71,3 +85,7 @@ def test_the_interval_is_welchs():
     half = 4.3027 * 2 / 3**0.5
     expected = f"| +2.00 ({2 - half:+.2f} to {2 + half:+.2f}) |"
     assert parity.table(runs).count(expected) == len(READOUTS)
+    equal = dict.fromkeys(runs, runs["reference"])
+    one_each = {way: results[:1] for way, results in runs.items()}
+    for few in (equal, one_each):
+        assert parity.table(few).count("| +0.00 (no interval) |") == len(READOUTS)
