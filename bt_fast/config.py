@@ -32,11 +32,8 @@ from pipelines.common.cpu import usable_cores
 
 # Earlier names of fields: their flags and saved configurations are accepted for one version.
 RENAMED = {"patience": "timeout"}
-# The largest rate with which an optimizer can train at all, and rates to begin with.
-LOWER_RATES = {
-    "adamw": (0.1, "--lr-weights 1e-3 --lr-biases 1e-3"),
-    "sgd": (1.0, "--lr-weights 0.06 --lr-biases 0.06"),
-}
+# The largest rate with which an optimizer can train at all. Which learns most depends on the data.
+LARGEST_RATES = {"adamw": 0.1, "sgd": 1.0}
 # Fields that a resumed run may change: they decide where and how it is computed, not what is
 # learned.
 _MUTABLE = {"mutable": True}
@@ -252,12 +249,12 @@ class Config:
             for name in names.split():
                 value = getattr(self, name)
                 _require(value is None or is_valid(value), name, value, requirement)
-        most, example = LOWER_RATES.get(self.optimizer, (math.inf, ""))
         _require(
-            max(self.lr_weights, self.lr_biases) <= most,
+            max(self.lr_weights, self.lr_biases) <= LARGEST_RATES.get(self.optimizer, math.inf),
             "optimizer",
             self.optimizer,
-            f"needs lower rates than lars, such as {example}",
+            "needs lower rates than lars: compare the probes of short runs, from"
+            " --lr-weights 1e-3 --lr-biases 1e-3 upwards",
         )
         if self.resolution is not None:
             low, high = _parse_resolution(self.resolution)
