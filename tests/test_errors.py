@@ -350,7 +350,9 @@ def template(node: ast.expr) -> str | None:
 
 def test_every_message_of_the_source_is_in_the_list():
     missing = set()
-    for path in [*(ROOT / "bt_fast").rglob("*.py"), *(ROOT / "pipelines").rglob("*.py")]:
+    for path in [
+        p for part in ("bt_fast", "pipelines", "tools") for p in (ROOT / part).rglob("*.py")
+    ]:
         for text in templates(path.read_text()):
             pattern = ".*".join(re.escape(piece) for piece in text.split("…"))
             if not any(re.search(pattern, entry) or matches(entry, text) for entry in ENTRIES):
