@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from bt_fast.runtime import runs_triton
+from bt_fast.runtime import is_interpreted, runs_triton
 
 
 def parameter_groups(
@@ -111,6 +111,8 @@ class LARS(torch.optim.Optimizer):
         all_params = [p for params, _ in groups for p in params]
         fused = can_fuse(all_params) if self.fused is None else self.fused
         if fused and all_params:
+            if not (can_fuse(all_params) or is_interpreted()):
+                raise ValueError("fused=True needs triton and float32 parameters on one GPU")
             from bt_fast import lars_triton  # triton comes with torch's CUDA builds only
 
             with torch.cuda.device_of(all_params[0]):

@@ -35,6 +35,11 @@ def augmentation_on(device: torch.device) -> Callable[..., torch.Tensor]:
     return augment.apply_in_threads if device.type == "cpu" else augment.apply
 
 
+def is_interpreted() -> bool:
+    """Whether Triton's interpreter runs the kernels, also on a CPU: slowly, for tests."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Runtime:
     """How this process computes; the recipe decides what it computes."""

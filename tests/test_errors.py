@@ -69,9 +69,12 @@ INTERNAL = {
     "scale must lie in (0, 1], smallest first, got …",
     "ratio must be positive, smallest first, got …",
     "config must be a Config, got …; a recipe is named by recipe=",
+    "fused=True needs triton and float32 parameters on one GPU",
     "fused LARS needs float32 parameters and gradients",
     "fused LARS needs parameters without gaps in memory",
     "loader … is not one of …",
+    "dataset must be opened by open_data, got …",
+    "crop must be a RandomResizedCrop, got …",
     "this process is one of several ranks; start bt-fast pretrain instead",
 }
 

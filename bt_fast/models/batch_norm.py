@@ -32,7 +32,6 @@ samples, or none (`convert_sync_batch_norm`): then counts are reduced with the s
 """
 
 import importlib.util
-import os
 from typing import Any, Literal
 
 import torch
@@ -41,7 +40,7 @@ from torch import nn
 
 from bt_fast.choices import Norm
 from bt_fast.distributed.collectives import Group, all_reduce, group_size
-from bt_fast.runtime import runs_triton
+from bt_fast.runtime import is_interpreted, runs_triton
 
 # Output of a block: y, or from fused norms in training a pair (y, y), one for each consumer: their
 # gradients then arrive separately and are added inside the next kernel.
@@ -363,11 +362,9 @@ def choose_norm(norm: Norm, device: torch.device) -> Literal["compiled", "fused"
     A step of ResNet-50 with 256 images takes 82.0 ms fused and 92.5 ms compiled on an H100.
     Raises ValueError if `fused` is asked of a device that cannot run the kernels.
     """
-    # The interpreter runs the kernels on a CPU, slowly, for tests.
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     if norm == "auto":
         return "fused" if runs_triton(device) else "compiled"
-    if norm == "fused" and device.type != "cuda" and not interpreted:
+    if norm == "fused" and device.type != "cuda" and not is_interpreted():
         raise ValueError("--norm fused needs a GPU; leave it out")
     if norm == "fused" and importlib.util.find_spec("triton") is None:
         raise ValueError("--norm fused needs triton, of torch's builds for CUDA; leave it out")

@@ -48,16 +48,23 @@ def open_loader(
         cache_bytes: of memory for decoded images; native only.
 
     Raises:
-        ValueError: another name, a loader that is not installed or cannot read the data, fewer
-            images than a batch, or a batch that the ranks cannot divide equally.
+        ValueError: another name, data set or crop, no GPU, a loader that is not installed or cannot
+            read the data, fewer images than a batch, or a batch that the ranks cannot divide.
     """
     if name not in LOADERS:
         raise ValueError(f"loader {name!r} is not one of {', '.join(LOADERS)}")
+    if not isinstance(dataset, BetonReader | ShardReader):
+        raise ValueError(f"dataset must be opened by open_data, got {dataset!r}")
+    if not isinstance(crop, RandomResizedCrop):
+        raise ValueError(f"crop must be a RandomResizedCrop, got {crop!r}")
     threads: dict[str, Any] = {"num_threads": num_threads, "prefetch": prefetch}
     if cache_bytes and name in ("dali", "ffcv"):
         raise ValueError(f"--cache-gb needs --loader native: {name} keeps no decoded images")
     if num_threads < 1:
         raise ValueError(f"num_threads must be at least 1, got {num_threads}")
+    device = torch.device(device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: no usable GPU here; try --device cpu")
     sampler = Sampler(
         dataset,
         crop,
@@ -68,7 +75,6 @@ def open_loader(
         sizes=sizes,
     )
     backend: CropBackend
-    device = torch.device(device)
     if name == "dali":
         backend = DaliBackend(
             dataset, batch_size=sampler.local_batch_size, device=device, **threads

@@ -104,11 +104,14 @@ def test_the_fused_update_of_unaligned_memory():
     assert all(torch.allclose(p, q) for p, q in zip(parameters, expected, strict=True))
 
 
-def test_the_fused_update_refuses_half_precision():
-    p = torch.ones(4, 6, dtype=torch.half, requires_grad=True)
+@pytest.mark.parametrize("dtype,interpreted", [(torch.half, "1"), (torch.float32, "0")])
+def test_the_fused_update_refuses_half_precision_and_cpus(dtype, interpreted, monkeypatch):
+    p = torch.ones(4, 6, dtype=dtype, requires_grad=True)
     p.grad = torch.ones_like(p)
-    with pytest.raises(ValueError, match="float32"):
-        build_optimizer([p], True).step()
+    optimizer = build_optimizer([p], True)
+    monkeypatch.setenv("TRITON_INTERPRET", interpreted)
+    with pytest.raises(ValueError, match=r"needs .*float32 parameters"):
+        optimizer.step()
     assert (p == 1).all()
 
 

@@ -140,11 +140,21 @@ def test_keys_of_another_kind_are_refused(keys):
         bt_fast.TwoViewAugment()(crops, keys=keys)
 
 
-@pytest.mark.parametrize("rank,world_size", [(2, 2), (-1, 2), (0, 0)])
-def test_a_rank_that_is_none_of_them_is_refused(rank, world_size, small_beton):
+@pytest.mark.parametrize(
+    "changes,message",
+    [
+        *(({"rank": r, "world_size": w}, "is not one of") for r, w in ((2, 2), (-1, 2), (0, 0))),
+        ({"dataset": "a.beton"}, "must be opened by open_data, got 'a.beton'"),
+        ({"crop": 16}, "must be a RandomResizedCrop, got 16"),
+        ({"device": "cuda"}, "no usable GPU"),
+    ],
+)
+def test_arguments_of_a_loader_are_checked(changes, message, small_beton, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     dataset, crop = bt_fast.open_data(small_beton), bt_fast.RandomResizedCrop(size=16)
-    with pytest.raises(ValueError, match="is not one of"):
-        bt_fast.open_loader("native", dataset, crop, batch_size=4, rank=rank, world_size=world_size)
+    arguments = {"dataset": dataset, "crop": crop, "batch_size": 4} | changes
+    with pytest.raises(ValueError, match=message):
+        bt_fast.open_loader("native", **arguments)
 
 
 def test_two_view_augment_draws_from_a_generator():
