@@ -228,10 +228,11 @@ def _reason(error: Exception) -> str:
             f"it holds a pickled {pickled[1]}, and reading that could run code; where it was"
             " written, save weights alone: torch.save(model.state_dict(), ...)"
         )
+    foreign = "Unsupported operand|magic number|legacy .tar|inline_container|PytorchStreamReader"
+    if isinstance(error, LookupError | EOFError) or re.search(foreign, str(error)):
+        return "it was not written by torch, or it is truncated"
     if refusal := re.search(r"WeightsUnpickler error:\s+(.+)", str(error)):
         return refusal[1].splitlines()[0]
-    if isinstance(error, KeyError | EOFError):  # an unknown opcode of the pickle; an empty file
-        return "it was not written by torch, or it is truncated"
     return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
@@ -353,7 +354,7 @@ def _labels(encoders: Mapping[str, Tensors]) -> dict[str, str]:
 def _choose_encoder(encoders: Mapping[str, Tensors], which: str | None, file: Path) -> str:
     """The prefix of the encoder that is meant; several with equal weights are one."""
     labels = _labels(encoders)
-    listed = ", ".join(labels.values())
+    listed = ", ".join(labels.values()) if len(labels) > 1 else "one encoder; leave --which out"
     exact = [p for p in encoders if which in (None, labels[p], p.rstrip("."))]
     prefixes = exact or [p for p in encoders if which in p.split(".")]
     if not prefixes:

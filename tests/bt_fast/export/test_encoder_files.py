@@ -8,6 +8,7 @@ import collections
 import dataclasses
 import shutil
 import sys
+import tarfile
 import types
 
 import numpy as np
@@ -214,6 +215,8 @@ def test_a_3x3_stem_is_not_guessed(tmp_path, capsys):
     torch.save(WEIGHTS, file)
     with pytest.raises(ValueError, match=r"--stem cifar: the stem of .* is imagenet"):
         bt_fast.load_encoder(file, stem="cifar")
+    with pytest.raises(ValueError, match=r"--which \[\]: .* one encoder; leave --which out"):
+        bt_fast.load_encoder(file, which=[])
 
 
 @pytest.mark.parametrize("to,suffix", [("timm", "pth"), ("safetensors", "safetensors")])
@@ -268,13 +271,19 @@ def changed(**tensors) -> dict[str, torch.Tensor]:
     return WEIGHTS | {name.replace("__", "."): value for name, value in tensors.items()}
 
 
+NOT_WEIGHTS = "cannot be read as weights: it was not written by torch, or it is truncated"
+
+
 @pytest.mark.parametrize(
     "content,message",
     [
         (lambda path: None, "does not exist"),
         (lambda path: path.mkdir(), "is not the folder of a run"),
-        (lambda path: path.write_bytes(b""), "cannot be read as weights: it was not written by"),
-        (lambda path: path.write_bytes(b"\x02" * 99), "cannot be read as weights"),
+        (lambda path: path.write_bytes(b""), NOT_WEIGHTS),
+        (lambda path: path.write_bytes(b"\x02" * 99), NOT_WEIGHTS),
+        (lambda path: path.write_bytes(b"a: 1\n"), NOT_WEIGHTS),
+        (lambda path: np.savez(path.open("wb"), np.zeros(3)), NOT_WEIGHTS),
+        (lambda path: tarfile.open(path, "w").close(), NOT_WEIGHTS),
         ([1, 2], "holds a list"),
         (torch.zeros(3), "holds a Tensor"),
         (A, "a pickled torchvision.models.resnet.ResNet, and reading that could run code; where"),
