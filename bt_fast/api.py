@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from bt_fast.ablations import ablate
-from bt_fast.config import Config, load_config, resumed
+from bt_fast.config import Config, load_config, require_fields, resumed
 from bt_fast.distributed.ranks import adopt_rank
 from bt_fast.distributed.signals import StopFlag
 from bt_fast.export.encoder_files import load_encoder
@@ -60,9 +60,7 @@ def pretrain(config: Config | None = None, *, recipe: str = "imagenet", **fields
         raise ValueError(f"config must be a Config, got {config!r}; a recipe is named by recipe=")
     if config is None and recipe not in RECIPES:
         raise ValueError(f"recipe {recipe!r} is not one of {', '.join(RECIPES)}")
-    unknown = sorted(fields.keys() - {field.name for field in dataclasses.fields(Config)})
-    if unknown:
-        raise ValueError(f"{', '.join(unknown)}: no such field of bt_fast.Config")
+    require_fields(Config, fields, "bt_fast.Config")
     saved = (
         load_config(Path(fields["resume"]), "resume") if fields.get("resume") is not None else None
     )

@@ -5,10 +5,9 @@ flags. Free of torch, so that --help and wrong flags need none.
 """
 
 import dataclasses
-import functools
 import json
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -213,16 +212,7 @@ class Config:
     Earlier checkpoints are kept in either case."""
 
     def __post_init__(self) -> None:
-        for name, hint in _type_hints().items():
-            value = getattr(self, name)
-            if isinstance(value, str) and Path in (hint, *get_args(hint)):
-                object.__setattr__(self, name, value := Path(value))  # the dataclass is frozen
-            if get_origin(hint) is Literal:
-                choices = ", ".join(get_args(hint))
-                _require(value in get_args(hint), name, value, f"is one of {choices}")
-            elif not _has_type(value, hint):
-                kind = hint.__name__ if isinstance(hint, type) else hint
-                raise ValueError(f"{name} must be {kind}, got {value!r}")
+        require_types(self)
         _require(
             self.which is None or self.init is not None,
             "which",
@@ -303,9 +293,24 @@ class Config:
         return self.warmup_epochs if self.warmup_epochs < self.epochs else self.epochs / 10
 
 
-@functools.cache
-def _type_hints() -> dict[str, Any]:
-    return get_type_hints(Config)
+def require_fields(options: type, names: Iterable[str], title: str) -> None:
+    """Raise ValueError unless a dataclass has fields of these names."""
+    unknown = sorted(set(names) - {each.name for each in dataclasses.fields(options)})
+    if unknown:
+        raise ValueError(f"{', '.join(unknown)}: no such field of {title}")
+
+
+def require_types(options: Any) -> None:
+    """Raise ValueError unless every field of a dataclass has its type; text becomes a path."""
+    for name, hint in get_type_hints(type(options)).items():
+        value, parts = getattr(options, name), (hint, *get_args(hint))
+        if isinstance(value, str) and Path in parts:
+            object.__setattr__(options, name, value := Path(value))  # the dataclass is frozen
+        if not _has_type(value, hint):
+            choices = [x for part in parts if get_origin(part) is Literal for x in get_args(part)]
+            _require(not choices, name, value, f"is one of {', '.join(choices)}")
+            kind = hint.__name__ if isinstance(hint, type) else hint
+            raise ValueError(f"{name} must be {kind}, got {value!r}")
 
 
 def _has_type(value: Any, hint: Any) -> bool:
@@ -313,6 +318,8 @@ def _has_type(value: Any, hint: Any) -> bool:
     origin, arguments = get_origin(hint), get_args(hint)
     if origin is tuple:
         return isinstance(value, tuple) and all(_has_type(part, arguments[0]) for part in value)
+    if origin is Literal:
+        return value in arguments
     if arguments:  # a union
         return any(_has_type(value, argument) for argument in arguments)
     if hint in (int, float):
@@ -369,7 +376,7 @@ def from_json(text: str | bytes, source: Path) -> Config:
     """Read a saved configuration. Raises ValueError for what is not one: unknown keys included."""
     try:
         values = {RENAMED.get(name, name): value for name, value in json.loads(text).items()}
-        types = _type_hints()
+        types = get_type_hints(Config)
         if not isinstance(values.get("compile", ""), str):  # a boolean in early runs
             values["compile"] = {None: "auto", True: "default", False: "off"}[values["compile"]]
         for name, value in values.items():

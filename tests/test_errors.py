@@ -35,7 +35,7 @@ ERRORS = {
 # message of the list, and warnings.
 INTERNAL = {
     "dry_run, slurm and several gpus need the command bt-fast pretrain",
-    "…: no such field of bt_fast.Config",
+    "…: no such field of …",
     "the authors give no learning rate for batch size …",
     "state.json differs from what was saved",
     "… differs from what was saved",

@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from bt_fast.config import require_fields
 from bt_fast.distributed.collectives import ALONE, World, broadcast_object
 from bt_fast.evaluate.eval_setup import EvalSetup, build_setup, open_splits
 from bt_fast.evaluate.options import Embed
@@ -42,6 +43,8 @@ def run_embed(options: Embed, world: World) -> int:
     is_parquet = options.out.suffix == ".parquet"
     if is_parquet:
         _pyarrow()  # raises now
+    if not options.out.parent.is_dir():
+        raise ValueError(f"--out {options.out}: the folder {options.out.parent} does not exist")
     if options.val_data is not None:
         raise ValueError("--val-data has no effect here; give it as --data")
     if not options.random:
@@ -103,12 +106,12 @@ def embed(
     Raises:
         ValueError: as the command, with the flag's name.
     """
-    if flags.get("gpus", 1) != 1:
+    require_fields(Embed, flags, "bt-fast embed")
+    options = Embed(**flags | {"run": run, "data": data, "out": out})
+    if options.gpus not in (None, 1):
         raise ValueError("several gpus need the command bt-fast embed")
-    path = Path(out)
-    data = None if data is None else Path(data)
-    run_embed(Embed(run=Path(run), data=data, out=path, **flags), ALONE)
-    return path
+    run_embed(options, ALONE)
+    return options.out
 
 
 def write_features(setup: EvalSetup, images: ImageDataset, work: Path) -> None:

@@ -7,6 +7,7 @@ from typing import Annotated, Literal, TypeVar
 import tyro
 
 from bt_fast.choices import Device, Precision
+from bt_fast.config import require_types
 from bt_fast.export.options import WeightsOptions
 
 Options = TypeVar("Options", bound="EvalOptions")
@@ -45,6 +46,7 @@ class EvalOptions(WeightsOptions):
     """Folder for states and results. Default: RUN/eval, or FILE.d/eval."""
 
     def __post_init__(self) -> None:
+        require_types(self)
         for name in _COUNTS.split():
             value = getattr(self, name, None)
             if value is not None and value < 1:

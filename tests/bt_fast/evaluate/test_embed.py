@@ -2,6 +2,7 @@
 
 import csv
 import os
+import re
 
 import numpy as np
 import pytest
@@ -123,3 +124,20 @@ def test_ranks_divide_the_images(labelled_run, small_beton, tmp_path):
         assert main(["embed", str(labelled_run), *flags]) == 0
     one, two = (np.load(tmp_path / f"{name}.npy") for name in ("one", "two"))
     assert np.allclose(one, two, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "flags,message",
+    [
+        ({"sise": 32}, "sise: no such field of bt-fast embed"),
+        ({"size": "32"}, "size must be int | None, got '32'"),
+        ({"run": None}, "run must be Path, got None"),
+        ({"device": "tpu"}, "--device is one of auto, cpu, cuda, got tpu"),
+        ({"stem": "wide"}, "--stem is one of imagenet, "),
+        ({"gpus": 2}, "several gpus need the command"),
+        ({"out": "nowhere/f.npy"}, "the folder nowhere does not exist"),
+    ],
+)
+def test_flags_of_the_function_are_checked(flags, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        bt_fast.embed(**{"run": "run", "out": "f.npy"} | flags)
