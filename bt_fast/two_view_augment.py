@@ -15,13 +15,13 @@ class TwoViewAugment(nn.Module):
     """Both views of a batch of crops, augmented and normalised with ImageNet's statistics.
 
     Fused Triton kernels on an NVIDIA GPU, one thread per core on a CPU; `pipelines.augment` is the
-    definition. Also random in evaluation mode. Use it in the training process rather than in
-    DataLoader workers: they would each start threads for all cores.
+    definition. Also random in evaluation mode; torch.compile leaves it as it is. Use it in the
+    training process rather than in DataLoader workers: they would each start threads for all cores.
 
     Args:
         view_a: augmentations of view A; default: the paper's.
         view_b: augmentations of view B; default: the paper's.
-        dtype: of the views.
+        dtype: of the views, a floating-point type.
         channels_first: whether crops are [2, n, 3, h, w] instead of [2, n, h, w, 3].
     """
 
@@ -34,10 +34,13 @@ class TwoViewAugment(nn.Module):
         channels_first: bool = False,
     ) -> None:
         super().__init__()
+        if not dtype.is_floating_point:
+            raise ValueError(f"dtype must be a floating-point type, got {dtype}")
         self.branches = view_a, view_b
         self.dtype = dtype
         self.channels_first = channels_first
 
+    @torch.compiler.disable  # the draws are NumPy's, whose integers torch.compile cannot trace
     def forward(
         self,
         crops: torch.Tensor,
@@ -58,7 +61,7 @@ class TwoViewAugment(nn.Module):
             `dtype` [2 n, 3, h, w], view A first, channels-last, on the device of the crops.
 
         Raises:
-            ValueError: another dtype or shape.
+            ValueError: another dtype or shape, or both keys and a generator.
             RuntimeError: a generator of a GPU.
         """
         expected = "[2, n, 3, h, w]" if self.channels_first else "[2, n, h, w, 3]"
@@ -71,6 +74,8 @@ class TwoViewAugment(nn.Module):
             )
         if self.channels_first:
             crops = crops.movedim(2, 4)
+        if keys is not None and generator is not None:
+            raise ValueError("keys are not drawn from a generator: give one of them")
         if keys is None:
             high = torch.iinfo(torch.int64).max
             shape = 2, crops.shape[1]

@@ -63,6 +63,8 @@ INTERNAL = {
     "num_samples must not be negative, got …",
     "crops must be uint8 …, got … …; see channels_first for the other memory layout",
     "keys must be uint64 …, got … …",
+    "keys are not drawn from a generator: give one of them",
+    "dtype must be a floating-point type, got …",
     "rank … is not one of … ranks, counted from 0",
     "num_threads must be at least 1, got …",
     "size must be at least 1, got …",

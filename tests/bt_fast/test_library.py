@@ -129,6 +129,8 @@ def test_two_view_augment_is_the_definition():
         assert torch.equal(ours, expected)
     first_layout = bt_fast.TwoViewAugment(channels_first=True)
     assert torch.equal(first_layout(crops.movedim(4, 2), keys=keys), views)
+    compiled = torch.compile(bt_fast.TwoViewAugment(), backend="eager")
+    assert torch.equal(compiled(crops, keys=keys), views)
 
 
 @pytest.mark.parametrize(
@@ -138,6 +140,8 @@ def test_keys_of_another_kind_are_refused(keys):
     crops = torch.zeros(2, 6, 8, 8, 3, dtype=torch.uint8)
     with pytest.raises(ValueError, match="keys must be uint64"):
         bt_fast.TwoViewAugment()(crops, keys=keys)
+    with pytest.raises(ValueError, match="give one of them"):
+        bt_fast.TwoViewAugment()(crops, keys=keys, generator=torch.Generator())
 
 
 @pytest.mark.parametrize(
@@ -175,7 +179,9 @@ def test_a_default_device_of_the_user_changes_nothing(small_beton):
     assert views.shape == (8, 3, 24, 24) and views.isfinite().all()
 
 
-def test_another_layout_is_never_guessed():
+def test_another_layout_or_dtype_is_refused():
+    with pytest.raises(ValueError, match="dtype must be a floating-point type"):
+        bt_fast.TwoViewAugment(dtype=torch.uint8)
     for shape, channels_first in (((2, 4, 3, 8, 8), False), ((2, 4, 8, 8, 3), True)):
         module = bt_fast.TwoViewAugment(channels_first=channels_first)
         with pytest.raises(ValueError, match="crops must be uint8"):
