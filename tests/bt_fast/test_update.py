@@ -111,10 +111,21 @@ def test_parts_need_the_memory_of_one_part(small_beton):
 
 
 def test_parts_keep_nothing_that_a_cuda_graph_overwrites(small_beton):
-    """A graph's next call overwrites what it returned: gradients and terms must be copies."""
-    setup = build(parse_pretrain([*TINY, "--data", str(small_beton), "--accumulate=2"]))
+    """A graph's next call overwrites what it returned: embeddings, gradients and terms must be
+    copies."""
+    flags = [*TINY, "--data", str(small_beton), "--accumulate=2"]
+    views = torch.randn(32, 3, 32, 32)
+    *expected, _ = compute_gradients(build(parse_pretrain(flags)), views)
+    setup = build(parse_pretrain(flags))
     setup.runtime = dataclasses.replace(setup.runtime, compile="reduce-overhead")
     objective, terms, addresses = setup.objective, [], {}
+    embed, memory = setup.embed, torch.empty(16, 32)
+
+    def embed_into_memory(part):
+        z = embed(part)
+        return z if z.requires_grad else memory.copy_(z)
+
+    setup.embed = embed_into_memory
 
     def kept(*embeddings):
         terms.extend(objective(*embeddings))
@@ -124,8 +135,8 @@ def test_parts_keep_nothing_that_a_cuda_graph_overwrites(small_beton):
     for p in setup.model.parameters():
         addresses[p] = set()
         p.register_hook(lambda gradient, p=p: addresses[p].add(gradient.data_ptr()))
-    *found, _ = compute_gradients(setup, torch.randn(32, 3, 32, 32))
-    assert all(map(torch.equal, found, terms))
+    *found, _ = compute_gradients(setup, views)
+    assert all(map(torch.equal, found, terms)) and all(map(torch.equal, found, expected))
     assert not {t.data_ptr() for t in found} & {t.data_ptr() for t in terms}
     assert not any(p.grad.data_ptr() in returned for p, returned in addresses.items())
 
