@@ -92,17 +92,19 @@ class DecodeProcesses:
         num_slots = self.prefetch + 2  # one is used, one is copied
         slot_bytes = -(-batch_bytes // _PAGE) * _PAGE
         memory = os.memfd_create("bt-fast batches")
-        os.ftruncate(memory, num_slots * slot_bytes)
-        self._slots = _map_slots(memory, slot_bytes)
-        self._copied: list[torch.cuda.Event | None] = [None] * num_slots
-        if device.type == "cuda":
-            address, num_bytes = self._slots.data_ptr(), self._slots.nbytes
-            with torch.cuda.device(device):
-                status = torch.cuda.cudart().cudaHostRegister(address, num_bytes, 0)
-            torch.cuda.check_error(int(status))
-            weakref.finalize(self, _unregister, self._slots, self._copied)
-        self._connections, self._process = _start(memory, num_workers)
-        os.close(memory)
+        try:
+            os.ftruncate(memory, num_slots * slot_bytes)
+            self._slots = _map_slots(memory, slot_bytes)
+            self._copied: list[torch.cuda.Event | None] = [None] * num_slots
+            if device.type == "cuda":
+                address, num_bytes = self._slots.data_ptr(), self._slots.nbytes
+                with torch.cuda.device(device):
+                    status = torch.cuda.cudart().cudaHostRegister(address, num_bytes, 0)
+                torch.cuda.check_error(int(status))
+                weakref.finalize(self, _unregister, self._slots, self._copied)
+            self._connections, self._process = _start(memory, num_workers)
+        finally:
+            os.close(memory)
         weakref.finalize(self, _stop, self._connections, self._process)
         self._iteration = 0  # number of the one that is served
         self._unanswered = [0] * num_workers  # requests of each process

@@ -1,11 +1,14 @@
 """The native backend in other processes. Here its batches are copied to CPU memory."""
 
+import contextlib
 import dataclasses
+import gc
 import os
 import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -139,6 +142,19 @@ def test_after_an_interrupt_no_batch_is_wrong(loader, native, where):
     else:
         with pytest.raises(RuntimeError, match="interrupted within a message"):
             next(loader.batches(3, 6))
+
+
+def test_memory_that_cannot_be_locked_is_released(native, monkeypatch):
+    """As where CUDA may lock no more pages."""
+    cudart = mock.Mock(**{"cudaHostRegister.return_value": 2})
+    monkeypatch.setattr("torch.cuda.cudart", lambda: cudart)
+    monkeypatch.setattr("torch.cuda.device", contextlib.nullcontext)
+    monkeypatch.setattr("torch.cuda.check_error", mock.Mock(side_effect=RuntimeError))
+    with pytest.raises(RuntimeError):
+        DecodeProcesses(native.sampler.dataset, batch_bytes=99, device=torch.device("cuda"))
+    gc.collect()
+    files = [os.readlink(file) for file in Path("/proc/self/fd").iterdir() if file.is_symlink()]
+    assert not any("bt-fast batches" in file for file in files)
 
 
 def is_running(pid: int) -> bool:
