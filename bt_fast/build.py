@@ -27,6 +27,7 @@ from bt_fast.run.console import duration
 from bt_fast.runtime import Runtime, apply_switches, choose_runtime, prepare
 from bt_fast.schedule import learning_rate
 from pipelines.beton import BetonReader
+from pipelines.common.console import plural
 from pipelines.crop import RandomResizedCrop
 from pipelines.loading.choose import open_loader
 from pipelines.loading.datasets import ImageDataset, open_data, open_val
@@ -215,12 +216,12 @@ def describe(setup: TrainingSetup, seconds_per_step: dict[int, float]) -> dict[s
     parameters = [
         sum(p.numel() for p in part.parameters()) / 1e6 for part in setup.model.children()
     ]
-    schedule = f"{config.epochs} epochs x {setup.loader.steps_per_epoch} steps"
+    schedule = f"{plural(config.epochs, 'epoch')} x {setup.loader.steps_per_epoch} steps"
     if left_out := len(dataset) % config.batch_size:
         schedule += f", without {left_out} other images in each epoch"
     if setup.last_step < config.epochs * setup.loader.steps_per_epoch:
         schedule += f", stopping after {setup.last_step}"
-    warmup = f"{config.effective_warmup_epochs:g} epochs"
+    warmup = plural(config.effective_warmup_epochs, "epoch")
     if config.effective_warmup_epochs != config.warmup_epochs:
         warmup += f" (--warmup-epochs {config.warmup_epochs:g} is not shorter than the run)"
     projector = "-".join(map(str, config.projector))
@@ -235,7 +236,7 @@ def describe(setup: TrainingSetup, seconds_per_step: dict[int, float]) -> dict[s
         form = "eager"
     return {
         "recipe": config.title,
-        "data": f"{len(dataset)} images, {dataset.num_classes} classes in {config.data}",
+        "data": f"{len(dataset)} images, {plural(dataset.num_classes, 'class')} in {config.data}",
         "views": f"2 x {config.resolution or config.size} px,"
         f" crops from {config.min_scale:g} of the area",
         "model": f"{config.encoder} ({parameters[0]:.1f} M) +"
@@ -250,7 +251,7 @@ def describe(setup: TrainingSetup, seconds_per_step: dict[int, float]) -> dict[s
         "device": f"{runtime.device.type}, {runtime.precision},"
         f" torch.compile {runtime.compile},"
         f" batch norm {form},"
-        f" {setup.num_threads} decoding workers",
+        f" {plural(setup.num_threads, 'decoding worker')}",
         "loader": setup.config.loader,
         "probe": _describe_probe(setup),
         "estimated time": f"{duration(seconds)}"

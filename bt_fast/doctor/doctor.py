@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 from bt_fast.doctor import hardware
 from pipelines import __version__
 from pipelines.common.atomic import require_place, write_text
+from pipelines.common.console import plural
 from pipelines.common.cpu import cpu_quota, usable_cores
 
 if TYPE_CHECKING:
@@ -125,7 +126,7 @@ def diagnose(options: Doctor) -> Iterator[Row]:
         "pretrain uses",
         f"{ranks} x {runtime.device.type}, {runtime.precision}, torch.compile"
         f" {runtime.compile}, loader {config.loader},"
-        f" {config.num_threads(ranks)} decoding workers" + (" each" if ranks > 1 else ""),
+        f" {plural(config.num_threads(ranks), 'decoding worker')}" + (" each" if ranks > 1 else ""),
     )
 
 

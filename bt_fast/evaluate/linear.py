@@ -10,6 +10,7 @@ from bt_fast.evaluate.linear_cached import Grid, fit_grid
 from bt_fast.evaluate.options import EvalLinear
 from bt_fast.evaluate.subset import labelled_subset
 from bt_fast.evaluate.supervised import Protocol, accuracy_rows, train_classifier
+from pipelines.common.console import plural
 from pipelines.loading.datasets import ImageDataset
 
 
@@ -32,16 +33,17 @@ def measure_linear(
         min_scale=min_scale,
         seed=options.seed,
     )
+    epochs = plural(options.epochs, "epoch")
     if options.cached:
         grid = Grid(epochs=options.epochs, batch_size=options.batch_size, seed=options.seed)
         result = fit_grid(
             setup, train_subset, val_subset, grid, min_scale=min_scale, num_views=options.views
         )
         number = len(grid.pairs)
-        title = f"quick: features read once, {number} classifiers at once, {grid.epochs} epochs"
+        title = f"quick: features read once, {number} classifiers at once, {epochs}"
         chosen = {"chosen on a tenth of train": f"lr {result['lr']:g}, wd {result['decay']:g}"}
     else:
         result = train_classifier(setup, "linear", train_subset, val_subset, protocol)
-        title = f"full: lr {options.lr:g}, wd {options.weight_decay:g}, {options.epochs} epochs"
+        title = f"full: lr {options.lr:g}, wd {options.weight_decay:g}, {epochs}"
         chosen = {}
     return result["top1"], {"protocol": title, **chosen, **accuracy_rows(result, val_subset)}

@@ -17,6 +17,7 @@ from bt_fast.evaluate.eval_setup import EvalSetup, run_protocol
 from bt_fast.evaluate.options import EvalSemi
 from bt_fast.evaluate.subset import Subset, labelled_subset
 from bt_fast.evaluate.supervised import Protocol, accuracy_rows, train_classifier
+from pipelines.common.console import plural
 from pipelines.loading.datasets import ImageDataset
 from pipelines.order import epoch_order
 
@@ -55,7 +56,7 @@ def measure_semi(
     return result["top1"], {
         "labels": f"{len(samples)} images, {selection}",
         "protocol": f"{options.protocol}: encoder {protocol.lr_encoder:g},"
-        f" classifier {protocol.lr_head:g}, {protocol.epochs} epochs",
+        f" classifier {protocol.lr_head:g}, {plural(protocol.epochs, 'epoch')}",
         **accuracy_rows(result, val_subset),
     }
 

@@ -14,6 +14,7 @@ from bt_fast.evaluate.supervised import Protocol, accuracy_rows, train_classifie
 from bt_fast.evaluate.transfer_datasets import inat18, places205
 from bt_fast.evaluate.voc07 import measure_voc
 from bt_fast.run.console import print_summary
+from pipelines.common.console import plural
 
 
 def run_transfer(options: EvalTransfer, world: World) -> int:
@@ -64,6 +65,6 @@ def _classify(options: EvalTransfer, setup: EvalSetup) -> dict[str, str]:
     result = train_classifier(setup, name, train_subset, val_subset, protocol)
     return {
         "images": f"{len(train_subset)}, {max(train.num_classes, val.num_classes)} classes",
-        "protocol": f"lr {options.lr:g}, wd {options.weight_decay:g}, {epochs} epochs",
+        "protocol": f"lr {options.lr:g}, wd {options.weight_decay:g}, {plural(epochs, 'epoch')}",
         **accuracy_rows(result, val_subset),
     }

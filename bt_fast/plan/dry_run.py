@@ -23,6 +23,7 @@ from bt_fast.plan.gpus import GpuModel
 from bt_fast.plan.step_costs import StepTimes
 from bt_fast.prefetch import NUM_BATCHES_IN_MEMORY
 from bt_fast.run.console import duration
+from pipelines.common.console import plural
 from pipelines.loading.datasets import open_data, require_full_batches
 
 IMAGENET_IMAGES = 1_281_167
@@ -74,14 +75,14 @@ def plan(config: Config, world_size: int) -> dict[str, str]:
     rows = {
         "ranks": f"{world_size}, with {local_batch} of {config.batch_size} images each per step",
         "data": f"{num_images} images ({data})",
-        "batch norm": f"over the samples of {norm_ranks} ranks"
+        "batch norm": f"over the samples of {plural(norm_ranks, 'rank')}"
         + ("" if norm_ranks == world_size else ", not of all as in the paper"),
         **(
             {"parts": f"{config.accumulate} per rank and step, with one more forward pass"}
             if config.accumulate > 1
             else {}
         ),
-        "steps": f"{config.epochs} epochs x {steps_per_epoch}"
+        "steps": f"{plural(config.epochs, 'epoch')} x {steps_per_epoch}"
         + (f", stopping after {last_step}" if last_step < steps else ""),
         "loss": f"{method} method over {config.batch_size} x {config.projector[-1]}"
         + ("" if config.objective == "barlow-twins" else f" assumed for {config.objective}"),

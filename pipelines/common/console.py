@@ -42,6 +42,12 @@ def printable(text: str, encoding: str | None = None) -> str:
     return line.encode(encoding, "backslashreplace").decode(encoding)
 
 
+def plural(number: float, noun: str) -> str:
+    """ "1 class", "1,000 classes"."""
+    ending = "" if number == 1 else "es" if noun.endswith("s") else "s"
+    return f"{number:,.10g} {noun}{ending}"
+
+
 def count_items(title: str, items: Iterable[Item]) -> Iterator[Item]:
     """Yield the items, whose number is unknown, and print their count every few seconds."""
     last = time.monotonic()

@@ -27,7 +27,7 @@ import tyro
 
 from pipelines import __version__
 from pipelines.common.atomic import OutputExists, work_folder
-from pipelines.common.console import count_items, print_line, replace_closed_streams
+from pipelines.common.console import count_items, plural, print_line, replace_closed_streams
 from pipelines.common.cpu import usable_cores
 from pipelines.common.flags import parse_flags
 from pipelines.common.signals import Stopped, signals_raise_stopped
@@ -326,7 +326,7 @@ def _scan(
         raise UsageError(f"--shard {config.shard}: {name} has fewer images than parts")
     unlabelled = manifest.samples_per_class[-1] if manifest.class_names else 0
     print_line(
-        f"{name}: {len(manifest):,} images, {len(manifest.class_names):,} classes"
+        f"{name}: {len(manifest):,} images, {plural(len(manifest.class_names), 'class')}"
         + (f"; without a class: {unlabelled:,}" if unlabelled else "")
     )
     for hint in split.unused:

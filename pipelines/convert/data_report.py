@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 import pipelines
-from pipelines.common.console import print_line
+from pipelines.common.console import plural, print_line
 from pipelines.convert.filters import NOT_SELECTED
 from pipelines.convert.image_table import ImageTable
 from pipelines.convert.jpeg import JPEG_EXTENSIONS
@@ -117,9 +117,9 @@ class Report:
         parts = [f"{count:,} {action}" for action, count in sorted(self.actions.items())]
         if self.rejects:
             parts.append(f"{len(self.rejects):,} broken left out")
-        classes = len(self.manifest.class_names)
+        classes = plural(len(self.manifest.class_names), "class")
         return (
-            f"{self.name}, {self.num_images:,} images ({', '.join(parts)}), {classes:,} classes, "
+            f"{self.name}, {self.num_images:,} images ({', '.join(parts)}), {classes}, "
             f"{self.bytes_out / 1e9:.2f} GB from {self.bytes_in / 1e9:.2f} GB"
         )
 

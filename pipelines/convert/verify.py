@@ -6,7 +6,7 @@ from collections import Counter
 from pathlib import Path
 
 from pipelines.beton import BetonReader
-from pipelines.common.console import print_line, progress
+from pipelines.common.console import plural, print_line, progress
 from pipelines.convert.data_report import account, class_sizes
 from pipelines.convert.manifest import Manifest, SourceError, Split
 from pipelines.convert.sources import beton_file, parts, shards
@@ -103,6 +103,6 @@ def _print_labels(manifest: Manifest) -> None:
     """Print the sizes of the classes, and a bar for each of a few."""
     names = manifest.class_names
     counts = [manifest.samples_per_class[label] for label in range(len(names))]
-    print_line(f"{len(names):,} classes" + (f" of {class_sizes(names, counts)}" if names else ""))
+    print_line(plural(len(names), "class") + (f" of {class_sizes(names, counts)}" if names else ""))
     for name, count in zip(names, counts, strict=True) if len(names) <= MAX_BARS else ():
         print_line(f"{count:>9,} {'#' * round(40 * count / max(counts))} {name}")

@@ -1,6 +1,7 @@
 import pytest
 
 from pipelines.common import console
+from pipelines.common.console import plural
 
 
 def test_the_first_images_do_not_count_for_the_rate(monkeypatch, capsys):
@@ -23,3 +24,16 @@ def test_work_that_ends_at_once_is_reported(capsys, total):
     with console.progress("features", total) as advance:
         advance(total)
     assert f"features: {total} of {total} images" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "number,noun,text",
+    [
+        (1, "class", "1 class"),
+        (0, "class", "0 classes"),
+        (1000, "epoch", "1,000 epochs"),
+        (0.5, "epoch", "0.5 epochs"),
+    ],
+)
+def test_a_noun_agrees_with_its_number(number, noun, text):
+    assert plural(number, noun) == text
