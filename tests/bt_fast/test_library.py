@@ -44,6 +44,7 @@ def examples() -> list[str]:
     return re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "library.md").read_text(), re.DOTALL)
 
 
+@pytest.mark.filterwarnings("error::UserWarning")
 def test_the_examples_of_the_documentation_run(tmp_path, monkeypatch):
     (tmp_path / "demo").mkdir()
     write_beton(tmp_path / "demo" / "out.beton", 160)
