@@ -23,11 +23,12 @@ def ridge_accuracy(
     num_classes: int,
 ) -> float:
     """Accuracy on the queries in [0, 1]: features [n, F] and [m, F], labels int64 [n] and [m]."""
-    mean = bank.mean(0)
-    deviation = bank.std(0)
-    constant = deviation <= 1e-6 * mean.abs() + torch.finfo(bank.dtype).tiny
-    deviation = torch.where(constant, torch.inf, deviation)  # which leaves them out
-    x, q = ((part - mean).div(deviation).double() for part in (bank, queries))
+    tiny = torch.finfo(bank.dtype).tiny
+    bank, queries = bank.double(), queries.double()  # in which squares of float32 are finite
+    mean, deviation = bank.mean(0), bank.std(0)
+    varies = deviation > 1e-6 * mean.abs() + tiny
+    deviation = torch.where(varies, deviation, torch.inf)  # which leaves the others out
+    x, q = ((part - mean) / deviation for part in (bank, queries))
     y = F.one_hot(bank_labels, num_classes).double()
     share = y.mean(0)  # of each class
     y -= share

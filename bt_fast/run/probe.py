@@ -8,6 +8,8 @@ batch has.
 import time
 from pathlib import Path
 
+import torch
+
 from bt_fast.build import TrainingSetup, average_statistics
 from bt_fast.evaluate.collapse import effective_rank
 from bt_fast.evaluate.features import extract_features, two_view_outputs
@@ -28,13 +30,13 @@ def has_probe(run: RunDirectory, step: int) -> bool:
 
 
 def probe(setup: TrainingSetup, log: RunLog, step: int) -> None:
-    """Log the readouts of the present encoder, or warn that its features are not finite. All ranks
-    call it, and divide the images."""
+    """Log the readouts of the present encoder, or warn that its features are not finite or that an
+    eigendecomposition fails. All ranks call it, and divide the images."""
     started = time.perf_counter()
     average_statistics(setup)
     try:
         readouts = measure(setup)
-    except NotFinite as error:
+    except (NotFinite, torch.linalg.LinAlgError) as error:
         log.warn(f"no probe at step {step}: {error}")
         return
     epoch, seconds = step / setup.loader.steps_per_epoch, time.perf_counter() - started
@@ -49,22 +51,19 @@ def measure(setup: TrainingSetup) -> dict[str, float]:
     encoder, crop = setup.model.encoder, config.probe_crop
     features = extract_features(encoder, views, held_out.samples, crop, world)
     readouts: dict[str, float] = {}
+    if len(held_out) >= 2:  # before what may fail on one rank alone: it has collectives
+        samples = held_out.samples[: config.batch_size]
+        z_a, z_b = two_view_outputs(setup.model, views, samples, config, world)
+        on_diagonal, off_diagonal = correlation_terms(z_a, z_b)
+        readouts["probe_on_diagonal"] = on_diagonal.item()
+        readouts["probe_off_diagonal"] = off_diagonal.item()
     if (data := setup.knn_data) is not None:  # whose queries are the held-out images
         assert setup.bank_views is not None
         bank = extract_features(encoder, setup.bank_views, data.bank.samples, crop, world)
         readouts |= knn_scores(bank, features, data)
         labels, query_labels = (s.labels.to(bank.device) for s in (data.bank, data.queries))
         readouts["linear"] = ridge_accuracy(bank, labels, features, query_labels, data.num_classes)
-    readouts["rank"] = effective_rank(features)
-    if len(held_out) < 2:
-        return readouts
-    samples = held_out.samples[: config.batch_size]
-    z_a, z_b = two_view_outputs(setup.model, views, samples, config, world)
-    on_diagonal, off_diagonal = correlation_terms(z_a, z_b)
-    return readouts | {
-        "probe_on_diagonal": on_diagonal.item(),
-        "probe_off_diagonal": off_diagonal.item(),
-    }
+    return readouts | {"rank": effective_rank(features)}
 
 
 def probe_summary(metrics: Path) -> str:

@@ -2,6 +2,7 @@
 
 import json
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
@@ -201,12 +202,17 @@ def test_features_that_overflow_half_precision_are_no_cached_features(
         assert "values of its features are not finite" in capsys.readouterr().err
 
 
-def test_a_probe_of_features_that_are_not_finite_is_a_warning(small_beton):
+@pytest.mark.parametrize("reason", ["the encoder: values of its features", "did not converge"])
+def test_a_probe_that_fails_is_a_warning(small_beton, reason, monkeypatch):
     setup = build(parse_pretrain([*TINY, "--data", str(small_beton)]))
-    for name, parameter in setup.model.encoder.named_parameters():
-        if name.endswith("bn2.weight"):
-            parameter.data.fill_(1e12)
+    if reason == "did not converge":
+        error = torch.linalg.LinAlgError(reason)
+        monkeypatch.setattr("torch.linalg.eigh", mock.Mock(side_effect=error))
+    else:
+        for name, parameter in setup.model.encoder.named_parameters():
+            if name.endswith("bn2.weight"):
+                parameter.data.fill_(1e12)
     warnings: list[str] = []
     probe(setup, SimpleNamespace(warn=warnings.append), 8)
     (warning,) = warnings
-    assert "no probe at step 8: the encoder: values of its features" in warning
+    assert f"no probe at step 8: {reason}" in warning

@@ -46,11 +46,12 @@ def test_it_is_ridge_regression_with_the_best_left_out_error(width, noise):
     )
 
 
-def test_a_constant_feature_and_an_absent_class_change_nothing():
+@pytest.mark.parametrize("scale", [1.0, 3e37])  # the largest features whose norms are finite
+def test_a_constant_feature_and_an_absent_class_change_nothing(scale):
     generator = torch.Generator().manual_seed(0)
     labels = torch.arange(40) % 2
     x = labels[:, None] + 0.1 * torch.randn(40, 5, generator=generator)
-    x[:, 3] = 7.0
+    x[:, 3] = 0.7
     queries = x.clone()
-    queries[:, 3] = 7.01 * torch.arange(40)
-    assert ridge_accuracy(x, labels, queries, labels, 4) == 1.0
+    queries[:, 3] = 0.1 * torch.arange(40)
+    assert ridge_accuracy(x * scale, labels, queries * scale, labels, 4) == 1.0
