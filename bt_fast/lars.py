@@ -111,8 +111,11 @@ class LARS(torch.optim.Optimizer):
         all_params = [p for params, _ in groups for p in params]
         fused = can_fuse(all_params) if self.fused is None else self.fused
         if fused and all_params:
-            if not (can_fuse(all_params) or is_interpreted()):
-                raise ValueError("fused=True needs triton and float32 parameters on one GPU")
+            if self.fused and not (can_fuse(all_params) or is_interpreted()):
+                raise ValueError(
+                    "fused=True needs triton and float32 parameters on one NVIDIA GPU of sm_80 or"
+                    " newer"
+                )
             from bt_fast import lars_triton  # triton comes with torch's CUDA builds only
 
             with torch.cuda.device_of(all_params[0]):

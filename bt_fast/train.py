@@ -76,9 +76,11 @@ def pretrain(config: Config, stop: StopFlag, world: World = ALONE) -> int:
         if run:
             run.record_start(setup.config, setup.runtime)
         folder = run.path if run else None
-        log = stack.enter_context(RunLog(console, folder, step, setup.last_step, setup.config))
+        log = RunLog(console, folder, step, setup.last_step, setup.config)
         if run:
-            stack.callback(draw_curves, run, log)  # however the run ends
+            stack.push(functools.partial(draw_curves, run, log))  # however the run ends
+        stack.enter_context(log)
+        if run:
             log.info(f"run directory: {run.path}")
         log.skipped_in_a_row = skipped_in_a_row
         if step == setup.last_step:
@@ -121,10 +123,15 @@ def finish(setup: TrainingSetup, run: RunDirectory, log: RunLog, step: int, save
     return 0
 
 
-def draw_curves(run: RunDirectory, log: RunLog) -> None:
-    """Draw what the run has logged."""
-    with log.optional_output("curves.png"):
-        plots.curves({"": [run.path / "metrics.jsonl"]}, run.path / "curves.png")
+def draw_curves(run: RunDirectory, log: RunLog, kind: type | None, *_: object) -> None:
+    """Draw what the run has logged, unless the exception that ends it is an interrupt."""
+    if kind is KeyboardInterrupt:
+        return
+    try:
+        with log.optional_output("curves.png"):
+            plots.curves({"": [run.path / "metrics.jsonl"]}, run.path / "curves.png")
+    except Exception as error:  # which must not replace the one that ends the run
+        log.warn(f"curves.png cannot be drawn: {error}")
 
 
 def train(
@@ -285,8 +292,8 @@ def require_applied(log: RunLog, step: int, *, fewer_than: int) -> None:
     # Of the other ranks, which have no folder, one may be the first to report.
     if log.folder is None or checkpoint.exists(log.folder, before=start):
         way_out += (
-            f", or remove the checkpoints from step {start} on and, if one is left, resume with"
-            " --extend EPOCHS --peak 0.5"
+            f", or remove the checkpoints from step {start} on and"
+            f"{'' if log.folder else ', if one is left,'} resume with --extend EPOCHS --peak 0.5"
         )
     raise ValueError(
         f"the loss or its gradients were not finite in the last {count} steps, whose updates were"

@@ -34,8 +34,8 @@ class TwoViewAugment(nn.Module):
         channels_first: bool = False,
     ) -> None:
         super().__init__()
-        if not dtype.is_floating_point:
-            raise ValueError(f"dtype must be a floating-point type, got {dtype}")
+        if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise ValueError(f"dtype must be a floating-point type of torch, got {dtype!r}")
         self.branches = view_a, view_b
         self.dtype = dtype
         self.channels_first = channels_first

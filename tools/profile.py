@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import torch
 from rich.console import Console
 
 from bt_fast.cli import run_command
@@ -104,6 +105,8 @@ def run(options: Profile, world) -> int:
             data = synthetic.images(Path(scratch), max(options.batch_size * world.size, 64))
             data_name = "synthetic images"
         config = Config(**settings(options) | {"gpus": None, "data": data, "probe_every": 0})
+        if config.compile == "auto" and world.size > 1 and torch.cuda.is_available():
+            config = dataclasses.replace(config, compile="default")  # also of the first rank alone
         if not world.is_first:
             stages.together(config, world, 3 * options.seconds)
             return 0

@@ -24,7 +24,7 @@ STAGES += ("copy", "augment", "forward", "backward", "loss", "optimizer")
 REMEDIES = {
     "waiting for data": "--workers, --cache-gb (keeps decoded images), bt-convert --max-side 400,"
     " a faster disk if read takes longer than decode, or more cores",
-    "gaps": "--compile default, then reduce-overhead, or a larger --batch-size",
+    "gaps": "--compile reduce-overhead (CUDA graphs), or a larger --batch-size",
     "convolutions": "--precision bf16, --resolution (smaller views first), or more GPUs",
     "norm": "--norm fused",
     "products": "a narrower --projector",

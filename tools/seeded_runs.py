@@ -70,9 +70,15 @@ def is_finished(folder: Path) -> bool:
 
 
 def probes(folder: Path) -> list[dict[str, Any]]:
-    """The records of a finished run's probes; empty before it is finished."""
+    """The records of a finished run's probes; empty before it is finished. Raises ValueError if
+    there is none of its end, because that probe failed."""
+    if not is_finished(folder):
+        return []
     records = [record for _, record in read_metrics(folder / "metrics.jsonl")]
-    return [r for r in records if r["kind"] == "probe"] if is_finished(folder) else []
+    found = [record for record in records if record["kind"] == "probe"]
+    if not found or found[-1]["step"] < max(record["step"] for record in records):
+        raise ValueError(f"{folder}: the probe at the end of the run failed; nothing to compare")
+    return found
 
 
 def pretrain(folder: Path, flags: list[str]) -> int:

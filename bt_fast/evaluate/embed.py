@@ -43,8 +43,6 @@ def run_embed(options: Embed, world: World) -> int:
     is_parquet = options.out.suffix == ".parquet"
     if is_parquet:
         _pyarrow()  # raises now
-    if not options.out.parent.is_dir():
-        raise ValueError(f"--out {options.out}: the folder {options.out.parent} does not exist")
     if options.val_data is not None:
         raise ValueError("--val-data has no effect here; give it as --data")
     if not options.random:

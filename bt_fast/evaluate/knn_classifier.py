@@ -38,7 +38,7 @@ def knn_accuracy(
     queries = F.normalize(queries, dim=1)
     # Instead of a normalised copy of the bank, which may fill half of a GPU's memory.
     scale = 1 / bank.norm(dim=1).clamp_min(1e-12)
-    chunk = max(_MAX_SIMILARITIES // len(bank), 1)
+    chunk = min(max(_MAX_SIMILARITIES // len(bank), 1), 1024)
     correct = torch.zeros((), dtype=torch.int64, device=bank.device)
     for start in range(0, len(queries), chunk):
         similarity, neighbours = (

@@ -179,6 +179,7 @@ class DropPaths:
         self._seed, self._rank = seed, rank
         self._device = next(model.parameters()).device
         self._scales = torch.empty(0)
+        self._used = torch.empty(0)  # [layers, rows]: one address, which CUDA graphs record
 
     def draw(self, step: int, num_images: int) -> None:
         """Draw for a step with so many images on every rank."""
@@ -195,9 +196,12 @@ class DropPaths:
     def use(self, number: int = 0, num_parts: int = 1) -> None:
         """Let the layers drop as drawn for a part of both views, in its next passes."""
         if self._layers:
-            part = torch.cat([view.chunk(num_parts)[number] for view in self._scales.chunk(2)])
-            for layer, scale in zip(self._layers, part.unbind(1), strict=True):
-                layer.scale = scale
+            part = torch.cat([view.chunk(num_parts)[number] for view in self._scales.chunk(2)]).T
+            if self._used.shape != part.shape:
+                self._used = torch.empty_like(part, memory_format=torch.contiguous_format)
+                for layer, scale in zip(self._layers, self._used, strict=True):
+                    layer.scale = scale
+            self._used.copy_(part)
 
 
 def _replace_drop_paths(encoder: nn.Module, name: str, drop_path: float) -> None:

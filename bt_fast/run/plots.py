@@ -56,7 +56,8 @@ def _pixels(view: torch.Tensor) -> np.ndarray:
 
 
 def curves(runs: Mapping[str, Sequence[Path]], path: Path) -> None:
-    """Draw the curves of runs over epochs; panels without values are left out.
+    """Draw the curves of runs over epochs; panels without values are left out, and a picture
+    without any.
 
     runs: {name: the metrics.jsonl of one run, or of several, which have the same colour}.
     """
@@ -64,6 +65,7 @@ def curves(runs: Mapping[str, Sequence[Path]], path: Path) -> None:
     logged = {key for each in records.values() for run in each for r in run for key in r}
     panels = [panel for panel in _PANELS if logged & panel[1].keys()]
     if not panels:
+        path.unlink(missing_ok=True)
         return
     columns = -(-len(panels) // 2)
     figure = _figure(5 * columns, 7)

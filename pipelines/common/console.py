@@ -85,7 +85,7 @@ def _line_progress(title: str, total: int) -> Callable[..., None]:
             start, last, first = now, now, done
         elif now - last >= SECONDS_BETWEEN_LINES or done == total:
             last = now
-            rate = (done - first) / max(now - start, 1e-9)
+            rate = max(done - first, 1) / max(now - start, 1e-9)
             minutes, seconds = divmod(round((total - done) / rate), 60)
             left = f"{minutes}:{seconds:02} left" if done < total else "done"
             print_line(f"{title}: {done:,} of {total:,} images, {rate:,.0f} images/s, {left}")

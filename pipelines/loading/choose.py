@@ -64,7 +64,7 @@ def open_loader(
         raise ValueError(f"num_threads must be at least 1, got {num_threads}")
     device = torch.device(device)
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: no usable GPU here; try --device cpu")
+        raise ValueError("device is cuda, but there is no usable GPU here")
     sampler = Sampler(
         dataset,
         crop,

@@ -24,9 +24,8 @@ def test_both_ways_start_equal_and_are_compared(small_beton, tmp_path, capsys):
         first, reference = (probes[f"{way}-seed{seed}"][0] for way in parity.WAYS)
         names = ["knn_20", "linear", "rank", "probe_on_diagonal"]
         assert all(first[name] == pytest.approx(reference[name], rel=1e-5) for name in names)
-    assert (
-        table.count("probe, before training: kNN k=20 ") == 2
-    )  # of the reference, in this process
+    # The reference's two runs are in this process.
+    assert table.count("probe, before training: kNN k=20 ") == 2
     assert (tmp_path / "parity" / "curves.png").stat().st_size > 0
     for title in (READOUTS["knn_20"], READOUTS["linear"]):
         (row,) = [line for line in table.splitlines() if line.startswith(f"| {title} |")]

@@ -12,11 +12,14 @@ import pytest
 import torch
 from conftest import run_python
 from PIL import Image
+from tiny_runs import TINY
 
+from bt_fast.build import build
+from bt_fast.cli import parse_pretrain
 from bt_fast.recipes import RECIPES
 from bt_fast.runtime import Runtime
 from pipelines.beton import BetonReader
-from tools import synthetic
+from tools import stages, synthetic
 from tools.breakdown import CLASSES, Breakdown
 from tools.profile_report import Report
 from tools.timing import Stage
@@ -161,6 +164,12 @@ def test_synthetic_images_cost_what_imagenets_do(tmp_path):
     assert len(reader) == 64 and (reader.sizes == (375, 500)).all()
     sizes = [len(reader.image(i)) for i in range(16)]
     assert 80_000 < np.mean(sizes) < 150_000
+
+
+def test_a_loader_of_processes_is_timed_by_one_thread(small_beton):
+    setup = build(parse_pretrain([*TINY, "--data", str(small_beton), "--workers=2"]))
+    on_gpu = replace(setup, runtime=replace(setup.runtime, device=torch.device("cuda")))
+    assert [stage.name for stage in stages.loader_stages(on_gpu, 0.02)] == list(STAGES[:4])
 
 
 QUICK = ("make_demo_images.py", "profile.py")  # the others start in the same way, more slowly

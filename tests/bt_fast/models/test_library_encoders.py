@@ -162,17 +162,16 @@ def test_drop_path_rates_grow_linearly_and_evaluation_keeps_all_paths():
 def test_drawing_paths_does_not_compile_again():
     model = nn.Sequential(nn.Linear(4, 4), DropPath(0.5))
     paths, counter = DropPaths(model, seed=0), CompileCounter()
-    compiled, x, outputs = (
-        torch.compile(model, backend=counter, dynamic=False),
-        torch.ones(8, 4),
-        [],
-    )
+    compiled, x = torch.compile(model, backend=counter, dynamic=False), torch.ones(8, 4)
+    outputs, addresses = [], set()
     for step in range(4):
         paths.draw(step, 4)
         paths.use()
+        addresses.add(model[1].scale.data_ptr())
         outputs.append(compiled(x))
         assert torch.equal(outputs[-1], model[0](x) * model[1].scale[:, None])
     assert counter.frame_count == 1
+    assert len(addresses) == 1  # which CUDA graphs record
     assert not torch.equal(outputs[0], outputs[1])
 
 
