@@ -301,11 +301,16 @@ def require_fields(options: type, names: Iterable[str], title: str) -> None:
 
 
 def require_types(options: Any) -> None:
-    """Raise ValueError unless every field of a dataclass has its type; text becomes a path."""
+    """Raise ValueError unless every field of a dataclass has its type.
+
+    Text becomes a path, and a list a tuple.
+    """
     for name, hint in get_type_hints(type(options)).items():
         value, parts = getattr(options, name), (hint, *get_args(hint))
         if isinstance(value, str) and Path in parts:
             object.__setattr__(options, name, value := Path(value))  # the dataclass is frozen
+        if isinstance(value, list) and any(get_origin(part) is tuple for part in parts):
+            object.__setattr__(options, name, value := tuple(value))
         if not _has_type(value, hint):
             choices = [x for part in parts if get_origin(part) is Literal for x in get_args(part)]
             _require(not choices, name, value, f"is one of {', '.join(choices)}")

@@ -20,8 +20,8 @@ from typing import Annotated
 import tyro
 
 from bt_fast import cli
-from bt_fast.ablations import ABLATIONS, GRIDS
-from bt_fast.config import Config
+from bt_fast.ablations import ABLATIONS, GRIDS, ablate
+from bt_fast.config import Config, differences
 from bt_fast.distributed.signals import EXIT_STOPPED
 from bt_fast.run.probe import READOUTS
 from pipelines.common.atomic import write_text
@@ -116,6 +116,7 @@ def grid(options: Options, flags: list[str]) -> list[Cell]:
     if not names:
         raise ValueError("a grid or an ablation is missing, as in: ablate.py table5")
     seeded_runs.require_seeds(options.seeds)
+    seeded_runs.require_folder(options.out)
     cells = [
         Cell(
             name=name,
@@ -126,6 +127,12 @@ def grid(options: Options, flags: list[str]) -> list[Cell]:
         for seed in dict.fromkeys(options.seeds)
         for name in dict.fromkeys(names)
     ]
+    for cell in cells:
+        plain = cli.parse_pretrain([f"--seed={cell.seed}", *flags])
+        if undone := differences(ablate(plain, cell.name), cell.config):
+            raise ValueError(
+                f"{' '.join(undone)} after -- undoes the ablation {cell.name}; leave it out"
+            )
     config = cells[0].config
     seeded_runs.require_readouts(config)
     if options.linear and open_val(config.data, config.val_data) is None:
@@ -172,7 +179,7 @@ def table(found: dict[str, dict[int, dict[str, float]]]) -> str:
         percent[name] = {m: [100 * f[m] for f in runs.values() if m in f] for m in MEASURES}
         percent[name]["paper"] = [p for p in [ABLATIONS[name].top1] if p is not None]
     measures = [m for m in MEASURES if any(values[m] for values in percent.values())]
-    headings = ["ablation", "change", "seeds"]
+    headings = ["ablation", "change", "runs"]
     headings += [part for m in measures for part in (MEASURES[m], "Δ")]
     rows = [headings, ["---"] * len(headings)]
     for name, values in percent.items():

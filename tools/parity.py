@@ -70,6 +70,7 @@ def run(options: Options, flags: list[str]) -> int:
     """Run what is missing, print the table and draw the curves; returns the exit status."""
     seeded_runs.require_unreserved(flags)
     seeded_runs.require_seeds(options.seeds)
+    seeded_runs.require_folder(options.out)
     seeds = list(dict.fromkeys(options.seeds))
     folders = {way: [options.out / f"{way}-seed{seed}" for seed in seeds] for way in WAYS}
     configs = {
@@ -92,6 +93,7 @@ def run(options: Options, flags: list[str]) -> int:
                     print("interrupted before: runs of the reference start again at step 0")
                 train_reference(configs[folder])
             elif status := seeded_runs.pretrain(folder, [*flags, f"--seed={configs[folder].seed}"]):
+                print("stopped; repeat the command to continue")
                 return status
     last = {way: [seeded_runs.probes(folder)[-1] for folder in folders[way]] for way in WAYS}
     text = table(last)
@@ -116,7 +118,10 @@ def require_fixed(config: Config) -> None:
 
 
 def table(results: dict[str, list[dict[str, Any]]]) -> str:
-    """Means of both ways, and their difference with its interval, in Markdown; percent."""
+    """Means of both ways, and their difference with its interval, in Markdown; percent.
+
+    The interval is Student's, at 95 %, of the pairs: runs of a seed start from the same weights.
+    """
     lines = ["| | " + " | ".join(WAYS) + " | difference, 95 % interval |", "|---|---|---|---|"]
     for name, title in READOUTS.items():
         if name not in results[WAYS[0]][0]:  # too few images for this k
@@ -126,25 +131,14 @@ def table(results: dict[str, list[dict[str, Any]]]) -> str:
             f"{statistics.mean(values):.2f} ({', '.join(f'{value:.1f}' for value in values)})"
             for values in (ours, theirs)
         ]
-        difference = statistics.mean(ours) - statistics.mean(theirs)
-        half = half_width(ours, theirs)
-        low, high = difference - half, difference + half
-        interval = "no interval" if math.isnan(half) else f"{low:+.2f} to {high:+.2f}"
-        lines.append(f"| {title} | {' | '.join(cells)} | {difference:+.2f} ({interval}) |")
+        differences = [our - their for our, their in zip(ours, theirs, strict=True)]
+        mean, interval = statistics.mean(differences), "no interval"
+        if len(set(differences)) > 1:
+            error = statistics.stdev(differences) / math.sqrt(len(differences))
+            half = stats.t.ppf(0.975, len(differences) - 1) * error
+            interval = f"{mean - half:+.2f} to {mean + half:+.2f}"
+        lines.append(f"| {title} | {' | '.join(cells)} | {mean:+.2f} ({interval}) |")
     return "\n".join(lines) + "\n"
-
-
-def half_width(ours: list[float], theirs: list[float]) -> float:
-    """Half of Welch's interval at 95 %: the ways are independent samples of few runs. NaN where
-    there is none: of one run, or of equal ones."""
-    if min(len(ours), len(theirs)) < 2:
-        return math.nan
-    parts = [(statistics.variance(values) / len(values), len(values)) for values in (ours, theirs)]
-    variance = sum(part for part, _ in parts)
-    if variance == 0:
-        return math.nan
-    freedom = variance**2 / sum(part**2 / (count - 1) for part, count in parts)
-    return float(stats.t.ppf(0.975, freedom)) * math.sqrt(variance)
 
 
 def train_reference(config: Config) -> None:

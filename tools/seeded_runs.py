@@ -17,7 +17,7 @@ from bt_fast.config import (
 from bt_fast.distributed.signals import EXIT_STOPPED, StopFlag
 from bt_fast.evaluate.knn_classifier import choose_data, missing_classes
 from bt_fast.run.directory import read_metrics
-from pipelines.loading.datasets import open_data, open_val
+from pipelines.loading.datasets import open_data, open_val, require_full_batches
 
 ROOT = Path(__file__).parents[1]
 RESERVED_FLAGS = ("--ablation", "--seed", "--run-dir", "--resume", "--dry-run")
@@ -42,9 +42,16 @@ def require_seeds(seeds: tuple[int, ...]) -> None:
         raise ValueError("--seeds needs at least one seed, as in --seeds 0 1 2")
 
 
+def require_folder(out: Path) -> None:
+    """Raise ValueError if the folder for the results is a file."""
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out {out} is a file; name a folder")
+
+
 def require_readouts(config: Config) -> None:
-    """Raise ValueError if a run would have no accuracies to compare at its end."""
+    """Raise ValueError if a run could not begin, or would have no accuracies to compare."""
     train, val = open_data(config.data, "--data"), open_val(config.data, config.val_data)
+    require_full_batches(config.batch_size, 1, len(train), config.data)
     if config.probe_every == 0:
         raise ValueError("--probe-every 0 leaves nothing to compare; leave it out")
     if choose_data(train, val, config.seed) is None:

@@ -38,6 +38,8 @@ def run_compare(options: Compare) -> int:
         raise ValueError("RUN: name the folder of at least one run")
     if len({path.resolve() for path in options.runs}) < len(options.runs):
         raise ValueError("RUN: a run is named twice; name each once")
+    if options.out.suffix != ".png":
+        raise ValueError(f"--out {options.out} must end in .png")
     require_place(options.out, "--out")
     if options.out.exists() and not options.overwrite:
         raise ValueError(f"--out {options.out} exists; choose another, or replace it: --overwrite")

@@ -119,6 +119,10 @@ def test_a_value_of_another_type_is_refused(field, value):
         bt_fast.pretrain(**(TINY | {field: value}))
 
 
+def test_a_list_of_widths_is_a_tuple():
+    assert bt_fast.Config(projector=[32, 16]).projector == (32, 16)
+
+
 def test_two_view_augment_is_the_definition():
     crops = torch.randint(256, (2, 6, 40, 40, 3), dtype=torch.uint8)
     keys = np.stack([view_keys(np.arange(6), seed=0, epoch=0, view=view) for view in (0, 1)])

@@ -99,6 +99,8 @@ def test_the_quick_linear_protocol_is_kept_with_the_run(labelled_run, tmp_path):
         (["table5", "--", "--seed=3"], "--seed=3 after -- is set by the tool"),
         (["table5", "--", "--data", "/nowhere.beton"], "/nowhere.beton does not exist"),
         (["table5", "--", "--epohcs", "3"], "perhaps you meant --epochs"),
+        (["width-16", "--", "--projector", "32", "32"], "--projector after -- undoes the ablation"),
+        (["baseline", "--out", __file__], "is a file; name a folder"),
     ],
 )
 def test_an_error_is_one_line(arguments, message, tmp_path, monkeypatch, capsys):

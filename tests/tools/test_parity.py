@@ -74,17 +74,16 @@ def test_images_without_classes_are_refused(tmp_path):
 
 
 @pytest.mark.filterwarnings("error")
-def test_the_interval_is_welchs():
-    """Against scipy's formula written out: means 52 and 50, three runs each."""
+def test_the_interval_is_that_of_the_pairs():
+    """By hand: the differences are 1, 2 and 3."""
     runs = {
         "bt-fast": [dict.fromkeys(READOUTS, x / 100) for x in (50.0, 52.0, 54.0)],
-        "reference": [dict.fromkeys(READOUTS, x / 100) for x in (50.0, 50.0, 50.0)],
+        "reference": [dict.fromkeys(READOUTS, x / 100) for x in (49.0, 50.0, 51.0)],
     }
-    # Standard error 2 / sqrt(3), 2 degrees of freedom: t = 4.3027.
-    half = 4.3027 * 2 / 3**0.5
+    half = 4.3027 / 3**0.5  # Student's t with 2 degrees of freedom; standard error 1 / sqrt(3)
     expected = f"| +2.00 ({2 - half:+.2f} to {2 + half:+.2f}) |"
     assert parity.table(runs).count(expected) == len(READOUTS)
     equal = dict.fromkeys(runs, runs["reference"])
     one_each = {way: results[:1] for way, results in runs.items()}
-    for few in (equal, one_each):
-        assert parity.table(few).count("| +0.00 (no interval) |") == len(READOUTS)
+    for few, mean in ((equal, "+0.00"), (one_each, "+1.00")):
+        assert parity.table(few).count(f"| {mean} (no interval) |") == len(READOUTS)

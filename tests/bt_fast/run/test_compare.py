@@ -95,13 +95,15 @@ def test_what_differs_is_shown_as_flags(tmp_path, capsys, monkeypatch):
         (["a"], "a has no metrics yet"),
         (["a", "b/../a"], "RUN: a run is named twice"),
         (["a", "--out", "nowhere/c.png"], "--out nowhere/c.png: the folder nowhere does not exist"),
-        (["a", "--out", "a", "--overwrite"], "--out a is a folder; name a file in it"),
+        (["a", "--out", "a.png", "--overwrite"], "--out a.png is a folder; name a file in it"),
+        (["a", "--out", "a/config.json", "--overwrite"], "a/config.json must end in .png"),
     ],
 )
 def test_what_cannot_be_compared_is_refused_before_the_table(
     tmp_path, capsys, monkeypatch, arguments, message
 ):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.png").mkdir()
     for name in "ab":
         run = write_run(tmp_path / name, Config(), ())
         (run / "metrics.jsonl").write_text("")
