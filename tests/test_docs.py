@@ -26,7 +26,7 @@ from pipelines.convert.command import main as bt_convert
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
-REASONS = {"a cluster", "detectron2", "Docker"}
+REASONS = {"a cluster", "detectron2", "Docker", "an earlier commit"}
 
 TINY_RUN = shlex.split(
     "--device cpu --precision fp32 --encoder resnet18 --projector 32 16 --size 32 --batch-size 8"
@@ -105,7 +105,7 @@ def stand_ins(tmp_path_factory, labelled_run) -> Path:
     write_beton(folder / "out.beton", 40)
     for name in ("out", "imagenet"):
         write_beton(folder / f"{name}.val.beton", 16)
-    for name in ("cifar10", "photos", "imagenet"):
+    for name in ("cifar10", "photos", "imagenet", "first", "second"):
         shutil.copy(folder / "out.beton", folder / f"{name}.beton")
     (folder / "imagenet100.txt").write_text("\n".join(sorted(CLASSES)[:2]))
     (folder / "kept.txt").write_text("class-0/000.jpg\nclass-1/001.jpg\n")
