@@ -93,6 +93,7 @@ def tuned_step(world, counts: tuple[int, ...]) -> tuple[dict, dict]:
     return {name: p.grad for name, p in model.named_parameters()}, model.state_dict()
 
 
+@pytest.mark.slow
 def test_a_batch_divided_unequally_has_the_gradients_of_one_process():
     """The last batch of an epoch; a rank may have no image of it."""
     expected = tuned_step(ALONE, (7,))

@@ -31,8 +31,11 @@ def difference(images: torch.Tensor, parameters: augment.Draw) -> torch.Tensor:
 
 
 @interpreted
-@pytest.mark.parametrize("size", [(224, 224), (32, 32), (33, 47), (1, 5), (105, 52)])
 @pytest.mark.parametrize("branch", [augment.VIEW_A, augment.VIEW_B, STRONG])
+@pytest.mark.parametrize(
+    "size",
+    [pytest.param((224, 224), marks=pytest.mark.slow), (32, 32), (33, 47), (1, 5), (105, 52)],
+)
 def test_fused_views_equal_the_definition(size, branch):
     images = batch(*size)
     parameters = augment.draw(branch, view_keys(np.arange(len(images)), seed=1, epoch=0, view=0))
