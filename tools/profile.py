@@ -23,7 +23,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import torch
 from rich.console import Console
 
 from bt_fast.cli import run_command
@@ -95,6 +94,7 @@ def profile(options: Profile) -> int:
 def run(options: Profile, world) -> int:
     """Measure, print and write. Ranks other than the first only join the common measurements."""
     from bt_fast.build import build
+    from bt_fast.runtime import choose_runtime
     from tools import profile_report, stages, synthetic
 
     console = Console(soft_wrap=True, width=None if sys.stdout.isatty() else 110)
@@ -105,8 +105,9 @@ def run(options: Profile, world) -> int:
             data = synthetic.images(Path(scratch), max(options.batch_size * world.size, 64))
             data_name = "synthetic images"
         config = Config(**settings(options) | {"gpus": None, "data": data, "probe_every": 0})
-        if config.compile == "auto" and world.size > 1 and torch.cuda.is_available():
-            config = dataclasses.replace(config, compile="default")  # also of the first rank alone
+        # The first rank alone compiles as all ranks do.
+        runtime = choose_runtime(config.device, config.precision, config.compile, world)
+        config = dataclasses.replace(config, compile=runtime.compile)
         if not world.is_first:
             stages.together(config, world, 3 * options.seconds)
             return 0
