@@ -14,6 +14,7 @@ The trust ratio's norm includes weight decay; there is no epsilon and no clippin
 three kernel launches for all parameters together (`lars_triton`).
 """
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -72,8 +73,10 @@ class LARS(torch.optim.Optimizer):
             "trust_coefficient": trust_coefficient,
         }
         for name, value in defaults.items():
-            if value < 0:
-                raise ValueError(f"{name} must not be negative, got {value}")
+            if name == "momentum" and not 0 <= value < 1:
+                raise ValueError(f"{name} must be in [0, 1), got {value}")
+            if not 0 <= value < math.inf:
+                raise ValueError(f"{name} must be finite and not negative, got {value}")
         super().__init__(params, defaults)
         self.fused = fused
 

@@ -167,6 +167,10 @@ def choose_method(num_samples: int, num_dimensions: int, world_size: int = 1) ->
 
 def require_embeddings(z_a: torch.Tensor, z_b: torch.Tensor, group: Group) -> int:
     """Raise ValueError unless these are two views' embeddings; returns the global N."""
+    for name, z in ("z_a", z_a), ("z_b", z_b):
+        if not isinstance(z, torch.Tensor) or not z.is_floating_point():
+            kind = z.dtype if isinstance(z, torch.Tensor) else type(z).__name__
+            raise ValueError(f"{name} must be a floating-point tensor [n, D], got {kind}")
     if z_a.ndim != 2 or z_a.shape != z_b.shape or z_a.dtype != z_b.dtype:
         raise ValueError(
             "z_a and z_b must be [n, D] of the same shape and dtype,"

@@ -4,6 +4,7 @@ Each of a query's k most similar bank images adds exp(cosine similarity / temper
 of its class; the class with the highest score is predicted.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,36 +21,37 @@ _SPLIT_EPOCH = -1  # `epoch_order`'s epoch for the split: no training epoch has 
 
 
 @torch.no_grad()
-def knn_accuracy(
+def knn_accuracies(
     bank: torch.Tensor,
     bank_labels: torch.Tensor,
     queries: torch.Tensor,
     query_labels: torch.Tensor,
     *,
-    k: int,
-    temperature: float,
+    settings: Sequence[tuple[int, float]],
     num_classes: int,
-) -> float:
-    """Top-1 accuracy on the queries, in [0, 1].
+) -> list[float]:
+    """Top-1 accuracy on the queries, in [0, 1], for each (k, temperature) of the settings.
 
     bank, queries: float [n, width], of any norm. bank_labels, query_labels: int64 [n].
     """
-    k = min(k, len(bank))
+    most = min(max(k for k, _ in settings), len(bank))
     queries = F.normalize(queries, dim=1)
     # Instead of a normalised copy of the bank, which may fill half of a GPU's memory.
     scale = 1 / bank.norm(dim=1).clamp_min(1e-12)
     chunk = min(max(_MAX_SIMILARITIES // len(bank), 1), 1024)
-    correct = torch.zeros((), dtype=torch.int64, device=bank.device)
+    correct = torch.zeros(len(settings), dtype=torch.int64, device=bank.device)
     for start in range(0, len(queries), chunk):
         similarity, neighbours = (
-            (queries[start : start + chunk] @ bank.T).mul_(scale).topk(k, dim=1)
+            (queries[start : start + chunk] @ bank.T).mul_(scale).topk(most, dim=1)
         )
-        # Relative to the best neighbour, so that exp cannot overflow at a small temperature.
-        weights = ((similarity - similarity[:, :1]) / temperature).exp()
-        scores = weights.new_zeros(len(weights), num_classes)
-        scores.scatter_add_(1, bank_labels[neighbours], weights)
-        correct += (scores.argmax(1) == query_labels[start : start + chunk]).sum()
-    return correct.item() / len(queries)
+        labels = bank_labels[neighbours]
+        for i, (k, temperature) in enumerate(settings):
+            # Relative to the best neighbour, so that exp cannot overflow at a small temperature.
+            weights = ((similarity[:, :k] - similarity[:, :1]) / temperature).exp()
+            scores = weights.new_zeros(len(weights), num_classes)
+            scores.scatter_add_(1, labels[:, :k], weights)
+            correct[i] += (scores.argmax(1) == query_labels[start : start + chunk]).sum()
+    return [hits / len(queries) for hits in correct.tolist()]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -120,20 +122,13 @@ def _shuffled_labelled(images: ImageDataset, seed: int) -> np.ndarray:
 
 
 def knn_scores(bank: torch.Tensor, queries: torch.Tensor, data: KnnData) -> dict[str, float]:
-    """`knn_accuracy` for each of SETTINGS, "knn_20" and "knn_200", from features [n, width].
+    """`knn_accuracies` of SETTINGS, "knn_20" and "knn_200", from features [n, width].
 
     One for more neighbours than bank images is left out, except the first, whose k is then smaller.
     """
-    return {
-        f"knn_{k}": knn_accuracy(
-            bank,
-            data.bank.labels.to(bank.device),
-            queries,
-            data.queries.labels.to(bank.device),
-            k=k,
-            temperature=temperature,
-            num_classes=data.num_classes,
-        )
-        for k, temperature in SETTINGS
-        if k <= len(bank) or k == SETTINGS[0][0]
-    }
+    settings = [SETTINGS[0], *(setting for setting in SETTINGS[1:] if setting[0] <= len(bank))]
+    labels, query_labels = (s.labels.to(bank.device) for s in (data.bank, data.queries))
+    accuracies = knn_accuracies(
+        bank, labels, queries, query_labels, settings=settings, num_classes=data.num_classes
+    )
+    return {f"knn_{k}": value for (k, _), value in zip(settings, accuracies, strict=True)}

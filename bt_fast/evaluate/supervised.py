@@ -104,11 +104,11 @@ def train_classifier(
 
 
 def accuracy_rows(result: dict[str, Any], val: Subset) -> dict[str, str]:
-    """Rows of the table for a result of `train_classifier`."""
-    return {
-        f"top-1 of {len(val)}": f"{100 * result['top1']:.2f} %",
-        "top-5": f"{100 * result['top5']:.2f} %",
-    }
+    """Rows of the table for a result of `train_classifier`; top-5 if there are more classes."""
+    rows = {f"top-1 of {len(val)}": f"{100 * result['top1']:.2f} %"}
+    if val.images.num_classes > 5:
+        rows["top-5"] = f"{100 * result['top5']:.2f} %"
+    return rows
 
 
 def _train(

@@ -19,8 +19,8 @@ _PANELS = (
         {
             "on_diagonal": ("-", "on-diagonal"),
             "off_diagonal": ("--", "off-diagonal"),
-            "probe_on_diagonal": ("o", "on-diagonal, in probes"),
-            "probe_off_diagonal": ("x", "off-diagonal, in probes"),
+            "probe_on_diagonal": ("o", "on-diagonal, probe (running statistics)"),
+            "probe_off_diagonal": ("x", "off-diagonal, probe (running statistics)"),
         },
         1,
     ),

@@ -60,8 +60,9 @@ def open_loader(
     threads: dict[str, Any] = {"num_threads": num_threads, "prefetch": prefetch}
     if cache_bytes and name in ("dali", "ffcv"):
         raise ValueError(f"--cache-gb needs --loader native: {name} keeps no decoded images")
-    if num_threads < 1:
-        raise ValueError(f"num_threads must be at least 1, got {num_threads}")
+    for argument, value in ("batch_size", batch_size), ("num_threads", num_threads):
+        if value < 1:
+            raise ValueError(f"{argument} must be at least 1, got {value}")
     device = torch.device(device)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError("device is cuda, but there is no usable GPU here")

@@ -156,6 +156,7 @@ def test_keys_of_another_kind_are_refused(keys):
         ({"dataset": "a.beton"}, "must be opened by open_data, got 'a.beton'"),
         ({"crop": 16}, "must be a RandomResizedCrop, got 16"),
         ({"device": "cuda"}, "no usable GPU"),
+        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
     ],
 )
 def test_arguments_of_a_loader_are_checked(changes, message, small_beton, monkeypatch):
@@ -220,6 +221,20 @@ def test_lars_takes_a_closure_and_restores_its_state():
     copied_model, copied = copy.deepcopy((model, optimizer))
     step(optimizer, model), step(copied, copied_model)
     assert all(map(torch.equal, model.parameters(), copied_model.parameters()))
+
+
+@pytest.mark.parametrize(
+    "value", [{"lr": float("nan")}, {"lr": -1.0}, {"lr": 0.1, "momentum": 1.0}], ids=str
+)
+def test_lars_refuses_values_that_cannot_train(value):
+    with pytest.raises(ValueError, match=f"{[*value][-1]} must be"):
+        bt_fast.LARS([torch.zeros(2, 2)], **value)
+
+
+@pytest.mark.parametrize("z", [np.zeros((4, 2)), torch.zeros(4, 2, dtype=torch.int64)], ids=type)
+def test_the_loss_refuses_what_is_not_embeddings(z):
+    with pytest.raises(ValueError, match=r"z_b must be a floating-point tensor \[n, D\]"):
+        bt_fast.barlow_twins_loss(torch.zeros(4, 2), z)
 
 
 def gradient_under_ddp(world, warned: bool, layers: int = 1) -> dict[str, torch.Tensor]:

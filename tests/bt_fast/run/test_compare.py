@@ -137,7 +137,7 @@ def test_curves_mark_the_random_initialisation(tmp_path, drawn):
     terms = by_title["terms of the loss"]
     assert terms.get_yscale() == "linear"  # the off-diagonal term is negative
     assert terms.get_lines()[2].get_ydata().tolist() == [5, 6]
-    names = ["on-diagonal", "off-diagonal", "on-diagonal, in probes"]
+    names = ["on-diagonal", "off-diagonal", "on-diagonal, probe (running statistics)"]
     assert legend(terms.get_legend()) == names and not drawn[0].legends
 
 
