@@ -14,7 +14,6 @@ MAIN = {
     "--scale-loss": "--lr-biases, for its effect on biases",
     "--print-freq": "--log-every",
     "--checkpoint-dir": "--run-dir",
-    "--out": "--run-dir",  # as it is called in the other commands
 }
 EVALUATE = {
     "--weights": "bt-fast eval linear (freeze) or semi (finetune)",

@@ -20,7 +20,7 @@ from bt_fast.loss_variants import objective_function
 from bt_fast.models import batch_norm
 from bt_fast.models.batch_norm import RunningStatistics
 from bt_fast.models.library_encoders import DropPaths
-from bt_fast.models.networks import BarlowTwins, build_model
+from bt_fast.models.networks import BarlowTwins
 from bt_fast.optimizers import GuardedOptimizer, build_optimizer
 from bt_fast.run import checkpoint
 from bt_fast.run.console import duration
@@ -93,7 +93,7 @@ def build(config: Config, world: World = ALONE) -> TrainingSetup:
     )
 
     torch.manual_seed(config.seed)  # the initialisation, drawn on the CPU: identical on all devices
-    model = build_model(config)
+    model = BarlowTwins(config)
     initial_weights = ""
     # A run that is resumed before its first checkpoint starts again from the file.
     if config.init is not None and (config.resume is None or not checkpoint.exists(config.resume)):

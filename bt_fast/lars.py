@@ -52,6 +52,10 @@ class LARS(torch.optim.Optimizer):
         trust_coefficient: eta of the paper.
         fused: update all parameters in three kernel launches. Default: in steps whose parameters
             are all float32 on one GPU.
+
+    Raises:
+        ValueError: momentum outside [0, 1), another value that is negative or not finite, or a
+            fused update that is not possible.
     """
 
     fused: bool | None = None  # not in the state, so that copies choose for themselves

@@ -95,7 +95,8 @@ def barlow_twins_loss(
         the true one with respect to this rank's embeddings.
 
     Raises:
-        ValueError: shapes that differ, fewer than two samples, an unknown method.
+        ValueError: no floating-point tensors, shapes or dtypes that differ, fewer than two samples,
+            an unknown method.
 
     Warns:
         UserWarning: without a group, where several ranks exist: each would minimise its own loss.

@@ -24,7 +24,8 @@ else:  # the same examples everywhere, however slow the machine; nothing is kept
     settings.load_profile("bt-fast")
 
 sys.path.append(str(Path(__file__).parents[1] / "tools"))  # where a tool finds `_checkout`
-SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
+ROOT = Path(__file__).parents[1]
+SHARED_DATA = ROOT.parent / "shared" / "data"
 IMAGENET_SAMPLE = SHARED_DATA / "imagenet-sample-500.tar"
 
 # Small models on small machines: a second thread per operation costs more than it gives.
@@ -153,6 +154,12 @@ def run_python(*words: object, **options) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, **options)
 
 
+def files_below(root: Path) -> dict[str, bytes]:
+    """{relative path: content} of all files below a folder."""
+    files = [path for path in root.rglob("*") if path.is_file()]
+    return {path.relative_to(root).as_posix(): path.read_bytes() for path in files}
+
+
 @contextlib.contextmanager
 def mounted(folder: Path, options: str):
     """A file system in memory; skips the test without permission to mount one."""
@@ -170,6 +177,16 @@ def mounted(folder: Path, options: str):
 def small_beton(tmp_path_factory) -> Path:
     """64 pictures of 4 classes."""
     return write_beton(tmp_path_factory.mktemp("data") / "small.beton", 64)
+
+
+@pytest.fixture(scope="session")
+def small_shards(small_beton, tmp_path_factory) -> Path:
+    """The same as web shards."""
+    from pipelines.convert.command import main
+
+    folder = tmp_path_factory.mktemp("of-small") / "shards"
+    assert main([str(small_beton), str(folder), "--format=webdataset", "--workers=1"]) == 0
+    return folder
 
 
 @pytest.fixture
@@ -218,6 +235,21 @@ def one_compute_thread():
     import torch
 
     torch.set_num_threads(1)
+
+
+@pytest.fixture
+def refused(capsys):
+    """A function that asserts that a command ended with status 2 and one line that has all texts
+    -> the line."""
+
+    def check(status: int, *texts: str) -> str:
+        error = capsys.readouterr().err
+        assert status == 2 and error.count("\n") == 1, error
+        for text in texts:
+            assert text in error
+        return error
+
+    return check
 
 
 @pytest.fixture

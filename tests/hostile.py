@@ -62,7 +62,13 @@ _grey, _large = _picture.convert("L"), _picture.resize((900, 300))
 _plain, _progressive = jpeg_bytes(_picture), saved(_picture, "JPEG", progressive=True)
 _scan = _plain.index(b"\xff\xda")
 _middle = (_scan + len(_plain)) // 2
+_pages = saved(_large, "TIFF", save_all=True, append_images=[_grey.copy()])
 _ramp = np.linspace(0, 65535, 64 * 64).reshape(64, 64)
+_animated = saved(_picture, "GIF", save_all=True, append_images=[_grey])
+_sixteen = saved(Image.fromarray(_ramp.astype(np.uint16)), "PNG")
+_scan_of_one = b"\xff\xda\0\x08\x01\x01\0\0\x3f\0"
+_broken_exif = saved(_picture, "JPEG", exif=b"Exif\0\0MM\0*\xff\xff\xff\xff broken")
+_palette = saved(_picture.convert("P"), "PNG", transparency=bytes(range(256)))
 
 # For each file the expected result, which is the start of the action or a part of the reason, and
 # its content, if it is a regular file.
@@ -71,10 +77,7 @@ _STORED = {
     "a/grey.jpg": ("kept", jpeg_bytes(_grey)),
     "a/progressive.JPEG": ("kept", _progressive),
     "a/trailing.jpg": ("kept", _plain + b"a film that the camera appended" * 9),
-    "a/broken exif.jpg": (
-        "kept",
-        saved(_picture, "JPEG", exif=b"Exif\0\0MM\0*\xff\xff\xff\xff broken"),
-    ),
+    "a/broken exif.jpg": ("kept", _broken_exif),
     "a/large.jpg": ("resized", jpeg_bytes(_large)),
     "a/large grey.jpg": ("resized", jpeg_bytes(_large.convert("L"))),
     "a/really a png.JPEG": ("reencoded (PNG)", saved(_picture, "PNG")),
@@ -82,15 +85,9 @@ _STORED = {
     "a/rgb.jpg": ("reencoded (RGB JPEG)", saved(_picture, "JPEG", keep_rgb=True)),
     "a/441.jpg": ("reencoded (unusual JPEG)", jpeg_441()),
     "a/extraneous.jpg": ("reencoded (Corrupt JPEG data:", _plain[:-2] + b"\x12" * 40 + _plain[-2:]),
-    "b/palette.png": (
-        "reencoded (PNG)",
-        saved(_picture.convert("P"), "PNG", transparency=bytes(range(256))),
-    ),
+    "b/palette.png": ("reencoded (PNG)", _palette),
     "b/alpha.png": ("reencoded (PNG)", saved(_picture.convert("RGBA"), "PNG")),
-    "b/animated.gif": (
-        "reencoded (GIF, first frame)",
-        saved(_picture, "GIF", save_all=True, append_images=[_grey]),
-    ),
+    "b/animated.gif": ("reencoded (GIF, first frame)", _animated),
     "b/scan.tiff": ("reencoded (TIFF)", saved(_picture, "TIFF")),
     "b/web.webp": ("reencoded (WEBP)", saved(_picture, "WEBP")),
     "b/really avif.jpg": ("reencoded (AVIF)", saved(_picture, "AVIF")),
@@ -112,19 +109,10 @@ _BROKEN = {
     "b/bomb.png": ("13000 x 13000 pixels", png_bomb(13000, 13000)),
     "b/bomb.jpg": ("65000 x 65000 pixels", jpeg_bomb(65000, 65000)),
     "b/truncated 441.jpg": ("Premature end", jpeg_441()[:-200]),
-    "b/scans.jpg": (
-        "more than 500 scans",
-        _progressive[:-2] + b"\xff\xda\0\x08\x01\x01\0\0\x3f\0" * 600 + _plain[-2:],
-    ),
-    "b/sixteen.png": (
-        "values 0 to 65535: which value is white is unknown",
-        saved(Image.fromarray(_ramp.astype(np.uint16)), "PNG"),
-    ),
+    "b/scans.jpg": ("more than 500 scans", _progressive[:-2] + 600 * _scan_of_one + _plain[-2:]),
+    "b/sixteen.png": ("values 0 to 65535: which value is white is unknown", _sixteen),
     "b/fourth band.tiff": ("which bands are", saved(_picture.convert("RGBA"), "TIFF")),
-    "b/pages.tiff": (
-        "which page",
-        saved(_large, "TIFF", save_all=True, append_images=[_grey.copy()]),
-    ),
+    "b/pages.tiff": ("which page", _pages),
     "b/heic.jpg": ("HEIC, which this Pillow does not read", b"\0\0\0\x18ftypheic" + bytes(99)),
     "b/float.tiff": ("white is unknown", saved(Image.fromarray(_ramp.astype(np.float32)), "TIFF")),
     "b/dangling.jpg": ("No such file", None),

@@ -29,6 +29,11 @@ def embeddings(n: int, d: int) -> list[torch.Tensor]:
     return [((shared + 0.7 * part) * scale + 2).requires_grad_() for part in noise]
 
 
+def share_of(world, count: int) -> slice:
+    """This rank's rows of `count`."""
+    return slice(world.rank * count // world.size, (world.rank + 1) * count // world.size)
+
+
 class Traffic:
     """A context in which collectives, and the bytes that one rank sends, are counted.
 
@@ -43,9 +48,7 @@ class Traffic:
     def __enter__(self) -> "Traffic":
         self._patches = ExitStack()
         dist = torch.distributed
-        self._watch(
-            collectives, "_all_gather", "all_gather", lambda w, _, part: (w - 1) * part.nbytes
-        )
+        self._watch(collectives, "_all_gather", "all_gather", lambda w, _, x: (w - 1) * x.nbytes)
         self._watch(dist, "all_reduce", "all_reduce", lambda w, x: 2 * (w - 1) / w * x.nbytes)
         self._watch(dist, "all_to_all_single", "all_to_all", lambda w, _, x: (w - 1) / w * x.nbytes)
         return self

@@ -1,11 +1,11 @@
 """What must hold of the Dockerfile; the tests do not build it, which takes 15 GB."""
 
 import re
-from pathlib import Path
+
+from conftest import ROOT
 
 from pipelines import __version__
 
-ROOT = Path(__file__).parents[1]
 TEXT = re.sub(r"\\\n", " ", re.sub(r"(?m)^#.*\n", "", (ROOT / "Dockerfile").read_text()))
 STEPS = [tuple(line.split(maxsplit=1)) for line in TEXT.splitlines() if line.strip()]
 

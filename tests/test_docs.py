@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import write_beton
+from conftest import ROOT, write_beton
 from sample_imagenet import CLASSES, write_folder
 from sample_voc import write_devkit
 
@@ -24,7 +24,6 @@ from bt_fast.choices import is_of_library
 from bt_fast.cli import main as bt_fast
 from pipelines.convert.command import main as bt_convert
 
-ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
 REASONS = {"a cluster", "detectron2", "Docker", "an earlier commit"}
 

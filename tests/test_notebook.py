@@ -5,9 +5,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import drawn_picture
+from conftest import ROOT, drawn_picture
 
-ROOT = Path(__file__).parents[1]
 FEWER = {"epochs=10": "epochs=1", "batch_size=64": "batch_size=16"}
 
 

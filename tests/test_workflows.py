@@ -4,13 +4,12 @@ import re
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from conftest import ROOT
 
 from pipelines import __version__
 
-ROOT = Path(__file__).parents[1]
 FORMS = ROOT / ".github" / "ISSUE_TEMPLATE"
 WORKFLOWS = sorted(ROOT.glob(".github/workflows/*.yml"))
 SCHEMAS = {

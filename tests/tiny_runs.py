@@ -1,11 +1,13 @@
 """Runs of a few seconds for the tests."""
 
+import contextlib
 import json
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import torch
 from safetensors.torch import load_file
@@ -27,13 +29,14 @@ def pretrain(*flags) -> int:
 
 def start(*flags, tiny: bool = True, **options) -> subprocess.Popen:
     """The same in a process of its own."""
-    return subprocess.Popen(
-        [sys.executable, "-m", "bt_fast.cli", "pretrain", *TINY * tiny, *map(str, flags)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        **options,
-    )
+    command = [sys.executable, "-m", "bt_fast.cli", "pretrain", *TINY * tiny, *map(str, flags)]
+    return start_command(command, **options)
+
+
+def start_command(command: list, **options) -> subprocess.Popen:
+    """Start a command whose output and errors are read together."""
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(list(map(str, command)), **streams, **options)
 
 
 def wait_for_step(process: subprocess.Popen, folder: Path, step: int) -> None:
@@ -57,8 +60,40 @@ def wait_until(happened: Callable[[], bool], process: subprocess.Popen | None = 
         time.sleep(0.005)
 
 
+@contextlib.contextmanager
+def failing(owner, name: str, error: BaseException, *, at: int = 1, after: bool = False):
+    """Call number `at` of a function raises an error, or does `after` its work; yields the list of
+    the calls' arguments."""
+    real, calls = getattr(owner, name), []
+
+    def call(*arguments, **options):
+        calls.append(arguments)
+        number = len(calls)
+        if number == at and not after:
+            raise error
+        value = real(*arguments, **options)
+        if number == at:
+            raise error
+        return value
+
+    with mock.patch.object(owner, name, call):
+        yield calls
+
+
+def is_running(pid: int) -> bool:
+    """Whether a process is there and no zombie."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
 def metrics(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def probes_of(folder: Path) -> list[dict]:
+    return [record for record in metrics(folder) if record["kind"] == "probe"]
 
 
 def comparable(records: list[dict]) -> list[dict]:
@@ -70,11 +105,8 @@ def comparable(records: list[dict]) -> list[dict]:
 def learned(folder: Path) -> dict[str, torch.Tensor]:
     """Every tensor of a run's newest checkpoint."""
     newest = max((folder / "checkpoints").glob("step-????????"))
-    return {
-        f"{name}/{key}": value
-        for name in ("model", "optimizer")
-        for key, value in load_file(newest / f"{name}.safetensors").items()
-    }
+    files = {name: load_file(newest / f"{name}.safetensors") for name in ("model", "optimizer")}
+    return {f"{name}/{key}": value for name, file in files.items() for key, value in file.items()}
 
 
 def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:

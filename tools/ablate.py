@@ -106,7 +106,7 @@ def run(options: Options, flags: list[str]) -> int:
 
 def grid(options: Options, flags: list[str]) -> list[Cell]:
     """Every run, ordered by seed. Raises ValueError if one cannot be run or continued."""
-    seeded_runs.require_unreserved(flags)
+    seeded_runs.require_options(flags, options.seeds, options.out)
     names: list[str] = []
     for name in options.names:
         if name not in GRIDS and name not in ABLATIONS:
@@ -115,8 +115,6 @@ def grid(options: Options, flags: list[str]) -> list[Cell]:
         names += GRIDS.get(name, (name,))
     if not names:
         raise ValueError("a grid or an ablation is missing, as in: ablate.py table5")
-    seeded_runs.require_seeds(options.seeds)
-    seeded_runs.require_folder(options.out)
     cells = [
         Cell(
             name=name,

@@ -52,6 +52,7 @@ from torch.utils._pytree import tree_leaves
 from triton.backends.compiler import GPUTarget
 
 from bt_fast.cli import run_command
+from bt_fast.config import Config
 from bt_fast.models import batch_norm
 from bt_fast.models import networks as models
 from pipelines.common.flags import parse_flags
@@ -140,7 +141,7 @@ def main() -> int:
 def build(blocks: tuple[int, ...] = (3, 4, 6, 3)) -> nn.Module:
     """Encoder of these bottlenecks per stage and the paper's projector on the meta device."""
     with torch.device("meta"):
-        model = models.BarlowTwins("resnet50", (8192, 8192, 8192))
+        model = models.BarlowTwins(Config())
         model.encoder = models.ResNet(
             models.Bottleneck, list(blocks), norm_layer=batch_norm.BatchNorm2d
         )

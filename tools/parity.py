@@ -68,9 +68,7 @@ def main() -> int:
 
 def run(options: Options, flags: list[str]) -> int:
     """Run what is missing, print the table and draw the curves; returns the exit status."""
-    seeded_runs.require_unreserved(flags)
-    seeded_runs.require_seeds(options.seeds)
-    seeded_runs.require_folder(options.out)
+    seeded_runs.require_options(flags, options.seeds, options.out)
     seeds = list(dict.fromkeys(options.seeds))
     folders = {way: [options.out / f"{way}-seed{seed}" for seed in seeds] for way in WAYS}
     configs = {

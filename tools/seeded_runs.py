@@ -29,21 +29,14 @@ def split_flags(arguments: list[str]) -> tuple[list[str], list[str]]:
     return arguments[:at], arguments[at + 1 :]
 
 
-def require_unreserved(flags: list[str]) -> None:
-    """Raise ValueError for a flag after `--` that the tool sets for every run."""
+def require_options(flags: list[str], seeds: tuple[int, ...], out: Path) -> None:
+    """Raise ValueError for a flag after `--` that the tool sets for every run, for no seeds, or if
+    the folder for the results is a file."""
     for flag in flags:
         if flag.partition("=")[0].replace("_", "-") in RESERVED_FLAGS:
             raise ValueError(f"{flag} after -- is set by the tool for every run; leave it out")
-
-
-def require_seeds(seeds: tuple[int, ...]) -> None:
-    """Raise ValueError if there are none."""
     if not seeds:
         raise ValueError("--seeds needs at least one seed, as in --seeds 0 1 2")
-
-
-def require_folder(out: Path) -> None:
-    """Raise ValueError if the folder for the results is a file."""
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out {out} is a file; name a folder")
 

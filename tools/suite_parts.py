@@ -19,7 +19,7 @@ import torch
 from bt_fast import cli
 from bt_fast.build import TrainingSetup, build
 from bt_fast.cli import parse_pretrain
-from bt_fast.config import load_config
+from bt_fast.config import Config, load_config
 from bt_fast.lars import LARS, parameter_groups
 from bt_fast.models.networks import BarlowTwins
 from bt_fast.plan import step_costs
@@ -146,8 +146,8 @@ def augmentations(results: Results) -> None:
 
 def optimizers(results: Results) -> None:
     """One LARS step of ResNet-50 and its projector."""
-    sizes = ("resnet50", (8192, 8192, 8192)) if ON_GPU else ("resnet18", (64, 64, 64))
-    model = BarlowTwins(*sizes).to(DEVICE).to(memory_format=torch.channels_last)
+    config = Config() if ON_GPU else Config(encoder="resnet18", projector=(64, 64, 64))
+    model = BarlowTwins(config).to(DEVICE).to(memory_format=torch.channels_last)
     parameters = list(model.parameters())
     for p in parameters:
         p.grad = torch.randn_like(p)

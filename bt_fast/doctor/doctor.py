@@ -293,11 +293,11 @@ def disk_space(run_dir: Path, config: "Config") -> Row:
     """Disk space for the checkpoints that are kept and the one being written."""
     import torch
 
-    from bt_fast.models.networks import build_model
+    from bt_fast.models.networks import BarlowTwins
     from bt_fast.optimizers import NUM_STATES
 
     with torch.device("meta"):
-        model = build_model(config)
+        model = BarlowTwins(config)
     num_bytes = 4 * (1 + NUM_STATES[config.optimizer])  # of a parameter and its optimizer states
     need = (config.keep + 1) * num_bytes * sum(p.numel() for p in model.parameters())
     existing = next(folder for folder in (run_dir, *run_dir.absolute().parents) if folder.exists())

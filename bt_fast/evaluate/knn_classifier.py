@@ -34,7 +34,7 @@ def knn_accuracies(
 
     bank, queries: float [n, width], of any norm. bank_labels, query_labels: int64 [n].
     """
-    most = min(max(k for k, _ in settings), len(bank))
+    max_k = min(max(k for k, _ in settings), len(bank))
     queries = F.normalize(queries, dim=1)
     # Instead of a normalised copy of the bank, which may fill half of a GPU's memory.
     scale = 1 / bank.norm(dim=1).clamp_min(1e-12)
@@ -42,7 +42,7 @@ def knn_accuracies(
     correct = torch.zeros(len(settings), dtype=torch.int64, device=bank.device)
     for start in range(0, len(queries), chunk):
         similarity, neighbours = (
-            (queries[start : start + chunk] @ bank.T).mul_(scale).topk(most, dim=1)
+            (queries[start : start + chunk] @ bank.T).mul_(scale).topk(max_k, dim=1)
         )
         labels = bank_labels[neighbours]
         for i, (k, temperature) in enumerate(settings):
@@ -127,7 +127,8 @@ def knn_scores(bank: torch.Tensor, queries: torch.Tensor, data: KnnData) -> dict
     One for more neighbours than bank images is left out, except the first, whose k is then smaller.
     """
     settings = [SETTINGS[0], *(setting for setting in SETTINGS[1:] if setting[0] <= len(bank))]
-    labels, query_labels = (s.labels.to(bank.device) for s in (data.bank, data.queries))
+    labels = data.bank.labels.to(bank.device)
+    query_labels = data.queries.labels.to(bank.device)
     accuracies = knn_accuracies(
         bank, labels, queries, query_labels, settings=settings, num_classes=data.num_classes
     )

@@ -46,4 +46,8 @@ def measure_linear(
         result = train_classifier(setup, "linear", train_subset, val_subset, protocol)
         title = f"full: lr {options.lr:g}, wd {options.weight_decay:g}, {epochs}"
         chosen = {}
-    return result["top1"], {"protocol": title, **chosen, **accuracy_rows(result, val_subset)}
+    return result["top1"], {
+        "protocol": title,
+        **chosen,
+        **accuracy_rows(result, train_subset, val_subset),
+    }

@@ -57,7 +57,7 @@ def measure_semi(
         "labels": f"{len(samples)} images, {selection}",
         "protocol": f"{options.protocol}: encoder {protocol.lr_encoder:g},"
         f" classifier {protocol.lr_head:g}, {plural(protocol.epochs, 'epoch')}",
-        **accuracy_rows(result, val_subset),
+        **accuracy_rows(result, train_subset, val_subset),
     }
 
 

@@ -103,10 +103,10 @@ def train_classifier(
         return finished or _train(setup, folder, name, train, val, protocol)
 
 
-def accuracy_rows(result: dict[str, Any], val: Subset) -> dict[str, str]:
-    """Rows of the table for a result of `train_classifier`; top-5 if there are more classes."""
+def accuracy_rows(result: dict[str, Any], train: Subset, val: Subset) -> dict[str, str]:
+    """Rows of the table for a result of `train_classifier`; top-5 of more than five classes."""
     rows = {f"top-1 of {len(val)}": f"{100 * result['top1']:.2f} %"}
-    if val.images.num_classes > 5:
+    if max(train.images.num_classes, val.images.num_classes) > 5:
         rows["top-5"] = f"{100 * result['top5']:.2f} %"
     return rows
 

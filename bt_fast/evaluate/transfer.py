@@ -66,5 +66,5 @@ def _classify(options: EvalTransfer, setup: EvalSetup) -> dict[str, str]:
     return {
         "images": f"{len(train_subset)}, {max(train.num_classes, val.num_classes)} classes",
         "protocol": f"lr {options.lr:g}, wd {options.weight_decay:g}, {plural(epochs, 'epoch')}",
-        **accuracy_rows(result, val_subset),
+        **accuracy_rows(result, train_subset, val_subset),
     }

@@ -61,38 +61,24 @@ STEMS: dict[Stem, tuple[int, int, int, bool]] = {
 class BarlowTwins(nn.Module):
     """views [2 n, 3, H, W], view A first -> embeddings [2 n, D], in the same order."""
 
-    def __init__(
-        self,
-        encoder: str,
-        projector: tuple[int, ...],
-        *,
-        small_images: bool = False,
-        projector_norm: bool = True,
-        predictor: bool = False,
-        stop_gradient: bool = False,
-        size: int = 224,
-        drop_path: float = 0.0,
-        zero_init: bool = True,
-    ):
-        """
-        Args:
-            encoder: one of `Encoder`, timm/NAME or torchvision/NAME.
-            projector: widths of the projector's layers; the last is D.
-            small_images: the CIFAR stem: 3x3 convolution of stride 1, no max-pool.
-            projector_norm: whether batch norm stands between the projector's layers.
-            predictor, stop_gradient: Table 6's variants; in training mode only.
-            size, drop_path: of timm's and torchvision's encoders, see `build_library_encoder`.
-            zero_init: see `build_encoder`.
-        """
+    def __init__(self, config: Config):
+        """The configured networks, initialised with torch's global generator."""
         super().__init__()
-        stem: Stem = "cifar" if small_images else "imagenet"
         self.encoder = build_encoder(
-            encoder, stem=stem, size=size, drop_path=drop_path, zero_init=zero_init, per_view=True
+            config.encoder,
+            stem=config.stem,
+            size=config.size,
+            drop_path=config.drop_path,
+            zero_init=config.zero_init,
+            per_view=True,
         )
-        widths = (feature_width(self.encoder), *projector)
-        self.projector = build_projector(widths, batch_norm=projector_norm)
-        self.predictor = build_projector((widths[-1],) * 3) if predictor else None
-        self.stop_gradient = stop_gradient
+        widths = (feature_width(self.encoder), *config.projector)
+        self.projector = build_projector(widths, batch_norm=config.projector_norm)
+        # Table 6's variants, in training mode only.
+        self.predictor = build_projector((widths[-1],) * 3) if config.predictor else None
+        self.stop_gradient = config.stop_gradient
+        if is_of_library(config.encoder) and config.resolution is not None:
+            count_features(self.encoder, config.encoder, config.view_size(0))
 
     def forward(self, views: torch.Tensor) -> torch.Tensor:
         z = self.projector(self.encoder(views))
@@ -102,24 +88,6 @@ class BarlowTwins(nn.Module):
         if self.predictor is not None:  # its batch norm needs both views; B's output is discarded
             z_a = self.predictor(z).chunk(2)[0]
         return torch.cat([z_a, z_b.detach() if self.stop_gradient else z_b])
-
-
-def build_model(config: Config) -> BarlowTwins:
-    """The configured networks, initialised with torch's global generator."""
-    model = BarlowTwins(
-        config.encoder,
-        config.projector,
-        small_images=config.small_images,
-        projector_norm=config.projector_norm,
-        predictor=config.predictor,
-        stop_gradient=config.stop_gradient,
-        size=config.size,
-        drop_path=config.drop_path,
-        zero_init=config.zero_init,
-    )
-    if is_of_library(config.encoder) and config.resolution is not None:
-        count_features(model.encoder, config.encoder, config.view_size(0))
-    return model
 
 
 def build_encoder(

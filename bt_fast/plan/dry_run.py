@@ -16,7 +16,7 @@ from bt_fast.config import Config
 from bt_fast.distributed.collectives import require_divisible_batch
 from bt_fast.loss import choose_method
 from bt_fast.models import batch_norm
-from bt_fast.models.networks import build_model
+from bt_fast.models.networks import BarlowTwins
 from bt_fast.optimizers import NUM_STATES
 from bt_fast.plan import gpus, step_costs
 from bt_fast.plan.gpus import GpuModel
@@ -228,7 +228,7 @@ def count_costs(config: Config) -> ModelCosts:
     """Count on the device "meta", without computing. `--precision auto` counts as bf16."""
     dtype = torch.float32 if config.precision == "fp32" else torch.bfloat16
     with torch.device("meta"):
-        model = build_model(replace(config, drop_path=0.0))
+        model = BarlowTwins(replace(config, drop_path=0.0))
         for layer in model.modules():  # as autocast, which does nothing on meta without a GPU
             if isinstance(layer, (nn.Conv2d, nn.Linear)):
                 layer.to(dtype)

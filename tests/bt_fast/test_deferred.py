@@ -4,7 +4,7 @@ from functools import partial
 
 import pytest
 import torch
-from tiny_runs import comparable, learned, metrics, pretrain, same
+from tiny_runs import comparable, failing, learned, metrics, pretrain, same
 
 from bt_fast import train
 from bt_fast.deferred import GPU_DELAY, Deferred
@@ -59,18 +59,10 @@ def test_no_checkpoint_is_newer_than_the_log(late, small_beton, tmp_path, monkey
     assert seen == [(4, 4), (8, 8), (12, 12)]  # --log-every 2
 
 
-def test_an_error_loses_no_checkpoint_that_was_begun(late, small_beton, tmp_path, monkeypatch):
+def test_an_error_loses_no_checkpoint_that_was_begun(late, small_beton, tmp_path):
     """As that of a damaged record, one step after the weights were copied."""
-    update, calls = train.update, []
-
-    def failing(setup, views):
-        calls.append(views)
-        if len(calls) == 6:
-            raise ValueError("a record is damaged")
-        return update(setup, views)
-
-    monkeypatch.setattr(train, "update", failing)
     folder = tmp_path / "run"
-    assert pretrain("--data", small_beton, "--run-dir", folder, "--save-every", 5) == 2
+    with failing(train, "update", ValueError("a record is damaged"), at=6):
+        assert pretrain("--data", small_beton, "--run-dir", folder, "--save-every", 5) == 2
     assert (folder / "checkpoints" / "step-00000005" / "state.json").exists()
     assert metrics(folder)[-1]["step"] == 4  # --log-every 2

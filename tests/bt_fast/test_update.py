@@ -26,9 +26,8 @@ from tools import reference
 @pytest.mark.parametrize("first", [True, False])  # a first step that is skipped, or a later one
 def test_a_step_that_is_not_finite_changes_nothing(small_beton, optimizer, first):
     rates = ["--lr-weights=0.01", "--lr-biases=0.01"] if optimizer != "lars" else []
-    setup = build(
-        parse_pretrain([*TINY, "--data", str(small_beton), "--optimizer", optimizer, *rates])
-    )
+    flags = [*TINY, "--data", str(small_beton), "--optimizer", optimizer, *rates]
+    setup = build(parse_pretrain(flags))
     train.set_learning_rates(setup, 5)
     views = torch.randn(32, 3, 32, 32)
     assert first or train.update(setup, views)[2]
@@ -51,10 +50,7 @@ def test_a_step_that_is_not_finite_changes_nothing(small_beton, optimizer, first
 
 @pytest.mark.parametrize(
     "name,theirs",
-    [
-        ("adamw", torch.optim.AdamW),
-        ("sgd", functools.partial(torch.optim.SGD, momentum=0.9)),
-    ],
+    [("adamw", torch.optim.AdamW), ("sgd", functools.partial(torch.optim.SGD, momentum=0.9))],
 )
 def test_other_optimizers_are_torchs_without_decay_of_biases(name, theirs):
     torch.manual_seed(0)
@@ -172,9 +168,7 @@ def test_a_compiled_update_equals_an_eager_one(small_beton):
 def reference_gradients(model, views, *, lambd, grad_scale) -> None:
     """As the paper describes them, from scratch."""
     z_a, z_b = (model(view) for view in views)
-    norm_a, norm_b = (
-        (z - z.mean(0)) / (z.var(0, unbiased=False) + 1e-5).sqrt() for z in (z_a, z_b)
-    )
+    norm_a, norm_b = ((z - z.mean(0)) / (z.var(0, correction=0) + 1e-5).sqrt() for z in (z_a, z_b))
     correlation = norm_a.T @ norm_b / len(z_a)
     off_diagonal = correlation - torch.diag(correlation.diagonal())
     loss = ((1 - correlation.diagonal()) ** 2).sum() + lambd * (off_diagonal**2).sum()
@@ -192,24 +186,21 @@ def test_the_loop_trains_as_the_paper_says(small_beton):
     start = [p.detach().clone() for p in model.parameters()]
     groups = [[p for p in model.parameters() if (p.ndim > 1) == matrix] for matrix in (True, False)]
     lars = reference.Lars([{"params": params} for params in groups], 0.0, weight_decay=0.02)
+    branches = augment.VIEW_A, augment.VIEW_B
     for batch in setup.loader.batches(0, 4):
         rate = 16 / 256 * batch.request.step / 40  # linear warm-up: 10 epochs of 4 steps
         views = [
             augment.apply(images, augment.draw(branch, keys), dtype=torch.float32)
-            for images, branch, keys in zip(
-                batch.views, (augment.VIEW_A, augment.VIEW_B), batch.request.keys, strict=True
-            )
+            for images, branch, keys in zip(batch.views, branches, batch.request.keys, strict=True)
         ]
         reference_gradients(model, views, lambd=0.02, grad_scale=1 / 16)
         lars.param_groups[0]["lr"], lars.param_groups[1]["lr"] = 3 * rate, 0.5 * rate
         lars.step()
         rates = train.set_learning_rates(setup, batch.request.step)
         assert rates == pytest.approx({"lr_weights": 3 * rate, "lr_biases": 0.5 * rate})
-        branches = setup.config.view_a, setup.config.view_b
         assert train.update(setup, augment_batch(batch, branches, setup.runtime))[2]
-    for before, ours, theirs in zip(
-        start, setup.model.parameters(), model.parameters(), strict=True
-    ):
+    trained = zip(start, setup.model.parameters(), model.parameters(), strict=True)
+    for before, ours, theirs in trained:
         moved = (theirs - before).norm()
         assert (ours - theirs).norm() <= 2e-3 * moved + 1e-9
     for name, buffer in model.named_buffers():

@@ -1,5 +1,7 @@
 """Order and keys: permutations, uniform draws, and dependence on their arguments only."""
 
+import itertools
+
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
@@ -31,11 +33,9 @@ def test_every_position_is_equally_likely():
 
 def test_keys_differ_by_sample_epoch_view_and_seed():
     samples = np.arange(500)
+    combinations = itertools.product((0, 1), repeat=3)
     keys = [
-        view_keys(samples, seed=seed, epoch=epoch, view=view)
-        for seed in (0, 1)
-        for epoch in (0, 1)
-        for view in (0, 1)
+        view_keys(samples, seed=seed, epoch=epoch, view=view) for seed, epoch, view in combinations
     ]
     assert len(np.unique(np.concatenate(keys))) == 8 * 500
 

@@ -24,14 +24,9 @@ NAMES = ("baseline", "cross-entropy")
 
 def start(out: Path, data: Path, *names: str, fault: str = "") -> subprocess.Popen:
     """The grid in a new session; `fault` (see `fault_injection`) occurs in its first run."""
-    return subprocess.Popen(
-        [sys.executable, ablate.__file__, *names, "--out", out, "--", *TINY, "--data", data],
-        env=os.environ | ({"BT_FAST_FAULT": fault} if fault else {}),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        start_new_session=True,
-        text=True,
-    )
+    command = [sys.executable, ablate.__file__, *names, "--out", out, "--", *TINY, "--data", data]
+    environment = os.environ | ({"BT_FAST_FAULT": fault} if fault else {})
+    return tiny_runs.start_command(command, env=environment, start_new_session=True)
 
 
 def here(monkeypatch, *arguments) -> int:
@@ -103,11 +98,9 @@ def test_the_quick_linear_protocol_is_kept_with_the_run(labelled_run, tmp_path):
         (["baseline", "--out", __file__], "is a file; name a folder"),
     ],
 )
-def test_an_error_is_one_line(arguments, message, tmp_path, monkeypatch, capsys):
+def test_an_error_is_one_line(arguments, message, tmp_path, monkeypatch, refused):
     monkeypatch.chdir(tmp_path)
-    assert here(monkeypatch, *arguments) == 2
-    error = capsys.readouterr().err
-    assert message in error and error.count("\n") == 1
+    refused(here(monkeypatch, *arguments), message)
     assert not any(tmp_path.iterdir())
 
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from bt_fast.config import Config
 from bt_fast.models.networks import BarlowTwins
 from tools.breakdown import (
     AUGMENT,
@@ -87,9 +88,7 @@ def test_gaps_and_exposed_communication_of_streams_that_overlap():
     assert busy(work) == 19
     found = breakdown(work, 2, 12, {"convolutions": 8.0}, {})
     assert list(found.parts) == ["convolutions", "communication", "other", "gaps"]
-    figures = {
-        name: (part.seconds, part.alone, part.launches) for name, part in found.parts.items()
-    }
+    figures = {n: (part.seconds, part.alone, part.launches) for n, part in found.parts.items()}
     assert figures == {
         "convolutions": (6.5, 3.5, 1.5),
         "communication": (5, 1, 0.5),  # alone from 10 to 12
@@ -141,7 +140,7 @@ def test_the_work_of_the_papers_model():
     """Against figures counted elsewhere: 4.09 GMAC an image forwards, three times that with the
     backward pass but for the gradient of the views; 101 GB of batch norm, ReLU and sums."""
     with torch.device("meta"):
-        model = BarlowTwins("resnet50", (8192, 8192, 8192))
+        model = BarlowTwins(Config())
         views = torch.empty(512, 3, 224, 224, dtype=torch.bfloat16)
         off = torch.autocast("cpu", enabled=False)
         work = count_work(model.bfloat16(), views, off)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import run_python
+from conftest import files_below, run_python
 from PIL import Image
 
 TOOL = Path(__file__).parents[2] / "tools" / "make_demo_images.py"
@@ -15,12 +15,6 @@ TOOL = Path(__file__).parents[2] / "tools" / "make_demo_images.py"
 def make(out: Path, *flags: object) -> subprocess.CompletedProcess[str]:
     """Run the tool as a user does."""
     return run_python(TOOL, out, "--workers", 2, *flags)
-
-
-def contents(root: Path) -> dict[str, bytes]:
-    """Every file under root: relative path -> bytes."""
-    files = [path for path in root.rglob("*") if path.is_file()]
-    return {path.relative_to(root).as_posix(): path.read_bytes() for path in files}
 
 
 @pytest.fixture(scope="module")
@@ -49,15 +43,15 @@ def test_images_of_ten_classes_that_differ(pictures: Path) -> None:
 def test_an_image_depends_on_seed_and_index_only(pictures: Path, tmp_path: Path) -> None:
     result = make(tmp_path / "fewer", "--train", 33, "--val", 20, "--workers", 1)
     assert result.returncode == 0, result.stderr
-    fewer, all_pictures = contents(tmp_path / "fewer"), contents(pictures)
+    fewer, all_pictures = files_below(tmp_path / "fewer"), files_below(pictures)
     assert len(fewer) == 53
     assert fewer == {path: all_pictures[path] for path in fewer}
     assert make(tmp_path / "other", "--train", 10, "--val", 1, "--seed", 1).returncode == 0
-    assert not set(contents(tmp_path / "other").values()) & set(all_pictures.values())
+    assert not set(files_below(tmp_path / "other").values()) & set(all_pictures.values())
 
 
 def test_an_error_is_one_line(pictures: Path, tmp_path: Path) -> None:
     for out, flag in ((pictures, "--train=10"), (tmp_path / "out", "--workers=0")):
         result = make(out, flag)
         assert result.returncode == 2 and len(result.stderr.splitlines()) == 1
-    assert len(contents(pictures)) == 80 and not list(tmp_path.iterdir())
+    assert len(files_below(pictures)) == 80 and not list(tmp_path.iterdir())

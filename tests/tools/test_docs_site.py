@@ -1,15 +1,13 @@
 """The site: all pages in its navigation, links, the references, and a build without a warning."""
 
 import re
-from pathlib import Path
 
 import pytest
-from conftest import run_python
+from conftest import ROOT, run_python
 
 import bt_fast
 from tools import docs_site
 
-ROOT = Path(__file__).parents[2]
 INDEX = (ROOT / "docs" / "index.md").read_text()
 
 

@@ -9,12 +9,11 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import INTERPRETER_FAILS, run_python
+from conftest import INTERPRETER_FAILS, ROOT, run_python
 from tiny_runs import wait_until
 
 from tools import gpu_suite, suite_report
 
-ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.slow
 NO_GPU = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
 NO_GPU["TRITON_INTERPRET"] = "0"

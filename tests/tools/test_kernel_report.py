@@ -6,17 +6,15 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from conftest import run_python
+from conftest import ROOT, run_python
 
 triton = pytest.importorskip("triton")
 
-ROOT = Path(__file__).parents[2]
 from tools.kernel_report import main_loop, num_bytes  # noqa: E402
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-compiles = pytest.mark.skipif(
-    not CUOBJDUMP.exists(), reason="this triton comes without ptxas and cuobjdump"
-)
+NO_PTXAS = "this triton comes without ptxas and cuobjdump"
+compiles = pytest.mark.skipif(not CUOBJDUMP.exists(), reason=NO_PTXAS)
 
 
 def report(*arguments: str) -> subprocess.CompletedProcess[str]:

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import tiny_runs
 from tiny_runs import TINY, learned, metrics, pretrain, same, start, wait_for_step, wait_until
 
 from bt_fast.distributed.signals import EXIT_STOPPED
@@ -44,9 +45,8 @@ def two_ranks(small_beton, tmp_path_factory):
 
 def test_one_command_trains_on_two_ranks_as_one_process_does(two_ranks, small_beton, tmp_path):
     assert pretrain(*FLAGS, "--data", small_beton, "--run-dir", tmp_path / "one", "--gpus", 1) == 0
-    losses = [
-        [record["loss"] for record in metrics(folder)] for folder in (two_ranks, tmp_path / "one")
-    ]
+    folders = two_ranks, tmp_path / "one"
+    losses = [[record["loss"] for record in metrics(folder)] for folder in folders]
     assert len(losses[0]) == 12 and losses[0] == pytest.approx(losses[1], rel=2e-3)
 
 
@@ -89,10 +89,7 @@ def test_torchrun_does_not_restart_after_a_stop_request(small_beton, tmp_path):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
     torchrun += ["--max-restarts=3", "--standalone", "-m", "bt_fast.cli", "pretrain"]
     torchrun += [*TINY, *FLAGS, "--data", small_beton, "--run-dir", folder, "--save-every=1"]
-    process = subprocess.Popen(
-        list(map(str, torchrun)), env={**os.environ, "BT_FAST_STATUS": str(status)},
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
+    process = tiny_runs.start_command(torchrun, env={**os.environ, "BT_FAST_STATUS": str(status)})
     wait_for_step(process, folder, 3)
     os.kill(ranks_of(process)[-1], signal.SIGUSR1)
     output = finish(process)

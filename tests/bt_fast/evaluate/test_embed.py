@@ -7,6 +7,7 @@ import re
 import numpy as np
 import pytest
 import torch
+from tiny_runs import failing
 
 import bt_fast
 from bt_fast.cli import main
@@ -43,7 +44,7 @@ def expected_features(run, reader: BetonReader, size: int = 32) -> np.ndarray:
     return np.stack(rows)
 
 
-def test_features_names_and_labels_in_order(labelled_run, small_beton, tmp_path, capsys):
+def test_features_names_and_labels_in_order(labelled_run, small_beton, tmp_path, refused):
     """By the function; the command does not replace its files, and refuses another format."""
     flags = {"device": "cpu", "precision": "fp32", "workers": 1, "size": 32, "crop": 1.0}
     out = bt_fast.embed(labelled_run, small_beton, out=tmp_path / "f.npy", **flags)
@@ -56,38 +57,26 @@ def test_features_names_and_labels_in_order(labelled_run, small_beton, tmp_path,
     assert [int(row["label"]) for row in rows] == reader.labels.tolist()
     assert [row["class"] for row in rows] == [reader.class_names[i] for i in reader.labels]
     command = ["embed", str(labelled_run), "--data", str(small_beton), "--out"]
-    assert main([*command, str(out)]) == 2 and "--overwrite" in capsys.readouterr().err
-    assert (
-        main([*command, "f.txt"]) == 2 and "must end in .npy or .parquet" in capsys.readouterr().err
-    )
+    refused(main([*command, str(out)]), "--overwrite")
+    refused(main([*command, "f.txt"]), "must end in .npy or .parquet")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["f.csv", "f.npy"]
 
 
-def test_an_interrupted_command_continues(labelled_run, small_beton, tmp_path, monkeypatch, capsys):
-    real, calls = eval_setup.extract_features, []
-
-    def killed(*arguments):
-        calls.append(1)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return real(*arguments)
-
+def test_an_interrupted_command_continues(labelled_run, small_beton, tmp_path, capsys):
     def run(name):
         flags = [f"--data={small_beton}", f"--out={tmp_path / name}", *FLAGS]
         return main(["embed", str(labelled_run), *flags])
 
     assert run("whole.npy") == 0
-    monkeypatch.setattr(eval_setup, "extract_features", killed)
-    assert run("parts.npy") == 130 and not (tmp_path / "parts.npy").exists()
-    assert run("parts.npy") == 0 and len(calls) == 3 + 5  # 64 images in chunks of 10
+    with failing(eval_setup, "extract_features", KeyboardInterrupt(), at=3) as calls:
+        assert run("parts.npy") == 130 and not (tmp_path / "parts.npy").exists()
+        assert run("parts.npy") == 0 and len(calls) == 3 + 5  # 64 images in chunks of 10
     assert "continuing after 20 of 64 images" in capsys.readouterr().out
     assert (tmp_path / "parts.npy").read_bytes() == (tmp_path / "whole.npy").read_bytes()
 
 
 @pytest.mark.parametrize("is_moved", [False, True])
-def test_a_kill_while_the_files_are_moved(
-    labelled_run, small_beton, tmp_path, monkeypatch, is_moved
-):
+def test_a_kill_while_files_are_moved(labelled_run, small_beton, tmp_path, monkeypatch, is_moved):
     out, replace = tmp_path / "f.npy", os.replace
     command = ["embed", str(labelled_run), f"--data={small_beton}", f"--out={out}", *FLAGS]
 

@@ -55,10 +55,8 @@ def test_features_of_the_quick_protocol_are_read_by_all_ranks(labelled_run, tmp_
     for ranks in RANKS:
         assert evaluate(labelled_run, tmp_path / f"{ranks}", *flags, f"--gpus={ranks}") == 0
         assert capfd.readouterr().out.count("top-1 of 30") == 1
-    alone, shared = (
-        {file.name: np.load(file) for file in (tmp_path / f"{ranks}" / "features").iterdir()}
-        for ranks in RANKS
-    )
+    folders = (tmp_path / f"{ranks}" / "features" for ranks in RANKS)
+    alone, shared = ({f.name: np.load(f) for f in folder.iterdir()} for folder in folders)
     assert len(alone) == 3 and alone.keys() == shared.keys()  # two views of train, one of val
     for name, features in alone.items():
         assert np.allclose(shared[name], features, rtol=1e-2, atol=1e-3), name  # half precision

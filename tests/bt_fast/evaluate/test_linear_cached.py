@@ -6,12 +6,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bt_fast.evaluate.eval_directory import EvalDirectory
-from bt_fast.evaluate.linear_cached import (
-    Grid,
-    choose_and_fit,
-    top_1_and_5,
-    train_classifiers,
-)
+from bt_fast.evaluate.linear_cached import Grid, choose_and_fit, top_1_and_5, train_classifiers
 from pipelines.order import epoch_order
 
 GRID = Grid(rates=(0.1, 1.0), decays=(0.0, 1e-2), epochs=5, batch_size=16, seed=4)
@@ -34,9 +29,8 @@ def clusters(count: int, seed: int, spread: float = 1.0):
 
 def test_each_classifier_equals_one_trained_alone(folder):
     views, labels = clusters(50, 1)
-    heads = train_classifiers(
-        folder, "test", views, labels, torch.arange(50), GRID.pairs, 6, GRID, {}
-    )
+    samples = torch.arange(50)
+    heads = train_classifiers(folder, "test", views, labels, samples, GRID.pairs, 6, GRID, {})
     for (rate, decay), ours in zip(GRID.pairs, heads, strict=True):
         head = torch.nn.Linear(12, 6)
         start = 0.01 * torch.randn(6, 13, generator=torch.Generator().manual_seed(4))
@@ -58,9 +52,8 @@ def test_each_classifier_equals_one_trained_alone(folder):
 def test_accuracies_equal_counts():
     views, labels = clusters(30, 2)
     heads = torch.randn(2, 6, 13, generator=torch.Generator().manual_seed(1))
-    for head, (top1, top5) in zip(
-        heads, top_1_and_5(heads, views[0], labels, chunk=7), strict=True
-    ):
+    accuracies = top_1_and_5(heads, views[0], labels, chunk=7)
+    for head, (top1, top5) in zip(heads, accuracies, strict=True):
         logits = views[0] @ head[:, :12].T + head[:, 12]
         ranks = [row.argsort(descending=True).tolist() for row in logits]
         places = [rank.index(label) for rank, label in zip(ranks, labels.tolist(), strict=True)]

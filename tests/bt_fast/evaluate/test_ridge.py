@@ -41,9 +41,8 @@ def test_it_is_ridge_regression_with_the_best_left_out_error(width, noise):
     x[:, 0] *= 100  # features of another scale
     q[:, 0] *= 100
     tensors = map(torch.from_numpy, (x, labels, q, query_labels))
-    assert ridge_accuracy(*tensors, 3) == pytest.approx(
-        explicit_accuracy(x, labels, q, query_labels, 3), abs=0.005
-    )
+    expected = explicit_accuracy(x, labels, q, query_labels, 3)
+    assert ridge_accuracy(*tensors, 3) == pytest.approx(expected, abs=0.005)
 
 
 @pytest.mark.parametrize("scale", [1.0, 3e37])  # the largest features whose norms are finite

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny_runs import classifier, evaluate, result
+from tiny_runs import classifier, evaluate, failing, result, same
 from torch.optim import lr_scheduler
 
 from bt_fast.evaluate import supervised
@@ -14,7 +14,7 @@ from bt_fast.evaluate.eval_directory import EvalDirectory
 from bt_fast.evaluate.eval_setup import build_setup, open_labelled_splits
 from bt_fast.evaluate.options import EvalOptions
 from bt_fast.evaluate.semi import class_balanced
-from bt_fast.evaluate.subset import labelled_subset
+from bt_fast.evaluate.subset import Subset, labelled_subset
 from bt_fast.evaluate.supervised import Protocol
 from bt_fast.export.encoder_files import load_encoder
 from bt_fast.runtime import choose_runtime
@@ -97,27 +97,13 @@ def test_only_fine_tuning_changes_the_encoder(command, labelled_run, tmp_path):
         *(pytest.param(*case, marks=pytest.mark.slow) for case in (("semi", 2), ("cached", 5))),
     ],
 )
-def test_interrupted_and_run_again_ends_the_same(
-    command, saves, labelled_run, tmp_path, monkeypatch, capsys
-):
+def test_interrupted_and_run_again_ends_the_same(command, saves, labelled_run, tmp_path, capsys):
     assert evaluate(labelled_run, tmp_path / "whole", *COMMANDS[command]) == 0
-    keep, count = EvalDirectory.save, 0
-
-    def save_and_stop(self, *arguments):
-        nonlocal count
-        keep(self, *arguments)
-        count += 1
-        if count == saves:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(EvalDirectory, "save", save_and_stop)
-    assert evaluate(labelled_run, tmp_path / "again", *COMMANDS[command]) == 130
+    with failing(EvalDirectory, "save", KeyboardInterrupt(), at=saves, after=True):
+        assert evaluate(labelled_run, tmp_path / "again", *COMMANDS[command]) == 130
     assert not list((tmp_path / "again").glob("*/result.json"))
-    monkeypatch.setattr(EvalDirectory, "save", keep)
     assert evaluate(labelled_run, tmp_path / "again", *COMMANDS[command]) == 0
-    first, second = classifier(tmp_path / "whole"), classifier(tmp_path / "again")
-    assert first.keys() == second.keys()
-    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert same(classifier(tmp_path / "whole"), classifier(tmp_path / "again"))
     assert result(tmp_path / "whole") == result(tmp_path / "again")
     assert not list((tmp_path / "again").glob("*/state.safetensors"))
     capsys.readouterr()
@@ -125,18 +111,13 @@ def test_interrupted_and_run_again_ends_the_same(
     assert "already finished" in capsys.readouterr().out
 
 
-def test_a_damaged_state_is_named(labelled_run, tmp_path, monkeypatch, capsys):
-    def stop(*_):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(EvalDirectory, "finish", stop)
-    assert evaluate(labelled_run, tmp_path, *COMMANDS["linear"]) == 130
+def test_a_damaged_state_is_named(labelled_run, tmp_path, capsys, refused):
+    with failing(EvalDirectory, "finish", KeyboardInterrupt()):
+        assert evaluate(labelled_run, tmp_path, *COMMANDS["linear"]) == 130
     (state,) = tmp_path.glob("*/state.safetensors")
     state.write_bytes(state.read_bytes()[:100])
     capsys.readouterr()
-    assert evaluate(labelled_run, tmp_path, *COMMANDS["linear"]) == 2
-    error = capsys.readouterr().err
-    assert str(state) in error and "delete it" in error and error.count("\n") == 1
+    refused(evaluate(labelled_run, tmp_path, *COMMANDS["linear"]), str(state), "delete it")
 
 
 def test_other_settings_and_the_random_encoder_have_separate_folders(labelled_run, tmp_path):
@@ -174,15 +155,14 @@ def test_a_subset_has_the_same_percentage_of_every_class(percent):
     assert not np.array_equal(chosen, class_balanced(labels, percent, seed=4))
 
 
-def test_a_published_list_names_the_images(labelled_run, tmp_path, capsys):
+def test_a_published_list_names_the_images(labelled_run, tmp_path, capsys, refused):
     names = [f"{index:03d}.jpg" for index in (0, 1, 2, 3, 8, 13)]
     (tmp_path / "list.txt").write_text("\n".join(names) + "\n")
     flags = ["semi", "--epochs=1", "--train-list", tmp_path / "list.txt", "--protocol=released"]
     assert evaluate(labelled_run, tmp_path / "out", *flags) == 0
     assert "6 images, those in" in capsys.readouterr().out
     (tmp_path / "list.txt").write_text("000.jpg\nn01440764_10026.JPEG\n")
-    assert evaluate(labelled_run, tmp_path / "out", *flags) == 2
-    assert "n01440764_10026.JPEG" in capsys.readouterr().err
+    refused(evaluate(labelled_run, tmp_path / "out", *flags), "n01440764_10026.JPEG")
 
 
 @pytest.mark.parametrize(
@@ -202,17 +182,14 @@ def test_a_published_list_names_the_images(labelled_run, tmp_path, capsys):
         (["transfer", "--data=.", "--dataset=places205"], "does not hold Places-205"),
     ],
 )
-def test_a_wrong_flag_is_one_line(flags, message, labelled_run, tmp_path, capsys, monkeypatch):
+def test_a_wrong_flag_is_one_line(flags, message, labelled_run, tmp_path, refused, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert evaluate(labelled_run, tmp_path / "out", *flags) == 2
-    error = capsys.readouterr().err
-    assert message in error and error.count("\n") == 1
+    refused(evaluate(labelled_run, tmp_path / "out", *flags), message)
 
 
-def test_a_file_of_weights_needs_data_and_then_works(labelled_run, tmp_path, capsys):
+def test_a_file_of_weights_needs_data_and_then_works(labelled_run, tmp_path, capsys, refused):
     file = labelled_run / "encoder.safetensors"
-    assert evaluate(file, tmp_path, "linear") == 2
-    assert "--data is required" in capsys.readouterr().err
+    refused(evaluate(file, tmp_path, "linear"), "--data is required")
     flags = ["--data", labelled_run.parent / "train.beton", "--size=32", "--crop=1"]
     assert evaluate(file, tmp_path, "linear", "--epochs=1", *flags) == 0
     assert "resnet18, " in capsys.readouterr().out
@@ -230,3 +207,12 @@ def test_fine_tuning_skips_a_last_batch_of_one_image(labelled_run, tmp_path, cap
     """32 labelled images, whose last features are 1 x 1 pixel, in batches of 31."""
     assert evaluate(labelled_run, tmp_path, "semi", "--percent=50", "--batch-size=31") == 0
     assert "top-1 of 30" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("of_train,of_val,shown", [(6, 5, True), (5, 6, True), (5, 5, False)])
+def test_top_5_of_five_classes_is_not_shown(of_train, of_val, shown):
+    train, val = (
+        Subset(SimpleNamespace(num_classes=number), np.arange(9)) for number in (of_train, of_val)
+    )
+    rows = supervised.accuracy_rows({"top1": 0.5, "top5": 0.75}, train, val)
+    assert rows == {"top-1 of 9": "50.00 %"} | ({"top-5": "75.00 %"} if shown else {})

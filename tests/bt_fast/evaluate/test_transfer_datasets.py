@@ -48,10 +48,8 @@ def test_image_files_have_the_views_of_their_beton(folder, tmp_path):
     assert np.array_equal(files.sizes[samples], reader.sizes[samples])
     random = {"min_scale": 0.2, "seed": 1, "epoch": 2, "batch_size": 2}
     for name, arguments in (("central", {"crop": 0.8}), ("random", random)):
-        batches = [
-            getattr(views_of(source), name)(samples, **arguments) for source in (files, reader)
-        ]
-        ours, theirs = (torch.cat(list(views)) for views in batches)
+        sources = views_of(files), views_of(reader)
+        ours, theirs = (torch.cat(list(getattr(s, name)(samples, **arguments))) for s in sources)
         assert ours.shape == (5, 3, 24, 24) and ours.std() > 0.1
         assert torch.equal(ours, theirs)
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 from sample_voc import write_devkit
-from tiny_runs import evaluate, result
+from tiny_runs import evaluate, failing, result
 
 from bt_fast.evaluate import transfer_datasets, voc07
 from bt_fast.evaluate.eval_directory import EvalDirectory
@@ -58,15 +58,8 @@ def test_a_small_data_set_end_to_end(devkit, labelled_run, tmp_path, capsys, mon
     assert f"{100 * found['map']:.2f} %" in output
 
     # Stopped after the first class and continued: the same result; the first class is not repeated.
-    keep = EvalDirectory.save
-
-    def save_and_stop(self, *arguments):
-        keep(self, *arguments)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(EvalDirectory, "save", save_and_stop)
-    assert evaluate(labelled_run, tmp_path / "again", *flags) == 130
-    monkeypatch.setattr(EvalDirectory, "save", keep)
+    with failing(EvalDirectory, "save", KeyboardInterrupt(), after=True):
+        assert evaluate(labelled_run, tmp_path / "again", *flags) == 130
     capsys.readouterr()
     assert evaluate(labelled_run, tmp_path / "again", *flags) == 0
     assert "blue: AP" not in capsys.readouterr().out

@@ -6,6 +6,7 @@ from conftest import with_torchs_batch_norm
 from ranks import run_ranks
 from torch import nn
 
+from bt_fast.config import Config
 from bt_fast.models import batch_norm
 from bt_fast.models.networks import BarlowTwins
 
@@ -85,7 +86,7 @@ def test_a_single_layer_updates_its_statistics_in_the_forward_pass(compiled):
 
 def test_statistics_of_a_model_are_updated_together_or_not_at_all():
     torch.manual_seed(0)
-    model = BarlowTwins("resnet18", (16, 16))
+    model = BarlowTwins(Config(encoder="resnet18", projector=(16, 16)))
     reference = with_torchs_batch_norm(model)
     statistics = batch_norm.RunningStatistics(model)
     before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -109,9 +110,8 @@ def test_variance_over_ranks_is_exact_for_a_large_mean():
 
 def variance_with_a_large_mean(world) -> tuple[float, int]:
     x = 4096 + torch.arange(8.0).view(2, 4).repeat(1, 2)[:, 4 * world.rank :][:, :4].reshape(8, 1)
-    _, _, variance, count = batch_norm.normalise(
-        x, torch.ones(1), torch.zeros(1), eps=1e-5, group=world.group
-    )
+    ones, zeros = torch.ones(1), torch.zeros(1)
+    _, _, variance, count = batch_norm.normalise(x, ones, zeros, eps=1e-5, group=world.group)
     return variance[0, 0].item(), count
 
 

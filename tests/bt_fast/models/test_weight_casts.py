@@ -9,6 +9,7 @@ from ranks import run_ranks
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from bt_fast.config import Config
 from bt_fast.distributed.collectives import World
 from bt_fast.loss import barlow_twins_loss
 from bt_fast.models import networks
@@ -19,7 +20,7 @@ def train_a_step(world: World, encoder: str, together: bool) -> dict[str, torch.
     """Loss, gradients and running statistics under bf16 autocast, with DDP on several ranks.
     Convolutions are 1 x 1 and 3 x 3, channels-last."""
     torch.manual_seed(0)
-    model = BarlowTwins(encoder, (32, 32), small_images=True)
+    model = BarlowTwins(Config(encoder=encoder, projector=(32, 32), small_images=True))
     for layer in model.modules():  # zero weights would hide the residual branches
         if isinstance(layer, nn.BatchNorm2d):
             nn.init.uniform_(layer.weight, 0.5, 1.0)

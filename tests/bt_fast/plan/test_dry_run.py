@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from bt_fast.config import Config
-from bt_fast.models.networks import build_model
+from bt_fast.models.networks import BarlowTwins
 from bt_fast.plan import dry_run, gpus
 
 SMALL = Config(encoder="resnet18", size=32, small_images=True, projector=(96, 64), precision="fp32")
@@ -15,14 +15,14 @@ SMALL = Config(encoder="resnet18", size=32, small_images=True, projector=(96, 64
 @pytest.mark.parametrize("change", [{}, {"small_images": False, "size": 64}, {"predictor": True}])
 def test_activations_are_the_memory_a_forward_pass_leaves_allocated(change):
     config = replace(SMALL, **change)
-    model = build_model(config)
+    model = BarlowTwins(config)
     views = torch.randn(8, 3, config.size, config.size)
     with torch.profiler.profile(profile_memory=True) as profiler:
         output = model(views)
     left = sum(event.self_cpu_memory_usage for event in profiler.events())
     assert output.requires_grad
     with torch.device("meta"):
-        shapes = build_model(config)
+        shapes = BarlowTwins(config)
         embeddings, saved = dry_run.forward(shapes, torch.empty_like(views, device="meta"))
     # The views existed before, and the gradient of the output does not need the output.
     expected = saved - views.nbytes + embeddings.nbytes

@@ -10,7 +10,9 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from tiny_runs import failing
 
+from bt_fast.config import Config
 from bt_fast.lars import LARS
 from bt_fast.models.batch_norm import RunningStatistics
 from bt_fast.models.networks import BarlowTwins
@@ -19,7 +21,9 @@ from bt_fast.run import checkpoint
 
 def trained(steps: int = 2, seed: int = 0):
     torch.manual_seed(seed)
-    model = BarlowTwins("resnet18", (8, 8)).to(memory_format=torch.channels_last)
+    model = BarlowTwins(Config(encoder="resnet18", projector=(8, 8))).to(
+        memory_format=torch.channels_last
+    )
     statistics = RunningStatistics(model)
     optimizer = LARS(model.parameters(), 0.1)
     for _ in range(steps):
@@ -93,15 +97,12 @@ def test_a_damaged_checkpoint_is_reported_and_skipped(tmp_path, file, damage):
     assert len(problems) == 1 and problems[0].startswith("step-00000002: ")
 
 
-def test_a_failed_save_leaves_the_old_checkpoints(tmp_path, monkeypatch):
+def test_a_failed_save_leaves_the_old_checkpoints(tmp_path):
     state = small_model()
     save(tmp_path, 1, *state)
 
-    def fail(*_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "rename", fail)
-    with pytest.raises(OSError, match="No space"):
+    full = OSError(28, "No space left on device")
+    with failing(os, "rename", full), pytest.raises(OSError, match="No space"):
         save(tmp_path, 2, *state)
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000001"]
     assert checkpoint.newest(tmp_path)[0].step == 1

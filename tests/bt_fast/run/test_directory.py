@@ -52,19 +52,14 @@ def test_without_locks_a_running_owner_of_this_machine_is_detected(tmp_path, mon
     monkeypatch.setattr(fcntl, "flock", no_locks)
     here = socket.gethostname()
     with subprocess.Popen(["sleep", "600"]) as other:
-        for owner, taken in (
-            (f"process {other.pid} on {here}", True),
-            (f"process {other.pid} on elsewhere", False),
-            (f"process {os.getpid()} on {here}", False),  # an earlier one of the same number
-            ("", False),
-            ("garbage", False),
-        ):
+        (tmp_path / ".lock").write_text(f"process {other.pid} on {here}")
+        with pytest.raises(ValueError, match=f"in use by process {other.pid}"):
+            RunDirectory(tmp_path)
+        # On another machine; an earlier one of the same number.
+        others = f"process {other.pid} on elsewhere", f"process {os.getpid()} on {here}"
+        for owner in (*others, "", "garbage"):
             (tmp_path / ".lock").write_text(owner)
-            if taken:
-                with pytest.raises(ValueError, match=f"in use by process {other.pid}"):
-                    RunDirectory(tmp_path)
-            else:
-                RunDirectory(tmp_path).close()
+            RunDirectory(tmp_path).close()
         other.kill()
     (tmp_path / ".lock").write_text(f"process {other.pid} on {here}")
     RunDirectory(tmp_path).close()

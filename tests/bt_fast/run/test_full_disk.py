@@ -8,8 +8,10 @@ import subprocess
 import threading
 import time
 from pathlib import Path
+from unittest import mock
 
 import pytest
+import tiny_runs
 from conftest import mounted, run_python
 from tiny_runs import TINY, comparable, learned, metrics, pretrain, same, start, wait_for_step
 
@@ -20,10 +22,6 @@ from bt_fast.run import checkpoint, plots
 from bt_fast.run.metrics import RecordFile
 
 FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-
-def is_full(*_, **__):
-    raise FULL
 
 
 def saved_steps(folder: Path) -> list[str]:
@@ -65,27 +63,17 @@ def test_a_full_disk_stops_all_ranks(small_beton, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_next_save_follows_one_that_failed(
-    small_beton, finished, tmp_path, monkeypatch, capsys
-):
-    real = checkpoint.write
-
-    def write(folder, step, *arguments, **options):
-        if step == 8:
-            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
-        return real(folder, step, *arguments, **options)
-
-    monkeypatch.setattr(checkpoint, "write", write)
-    assert pretrain("--data", small_beton, "--run-dir", tmp_path / "run") == 0
+def test_the_next_save_follows_one_that_failed(small_beton, finished, tmp_path, capsys):
+    read_only = OSError(errno.EROFS, os.strerror(errno.EROFS))
+    with tiny_runs.failing(checkpoint, "write", read_only, at=2):  # of step 8
+        assert pretrain("--data", small_beton, "--run-dir", tmp_path / "run") == 0
     assert saved_steps(tmp_path / "run") == ["step-00000004", "step-00000012"]
     assert capsys.readouterr().out.count("was not saved") == 1
     assert same(learned(tmp_path / "run"), learned(finished))
 
 
 @pytest.mark.slow
-def test_training_continues_while_a_checkpoint_is_written(
-    small_beton, finished, tmp_path, monkeypatch
-):
+def test_training_continues_during_a_save(small_beton, finished, tmp_path, monkeypatch):
     """The checkpoint holds the state at its step, not a later one."""
     real_write, real_update = checkpoint.write, train.update
     updates, further = itertools.count(1), threading.Event()
@@ -128,7 +116,7 @@ def test_missing_optional_output_is_reported_once(
 
     real_log = train.RunLog
     monkeypatch.setattr(train, "RunLog", after_opening)
-    monkeypatch.setattr(plots, "atomic_file", is_full)
+    monkeypatch.setattr(plots, "atomic_file", mock.Mock(side_effect=FULL))
     folder = tmp_path / "run"
     assert pretrain("--data", small_beton, "--run-dir", folder) == 0
     output = capsys.readouterr().out
@@ -194,9 +182,7 @@ def test_output_on_a_full_disk_does_not_end_a_run(small_beton, tmp_path):
     assert (tmp_path / "run" / "encoder.safetensors").exists()
 
 
-def test_a_clock_that_is_set_back_changes_nothing(
-    small_beton, finished, tmp_path, monkeypatch, capsys
-):
+def test_a_clock_set_back_changes_nothing(small_beton, finished, tmp_path, monkeypatch, capsys):
     hours = itertools.count()
     monkeypatch.setattr(time, "time", lambda: 2e9 - 3600 * next(hours))
     monkeypatch.setattr(time, "time_ns", lambda: int(1e9 * time.time()))

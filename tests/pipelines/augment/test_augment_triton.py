@@ -80,9 +80,8 @@ def test_half_precision_output():
     for dtype in (torch.float16, torch.bfloat16):
         views = augment_triton.apply(images, parameters, dtype=dtype)
         assert views.dtype == dtype
-        assert torch.allclose(
-            views.float(), expected, atol=2e-2 if dtype == torch.bfloat16 else 3e-3
-        )
+        tolerance = 2e-2 if dtype == torch.bfloat16 else 3e-3
+        assert torch.allclose(views.float(), expected, atol=tolerance)
 
 
 def test_wrong_input_is_refused():

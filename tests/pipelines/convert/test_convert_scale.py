@@ -28,10 +28,8 @@ def peak(work, *arguments) -> int:
 
 
 def fill_manifest(count: int, folder: Path) -> None:
-    images = (
-        FoundImage(f"cat/{index}.jpg", index % 2, Location(f"{folder}/cat/{index}.jpg"))
-        for index in range(count)
-    )
+    paths = (f"{folder}/cat/{index}.jpg" for index in range(count))
+    images = (FoundImage(f"cat/{i}.jpg", i % 2, Location(path)) for i, path in enumerate(paths))
     manifest = Manifest(Split(root=folder, class_names=CLASSES, images=images), folder)
     manifest.select_subset(count // 2)
     assert sum(1 for _ in manifest) == count // 2

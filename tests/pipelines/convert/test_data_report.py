@@ -153,10 +153,8 @@ def test_equal_checksums_of_other_bytes_are_no_duplicates():
         table.add(Prepared(content, 1, 1, "kept"), 7, 0)
     assert table.duplicates.tolist() == [2, 0, 4, 1]
     assert [table.find(content, 7) for content in (b"a", b"b", b"c", b"d")] == [0, 1, 3, -1]
-    assert [(g.original, g.members, g.num_members) for g in groups([2, 0, 4, 1, 5, 0])] == [
-        (0, [2, 5], 2),
-        (1, [4], 1),
-    ]
+    found = groups([2, 0, 4, 1, 5, 0])
+    assert [(g.original, g.members, g.num_members) for g in found] == [(0, [2, 5], 2), (1, [4], 1)]
 
 
 def test_blank_and_grey_are_of_the_full_image():
@@ -190,10 +188,8 @@ def test_blank_images_are_those_whose_channels_deviate_little(num_channels):
 
 
 def test_similar_names():
-    assert similar(["cat", "Cat", "c++", "c", "a b", "A_B", "dog", "1", "11"]) == [
-        ["cat", "Cat"],
-        ["a b", "A_B"],
-    ]
+    names = ["cat", "Cat", "c++", "c", "a b", "A_B", "dog", "1", "11"]
+    assert similar(names) == [["cat", "Cat"], ["a b", "A_B"]]
 
 
 def test_histogram_and_table_of_little():

@@ -5,16 +5,13 @@ import sys
 import pytest
 from test_loader import INSTALLED, loader_of, require_same
 
-from pipelines.convert.command import main as convert
 from pipelines.loading.datasets import open_data
 from pipelines.webdataset.reader import ShardReader
 
 
 @pytest.fixture(scope="module")
-def shards(small_beton, tmp_path_factory) -> ShardReader:
-    folder = tmp_path_factory.mktemp("of-small") / "shards"
-    assert convert([str(small_beton), str(folder), "--format=webdataset", "--workers=1"]) == 0
-    return open_data(folder)
+def shards(small_shards) -> ShardReader:
+    return open_data(small_shards)
 
 
 @pytest.mark.parametrize("name", ["auto", "native", "dali"])

@@ -5,14 +5,13 @@ import dataclasses
 import gc
 import os
 import signal
-import time
-from collections.abc import Callable
 from pathlib import Path
 from unittest import mock
 
 import pytest
 import torch
 from test_loader import damaged
+from tiny_runs import is_running, wait_until
 
 from pipelines.beton import BetonReader
 from pipelines.crop import RandomResizedCrop
@@ -27,15 +26,14 @@ def native(small_beton) -> Loader:
     return open_loader("native", BetonReader(small_beton), crop, batch_size=12, sizes=(16, 24))
 
 
+def processes(dataset, **options) -> DecodeProcesses:
+    cpu = torch.device("cpu")
+    return DecodeProcesses(dataset, batch_bytes=2 * 12 * 24**2 * 3, device=cpu, **options)
+
+
 @pytest.fixture
 def loader(native) -> Loader:
-    backend = DecodeProcesses(
-        native.sampler.dataset,
-        batch_bytes=2 * 12 * 24**2 * 3,
-        device=torch.device("cpu"),
-        num_workers=3,
-    )
-    return Loader(native.sampler, backend)
+    return Loader(native.sampler, processes(native.sampler.dataset, num_workers=3))
 
 
 def require_natives_batches(loader, native, *steps: int) -> None:
@@ -79,8 +77,7 @@ def test_signals_that_stop_a_run_leave_the_processes_working(loader, native):
 
 
 def test_an_error_arrives_here_and_the_process_goes_on(loader, native, small_beton, tmp_path):
-    reader = damaged(small_beton, tmp_path / "damaged.beton", 5)
-    backend = DecodeProcesses(reader, batch_bytes=2 * 12 * 24**2 * 3, device=torch.device("cpu"))
+    backend = processes(damaged(small_beton, tmp_path / "damaged.beton", 5))
     requests = list(native.sampler.requests(0, 5))
     bad = next(request for request in requests if 5 in request.samples)
     good = next(request for request in requests if 5 not in request.samples)
@@ -102,9 +99,7 @@ class Missing:
 
 
 def test_a_data_set_that_cannot_be_opened_there_ends_all(native, capfd):
-    backend = DecodeProcesses(
-        Missing(), batch_bytes=2 * 12 * 24**2 * 3, device=torch.device("cpu"), num_workers=3
-    )
+    backend = processes(Missing(), num_workers=3)
     with pytest.raises(ChildProcessError, match=r"ended unexpectedly \(exit status 1\)"):
         list(backend.crops(native.sampler.requests(0, 9)))
     assert "/missing/data" in capfd.readouterr().err
@@ -116,7 +111,7 @@ def test_a_killed_process_ends_all_and_is_named(loader, killed):
     os.kill(loader.backend._process.pid if killed == "parent" else workers[1], signal.SIGKILL)
     with pytest.raises(ChildProcessError, match=r"ended unexpectedly \(signal 9\)"):
         list(loader.batches(0, 100))
-    assert wait_until(lambda: not any(map(is_running, workers)))
+    wait_until(lambda: not any(map(is_running, workers)))
 
 
 @pytest.mark.parametrize("where", ["poll", "recv"])
@@ -155,18 +150,6 @@ def test_memory_that_cannot_be_locked_is_released(native, monkeypatch):
     gc.collect()
     files = [os.readlink(file) for file in Path("/proc/self/fd").iterdir() if file.is_symlink()]
     assert not any("bt-fast batches" in file for file in files)
-
-
-def is_running(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z"
-    except FileNotFoundError:
-        return False
-
-
-def wait_until(condition: Callable[[], bool]) -> bool:
-    """Whether a condition becomes true within ten seconds."""
-    return any(condition() or time.sleep(0.1) for _ in range(100))
 
 
 def test_the_processes_end_with_the_backend(loader):

@@ -9,20 +9,12 @@ import numpy as np
 import pytest
 
 from pipelines.beton import BetonReader
-from pipelines.convert.command import main
 from pipelines.convert.manifest import SourceError
 from pipelines.webdataset.reader import ShardReader
 
 
-@pytest.fixture(scope="module")
-def shards(small_beton, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("of-small") / "shards"
-    assert main([str(small_beton), str(folder), "--format=webdataset", "--workers=1"]) == 0
-    return folder
-
-
-def test_it_equals_the_reader_of_a_beton(small_beton, shards):
-    beton, reader = BetonReader(small_beton), ShardReader(shards)
+def test_it_equals_the_reader_of_a_beton(small_beton, small_shards):
+    beton, reader = BetonReader(small_beton), ShardReader(small_shards)
     assert len(reader) == len(beton) and reader.class_names == beton.class_names
     assert np.array_equal(reader.labels, beton.labels)
     assert np.array_equal(reader.sizes[np.arange(64)], beton.sizes)
@@ -32,16 +24,16 @@ def test_it_equals_the_reader_of_a_beton(small_beton, shards):
     assert reader.name(7) == "000000007.jpg in train-000000.tar"
 
 
-def test_labels_are_read_of_a_random_sample(small_beton, shards, monkeypatch):
+def test_labels_are_read_of_a_random_sample(small_beton, small_shards, monkeypatch):
     monkeypatch.setattr("pipelines.webdataset.reader.MAX_LABELS", 20)
-    labels = ShardReader(shards).labels
+    labels = ShardReader(small_shards).labels
     known = np.flatnonzero(labels >= 0)
     assert len(known) == 20 and known.max() - known.min() > 32
     assert np.array_equal(labels[known], BetonReader(small_beton).labels[known])
 
 
-def test_a_flipped_bit_is_detected(shards, tmp_path):
-    folder = shutil.copytree(shards, tmp_path / "flipped")
+def test_a_flipped_bit_is_detected(small_shards, tmp_path):
+    folder = shutil.copytree(small_shards, tmp_path / "flipped")
     position = ShardReader(folder).location(9)[0]
     with open(folder / "train-000000.tar", "r+b") as file:
         file.seek(position + 400)
@@ -52,8 +44,8 @@ def test_a_flipped_bit_is_detected(shards, tmp_path):
     assert [index for index in range(64) if not reader.checksum_ok(index)] == [9]
 
 
-def test_shards_without_checksums_are_refused(shards, tmp_path):
-    folder = shutil.copytree(shards, tmp_path / "old")
+def test_shards_without_checksums_are_refused(small_shards, tmp_path):
+    folder = shutil.copytree(small_shards, tmp_path / "old")
     content = (folder / "train-000000.tar").read_bytes()
     start = content.index(b".crc32")
     header = tarfile.TarInfo.frombuf(content[start : start + 512], "utf-8", "strict")
@@ -76,8 +68,8 @@ def test_shards_without_checksums_are_refused(shards, tmp_path):
         lambda text: re.sub("jpg 512 [0-9]+", f"jpg {2**63 - 1} 1", text),  # the sum overflows
     ],
 )
-def test_a_damaged_index_is_refused(shards, tmp_path, damage):
-    folder = shutil.copytree(shards, tmp_path / "damaged")
+def test_a_damaged_index_is_refused(small_shards, tmp_path, damage):
+    folder = shutil.copytree(small_shards, tmp_path / "damaged")
     index = folder / "train-000000.idx"
     index.write_text(damage(index.read_text()))
     with pytest.raises(ValueError, match=r"train-000000.idx is missing or damaged") as caught:
@@ -85,12 +77,12 @@ def test_a_damaged_index_is_refused(shards, tmp_path, damage):
     assert "\n" not in str(caught.value)
 
 
-def test_other_or_incomplete_folders_are_refused(shards, tmp_path):
+def test_other_or_incomplete_folders_are_refused(small_shards, tmp_path):
     with pytest.raises(ValueError, match="bt-convert"):
         ShardReader(tmp_path)
     with pytest.raises(ValueError, match="has no val images"):
-        ShardReader(shards, "val")
-    folder = shutil.copytree(shards, tmp_path / "short")
+        ShardReader(small_shards, "val")
+    folder = shutil.copytree(small_shards, tmp_path / "short")
     os.truncate(folder / "train-000000.tar", 5000)
     with pytest.raises(SourceError, match=r"has 5000 bytes, but .* get it again"):
         ShardReader(folder)

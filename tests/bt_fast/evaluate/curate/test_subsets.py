@@ -108,9 +108,8 @@ def test_redundancy_is_the_similarity_to_an_earlier_image_of_the_cluster(feature
 
 def test_a_balanced_subset_has_equal_shares_as_far_as_clusters_reach():
     assignment = np.repeat([0, 1, 2], [3, 50, 47])
-    parts = clusters.Clusters(
-        assignment=assignment, similarity=np.zeros(100, np.float32), num_clusters=3
-    )
+    similarity = np.zeros(100, np.float32)
+    parts = clusters.Clusters(assignment=assignment, similarity=similarity, num_clusters=3)
     kept = subsets.balanced(parts, 43, seed=0)
     assert len(np.unique(kept)) == 43
     assert np.bincount(assignment[kept]).tolist() == [3, 20, 20]
