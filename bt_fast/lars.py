@@ -14,6 +14,7 @@ The trust ratio's norm includes weight decay; there is no epsilon and no clippin
 three kernel launches for all parameters together (`lars_triton`).
 """
 
+import itertools
 import math
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -30,7 +31,12 @@ def parameter_groups(
     """Parameter groups "weights" (ndim > 1) and "biases" (and norm parameters), whose learning
     rates differ in the reference.
 
-    biases: further parameters of the second group, such as embeddings of positions.
+    Args:
+        parameters: those to optimize, of any number of dimensions.
+        biases: further ones of the second group, such as embeddings of positions.
+
+    Returns:
+        [{"name": "weights", "params": [...]}, {"name": "biases", "params": [...]}].
     """
     parameters, ids = list(parameters), {id(p) for p in biases}
     is_weight = [p.ndim > 1 and id(p) not in ids for p in parameters]
@@ -76,12 +82,12 @@ class LARS(torch.optim.Optimizer):
             "weight_decay": weight_decay,
             "trust_coefficient": trust_coefficient,
         }
-        for name, value in defaults.items():
-            if name == "momentum" and not 0 <= value < 1:
-                raise ValueError(f"{name} must be in [0, 1), got {value}")
-            if not 0 <= value < math.inf:
-                raise ValueError(f"{name} must be finite and not negative, got {value}")
         super().__init__(params, defaults)
+        for name, group in itertools.product(defaults, self.param_groups):
+            if name == "momentum" and not 0 <= group[name] < 1:
+                raise ValueError(f"{name} must be in [0, 1), got {group[name]}")
+            if not 0 <= group[name] < math.inf:
+                raise ValueError(f"{name} must be finite and not negative, got {group[name]}")
         self.fused = fused
 
     @torch.no_grad()

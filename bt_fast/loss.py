@@ -92,7 +92,8 @@ def barlow_twins_loss(
 
     Returns:
         the loss of the global batch, a scalar on every rank, in float32 or float64. Its gradient is
-        the true one with respect to this rank's embeddings.
+        the true one with respect to this rank's embeddings; only that of "dense" can be
+        differentiated again.
 
     Raises:
         ValueError: no floating-point tensors, shapes or dtypes that differ, fewer than two samples,

@@ -36,6 +36,9 @@ class TwoViewAugment(nn.Module):
         super().__init__()
         if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
             raise ValueError(f"dtype must be a floating-point type of torch, got {dtype!r}")
+        for name, branch in ("view_a", view_a), ("view_b", view_b):
+            if not isinstance(branch, Branch):
+                raise ValueError(f"{name} must be a Branch, got {branch!r}")
         self.branches = view_a, view_b
         self.dtype = dtype
         self.channels_first = channels_first

@@ -8,7 +8,10 @@ MAX_SIGMA = 2.0  # of the Gaussian blur, pixels
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Branch:
-    """Augmentations of one view after the crop. The defaults are the paper's."""
+    """Augmentations of one view after the crop. The defaults are the paper's.
+
+    `bt-fast pretrain --help` has the unit of each field, under `--view-a`.
+    """
 
     blur: float
     """Probability of Gaussian blur."""

@@ -19,14 +19,20 @@ _NUM_ATTEMPTS = 10  # torchvision draws ten boxes before it falls back to a cent
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RandomResizedCrop:
-    """A crop of random area and aspect ratio, resized to `size` x `size` pixels."""
+    """A crop of random area and aspect ratio, resized to `size` x `size` pixels.
+
+    Args:
+        size: side of the view in pixels.
+        scale: smallest and largest fraction of the image's area.
+        ratio: smallest and largest width / height.
+
+    Raises:
+        ValueError: a size below 1, or a range that is not one.
+    """
 
     size: int = 224
-    """Side of the view in pixels."""
     scale: tuple[float, float] = (0.08, 1.0)
-    """Smallest and largest fraction of the image's area."""
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
-    """Smallest and largest width / height."""
 
     def __post_init__(self) -> None:
         if self.size < 1:

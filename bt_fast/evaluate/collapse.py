@@ -11,7 +11,7 @@ beside it, because a large common mean hides the variation between images.
 Collapse. With C the cross-correlation of both views' embeddings over all n images (`loss.py`):
 
     diagonal      near 1: the views agree; near 0: they do not
-    off-diagonal  root mean square; independent dimensions give about 1 / sqrt(n)
+    off-diagonal  root mean square; independent dimensions give about 1 / sqrt(n - 1)
     dead          dimensions with a standard deviation below a thousandth of the mean one
 
 In a complete collapse every dimension is dead; in a dimensional collapse the embeddings have a low
@@ -55,7 +55,7 @@ class Collapse:
             "diagonal of C": f"{self.diagonal_mean:.3f} ± {self.diagonal_spread:.3f},"
             f" lowest {self.diagonal_lowest:.3f} (identity: 1)",
             "off-diagonal RMS of C": f"{self.off_diagonal_rms:.4f}"
-            f" (independent: {self.num_images**-0.5:.4f})",
+            f" (independent: {(self.num_images - 1) ** -0.5:.4f})",
             "dead dimensions": f"{self.num_dead} of {self.num_dimensions}",
         }
 

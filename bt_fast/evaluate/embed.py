@@ -90,12 +90,14 @@ def unlocked(out: Path) -> Iterator[None]:
 def embed(
     run: str | Path, data: str | Path | None = None, *, out: str | Path, **flags: Any
 ) -> Path:
-    """Write the features of all images of `data` to `out`, in this process; see the module.
+    """Write the features of all images of `data`, float32 [n, width] in the order of the data, to
+    `out`, in this process; in bf16 where the device has it, unless precision="fp32".
 
     Args:
         run: folder of a run, or file of weights.
         data: a .beton or a folder of images; default: the run's training images.
-        out: a .npy, beside which a .csv has names and labels, or a .parquet.
+        out: a .npy, beside which a .csv has name, label (-1: none) and class of each row, or a
+            .parquet with these columns and `feature`.
         flags: further flags of `bt-fast embed` by name, such as size=224 or which="teacher".
 
     Returns:

@@ -48,8 +48,9 @@ def open_loader(
         cache_bytes: of memory for decoded images; native only.
 
     Raises:
-        ValueError: another name, data set or crop, no GPU, a loader that is not installed or cannot
-            read the data, fewer images than a batch, or a batch that the ranks cannot divide.
+        ValueError: another name, data set or crop, a count below 1, no GPU, a loader that is not
+            installed or cannot read the data, fewer images than a batch, or a batch that the ranks
+            cannot divide.
     """
     if name not in LOADERS:
         raise ValueError(f"loader {name!r} is not one of {', '.join(LOADERS)}")
@@ -60,9 +61,12 @@ def open_loader(
     threads: dict[str, Any] = {"num_threads": num_threads, "prefetch": prefetch}
     if cache_bytes and name in ("dali", "ffcv"):
         raise ValueError(f"--cache-gb needs --loader native: {name} keeps no decoded images")
-    for argument, value in ("batch_size", batch_size), ("num_threads", num_threads):
+    counts = {"batch_size": batch_size, "num_threads": num_threads, "prefetch": prefetch}
+    for argument, value in counts.items():
         if value < 1:
             raise ValueError(f"{argument} must be at least 1, got {value}")
+    if abs(seed) >= 2**63:
+        raise ValueError(f"seed must fit into 64 bits, got {seed}")
     device = torch.device(device)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError("device is cuda, but there is no usable GPU here")

@@ -31,9 +31,10 @@ class ImageDataset(Protocol):
 
 
 def open_data(path: str | Path, flag: str = "--data") -> BetonReader | ShardReader:
-    """The data set at `path`: a `.beton`, or the training images of a folder of web shards. Images
-    are read by index; `labels` are int64 [n], -1 without a class (of shards, those of a random
-    sample are read).
+    """The data set at `path`: a `.beton`, or the training images of a folder of web shards.
+
+    `image(i)` is the JPEG file of an image, uint8 [bytes], `name(i)` its name; `labels` are int64
+    [n], -1 without a class (of shards, those of a random sample are read).
 
     Raises ValueError, which names `flag`, if the data set is missing or damaged.
     """

@@ -117,6 +117,24 @@ def test_a_value_of_another_type_is_refused(field, value):
         bt_fast.pretrain(**(TINY | {field: value}))
 
 
+def test_a_configuration_is_no_recipe(small_beton):
+    with pytest.raises(ValueError, match="leave recipe out"):
+        bt_fast.pretrain(bt_fast.Config(data=small_beton), recipe="demo")
+
+
+def test_of_two_threads_only_one_trains(small_beton, tmp_path, monkeypatch):
+    """They would share torch's generator."""
+
+    def other(*_) -> int:
+        with ThreadPoolExecutor(1) as thread, pytest.raises(ValueError, match="another thread"):
+            thread.submit(bt_fast.pretrain, **TINY, run_dir=tmp_path / "b").result()
+        return 0
+
+    monkeypatch.setattr("bt_fast.api.train_pretrain", other)
+    bt_fast.pretrain(**TINY, data=small_beton, run_dir=tmp_path / "a")
+    assert not (tmp_path / "b").exists()
+
+
 def test_a_list_of_widths_is_a_tuple():
     assert bt_fast.Config(projector=[32, 16]).projector == (32, 16)
 
@@ -155,6 +173,8 @@ def test_keys_of_another_kind_are_refused(keys):
         ({"crop": 16}, "must be a RandomResizedCrop, got 16"),
         ({"device": "cuda"}, "no usable GPU"),
         ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
+        ({"prefetch": 0}, "prefetch must be at least 1, got 0"),
+        ({"seed": 2**64}, "seed must fit into 64 bits"),
     ],
 )
 def test_arguments_of_a_loader_are_checked(changes, message, small_beton, monkeypatch):
@@ -184,6 +204,8 @@ def test_a_default_device_of_the_user_changes_nothing(small_beton):
 
 
 def test_another_layout_or_dtype_is_refused():
+    with pytest.raises(ValueError, match="view_b must be a Branch, got None"):
+        bt_fast.TwoViewAugment(view_b=None)
     with pytest.raises(ValueError, match="dtype must be a floating-point type"):
         bt_fast.TwoViewAugment(dtype=torch.uint8)
     for shape, channels_first in (((2, 4, 3, 8, 8), False), ((2, 4, 8, 8, 3), True)):
@@ -225,6 +247,8 @@ def test_lars_takes_a_closure_and_restores_its_state():
 def test_lars_refuses_values_that_cannot_train(name, value):
     with pytest.raises(ValueError, match=f"{name} must be"):
         bt_fast.LARS([torch.zeros(2, 2)], **({"lr": 0.1} | {name: value}))
+    with pytest.raises(ValueError, match=f"{name} must be"):
+        bt_fast.LARS([{"params": [torch.zeros(2, 2)], name: value}], lr=0.1)
 
 
 @pytest.mark.parametrize("z", [np.zeros((4, 2)), torch.zeros(4, 2, dtype=torch.int64)], ids=type)

@@ -230,7 +230,8 @@ def test_statistics_are_taken_over_all_ranks():
     "encoder,size,small", [("resnet18", 12, True), ("resnet18", 40, False), ("resnet50", 32, False)]
 )
 def test_a_step_of_a_fused_model_is_as_accurate(encoder, size, small):
-    build = partial(BarlowTwins, encoder, (32, 32), small_images=small)
+    config = Config(encoder=encoder, projector=(32, 32), small_images=small)
+    build = partial(BarlowTwins, config)
     (views,) = batches_of_views(1, 8, size)
     true = make_step(build, is_fused=False, dtype=torch.float64)(views)
     theirs, ours = (make_step(build, is_fused=is_fused)(views) for is_fused in (False, True))
