@@ -39,6 +39,7 @@ def test_a_run_leaves_everything_in_its_directory(finished):
     assert len(list((finished / "checkpoints").iterdir())) == 2
 
 
+@pytest.mark.slow
 def test_another_seed_gives_another_run(small_beton, finished, tmp_path):
     assert pretrain("--data", small_beton, "--run-dir", tmp_path / "b", "--seed", 1) == 0
     name = "model/encoder.conv1.weight"
@@ -66,6 +67,7 @@ def test_images_without_classes_have_the_readouts_without_labels(tmp_path):
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("minutes,epochs", [(1e-6, [0, 1, 2, 3]), (1e6, [0, 3])])
 def test_probes_by_time_are_at_ends_of_epochs(small_beton, tmp_path, minutes, epochs):
     """And before the first step and after the last."""
