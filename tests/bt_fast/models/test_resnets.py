@@ -79,6 +79,7 @@ def test_projector_matches_the_paper():
 
 @pytest.mark.parametrize("zero_init", [True, False])
 def test_residual_branches_start_at_zero_on_request(zero_init):
-    encoder = build_encoder("resnet18", zero_init=zero_init)
+    config = Config(encoder="resnet18", projector=(8,), zero_init=zero_init)
+    encoder = BarlowTwins(config).encoder
     last = [module.bn2.weight for module in encoder.modules() if hasattr(module, "bn2")]
     assert len(last) == 8 and all((weight == (0 if zero_init else 1)).all() for weight in last)
