@@ -60,8 +60,8 @@ class LARS(torch.optim.Optimizer):
             are all float32 on one GPU.
 
     Raises:
-        ValueError: momentum outside [0, 1), another value that is negative or not finite, or a
-            fused update that is not possible.
+        ValueError: momentum outside [0, 1), or another value that is negative or not finite; by
+            `step`, a fused update that is not possible.
     """
 
     fused: bool | None = None  # not in the state, so that copies choose for themselves

@@ -23,8 +23,8 @@ else:  # the same examples everywhere, however slow the machine; nothing is kept
     settings.register_profile("bt-fast", derandomize=True, deadline=None, max_examples=50)
     settings.load_profile("bt-fast")
 
-sys.path.append(str(Path(__file__).parents[1] / "tools"))  # where a tool finds `_checkout`
 ROOT = Path(__file__).parents[1]
+sys.path.append(str(ROOT / "tools"))  # where a tool finds `_checkout`
 SHARED_DATA = ROOT.parent / "shared" / "data"
 IMAGENET_SAMPLE = SHARED_DATA / "imagenet-sample-500.tar"
 

@@ -6,9 +6,8 @@ import re
 from pathlib import Path
 
 import pytest
-from conftest import run_python
+from conftest import ROOT, run_python
 
-ROOT = Path(__file__).parents[1]
 FILES = sorted(path for root in ("bt_fast", "pipelines") for path in (ROOT / root).rglob("*.py"))
 
 

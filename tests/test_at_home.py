@@ -7,9 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import write_beton
+from conftest import ROOT, write_beton
 
-ROOT = Path(__file__).parents[1]
 COMMON = ["--device=cpu", "--precision=fp32"]
 
 # Guards all connections, checks that the guard works, then runs the commands in argv.

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import drawn_picture, jpeg_bytes, write_beton
+from conftest import ROOT, drawn_picture, jpeg_bytes, write_beton
 from hostile import make_folder
 from PIL import Image
 
@@ -23,7 +23,6 @@ from pipelines.beton import BetonReader
 from pipelines.convert import command
 from pipelines.convert.workers import prepare_all
 
-ROOT = Path(__file__).parents[1]
 DOCUMENT = ROOT / "docs" / "errors.md"
 ENTRIES = re.findall(r"^\| `(.+?)` \|", DOCUMENT.read_text(), re.M)
 _LISTED = ("Broken: ", "Damaged: ")  # lines that may stand before the last

@@ -14,11 +14,11 @@ from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
+from conftest import ROOT
 
 from bt_fast.doctor.requirements import requirements
 from pipelines import __version__
 
-ROOT = Path(__file__).parents[1]
 MADE = ("__pycache__", "*.egg-info", "*.py[cod]")
 
 

@@ -49,10 +49,15 @@ def wait_for_step(process: subprocess.Popen, folder: Path, step: int) -> None:
     wait_until(saved, process)
 
 
-def wait_until(happened: Callable[[], bool], process: subprocess.Popen | None = None) -> None:
-    """Wait for a condition; fails when the process that should cause it has ended, or after five
-    minutes."""
-    deadline = time.monotonic() + 300
+def wait_until(
+    happened: Callable[[], bool],
+    process: subprocess.Popen | None = None,
+    *,
+    timeout: float = 300,
+) -> None:
+    """Wait for a condition; fails when the process that should cause it has ended, or after
+    `timeout` seconds."""
+    deadline = time.monotonic() + timeout
     while not happened():
         ended = process is not None and process.poll() is not None
         assert not ended, process.stdout and process.stdout.read()

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from bt_fast.evaluate.subset import Subset
+from bt_fast.evaluate.subset import Subset, count_classes
 from pipelines.loading.datasets import ImageDataset
 from pipelines.order import epoch_order
 
@@ -63,7 +63,7 @@ class KnnData:
 
     @property
     def num_classes(self) -> int:
-        return max(self.bank.images.num_classes, self.queries.images.num_classes)
+        return count_classes(self.bank, self.queries)
 
     @property
     def description(self) -> str:

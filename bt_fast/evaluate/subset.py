@@ -30,6 +30,11 @@ class Subset:
         return hashlib.sha256(self.images.sha256().encode() + self.samples.tobytes()).hexdigest()
 
 
+def count_classes(train: Subset, val: Subset) -> int:
+    """Number of classes that a classifier of both distinguishes."""
+    return max(train.images.num_classes, val.images.num_classes)
+
+
 def complete_subset(images: ImageDataset) -> Subset:
     """All samples, in the file's order."""
     return Subset(images, np.arange(len(images)))

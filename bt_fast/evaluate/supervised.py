@@ -29,7 +29,7 @@ from bt_fast.distributed.collectives import ALONE, World
 from bt_fast.evaluate.eval_directory import EvalDirectory, open_eval_directory
 from bt_fast.evaluate.eval_setup import EvalSetup
 from bt_fast.evaluate.features import count_correct
-from bt_fast.evaluate.subset import Subset
+from bt_fast.evaluate.subset import Subset, count_classes
 from bt_fast.evaluate.views import Views
 from bt_fast.finite import NotFinite
 from bt_fast.models import batch_norm
@@ -106,7 +106,7 @@ def train_classifier(
 def accuracy_rows(result: dict[str, Any], train: Subset, val: Subset) -> dict[str, str]:
     """Rows of the table for a result of `train_classifier`; top-5 of more than five classes."""
     rows = {f"top-1 of {len(val)}": f"{100 * result['top1']:.2f} %"}
-    if max(train.images.num_classes, val.images.num_classes) > 5:
+    if count_classes(train, val) > 5:
         rows["top-5"] = f"{100 * result['top5']:.2f} %"
     return rows
 
@@ -119,7 +119,7 @@ def _train(
     val: Subset,
     protocol: Protocol,
 ) -> dict[str, Any]:
-    num_classes = max(train.images.num_classes, val.images.num_classes)
+    num_classes = count_classes(train, val)
     model = Classifier(setup.encoder, feature_width(setup.encoder), num_classes, protocol.seed)
     prepare(model, setup.runtime)
     trained = model if protocol.lr_encoder else model.head

@@ -9,7 +9,7 @@ from bt_fast.distributed.collectives import World
 from bt_fast.evaluate.eval_setup import EvalSetup, build_setup, open_labelled_splits
 from bt_fast.evaluate.options import EvalTransfer
 from bt_fast.evaluate.overlap import warn_of_overlap
-from bt_fast.evaluate.subset import labelled_subset
+from bt_fast.evaluate.subset import count_classes, labelled_subset
 from bt_fast.evaluate.supervised import Protocol, accuracy_rows, train_classifier
 from bt_fast.evaluate.transfer_datasets import inat18, places205
 from bt_fast.evaluate.voc07 import measure_voc
@@ -64,7 +64,7 @@ def _classify(options: EvalTransfer, setup: EvalSetup) -> dict[str, str]:
     name = f"transfer-{options.dataset}"
     result = train_classifier(setup, name, train_subset, val_subset, protocol)
     return {
-        "images": f"{len(train_subset)}, {max(train.num_classes, val.num_classes)} classes",
+        "images": f"{len(train_subset)}, {count_classes(train_subset, val_subset)} classes",
         "protocol": f"lr {options.lr:g}, wd {options.weight_decay:g}, {plural(epochs, 'epoch')}",
         **accuracy_rows(result, train_subset, val_subset),
     }

@@ -5,12 +5,11 @@ import os
 import subprocess
 import types
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import run_python
+from conftest import ROOT, run_python
 from PIL import Image
 from tiny_runs import TINY
 
@@ -23,8 +22,6 @@ from tools import stages, synthetic
 from tools.breakdown import CLASSES, Breakdown
 from tools.profile_report import Report
 from tools.timing import Stage
-
-ROOT = Path(__file__).parents[2]
 
 STAGES = ("read", "decode", "crop", "loader", "augment", "forward", "backward", "loss", "optimizer")
 FLAGS = ["--recipe=demo", "--device=cpu", "--batch-size=4", "--size=32", "--seconds=0.02"]

@@ -194,7 +194,10 @@ def test_embeddings_of_positions_have_no_weight_decay():
         (("--encoder", "timm/convnext_atto", "--small-images"), "--small-images is the stem of"),
         (("--encoder", "resnet18", "--drop-path", "0.1"), "resnet18 has no stochastic depth"),
         (("--encoder", "timm/convnext_atto", "--drop-path", "1"), r"must be in \[0, 1\), got 1"),
-        (("--encoder=timm/vit_tiny_patch16_224", "--resolution=32:64"), "not take images of 32 px"),
+        (
+            ("--encoder", "timm/vit_tiny_patch16_224", "--resolution", "32:64"),
+            "does not take images of 32 px",
+        ),
     ],
 )
 def test_flags_that_do_not_fit_the_encoder(flags, message):

@@ -44,8 +44,9 @@ def test_features_and_gradients_equal_torchvisions_for_each_view(name, stem):
         scale = gradients[key].grad.abs().max()
         difference = (parameter.grad - gradients[key].grad).abs().max()
         assert difference <= 1e-10 * scale, key
-    for key, expected in theirs.state_dict().items():
-        value = ours.state_dict()[key]
+    for (key, value), expected in zip(
+        ours.state_dict().items(), theirs.state_dict().values(), strict=True
+    ):
         torch.testing.assert_close(value, expected, rtol=1e-10, atol=1e-10, msg=key)
     with torch.no_grad():
         features = ours.eval()(views)

@@ -1,13 +1,13 @@
 """`--continue`: the output equals that of an uninterrupted conversion after any interruption."""
 
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import drawn_picture, jpeg_bytes
+from conftest import drawn_picture, files_below, jpeg_bytes
 from hostile import make_folder
 from test_convert_stops import names_in, start_conversion
+from tiny_runs import is_running, wait_until
 
 import pipelines.convert.write_split
 from pipelines.beton import BetonReader
@@ -36,18 +36,13 @@ def uninterrupted(folder, tmp_path_factory) -> dict[str, dict[str, bytes]]:
     for name, flags in FORMATS.items():
         root = tmp_path_factory.mktemp(name)
         assert run(folder, root, *flags) == 0
-        results[name] = contents(root)
+        results[name] = files_below(root)
     return results
 
 
 def run(folder: Path, root: Path, *flags: str) -> int:
     out = root / ("shards" if "webdataset" in flags else "out.beton")
     return main([str(folder), str(out), "--skip-broken", "--workers", "1", *flags])
-
-
-def contents(root: Path) -> dict[str, bytes]:
-    files = [path for path in root.rglob("*") if path.is_file()]
-    return {str(path.relative_to(root)): path.read_bytes() for path in files}
 
 
 class Interruption:
@@ -84,7 +79,7 @@ def test_continued(folder, uninterrupted, tmp_path, capsys, interruption, format
         assert "free some space" in (error := capsys.readouterr().err)
         assert error.endswith("partial output is kept for --continue\n")
         assert len(names_in(tmp_path)) == 1  # no file has its final name
-    assert contents(tmp_path) == uninterrupted[format]
+    assert files_below(tmp_path) == uninterrupted[format]
     assert interruption.count == NUM_TRAIN + NUM_VAL - 1
 
 
@@ -110,7 +105,7 @@ def test_damage_to_partial_output_is_detected(
         path.write_bytes(data)
     interruption.limit = 999
     assert run(folder, tmp_path, *flags) == 0
-    assert contents(tmp_path) == uninterrupted[format]
+    assert files_below(tmp_path) == uninterrupted[format]
 
 
 def status(pid: int) -> list[str]:
@@ -153,18 +148,15 @@ def test_killed(tmp_path, capsys, format):
     child.kill()
     child.wait()
     assert names_in(tmp_path / "b") == [f"{name}.partial"]
-    deadline = time.monotonic() + 120
-    while any(status(pid)[:1] not in ([], ["Z"]) for pid in family):
-        assert time.monotonic() < deadline, "workers outlive their parent"
-        time.sleep(0.05)
+    wait_until(lambda: not any(map(is_running, family)), timeout=120)  # no worker outlives it
     assert main([str(folder), str(out), *flags, "--continue"]) == 0
-    assert contents(tmp_path / "b") == contents(tmp_path / "a")
+    assert files_below(tmp_path / "b") == files_below(tmp_path / "a")
 
 
 def test_other_settings_are_refused(folder, tmp_path, capsys, interruption):
     interruption.limit = 5
     assert run(folder, tmp_path, "--continue") == 1
-    before = contents(tmp_path)
+    before = files_below(tmp_path)
     for flags in (["--max-side", "100"], ["--subset", "9"], ["--shard", "1/2"]):
         capsys.readouterr()
         assert run(folder, tmp_path, "--continue", *flags) == 2
@@ -173,7 +165,7 @@ def test_other_settings_are_refused(folder, tmp_path, capsys, interruption):
     other = make_folder(tmp_path / "other" / "train", {"a": 3}).parent
     assert run(other, tmp_path, "--continue") == 2
     assert "(other images)" in capsys.readouterr().err
-    assert {k: v for k, v in contents(tmp_path).items() if "other" not in k} == before
+    assert {k: v for k, v in files_below(tmp_path).items() if "other" not in k} == before
 
     interruption.limit = 99
     assert run(other, tmp_path) == 0  # without --continue: started again
@@ -196,7 +188,7 @@ def test_an_image_that_was_repaired_is_stored(tmp_path, format):
         assert main(again) == 1
     broken.write_bytes(intact)
     assert main(again) == 0
-    assert contents(tmp_path / "b") == contents(tmp_path / "a")
+    assert files_below(tmp_path / "b") == files_below(tmp_path / "a")
 
 
 def test_broken_images_can_be_left_out_afterwards(
@@ -208,7 +200,7 @@ def test_broken_images_can_be_left_out_afterwards(
     assert main([str(folder), str(out), *flags]) == 1
     assert "7.jpg: not an image" in capsys.readouterr().err
     assert main([str(folder), str(out), *flags, "--skip-broken"]) == 0
-    assert contents(tmp_path) == uninterrupted["beton"]
+    assert files_below(tmp_path) == uninterrupted["beton"]
     assert interruption.count == NUM_TRAIN + NUM_VAL - 1
 
 

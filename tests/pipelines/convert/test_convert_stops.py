@@ -8,12 +8,11 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import drawn_picture, jpeg_bytes
+from conftest import ROOT, drawn_picture, jpeg_bytes
 from hostile import make_folder
 
 from pipelines.convert.command import main
 
-ROOT = Path(__file__).parents[3]
 COMMAND = [sys.executable, "-m", "pipelines"]
 
 

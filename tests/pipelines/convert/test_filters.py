@@ -5,9 +5,10 @@ from pathlib import Path
 
 import planted
 import pytest
+from conftest import files_below
 from hostile import write_tar
 from sample_imagenet import convert
-from test_convert_continue import Interruption, contents
+from test_convert_continue import Interruption
 from test_splits_and_labels import JPEG, cells, write_files, write_parquet
 
 import pipelines.convert.jpeg
@@ -146,7 +147,7 @@ def test_continued_with_drops(tmp_path, monkeypatch, format):
         if convert(source, tmp_path / "b" / name, *flags, "--continue") == 0:
             break
     assert limit > 9
-    assert contents(tmp_path / "b") == contents(tmp_path / "a")
+    assert files_below(tmp_path / "b") == files_below(tmp_path / "a")
 
 
 def test_a_validation_image_that_is_repaired_drops_its_copies(tmp_path, monkeypatch):

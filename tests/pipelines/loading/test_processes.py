@@ -111,7 +111,7 @@ def test_a_killed_process_ends_all_and_is_named(loader, killed):
     os.kill(loader.backend._process.pid if killed == "parent" else workers[1], signal.SIGKILL)
     with pytest.raises(ChildProcessError, match=r"ended unexpectedly \(signal 9\)"):
         list(loader.batches(0, 100))
-    wait_until(lambda: not any(map(is_running, workers)))
+    wait_until(lambda: not any(map(is_running, workers)), timeout=10)
 
 
 @pytest.mark.parametrize("where", ["poll", "recv"])
